@@ -41,6 +41,9 @@ YOUNG: Final = 5.0
 LONGEST_PAUSE: Final = 120.0
 #: Seconds after which a poll gives its slot back.
 SLOW: Final = 1.0
+#: Good answers in a row that show a queue, and the seconds by which each is later than twice the quickest.
+QUEUED: Final = 8
+LATE: Final = 0.3
 #: Operations that fail before the circuit can open.
 FAILURES_UNTIL_OPEN: Final = 5
 
@@ -333,9 +336,27 @@ class Evidence:
         good = bisect_right(self._good_at, at - EPS) - bisect_right(self._good_at, self._held_until[count - 1] + EPS)
         return at - self._failed_at[count - 1] > LONGEST_PAUSE + 10.0 and good >= self.client.max_in_flight
 
+    @cached_property
+    def _late_at(self) -> list[float]:
+        """When so many good answers in a row were late that the client may take them for those of a queue."""
+        late, in_a_row, quickest = [], 0, math.inf
+        good = (p for p in self.polls if self.read(p).kind in {"said", "missing", "error"})
+        for poll in sorted(good, key=lambda poll: poll.ended_at):
+            seconds = poll.ended_at - poll.sent_at
+            quickest = min(quickest, seconds)
+            in_a_row = in_a_row + 1 if seconds > 2 * quickest + LATE - EPS else 0
+            if in_a_row >= QUEUED:
+                late.append(poll.ended_at)
+        return late
+
+    def is_saturated(self, at: float) -> bool:
+        """Return whether fewer polls may be in flight at a time, since answers were late in the minutes before it."""
+        last = bisect_right(self._late_at, at + EPS)
+        return last > 0 and self._late_at[last - 1] > at - LONGEST_PAUSE
+
     def has_room(self, at: float, others: int = 0) -> bool:
         """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
-        if not self.is_well(at):
+        if not self.is_well(at) or self.is_saturated(at):
             return False
         slots, in_flight = self.client.max_in_flight, self.in_flight(at)
         with_slot = sum(poll.sent_at > at - SLOW - EPS for poll in in_flight)
