@@ -256,6 +256,8 @@ class Machine:
         """Unregister a wait that has ended. After the last wait for an operation, stop its polls."""
         polled = wait.polled
         polled.remove(wait)
+        if not polled.before_deadline:  # the other waits want final polls only
+            self._dispatcher.unschedule(polled)
         wait.phase = WaitPhase.ENDED
         self._waiting -= 1
         self._deadlines.remove(wait)
@@ -272,7 +274,6 @@ class Machine:
     def _stop_polling(self, polled: PolledOperation) -> None:
         """Stop the polls of an operation after its last wait."""
         del self._polled[polled.operation_id]
-        self._dispatcher.unschedule(polled)
         if polled.poll is not None:
             self._dispatcher.cut_off(polled.poll)
         for poll in self._dispatcher.final_in_flight:

@@ -256,6 +256,15 @@ class TestSlots:
         machine.answer(first, 0.6)
         assert len(machine.started(0.6)) == 1
 
+    def test_once_the_last_wait_before_its_deadline_leaves_only_final_polls_start(self) -> None:
+        machine = Calls(schedule=wait_fixed(2))
+        late, other = machine.wait(timeout=1.0), machine.wait()
+        machine.answer(machine.one(0.0), 0.0)
+        assert machine.one(1.0).final
+        machine.give_up(other, 1.5)
+        assert machine.started(2.0) == []
+        assert late.outcome == ""
+
     def test_a_final_poll_that_no_wait_needs_any_more_is_left_out(self) -> None:
         machine = Calls(1)
         machine.wait("busy")
