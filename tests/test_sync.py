@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import pytest
+from nats.aio.client import Client
 from tenacity.wait import wait_fixed
 from waiting import PATIENCE, until
 
@@ -36,7 +37,7 @@ from aiokeyless import (
     sync,
     worker,
 )
-from aiokeyless.sync import KeylessClient, OnPoll, get_background
+from aiokeyless.sync import KeylessClient, OnPoll, get_background, submit_approval
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
@@ -423,6 +424,11 @@ async def test_a_thread_that_runs_an_event_loop_is_refused(
     with pytest.raises(ConfigurationError, match=r"aiokeyless\.KeylessClient"):
         use(keyless)
     assert len(sandbox.requests) == before
+
+
+def test_a_connection_to_nats_is_refused_as_its_library_needs_a_loop() -> None:
+    with pytest.raises(ConfigurationError, match="broker must be a connection to PostgreSQL, a closed broker, or"):
+        submit_approval(Client(), "C0FFEE", operation_id="txn-1")
 
 
 async def test_an_iterator_is_refused_in_a_thread_that_runs_an_event_loop(keyless: KeylessClient) -> None:

@@ -14,6 +14,8 @@ import aiohttp
 import pytest
 from example_process import example_process
 from factors import ApprovingSandbox
+from flask import Flask
+from flask.sessions import SecureCookieSessionInterface
 from waiting import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "shutdown"
 PAGE = ROOT / "docs" / "howto" / "shutdown.md"
 
+SECRET_KEY = "of the sessions"
 AT_ONCE = 20.0  # seconds for an answer that would take 25 if the wait went on; it takes less than one
 
 
@@ -105,17 +108,28 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
     assert "Traceback" not in program.output
 
 
+def session_of(user_id: str) -> str:
+    """Return the cookie of a user who is logged in to the Flask program."""
+    app = Flask(__name__)
+    app.secret_key = SECRET_KEY
+    serializer = SecureCookieSessionInterface().get_signing_serializer(app)
+    assert serializer is not None
+    return str(serializer.dumps({"user_id": user_id}))
+
+
 @pytest.mark.parametrize("end", ["SIGTERM", "--max-requests"])
 async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(end: str) -> None:
     command = ("-m", "gunicorn", "-c", "gunicorn_conf.py", "-w", "1", "-b", "127.0.0.1:0", "--max-requests", "3")
     async with (
         Sandbox() as sandbox,
         aiohttp.ClientSession() as http,
-        example_process(*command, "flask_app:app", folder=FOLDER.parent / "sync", sandbox=sandbox) as process,
+        example_process(
+            *command, "flask_app:app", folder=FOLDER.parent / "sync", sandbox=sandbox, FLASK_SECRET_KEY=SECRET_KEY
+        ) as process,
     ):
         program = Program(process)
         payments = (await program.read_until(r"(http://127\.0\.0\.1:[1-9]\d*)"))[1] + "/payments"
-        async with http.post(payments, data={"user_id": "C0FFEE"}) as response:
+        async with http.post(payments, headers={"Cookie": f"session={session_of('C0FFEE')}"}) as response:
             payment = (await response.json())["id"]
         answer = asyncio.create_task(http.get(f"{payments}/{payment}"))
         await until_polled(sandbox)

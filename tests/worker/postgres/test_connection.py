@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import asyncpg
+import psycopg
 import pytest
 from waiting import PATIENCE, until
 
@@ -17,6 +18,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker import next_outcome
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
+from aiokeyless.worker.postgres.adapters import adapter_for
 from aiokeyless.worker.postgres.adapters import driver as module
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import LEASE
@@ -418,3 +420,12 @@ async def test_while_it_waits_the_connection_is_in_no_transaction(
 def test_what_is_no_connection_is_refused(target: object) -> None:
     with pytest.raises(ConfigurationError, match="connection of asyncpg"):
         PostgresConnection(target)
+
+
+async def test_a_connection_that_is_closed_already_is_not_cut(url: str) -> None:
+    connection = await psycopg.AsyncConnection.connect(url)
+    driver = adapter_for(connection, "keyless")
+    assert driver is not None
+    await connection.close()
+    driver._cut()
+    assert connection.closed
