@@ -34,6 +34,11 @@ def most_in_flight(slots: int, now: float, *, answered_at: float) -> int:
     return (_MOST_BESIDE_GOOD if now - answered_at <= SLOW else _MOST) * slots
 
 
+def are_held_by_failing(failing: int, limit: int) -> bool:
+    """Return whether failing operations hold over a quarter of the slots, so that the order of probes applies."""
+    return 4 * failing > limit
+
+
 class Slots(Generic[T]):
     """The deliveries of one worker that hold a slot: each for its first second. Times are of one clock, in seconds."""
 
@@ -84,7 +89,7 @@ class Slots(Generic[T]):
     @property
     def are_held_by_failing(self) -> bool:
         """Whether failing ones hold over a quarter of the slots."""
-        return 4 * self._failing > self._circuit.limit
+        return are_held_by_failing(self._failing, self._circuit.limit)
 
     def _free(self, holder: T) -> None:
         if (held := self._held.pop(holder, None)) is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered, may_start
 from aiokeyless._rules.probes import Alternation
-from aiokeyless._rules.slots import SLOW, most_in_flight
+from aiokeyless._rules.slots import SLOW, are_held_by_failing, most_in_flight
 from aiokeyless._rules.window import Window
 
 from .state import Poll, PolledOperation
@@ -226,7 +226,8 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_fair = not self._circuit.is_closed or 4 * self._slots_of_retries > self._circuit.limit
+        circuit = self._circuit
+        is_fair = not circuit.is_closed or are_held_by_failing(self._slots_of_retries, circuit.limit)
         queues = self._open_queues(by_time=not is_fair)
         if is_fair and self._alternation.untried(1):
             queues = (self._untried, *queues)
