@@ -8,7 +8,6 @@ import gc
 import inspect
 import os
 import pickle
-import pydoc
 import signal
 import sqlite3
 import sys
@@ -86,7 +85,6 @@ def both(name: str) -> tuple[Any, Any]:
     return tuple(member.fget if isinstance(member, property) else member for member in found)  # type: ignore[return-value]
 
 
-PLAIN = pydoc._PlainTextDoc()  # type: ignore[attr-defined]
 NAMES = sorted(public(KeylessClient).keys() - {"close"})
 
 
@@ -114,17 +112,6 @@ def test_a_method_has_the_arguments_and_the_result_of_the_other_face(name: str) 
     if get_origin(expected_result) is AsyncGenerator:
         result, expected_result = get_args(result), (get_args(expected_result)[0], None, None)
     assert result == expected_result
-
-
-@pytest.mark.parametrize("face", [KeylessClient, aiokeyless.KeylessClient], ids=["sync", "async"])
-def test_each_method_can_be_asked_for_its_help_its_signature_and_its_types(face: type) -> None:
-    assert "wait_for_approvals(self, targets:" in pydoc.render_doc(face, renderer=PLAIN)
-    methods = {name: method for name, method in vars(face).items() if inspect.isfunction(method)}
-    assert methods.keys() > {"__init__", "__repr__", "get_operation", "watch_approval"}
-    for name, method in methods.items():
-        assert name in pydoc.render_doc(method, renderer=PLAIN)
-        hints = get_type_hints(method)
-        assert hints.keys() - {"return"} == inspect.signature(method).parameters.keys() - {"self"}, name
 
 
 # -- calls

@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 from .event_keys import EventKeys
-from .fleet import Fleet
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from .broker import NatsBroker
+    from .fleet import Fleet
     from .readers import is_outcome
     from .streams import StreamSettings
 
@@ -24,7 +24,7 @@ SCHEMES: Final = ("nats", "tls", "ws", "wss")
 DRIVERS: Final = ("nats",)
 HINT: Final = 'install the extra "nats"'
 
-_MODULES: Final = {"NatsBroker": "broker", "StreamSettings": "streams", "is_outcome": "readers"}
+_MODULES: Final = {"Fleet": "fleet", "NatsBroker": "broker", "StreamSettings": "streams", "is_outcome": "readers"}
 
 
 def from_url(url: str) -> NatsBroker:

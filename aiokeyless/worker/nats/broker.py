@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 import nats.js.errors
+from nats.aio.client import Client
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.broker import (
     Broker,
@@ -25,11 +28,11 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
-from aiokeyless.worker.messages import Message, deadline, is_about, read_names
+from aiokeyless.worker.messages import ApprovalEvent, Message, deadline, is_about, read_names
 
 from .claims import NatsClaims
 from .connection import check_options, connect, disconnect
-from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
+from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT, EventKeys
 from .failures import NoStreamError, broker_errors, raise_lost_cancellations
 from .fleet import KEYLESS, Fleet
 from .inspection import inspect
@@ -38,17 +41,8 @@ from .readers import Reader
 from .streams import StreamSettings, prepare, restore_consumer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from datetime import datetime
-
-    from nats.aio.client import Client
     from nats.js import JetStreamContext
     from nats.js.api import PubAck
-
-    from aiokeyless.events import Inspection
-    from aiokeyless.worker.messages import ApprovalEvent
-
-    from .event_keys import EventKeys
 
 _ANSWER_WITHIN: Final = 5.0  # seconds
 _RESTORED_WITHIN: Final = 1.0  # seconds; during an election nobody answers, and deliveries wait for it

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from pathlib import Path
+from typing import Final, NoReturn, Self
 
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Secret
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream recognizes a duplicate
 TRACEPARENT: Final = "traceparent"  # the header of W3C Trace Context, of requests and events

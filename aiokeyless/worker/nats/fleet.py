@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
+from nats.aio.client import Client
+from nats.js import JetStreamContext
 
 from aiokeyless.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from nats.aio.client import Client
-    from nats.js import JetStreamContext
-
-    from aiokeyless.worker.messages import Outcome
+from aiokeyless.worker.messages import Outcome
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PREFIX: Final = re.compile(r"[^\s.*>]+(?:\.[^\s.*>]+)*")

@@ -6,7 +6,7 @@ a worker notices when it stores an outcome or a claim.
 
 from __future__ import annotations
 
-from datetime import datetime  # noqa: TC003  # msgspec reads the annotations
+from datetime import datetime  # msgspec reads the annotations
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from nats.aio.msg import Msg  # noqa: TC002  # msgspec reads the annotations
+from nats.aio.msg import Msg  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.probes import Rank, Standing, choose

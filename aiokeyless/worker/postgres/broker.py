@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
 
 import asyncpg
 import msgspec
@@ -24,6 +26,7 @@ from aiokeyless.worker.broker import (
     without_frames,
 )
 from aiokeyless.worker.clock import BrokerClock
+from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import LARGEST_BATCH, Row, TableBroker, TableMessage, row_of, time_of
 
 from .adapters.asyncpg import ERRORS, Adapter
@@ -34,14 +37,13 @@ from .names import SCHEMA, check_schema, in_schema
 from .transactions import store_request, take_outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-    from datetime import datetime
-
     from asyncpg.pool import PoolConnectionProxy
 
-    from aiokeyless.worker.messages import ApprovalEvent, Message
-
     from .adapters.asyncpg import Connection
+
+    Pool: TypeAlias = asyncpg.Pool[Any]
+else:
+    Pool = asyncpg.Pool  # no generic class at run time
 
 T = TypeVar("T")
 
@@ -80,7 +82,7 @@ class PostgresBroker(TableBroker):
 
     _TIDIES_EVERY: ClassVar[float] = 1.0
 
-    def __init__(self, database: str | asyncpg.Pool[Any], schema: str = SCHEMA) -> None:
+    def __init__(self, database: str | Pool, schema: str = SCHEMA) -> None:
         super().__init__()
         self.system = "postgresql"
         self._schema = schema
@@ -91,7 +93,7 @@ class PostgresBroker(TableBroker):
             raise ConfigurationError(
                 f"broker must be a URL or an asyncpg pool, not {type(self._database).__name__}", argument="broker"
             )
-        self._pool: asyncpg.Pool[Any] | None = None  # None while it is not open
+        self._pool: Pool | None = None  # None while it is not open
         self._outcomes: asyncio.Semaphore  # connections for outcomes in progress
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
         self._clock = BrokerClock()
@@ -118,7 +120,7 @@ class PostgresBroker(TableBroker):
         self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
         self._pool = pool
 
-    async def _connect(self, url: Secret) -> asyncpg.Pool[Any]:
+    async def _connect(self, url: Secret) -> Pool:
         try:
             with broker_errors(self._schema, ERRORS):
                 # No cache of prepared statements, and each statement in a transaction: so a pooler such as pgbouncer
@@ -285,7 +287,7 @@ class PostgresBroker(TableBroker):
 
     # -- the database
 
-    def _open_pool(self) -> asyncpg.Pool[Any]:
+    def _open_pool(self) -> Pool:
         if self._pool is None:
             raise ConfigurationError("the broker is not open: use it in 'async with PostgresBroker(...) as broker'")
         return self._pool
@@ -341,9 +343,7 @@ class PostgresBroker(TableBroker):
 class _PooledDriver(Adapter):
     """A connection of the pool, for one outcome of an application without its own connection."""
 
-    def __init__(
-        self, pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any], schema: str, slots: asyncio.Semaphore
-    ) -> None:
+    def __init__(self, pool: Pool, connection: PoolConnectionProxy[Any], schema: str, slots: asyncio.Semaphore) -> None:
         super().__init__(connection, schema)
         self._pool = pool
         self._pooled = connection

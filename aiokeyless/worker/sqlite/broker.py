@@ -5,28 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
+from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, row_of
 
 from .schema import MEMORY
 from .store import Call, PutOff, Store, Unread
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from aiokeyless.events import Inspection
-    from aiokeyless.worker.messages import ApprovalEvent, Message
 
 T = TypeVar("T")
 
