@@ -25,14 +25,13 @@ from tenacity.wait import wait_base
 from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Listener
-from aiokeyless.models import Operation
 
 from .api import Answer, error_answer
 from .control import Control
 from .guard import refuse_host
 from .journal import RequestRecord
 from .phone import wants_page
-from .service import Service, check_whole
+from .service import AutoApprove, Service, check_whole
 
 logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
@@ -90,7 +89,7 @@ class Sandbox(Service):
         self,
         port: int = 0,
         api_key: str = "sandbox-key",
-        auto_approve: float | Callable[[Operation], float | None] | None = None,
+        auto_approve: AutoApprove = None,
         host: str = "127.0.0.1",
         on_request: Callable[[RequestRecord], object] | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final, assert_never
+from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
 
 import msgspec
 
@@ -57,6 +57,10 @@ def _chosen_on_page(fault: Fault) -> _Fault | None:
             assert_never(fault)
 
 
+#: Seconds until a simulated user approves an operation, or what returns them for each; None: never.
+AutoApprove: TypeAlias = float | Callable[[Operation], float | None] | None
+
+
 class Service:
     """What a `Sandbox` is without its socket: operations, users, keys and faults, and what drives them.
 
@@ -69,16 +73,12 @@ class Service:
     JOURNAL_LIMIT: Final = 10_000
     """Largest number of records in `requests`; the oldest are removed. It keeps fewer if their paths are long."""
 
-    def __init__(
-        self, api_key: str, auto_approve: float | Callable[[Operation], float | None] | None, host: str
-    ) -> None:
+    def __init__(self, api_key: str, auto_approve: AutoApprove, host: str) -> None:
         _check_text("host", host)
         _check_text("api_key", api_key)
-        if auto_approve is not None and not callable(auto_approve):
-            auto_approve = _check_delay("auto_approve", auto_approve)
         self._host = host
         self._api_key = api_key
-        self._auto_approve = auto_approve
+        self.auto_approve = auto_approve
         self._loop: asyncio.AbstractEventLoop | None = None
         # This machine's clock and the loop's, when they were last read.
         self._clocks = (time.time_ns(), time.monotonic())
@@ -333,6 +333,20 @@ class Service:
             sandbox.tamper("txn-1", operation_payload="Pay 9000 to mallory")
         """
         self._store.tamper(operation_id, fields)
+
+    @property
+    def auto_approve(self) -> AutoApprove:
+        """When a simulated user approves an operation, see the argument. A change applies to later operations.
+
+        Raises:
+            ConfigurationError: The new value is neither a finite number of seconds, at least 0, nor callable, nor None.
+        """
+        return self._auto_approve
+
+    @auto_approve.setter
+    def auto_approve(self, value: AutoApprove) -> None:
+        is_delay = value is not None and not callable(value)
+        self._auto_approve: AutoApprove = _check_delay("auto_approve", value) if is_delay else value
 
     @property
     def latency(self) -> float:

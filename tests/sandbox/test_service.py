@@ -603,6 +603,17 @@ async def test_operation_is_approved_after_the_time_that_was_asked_for() -> None
         assert await state(http) == "approved"
 
 
+async def test_another_time_counts_for_operations_after_it(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.auto_approve = 0
+    await create(http, "a")
+    with pytest.raises(ConfigurationError, match="auto_approve"):
+        sandbox.auto_approve = -1
+    assert sandbox.auto_approve == 0
+    sandbox.auto_approve = None
+    await create(http, "b")
+    assert [operation.is_approved for operation in sandbox.operations.values()] == [True, False]
+
+
 async def test_operation_is_approved_at_once_when_that_was_asked_for() -> None:
     async with Sandbox(auto_approve=0) as sandbox, session_for(sandbox) as http:
         await create(http)
