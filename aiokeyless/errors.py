@@ -7,7 +7,7 @@ message never contains an API key, a payload or a raw body. All can be pickled.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Final
+from typing import Final
 
 from ._base_errors import ConfigurationError, InvalidIdentifierError, KeylessError
 from .models import Authentication, Operation
@@ -150,6 +150,7 @@ class StatusError(KeylessError):
         path: Path of the request, percent-encoded.
         request_id: The service's id of the exchange, or None if it sent none.
         retry_after: Seconds to wait before the next request, from ``Retry-After``; None if the service sent none.
+        advice: What to do, as at the end of the message.
         detail: At most 200 printable characters of the error body, with the API key redacted; or None. Before you log
             it, consider that it may quote your request, including a payload.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
@@ -159,7 +160,7 @@ class StatusError(KeylessError):
     operation_id: str | None = None
     failures: tuple[KeylessError, ...] = ()
 
-    advice: ClassVar[str] = "the API does not document this status; check base_url"
+    advice: str = "the API does not document this status; check base_url"
 
     def __init__(
         self,
@@ -172,13 +173,17 @@ class StatusError(KeylessError):
         detail: str | None = None,
         advice: str | None = None,
     ) -> None:
-        super().__init__(f"{method} {path} answered {status}: {advice or self.advice}")
+        self.advice = advice or self._advice_for(path)
+        super().__init__(f"{method} {path} answered {status}: {self.advice}")
         self.status = status
         self.method = method
         self.path = path
         self.request_id = request_id
         self.retry_after = retry_after
         self.detail = detail
+
+    def _advice_for(self, path: str) -> str:  # noqa: ARG002  # some subclasses choose by it
+        return self.advice
 
     @property
     def is_transient(self) -> bool:
@@ -234,7 +239,10 @@ class NotFoundError(StatusError):
     Wait for it with ``if_missing="wait"``.
     """
 
-    advice = 'no such operation or user; check the id (for one that the phone creates: wait with if_missing="wait")'
+    advice = 'no such operation; check the id (for one that the phone creates: wait with if_missing="wait")'
+
+    def _advice_for(self, path: str) -> str:
+        return "no such user, external user id or device; check the id" if "users/" in path else self.advice
 
 
 class NotAcceptableError(StatusError):
@@ -253,7 +261,11 @@ class ConflictError(StatusError):
     a link, see `KeylessClient.update_external_user`.
     """
 
-    advice = "the id is taken; for an operation use a new one or get_operation, for a user update_external_user"
+    advice = "the operation id is taken; use a new one, or read the existing operation with get_operation"
+
+    def _advice_for(self, path: str) -> str:
+        linked = "the user or the external user id is linked already; to change the link: update_external_user"
+        return linked if path.endswith("/external-user") else self.advice
 
 
 class AlreadyApprovedError(ConflictError):

@@ -248,7 +248,14 @@ def test_no_two_status_errors_give_the_same_advice() -> None:
 def test_advice_for_this_one_status_wins_over_the_class_own() -> None:
     error = StatusError(status=302, method="GET", path=PATH, advice="a redirect")
     assert str(error) == f"GET {PATH} answered 302: a redirect"
-    assert error.advice == StatusError.advice
+    assert error.advice == "a redirect"
+
+
+def test_a_request_about_users_gets_no_advice_about_operations() -> None:
+    missing = NotFoundError(status=404, method="GET", path="/v2/external-users/a/users")
+    assert str(missing).endswith("answered 404: no such user, external user id or device; check the id")
+    taken = ConflictError(status=409, method="POST", path="/v2/users/AB/external-user")
+    assert str(taken).endswith("linked already; to change the link: update_external_user")
 
 
 # -- facts
@@ -264,6 +271,7 @@ def test_facts_that_were_not_given_are_absent_not_invented() -> None:
         "request_id": None,
         "retry_after": None,
         "detail": None,
+        "advice": StatusError.advice,
     }
     assert facts(ApprovalError("m", operation_id="txn-1")) == {
         "operation_id": "txn-1",

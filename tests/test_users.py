@@ -202,7 +202,7 @@ async def test_after_a_conflict_and_a_lost_link_the_search_is_repeated_until_a_r
 
 async def test_a_conflict_with_the_link_of_another_user_stays_one() -> None:
     others = answer(b'[{"userId":"BEEF","biometricPublicSigningKey":"k","createdAt":"t","updatedAt":"t"}]')
-    with pytest.raises(ConflictError, match="for a user update_external_user"):
+    with pytest.raises(ConflictError, match="to change the link: update_external_user"):
         await Talk(BUSY, others, CONFLICT, *[others] * 7, CONFLICT, others).create()
 
 

@@ -85,7 +85,7 @@ REQUIREMENTS: Final = {
 #: Replaces advice of the library that names a method, an attribute or an argument.
 _ADVICE: Final[dict[type[KeylessError], str]] = {
     BadRequestError: "the service rejects the request as malformed",
-    NotFoundError: "no such operation or user; check the id (one that the phone will create: wait --if-missing wait)",
+    NotFoundError: "no such operation; check the id (one that the phone will create: wait --if-missing wait)",
     ConflictError: "the operation id is taken; use another one, or leave out --operation-id to have one generated",
     RateLimitError: "too many requests; try again later",
 }
@@ -145,6 +145,8 @@ def _choose_advice(error: StatusError) -> str | None:
     if type(error) is StatusError and not error.is_transient:
         what = "a redirect, which is not followed" if error.status // 100 == 3 else "not documented by the API"
         return f"{what}; check KEYLESS_BASE_URL"
+    if error.advice != type(error).advice:  # one that fits this request, and names no method
+        return None
     advice = _ADVICE.get(type(error))
     if isinstance(error, BadRequestError) and error.detail:
         return f"{advice} ({error.detail})"
