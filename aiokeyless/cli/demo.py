@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
@@ -113,8 +114,8 @@ def describe_people(result: SceneResult) -> list[str]:
         *_format_table(
             result, {"requests": _format_requests, "late on average": _format_mean, "late at worst": _format_worst}
         ),
-        _compare("Sooner on average", fmean(ours.lateness), fmean(loop.lateness), "{:.2f} s"),
-        _compare("Fewer requests", ours.requests, loop.requests, "{}"),
+        _compare("Sooner on average", _format_mean(ours), _format_mean(loop)),
+        _compare("Fewer requests", _format_requests(ours), _format_requests(loop)),
         "For slow people and those who never approve, see docs/explanation/schedule.md.",
     ]
 
@@ -124,10 +125,11 @@ def describe_outage(result: SceneResult) -> list[str]:
     ours, loop = result.aiokeyless, result.loop
     return [
         *_format_table(
-            result, {"requests into it": lambda side: str(side.requests_in_outage), "all know after": _format_worst}
+            result,
+            {"requests during it": lambda side: str(side.requests_in_outage), "last one late by": _format_worst},
         ),
-        _compare("Fewer requests into it", ours.requests_in_outage, loop.requests_in_outage, "{}"),
-        _compare("Back sooner", max(ours.lateness), max(loop.lateness), "{:.2f} s"),
+        _compare("Fewer requests during it", str(ours.requests_in_outage), str(loop.requests_in_outage)),
+        _compare("Back sooner", _format_worst(ours), _format_worst(loop)),
     ]
 
 
@@ -155,6 +157,8 @@ def _format_table(result: SceneResult, columns: dict[str, Callable[[SideResult],
     return ["".join([f"{name:<12}", *(f"{cell:>18}" for cell in cells)]) for name, cells in rows.items()]
 
 
-def _compare(what: str, ours: float, loop: float, unit: str) -> str:
-    """Return which side has the smaller number, and by how much."""
-    return f"{what}: {_AIOKEYLESS if ours < loop else _LOOP}, by {unit.format(abs(ours - loop))}"
+def _compare(what: str, ours: str, loop: str) -> str:
+    """Return which side has the smaller number, and by how much: the difference of the numbers as they are printed."""
+    difference = Decimal(loop.removesuffix(" s")) - Decimal(ours.removesuffix(" s"))
+    who = "both" if not difference else _AIOKEYLESS if difference > 0 else _LOOP
+    return f"{what}: {who}, by {abs(difference)}{' s' if ours.endswith(' s') else ''}"
