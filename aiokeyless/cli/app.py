@@ -11,6 +11,7 @@ import io
 import math
 import os
 import sys
+from contextlib import asynccontextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,10 +29,10 @@ from aiokeyless.errors import (
 )
 
 from .error_messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quote
-from .render import escape
+from .render import escape, show_waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
 
 class Exit(IntEnum):
@@ -78,6 +79,7 @@ the outcome is unknown, 130 interrupted.""",
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
+app.register_install_completion_command(help="Let bash, zsh or fish complete commands and options.")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -189,6 +191,13 @@ OptionalDelay = Annotated[float | None, Parameter(validator=_check_delay)]
 Port = Annotated[int, Parameter(validator=_check_port)]
 OptionalPort = Annotated[int | None, Parameter(validator=_check_port)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
+
+
+@asynccontextmanager
+async def open_client(*, as_json: bool) -> AsyncGenerator[KeylessClient]:
+    """Make a client, see `new_client`, for a command that shows nothing until the service has answered."""
+    async with new_client() as client, show_waiting(client.base_url, quiet=as_json):
+        yield client
 
 
 def new_client(*, max_attempts: int = 3) -> KeylessClient:

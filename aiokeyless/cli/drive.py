@@ -19,7 +19,7 @@ from aiokeyless.models import Authentication, Device, Operation
 
 from .app import AsJson, CommandError, Count, Exit, OperationId, OptionalCount, OptionalDelay, UserId, validator
 from .error_messages import VARIABLES, describe_argument, describe_method, format_count
-from .render import new_console, print_fact, print_json, print_line, print_table
+from .render import new_console, print_fact, print_json, print_line, print_table, show_waiting
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ async def approve(
         "operationPayload": payload,
         "externalUserId": external_user_id,
     }
-    operation = await _post("approve", fields, Operation)
+    operation = await _post("approve", fields, Operation, as_json=as_json)
     return _print_result(
         {**operation.to_dict(), "is_approved": operation.is_approved},
         f"{operation.operation_id} is approved{describe_method(operation.auth_type)}.",
@@ -122,7 +122,7 @@ async def decline(
         as_json: Print the attempt as one JSON object and nothing else.
     """
     fields = {"operationId": operation_id, "errorCode": code, "authType": auth_type, "userId": user}
-    attempt = await _post("decline", fields, Authentication)
+    attempt = await _post("decline", fields, Authentication, as_json=as_json)
     reason = attempt.reason or "failed"
     line = f"{operation_id} is declined: {reason} ({attempt.error_code}). It stays pending."
     return _print_result(attempt.to_dict(), line, as_json=as_json)
@@ -139,7 +139,7 @@ async def list_operations(
         state: Only those in this state.
         as_json: Print one JSON object and nothing else.
     """
-    found = (await _request("GET", "list", {"userId": user, "state": state}, _Listing)).operations
+    found = (await _request("GET", "list", {"userId": user, "state": state}, _Listing, as_json=as_json)).operations
     console = new_console()
     if as_json:
         print_json(console, {"operations": [operation.to_dict() for operation in found]})
@@ -186,7 +186,7 @@ async def fail(
         as_json: Print one JSON object and nothing else.
     """
     fields = {"status": status, "times": times, "retryAfter": retry_after, "stored": stored, "method": method}
-    await _post("fail", fields, dict[str, object])
+    await _post("fail", fields, dict[str, object], as_json=as_json)
     line = f"The service answers {status} to {_describe_requests(times, method)}."
     return _print_result(_DONE, line, as_json=as_json)
 
@@ -203,7 +203,7 @@ async def drop(
         method: Only requests with this method.
         as_json: Print one JSON object and nothing else.
     """
-    await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object])
+    await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object], as_json=as_json)
     line = f"The service drops the connection of {_describe_requests(times, method)}."
     return _print_result(_DONE, line, as_json=as_json)
 
@@ -222,7 +222,7 @@ async def recover(*, as_json: AsJson = False) -> int:
     Args:
         as_json: Print one JSON object and nothing else.
     """
-    await _post("recover", {}, dict[str, object])
+    await _post("recover", {}, dict[str, object], as_json=as_json)
     return _print_result(_DONE, "The service works.", as_json=as_json)
 
 
@@ -237,8 +237,8 @@ async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         user_id: The user, in hex.
         as_json: Print one JSON object and nothing else.
     """
-    await _post("unlock", {"userId": user_id}, dict[str, object])
-    return _print_result(_DONE, f"User {user_id.upper()} is not locked out.", as_json=as_json)
+    await _post("unlock", {"userId": user_id}, dict[str, object], as_json=as_json)
+    return _print_result(_DONE, f"User {user_id.upper()} is unlocked.", as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox enroll C0FFEE --external-user-id account-1042")
@@ -250,7 +250,7 @@ async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None,
         external_user_id: Your own id of the user.
         as_json: Print the device as one JSON object and nothing else.
     """
-    device = await _post("enroll", {"userId": user_id, "externalUserId": external_user_id}, Device)
+    device = await _post("enroll", {"userId": user_id, "externalUserId": external_user_id}, Device, as_json=as_json)
     console = new_console()
     if as_json:
         print_json(console, device.to_dict())
@@ -274,7 +274,7 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
         tampered: Change the text after signing, so that the signature is wrong.
         as_json: Print one JSON object and nothing else.
     """
-    token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token)).token
+    token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token, as_json=as_json)).token
     return _print_result({"token": token}, token, as_json=as_json)
 
 
@@ -286,7 +286,7 @@ async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> int:
         retire: Do not publish the earlier keys any more.
         as_json: Print one JSON object and nothing else.
     """
-    key_id = (await _post("rotate", {"retire": retire}, _Key)).key_id
+    key_id = (await _post("rotate", {"retire": retire}, _Key, as_json=as_json)).key_id
     return _print_result({"key_id": key_id}, key_id, as_json=as_json)
 
 
@@ -302,11 +302,11 @@ def _print_result(result: Mapping[str, object], line: str, *, as_json: bool) -> 
 # -- the exchange
 
 
-async def _post(name: str, fields: Mapping[str, object], kind: type[T]) -> T:
-    return await _request("POST", name, fields, kind)
+async def _post(name: str, fields: Mapping[str, object], kind: type[T], *, as_json: bool) -> T:
+    return await _request("POST", name, fields, kind, as_json=as_json)
 
 
-async def _request(method: str, name: str, fields: Mapping[str, object], kind: type[T]) -> T:
+async def _request(method: str, name: str, fields: Mapping[str, object], kind: type[T], *, as_json: bool) -> T:
     """Send the sandbox a request, and return its answer.
 
     Args:
@@ -314,6 +314,7 @@ async def _request(method: str, name: str, fields: Mapping[str, object], kind: t
         name: The endpoint.
         fields: The fields of the body, or of the query of a GET. None leaves a field out.
         kind: The type of the answer.
+        as_json: The command prints JSON only.
 
     Raises:
         CommandError: No sandbox answers, or it refuses.
@@ -323,6 +324,7 @@ async def _request(method: str, name: str, fields: Mapping[str, object], kind: t
     url, key = _read_address()
     try:
         async with (
+            show_waiting(url, quiet=as_json),
             aiohttp.ClientSession(timeout=_TIMEOUT, headers={"X-Api-Key": key}) as session,
             session.request(method, f"{url}/sandbox/{name}", allow_redirects=False, **sent) as answer,
         ):

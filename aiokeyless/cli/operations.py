@@ -13,7 +13,7 @@ from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
-from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
+from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, open_client
 from .error_messages import describe_method, quote
 from .render import new_console, print_command, print_fact, print_json, print_table
 
@@ -62,7 +62,7 @@ async def create(
         require_auth_type: The factor that an approval must have for a wait for the ticket: biom for a face.
         as_json: Print the ticket, for wait --ticket, and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
 
         def create_operation(if_exists: IfExists) -> Awaitable[ApprovalTicket]:
             return client.create_operation(
@@ -118,7 +118,7 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         operation_id: The operation.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         operation = await _get(client, operation_id)
     console = new_console()
     if as_json:
@@ -168,7 +168,7 @@ async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         user_id: The user, in hex.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         operations = await client.get_pending_operations(user_id)
     console = new_console()
     if as_json:
@@ -201,7 +201,7 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
         operation_id: The operation.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         # Telemetry needs the operation's user.
         operation = await _get(client, operation_id)
         answered = await client.get_authentications(user_id=operation.user_id, operation_id=operation_id)

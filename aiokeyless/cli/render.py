@@ -7,8 +7,9 @@ as rich's markup.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
@@ -24,7 +25,7 @@ from aiokeyless.errors import NotFoundError
 from .error_messages import format_count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import AsyncGenerator, Iterator, Mapping
 
     from aiokeyless.client import IfMissing, KeylessClient, WaitTimeout
     from aiokeyless.models import Authentication, Operation
@@ -271,6 +272,34 @@ class StatusLine:
         assert isinstance(frame, Text)  # noqa: S101  # a spinner without a text
         # Cut to one line in a narrow terminal, since only one line can be redrawn.
         self._live.update(Text.assemble(frame, " ", text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+@asynccontextmanager
+async def show_waiting(whom: str, *, quiet: bool) -> AsyncGenerator[None]:
+    """Say on stderr, after a second, whose answer the command waits for; only to a person at a terminal.
+
+    Args:
+        whom: Name or address of what answers.
+        quiet: Show nothing.
+    """
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    if quiet or not is_terminal(console):
+        yield
+        return
+    drawing = asyncio.create_task(_count_seconds(StatusLine(console), whom))
+    try:
+        yield
+    finally:
+        drawing.cancel()
+        await asyncio.wait([drawing])
+
+
+async def _count_seconds(line: StatusLine, whom: str) -> None:
+    await asyncio.sleep(1)
+    with line.show():
+        for seconds in itertools.count(1):
+            line.draw(Text(f"Waiting for an answer of {escape(whom)}: {seconds} s"))
+            await asyncio.sleep(1)
 
 
 class LiveLine(_Facts):

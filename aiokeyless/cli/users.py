@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from aiokeyless._validation import check_external_user_id, check_public_signing_key
 from aiokeyless.errors import ConflictError, NotFoundError
 
-from .app import AsJson, CommandError, Exit, UserId, app, new_client, validator
+from .app import AsJson, CommandError, Exit, UserId, app, open_client, validator
 from .error_messages import quote
 from .render import new_console, print_fact, print_json, print_table
 
@@ -61,7 +61,7 @@ async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
         external_id: Your own id of the user.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         found = await client.find_users(external_id)
     console = new_console()
     if as_json:
@@ -83,7 +83,7 @@ async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
         external_id: Your own id of the user.
         as_json: Print the whole user as one JSON object.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         with _report_missing("user with this external id"):
             user: User = await client.get_user(external_id)
     console = new_console()
@@ -103,7 +103,7 @@ async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson =
         external_id: Your own id of the user; no personal data, and different from others in more than case.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         try:
             with _report_missing("such user"):
                 linked = await client.create_external_user(user_id, external_id)
@@ -121,7 +121,7 @@ async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson
         external_id: Your own id of the user.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         with _report_missing("such user"):
             linked = await client.update_external_user(user_id, external_id)
     return _print_link(linked, as_json=as_json)
@@ -148,7 +148,7 @@ async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJso
         as_json: Print one JSON object and nothing else.
     """
     _confirm("Delete this external id?", yes=yes)
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         await client.delete_external_user(external_id)
     return _print_deletion("The external id", as_json=as_json)
 
@@ -163,7 +163,7 @@ async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = Fals
         as_json: Print one JSON object and nothing else.
     """
     _confirm(f"Delete user {user_id.upper()} permanently, with all devices?", yes=yes)
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         with _report_missing("such user"):
             await client.delete_user(user_id)
     return _print_deletion(f"User {user_id.upper()}", as_json=as_json)
@@ -177,7 +177,7 @@ async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         user_id: The user, in hex.
         as_json: Print one JSON object and nothing else.
     """
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         with _report_missing("such user"):
             found = await client.get_devices(user_id)
     console = new_console()
@@ -215,7 +215,7 @@ async def remove(
         as_json: Print one JSON object and nothing else.
     """
     _confirm(f"Remove this device of user {user_id.upper()}?", yes=yes)
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         with _report_missing("such device or user"):
             await client.delete_device(user_id, public_signing_key)
     return _print_deletion("The device", as_json=as_json)

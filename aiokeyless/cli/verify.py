@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from aiokeyless._validation import check_tenant, check_user_id
 
-from .app import AsJson, CommandError, Exit, Seconds, app, new_client, validator
+from .app import AsJson, CommandError, Exit, Seconds, app, open_client, validator
 from .render import new_console, print_fact, print_json
 
 
@@ -35,7 +35,7 @@ async def verify(
 
     Args:
         token: The token that the app handed over.
-        tenant: Name of the tenant whose keys verify it.
+        tenant: Your tenant's name: the NAME in the address of its keys, /customers/NAME/.well-known/jwks.json.
         user: The user who must have signed, in hex.
         data: The text that the user must have signed, byte by byte.
         external_user_id: Your own id of the user that the token must name; not compared if left out.
@@ -47,7 +47,7 @@ async def verify(
         from aiokeyless.signatures import TransactionVerifier  # noqa: PLC0415  # needs an extra
     except ModuleNotFoundError:
         raise CommandError('verify needs PyJWT: install the extra "jwt"') from None
-    async with new_client() as client:
+    async with open_client(as_json=as_json) as client:
         verifier = TransactionVerifier(client, tenant=tenant, audience=audience, max_age=max_age)
         signed = await verifier.verify(token, user_id=user, transaction_data=data, external_user_id=external_user_id)
     console = new_console()

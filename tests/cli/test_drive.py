@@ -115,7 +115,7 @@ async def test_a_user_is_enrolled_and_unlocked(monkeypatch: pytest.MonkeyPatch, 
     for _ in range(5):
         service.fail_authentication("a", user_id=USER)
     assert "is locked out for" in await refusal("approve", "a", "--user", USER)
-    assert await printed(monkeypatch, "unlock", "c0ffee") == f"User {USER} is not locked out.\n"
+    assert await printed(monkeypatch, "unlock", "c0ffee") == f"User {USER} is unlocked.\n"
     assert service.approve("a", user_id=USER).is_approved
 
 
