@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
@@ -25,7 +26,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sp
 exclude_patterns = ["_build", "templates"]
 html_theme = "furo"
 html_title = "aiokeyless"
-html_extra_path = ["llms.txt"]
 html_static_path = ["style"]
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]
@@ -106,8 +106,20 @@ def add_to_context(_app: Sphinx, _page: str, _template: str, context: dict[str, 
     context["accessible"] = accessible
 
 
+def write_llms_txt(app: Sphinx, failure: Exception | None) -> None:
+    """Write llms.txt, whose links lead to pages of the source, with links to pages of the site."""
+    if failure is not None or app.builder.format != "html":
+        return
+    text = re.sub(r"\]\((.+)\.md\)", r"](\1.html)", (app.srcdir / "llms.txt").read_text())
+    for link in re.findall(r"\]\((.+)\)", text):
+        if not (app.outdir / link).is_file():
+            raise ExtensionError(f"llms.txt: there is no {link}")
+    (app.outdir / "llms.txt").write_text(text)
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is above."""
+    app.connect("build-finished", write_llms_txt)
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-process-docstring", describe_alias)
     app.connect("html-page-context", add_to_context)
