@@ -114,9 +114,9 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         operation_id: The operation's id. None only if the request was too broken to have one.
         user_id: The user, in upper-case hex. None in the same case.
         external_user_id: Your own id of the user, or None.
-        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of an empty text if the request had none. Compare it and
-            `user_id` with your request, because an operation id alone does not say what the user approved. None in the
-            same case.
+        payload_sha256: ``hashlib.sha256(payload.encode()).hexdigest()``; of an empty text if the request had none.
+            Compare it and `user_id` with your request, because an operation id alone does not say what the user
+            approved. None in the same case.
         auth_type: If approved, how the user approved, in at most 500 characters, or None; see `aiokeyless.AuthType`.
         answered: If expired, whether the final poll was answered: the operation was pending, or did not exist. If
             False, the outcome is unknown; check it with ``get_operation`` before you repeat anything.
@@ -126,7 +126,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         requested_at: When `expires_in` began to count.
         decided_at: When the outcome was known, by the broker's clock as the worker last measured it.
         deliveries: How often the broker delivered the request: about the number of polls.
-        context: The request's context, as JSON.
+        context: The request's context, as JSON that is not decoded: `read_context` decodes it.
         traceparent: The position in a trace at which the request was submitted (W3C Trace Context); or None.
     """
 
@@ -159,7 +159,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         return msgspec.json.decode(self.context, type=type)
 
     def __repr__(self) -> str:
-        return f"<ApprovalEvent {self.outcome} of operation {self.operation_id!r}>"
+        hint = "" if self.context == _NOTHING else f", context of {len(self.context)} bytes: see read_context"
+        return f"<ApprovalEvent {self.outcome} of operation {self.operation_id!r}{hint}>"
 
 
 class Message(msgspec.Struct, kw_only=True, eq=False):

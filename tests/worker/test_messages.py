@@ -469,6 +469,7 @@ def test_reprs_show_neither_payload_nor_context() -> None:
     assert repr(asked) == "<ApprovalRequest of user 'C0FFEE', operation 'txn-1'>"
     assert repr(delivery) == "<Delivery 1 of operation 'txn-1'>"
     assert repr(an_event()) == "<ApprovalEvent failed of operation None>"
+    assert repr(an_event(secret)) == "<ApprovalEvent failed of operation None, context of 8 bytes: see read_context>"
 
 
 def test_an_event_of_a_later_version_says_so() -> None:
