@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import subprocess
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-from waiting import PATIENCE
+from waiting import until
 
 from aiokeyless.worker import next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
@@ -20,6 +22,7 @@ from .shop import decide_all, pay, payments, unread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
+    from pathlib import Path
 
     from postgres_server import PostgresServer
 
@@ -50,18 +53,23 @@ async def pooler(server: PostgresServer, database: str, prepared: int) -> AsyncI
         server_round_robin = 1
         """.replace("        ", "")
     )
-    process = subprocess.Popen(  # noqa: ASYNC220  # it returns at once
-        [PROGRAM, "-q", folder / "pgbouncer.ini"], stderr=subprocess.DEVNULL, **server.identity()
-    )
-    url = f"postgresql://postgres@/{database}?host={folder}&port=6432"
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(  # noqa: ASYNC220  # it returns at once
+            [PROGRAM, folder / "pgbouncer.ini"], stderr=log, **server.identity()
+        )
     try:
-        async with asyncio.timeout(PATIENCE):
-            while not (folder / ".s.PGSQL.6432").exists():  # noqa: ASYNC110  # of another process
-                await asyncio.sleep(0.02)
-        yield url
+        # That its socket is there is not enough: between bind and listen, it refuses to connect.
+        await until(lambda: accepts(folder / ".s.PGSQL.6432"))
+        yield f"postgresql://postgres@/{database}?host={folder}&port=6432"
     finally:
         process.kill()
         process.wait()
+        sys.stderr.write((folder / "log").read_text())  # pytest shows it if the test fails
+
+
+def accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 @pytest.fixture
