@@ -299,10 +299,9 @@ class NatsBroker(Broker):
         return await self._claims.unclaim(_names(message)[0], token)
 
     async def inspect(self) -> Inspection:
-        connection = self._connected()
-        if not connection.is_connected:
+        if not self._connected().is_connected:
             raise UnavailableError("there is no connection to the broker")
-        found = await inspect(connection, self._fleet, self._clock, within=_ANSWER_WITHIN)
+        found = await inspect(self._stream(), self._fleet, self._clock)
         problem = None if self._intake is None else self._intake.problem
         return found if problem is None else msgspec.structs.replace(found, problems=(*found.problems, problem))
 

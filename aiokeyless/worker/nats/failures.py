@@ -58,4 +58,6 @@ def raise_lost_cancellations() -> Iterator[None]:
 
 def reason(error: nats.errors.Error) -> str:
     """Return what an error says, in words."""
-    return getattr(error, "description", None) or str(error) or type(error).__name__
+    if isinstance(error, nats.js.errors.APIError):
+        return error.description or "no responders"
+    return str(error) or type(error).__name__

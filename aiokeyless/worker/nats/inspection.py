@@ -10,29 +10,25 @@ from datetime import datetime  # msgspec reads the annotations
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
+import nats.js.errors
 
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import UnavailableError
 
 from .failures import broker_errors
+from .streams import request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nats.aio.client import Client
+    from nats.js import JetStreamContext
 
     from aiokeyless.worker.clock import BrokerClock
 
     from .fleet import Fleet
 
-_NOT_FOUND: Final = 404
 #: A stream with less room than this, in bytes, counts as full. Many messages are larger.
 _ROOM: Final = 4 << 10
-
-
-class _Failure(msgspec.Struct):
-    code: int = 0
-    description: str = "it did not say why"
 
 
 class _Limits(msgspec.Struct):
@@ -44,10 +40,6 @@ class _Content(msgspec.Struct):
     messages: int
     bytes: int
     first_ts: datetime
-
-
-class _Answer(msgspec.Struct):
-    error: _Failure | None = None
 
 
 class _Stream(msgspec.Struct):
@@ -64,8 +56,8 @@ class _Consumer(msgspec.Struct):
 _Info = TypeVar("_Info", _Stream, _Consumer)
 
 
-async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, within: float) -> Inspection:
-    """Return the state of a fleet, and measure the broker's clock. Each answer must come within so many seconds.
+async def inspect(stream: JetStreamContext, fleet: Fleet, clock: BrokerClock) -> Inspection:
+    """Return the state of a fleet, and measure the broker's clock.
 
     Raises:
         UnavailableError: The broker does not answer, or not as expected.
@@ -73,8 +65,12 @@ async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, withi
 
     async def ask(subject: str, kind: type[_Info]) -> _Info | None:
         with broker_errors():
-            answer = await connection.request(f"{fleet.prefix}.{subject}", b"", timeout=within)
-        return _read(subject, answer.data, kind)
+            try:
+                return msgspec.convert(await request(stream, subject), kind)
+            except nats.js.errors.NotFoundError:
+                return None
+            except (msgspec.ValidationError, ValueError, LookupError) as error:
+                raise UnavailableError(f"what {subject} answers cannot be read: {error}") from None
 
     asked_at = clock.now()
     requests = await ask(f"STREAM.INFO.{fleet.requests}", _Stream)
@@ -90,19 +86,6 @@ async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, withi
         clock_ahead=clock.ahead,
         problems=tuple(_problems(fleet, requests, consumer)),
     )
-
-
-def _read(subject: str, answer: bytes, kind: type[_Info]) -> _Info | None:
-    """Read an answer of JetStream. Return None if there is no such stream or consumer."""
-    try:
-        failure = msgspec.json.decode(answer, type=_Answer).error
-        if failure is None:
-            return msgspec.json.decode(answer, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnavailableError(f"what {subject} answers cannot be read: {error}") from None
-    if failure.code != _NOT_FOUND:
-        raise UnavailableError(failure.description)
-    return None
 
 
 def _problems(fleet: Fleet, requests: _Stream, consumer: _Consumer | None) -> Iterator[str]:

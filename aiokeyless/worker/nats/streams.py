@@ -218,6 +218,11 @@ async def _stream(stream: JetStreamContext, wanted: StreamConfig, checks: _Check
     return found
 
 
+async def request(stream: JetStreamContext, subject: str) -> dict[str, Any]:
+    """Return an answer of JetStream's API with all that it says. nats-py's own methods leave some of it out."""
+    return await stream._api_request(f"{stream._prefix}.{subject}", timeout=stream._timeout)  # noqa: SLF001  # as above
+
+
 async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
     wanted = ConsumerConfig(
         durable_name=fleet.consumer,
@@ -228,9 +233,8 @@ async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> 
         max_ack_pending=UNLIMITED,  # each wait is an unacknowledged message
         max_waiting=_MAX_WAITING,
     )
-    subject = f"{fleet.prefix}.CONSUMER.INFO.{fleet.requests}.{fleet.consumer}"
     try:
-        answer = await stream._api_request(subject, timeout=stream._timeout)  # noqa: SLF001  # see `_Consumer`
+        answer = await request(stream, f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}")
         found: ConsumerConfig | None = _Consumer.from_response(answer["config"])
     except nats.js.errors.NotFoundError:
         found = (await stream.add_consumer(fleet.requests, wanted)).config
