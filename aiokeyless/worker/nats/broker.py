@@ -49,8 +49,6 @@ _RESTORED_WITHIN: Final = 1.0  # seconds; during an election nobody answers, and
 _SUBMISSIONS: Final = 3  # attempts
 #: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
 _LEADERLESS_FOR: Final = 15.0
-#: Seconds for the same, if the client knows only one server. That may still be a leaf node of others.
-_ALONE_FOR: Final = 2.0
 _ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event with its headers may exceed its request
 _KEPT_AS: Final = "_aiokeyless_broker"  # a connection's attribute for its broker
 
@@ -174,7 +172,7 @@ class NatsBroker(Broker):
         if new.traceparent is not None:
             headers[TRACEPARENT] = new.traceparent
         loop, failures = asyncio.get_running_loop(), 0
-        give_up_at = loop.time() + (_LEADERLESS_FOR if len(self._connected().servers) > 1 else _ALONE_FOR)
+        give_up_at = loop.time() + _LEADERLESS_FOR
         while True:
             try:
                 with broker_errors():

@@ -270,7 +270,7 @@ async def test_operation_ids_that_a_header_would_make_alike_are_different_reques
 async def test_asking_before_any_worker_ever_ran_says_to_start_one_and_is_not_repeated(
     connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nats_broker, "_ALONE_FOR", 0.0)
+    monkeypatch.setattr(nats_broker, "_LEADERLESS_FOR", 0.0)
     repeated: list[int] = []
     monkeypatch.setattr(nats_broker, "error_delay", repeated.append)
     with pytest.raises(BrokerError, match=r"^the request .* was not stored, .*start a worker first"):
@@ -278,27 +278,23 @@ async def test_asking_before_any_worker_ever_ran_says_to_start_one_and_is_not_re
     assert not repeated
 
 
-@pytest.mark.parametrize(("others", "waits_for"), [([], "_ALONE_FOR"), (["nats://127.0.0.1:1"], "_LEADERLESS_FOR")])
 async def test_a_stream_that_has_no_leader_yet_is_waited_for(
-    broker: NatsServer, monkeypatch: pytest.MonkeyPatch, others: list[str], waits_for: str
+    connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To one who publishes, it is as if there were no stream; but only servers of a cluster elect a leader."""
+    """To one who publishes, it is as if there were no stream."""
     refusals: list[int] = []
 
     def pause(failures: int) -> float:
         refusals.append(failures)
         return 0.01
 
-    for bound in ("_ALONE_FOR", "_LEADERLESS_FOR"):
-        monkeypatch.setattr(nats_broker, bound, PATIENCE if bound == waits_for else 0.0)
     monkeypatch.setattr(nats_broker, "error_delay", pause)
-    async with await nats.connect([broker.url, *others], dont_randomize=True) as connection:
-        submitting = asyncio.create_task(submit_approval(connection, "c0ffee", operation_id="txn-1"))
-        await until(lambda: len(refusals) > 1)
-        stream = jetstream(connection)
-        await prepare(stream, StreamSettings(), ack_wait=30)
-        assert not (await submitting).duplicate
-        assert await stored(stream) == 1
+    submitting = asyncio.create_task(submit_approval(connection, "c0ffee", operation_id="txn-1"))
+    await until(lambda: len(refusals) > 1)
+    stream = jetstream(connection)
+    await prepare(stream, StreamSettings(), ack_wait=30)
+    assert not (await submitting).duplicate
+    assert await stored(stream) == 1
 
 
 async def test_a_request_that_the_stream_does_not_take_says_so_and_that_it_can_be_submitted_again(
