@@ -59,7 +59,7 @@ TAKES_FOR: Final = 1.0
 #: Most seconds for which a delivery is given back. Longer than a take lasts, so that another worker can take it.
 _HANDED_BACK_FOR: Final = 1.5
 #: Seconds after which a request is delivered again whose outcome the broker refused: much less than the lease.
-_REFUSED_FOR: Final = 3.0
+_REFUSED_FOR: Final = 2.0
 
 
 class Limits(NamedTuple):

@@ -30,7 +30,7 @@ from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message, deadline, is_about, read_names
 
-from .claims import NatsClaims
+from .claims import READ_WITHIN, NatsClaims
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT, EventKeys
 from .failures import NoStreamError, broker_errors, raise_lost_cancellations
@@ -210,13 +210,12 @@ class NatsBroker(Broker):
             if self._loss is not None:  # the broker does not answer a request that it does not permit
                 raise self._loss from None
             raise
-        self._lease = lease
         with suppress(UnavailableError):
             await self.inspect()  # which measures the broker's clock
-        self._claims = NatsClaims(stream, self._fleet, self._event_keys)
+        self._claims = NatsClaims(self._fleet.jetstream(connection, READ_WITHIN), self._fleet, self._event_keys)
         if self._intake is None:
             loop = asyncio.get_running_loop()
-            self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)
+            self._intake = Intake(connection, self._fleet, lease=lease, now=loop.time, restore=self._restore)
             await self._intake.open()
         return window
 

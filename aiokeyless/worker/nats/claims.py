@@ -30,10 +30,13 @@ _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 _WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
 _NO_MESSAGE: Final = 10037  # not for a missing stream, which is a 404 as well
 _RELEASED: Final = b""
+_STORED_WITHIN: Final = 5.0  # seconds
+#: Seconds for an answer about a claim. It comes from memory, or never, if the stream has no leader.
+READ_WITHIN: Final = 1.0
 
 
 class NatsClaims:
-    """The claims of all workers on operation ids. Workers without keys believe every claim."""
+    """The claims of all workers on operation ids, read with the timeout of `stream`. Without keys, each is believed."""
 
     def __init__(self, stream: JetStreamContext, fleet: Fleet, keys: EventKeys | None) -> None:
         self._stream = stream
@@ -68,7 +71,9 @@ class NatsClaims:
             headers[SIGNATURE] = self._keys.sign(_signed_data(subject, holder), fleet=self._fleet.name, kind=CLAIM)
         with broker_errors():
             try:
-                stored = await self._stream.publish(subject, holder, stream=self._fleet.claims, headers=headers)
+                stored = await self._stream.publish(
+                    subject, holder, _STORED_WITHIN, stream=self._fleet.claims, headers=headers
+                )
             except nats.js.errors.APIError as error:
                 if error.err_code not in _WRONG_LAST_SEQUENCE:
                     raise

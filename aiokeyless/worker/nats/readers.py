@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
     from .event_keys import EventKeys
 
-_ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
+#: Seconds for an answer about the reader's place in the stream; during an election nobody answers.
+_ANSWER_WITHIN: Final = 1.0
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
-_ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
+_ATTEMPTS: Final = 30  # of 1 s each, to find the application's place in the stream
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
 #: Seconds until an event without a valid signature is delivered again, the first time.
 _UNSIGNED_FOR: Final = 60.0
@@ -141,8 +142,7 @@ class Reader:
         return None if is_right else f"{event.outcome} under {message.subject}"
 
     async def _subscribe(self) -> JetStreamContext.PullSubscription:
-        silences = 0
-        while True:
+        for _ in range(_ATTEMPTS):
             try:
                 await _ensure_place(self._stream, self._fleet, self._name)
                 return await self._stream.pull_subscribe_bind(self._name, self._fleet.outcomes)
@@ -151,13 +151,11 @@ class Reader:
                     "outcomes cannot be read: there is no stream; start a worker first, it makes it"
                 ) from None
             except nats.errors.TimeoutError:  # without permission, or without a leader
-                silences += 1
-                if silences == _ATTEMPTS:
-                    raise BrokerError(
-                        "outcomes cannot be read: the broker does not answer; is it there, and may this user publish "
-                        f"to {self._fleet.prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe "
-                        "to its inbox?"
-                    ) from None
+                continue
+        raise BrokerError(
+            "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
+            f"{self._fleet.prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its inbox?"
+        )
 
 
 def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
