@@ -23,6 +23,7 @@ from waiting import PATIENCE, until
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, submit_approval
 from aiokeyless.worker.nats import StreamSettings
+from aiokeyless.worker.nats.intake import ACK_WAIT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.chaos
 
 PROGRAM: Final = Path(__file__).with_name("worker_process.py")
-ACK_WAIT: Final = 11.5  # seconds, the program's
 REQUESTS_MADE: Final = 2000
 ASKED_IN: Final = 8.0  # seconds over which they are made
 EXPIRES_IN: Final = 9.0

@@ -1,7 +1,6 @@
 """A worker to be killed: ``worker_process.py NATS_URL KEYLESS_URL``, with the key in the environment.
 
-What `aiokeyless worker` is, with a shorter request timeout: a delivery whose worker was killed is made again after
-11.5 s, not 40 s.
+What `aiokeyless worker` is, with a shorter request timeout.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT, EventKeys
 from .failures import NoStreamError, broker_errors, raise_lost_cancellations
 from .fleet import KEYLESS, Fleet
 from .inspection import inspect
-from .intake import Intake, NatsMessage
+from .intake import ACK_WAIT, Intake, NatsMessage
 from .readers import Reader
 from .streams import StreamSettings, prepare, restore_consumer
 
@@ -95,7 +95,7 @@ class NatsBroker(Broker):
         self._clock = BrokerClock()
         self._intake: Intake | None = None  # None until a worker has prepared it
         self._claims: NatsClaims
-        self._lease = 0.0
+        self._ack_wait = ACK_WAIT
         self._readers: dict[str, Reader] = {}
 
     @classmethod
@@ -203,9 +203,10 @@ class NatsBroker(Broker):
         if self._event_keys is None:
             advice = "set an event key, or trust all users of the account"
             log(logging.WARNING, "worker.events_unsigned", {"advice": advice})
+        self._ack_wait = min(lease, ACK_WAIT)
         try:
             with raise_lost_cancellations():
-                window = await prepare(stream, self._fleet, self._settings, ack_wait=lease, service=service)
+                window = await prepare(stream, self._fleet, self._settings, ack_wait=self._ack_wait, service=service)
         except BrokerError:
             if self._loss is not None:  # the broker does not answer a request that it does not permit
                 raise self._loss from None
@@ -221,7 +222,7 @@ class NatsBroker(Broker):
 
     async def _restore(self) -> None:
         stream = self._fleet.jetstream(self._connected(), _RESTORED_WITHIN)
-        await restore_consumer(stream, self._fleet, ack_wait=self._lease)
+        await restore_consumer(stream, self._fleet, ack_wait=self._ack_wait)
 
     def now(self) -> datetime:
         return self._clock.now()
@@ -262,7 +263,7 @@ class NatsBroker(Broker):
                 log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
                 own_name = f"{name}-{stored.seq}"
             await delivery.raw.ack()
-        self._open_intake().failures.forget(delivery.id)
+        self._open_intake().finish(delivery)
         return not stored.duplicate
 
     async def _publish(self, event: ApprovalEvent, data: bytes, name: str) -> PubAck:

@@ -4,6 +4,9 @@ nats-py's own ``fetch`` waits for a full batch, and so returns the first message
 as a plain message to the consumer, and receives each delivery by a subscription when it arrives. There is one pull at a
 time: several are no faster.
 
+A leader that dies takes deliveries and put-offs with it, even those that it confirmed. The next one makes each of these
+deliveries again after the ack wait, which is short for that reason. Slow deliveries are extended.
+
 JetStream repeats deliveries before it delivers new requests, and knows nothing of failures. So while Keyless fails,
 this module pulls more than there is room for, and chooses the best. Requests that always fail do not hold up the
 others.
@@ -24,7 +27,6 @@ from nats.aio.msg import Msg  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.probes import Rank, Standing, choose
-from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog, log
 from aiokeyless.worker.messages import Message, deadline
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
     from .fleet import Fleet
 
+#: Seconds after which the broker repeats a delivery that is neither settled nor extended: about an election.
+ACK_WAIT: Final = 6.0
 #: Seconds for which one pull waits for deliveries.
 EXPIRES: Final = 1.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is no longer expected: it may be lost
@@ -57,9 +61,7 @@ _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failur
 _LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer
 _TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
 _REFUSALS: Final = 5  # of pulls in a row that are a problem
-_LONGEST_DELAY: Final = 3  # failures whose delay is the longest between two pulls: an election lasts only seconds
-_CONFIRMED_WITHIN: Final = 1.0  # seconds; a healthy broker needs milliseconds
-_REPEATED_FOR: Final = 15.0  # seconds for which an unconfirmed put-off is repeated: longer than an election takes
+_LONGEST_DELAY: Final = 2  # failures whose delay is the longest between two pulls: an election lasts only seconds
 
 
 class NatsMessage(Message, kw_only=True, eq=False):
@@ -122,19 +124,28 @@ class Failures:
 class Intake:
     """The deliveries of one worker, or of several that share a connection.
 
-    After a refused pull it calls `restore`, which makes the consumer again if it is gone.
+    After a refused pull it calls `restore`, which makes the consumer again if it is gone. It extends each delivery that
+    was taken, until that is settled or was here for `lease` seconds.
     """
 
     def __init__(
-        self, connection: Client, fleet: Fleet, *, now: Callable[[], float], restore: Callable[[], Awaitable[None]]
+        self,
+        connection: Client,
+        fleet: Fleet,
+        *,
+        lease: float,
+        now: Callable[[], float],
+        restore: Callable[[], Awaitable[None]],
     ) -> None:
         self._connection = connection
         self._fleet = fleet
+        self._lease = lease
         self._subject = f"{fleet.prefix}.CONSUMER.MSG.NEXT.{fleet.requests}.{fleet.consumer}"
         self._now = now
         self._restore = restore
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
+        self._extending: asyncio.Task[None]  # as long as there is a subscription
         self._pulls = itertools.count()
         self._reply = ""  # the subject to which the broker reports the end of the last pull
         self._left = 0  # deliveries of the pull that have not arrived
@@ -144,10 +155,9 @@ class Intake:
         self._refusal = ""  # why the broker refused the last one
         self._pulls_from = now()  # after a refusal, no pull before this time
         self._arrived: list[NatsMessage] = []  # the oldest first
+        self._taken: set[NatsMessage] = set()  # and not settled
         self._pending = 0  # new requests at the broker, as the last delivery said
         self._moved = asyncio.Event()
-        self._leaving: asyncio.Task[None] | None = None  # after a cancelled take
-        self._put_offs = Batches(self._put_off, _LARGEST)
         self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
         self.failures: Failures = Failures()
         self.load_shedding: LoadShedding = LoadShedding(now)
@@ -155,18 +165,11 @@ class Intake:
     async def open(self) -> None:
         """Subscribe to deliveries."""
         self._subscription = await self._connection.subscribe(f"{self._inbox}.*", cb=self._on_message)
+        self._extending = asyncio.create_task(self._extend())
 
     async def take(self, up_to: int, within: float, *, untried: int | None) -> list[NatsMessage]:
         """See `Broker.take`."""
-        if self._leaving is not None:
-            self._leaving.cancel()
-        try:
-            return await self._take(up_to, self._now() + within, untried=untried)
-        except asyncio.CancelledError:
-            self._leaving = asyncio.create_task(self._leave())
-            raise
-
-    async def _take(self, up_to: int, until: float, *, untried: int | None) -> list[NatsMessage]:
+        until = self._now() + within
         while True:
             self._moved.clear()
             self._check_connection()
@@ -187,42 +190,31 @@ class Intake:
         await self._pull(_CHOICE)
         overdue = [message for message in self._arrived if (at := deadline(message)) is not None and at <= before]
         taken = overdue[:up_to]
-        self._arrived = [message for message in self._arrived if message not in taken]
+        self._take(taken)
         await self._hand_back_old()
         return taken
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
         """Put a delivery off."""
-        await self._put_offs.call((message.raw.reply, self._now() + delay))
+        self._taken.discard(message)
+        with broker_errors():
+            await message.raw.nak(delay)
 
-    async def _put_off(self, batch: list[tuple[str, float]]) -> list[None]:
-        """Put deliveries off, again and again until the broker confirms it. A leader that is lost may swallow some."""
-        until = self._now() + _REPEATED_FOR
+    def finish(self, message: NatsMessage) -> None:
+        """Forget a delivery whose request is decided."""
+        self._taken.discard(message)
+        self.failures.forget(message.id)
+
+    async def _extend(self) -> None:
+        """Tell the broker, again and again, which deliveries are under way."""
         while True:
-            naks = [(reply, b'-NAK {"delay": %d}' % int(max(0.0, due - self._now()) * 1e9)) for reply, due in batch]
-            try:
-                with broker_errors():
-                    for reply, nak in naks[:-1]:
-                        await self._connection.publish(reply, nak)
-                    # The consumer takes them in order, so this confirms those before it.
-                    await self._connection.request(*naks[-1], timeout=_CONFIRMED_WITHIN)
-            except UnavailableError as error:
-                if self._now() >= until or self._connection.is_closed:
-                    raise UnavailableError(f"the broker does not confirm a put-off: {error}") from None
-            else:
-                return [None] * len(batch)
-            await asyncio.sleep(error_delay(1))
-
-    async def _leave(self) -> None:
-        """Give back the untaken deliveries, once the pull has ended. It would get them again before."""
-        while self._is_expecting():
-            self._moved.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(EXPIRES):
-                    await self._moved.wait()
-        with suppress(UnavailableError), broker_errors():
-            while self._arrived:
-                await self._arrived.pop(0).raw.nak()
+            await asyncio.sleep(ACK_WAIT / 3)
+            latest = self._now() - (self._lease - ACK_WAIT)
+            self._taken = {message for message in self._taken if message.arrived_at > latest}
+            for message in [*self._taken]:
+                if message in self._taken:  # otherwise it was put off meanwhile, and this would end that
+                    with suppress(UnavailableError), broker_errors():
+                        await message.raw.in_progress()
 
     async def close(self) -> None:
         """Wait for the pull to end, which takes `EXPIRES` at most, and give back the untaken deliveries.
@@ -230,13 +222,20 @@ class Intake:
         A subscription that ends at once would lose deliveries in transit. The broker does not notice its end, and
         repeats them only after the ack wait.
         """
-        if self._leaving is not None:
-            self._leaving.cancel()
         subscription, self._subscription = self._subscription, None
-        if subscription is None or not self._connection.is_connected:
+        if subscription is None:
             return
-        await self._leave()
+        self._extending.cancel()
+        if not self._connection.is_connected:
+            return
+        while self._is_expecting():
+            self._moved.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EXPIRES):
+                    await self._moved.wait()
         with suppress(UnavailableError), broker_errors():
+            while self._arrived:
+                await self.put_off(self._arrived.pop(0), 0.0)
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     def forget(self) -> None:
@@ -264,12 +263,12 @@ class Intake:
             return
         batch = min(missing, self._largest)
         self._left, self._pulled_at = batch, now
-        if self._refusals:
-            await self._restore()
         self._reply = f"{self._inbox}.{next(self._pulls)}"
         pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
         with broker_errors():
             await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._reply)
+        if self._refusals:  # in an election it takes a second, in which deliveries may come
+            await self._restore()
 
     def _choose(self, up_to: int, untried: int | None, *, is_last: bool) -> list[NatsMessage]:
         taken = self._arrived[:up_to]
@@ -277,11 +276,15 @@ class Intake:
             taken = choose(self._arrived, lambda message: message.rank, up_to, untried)
             if not is_last and taken and self._may_get_better(taken[0], untried):
                 return []
-        self._arrived = [message for message in self._arrived if message not in taken]
+        self._take(taken)
         for message in taken:
             pending = message.raw.metadata.num_pending
             self.load_shedding.on_delivery(redelivered=message.number > 1, backlog=pending)
         return taken
+
+    def _take(self, messages: list[NatsMessage]) -> None:
+        self._arrived = [message for message in self._arrived if message not in messages]
+        self._taken.update(messages)
 
     def _may_get_better(self, best: NatsMessage, untried: int) -> bool:
         """Return whether better ones may come in a moment."""
@@ -292,20 +295,16 @@ class Intake:
     async def _hand_back_old(self) -> None:
         """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
         old = [message for message in self._arrived if message.arrived_at < self._now() - _HELD_FOR]
-        if not old:
-            return
-        self._arrived = [message for message in self._arrived if message not in old]
-        with broker_errors():
-            for message in old:
-                await message.raw.nak(delay=error_delay(message.failures) if message.failures else _NEGLIGIBLE)
+        self._take(old)
+        for message in old:
+            await self.put_off(message, error_delay(message.failures) if message.failures else _NEGLIGIBLE)
 
     async def _hand_back_worse(self) -> None:
         """Put off the worse half for long, since the broker delivers new requests only after all of these."""
         self._arrived.sort(key=lambda message: message.rank)
         worse, self._arrived = self._arrived[_CHOICE // 2 :], self._arrived[: _CHOICE // 2]
-        with broker_errors():
-            for message in worse:
-                await message.raw.nak(delay=error_delay(_MANY))
+        for message in worse:
+            await self.put_off(message, error_delay(_MANY))
 
     async def _on_message(self, raw: Msg) -> None:
         if raw.reply and not is_delivery(raw.reply, self._fleet.requests, self._fleet.consumer):

@@ -79,7 +79,7 @@ async def prepare(
         stream: The broker's JetStream.
         fleet: The fleet.
         settings: What the operator chose.
-        ack_wait: Seconds after which the broker repeats an unacknowledged delivery: longer than any delivery takes.
+        ack_wait: Seconds after which the broker repeats a delivery that is neither acknowledged nor extended.
         service: Base URL of the service that the workers of the fleet ask.
 
     Returns:
@@ -290,7 +290,7 @@ _CLAIMS: Final[_Checks] = (
 )
 #: Checks of the consumer. Its ack policy needs none: a work queue has only consumers with explicit acks.
 _CONSUMER: Final[_Checks] = (
-    ("ack_wait", lambda value, want: (value or 0.0) >= want.ack_wait, "{0.ack_wait:g} or more, as a delivery may take"),
+    ("ack_wait", lambda value, want: (value or 0.0) >= want.ack_wait, "{0.ack_wait:g} or more"),
     ("max_deliver", _is_unlimited, "unlimited"),
     ("max_ack_pending", _is_unlimited, "unlimited"),
     *(

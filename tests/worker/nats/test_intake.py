@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nats_server import NatsServer
 
 EXPIRES = 5.0
+LEASE = 60.0
 
 
 class Pulled(Intake):
@@ -38,11 +39,11 @@ class Pulled(Intake):
 class Hand:
     """An intake, what came of it, and the clock that it reads."""
 
-    def __init__(self, connection: Client) -> None:
+    def __init__(self, connection: Client, lease: float = LEASE) -> None:
         self.connection = connection
         self.ends = 0
         self.time = 0.0
-        self.intake = Pulled(connection, KEYLESS, now=lambda: self.time, restore=self.restored)
+        self.intake = Pulled(connection, KEYLESS, lease=lease, now=lambda: self.time, restore=self.restored)
         on_end = self.intake._on_end
 
         def count_end(raw: Msg) -> None:
@@ -280,49 +281,91 @@ async def test_a_broker_that_refuses_five_pulls_in_a_row_is_a_problem_until_it_t
     assert hand.intake.problem is None
 
 
-# -- put-offs
+async def test_the_pull_after_a_refused_one_waits_for_no_answer_about_the_consumer(hand: Hand) -> None:
+    answered = asyncio.Event()
+
+    async def restored() -> None:
+        await answered.wait()
+
+    hand.intake._restore = restored
+    await hand.intake.ask(1)
+    await hand.answer("503")
+    await until(lambda: hand.ends == 1)
+    asking = asyncio.create_task(hand.intake.ask(1))
+    await hand.publish("a")
+    await hand.delivered(1)
+    answered.set()
+    await asking
+
+
+# -- slow deliveries, and lost ones
+
+
+async def take_again(hand: Hand, ack_wait: float) -> tuple[NatsMessage, NatsMessage]:
+    """Take a delivery that is never settled, and the next one of the same request."""
+    hand.intake._now = asyncio.get_running_loop().time
+    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
+    await prepare(jetstream(hand.connection), ack_wait=ack_wait)
+    await hand.publish("a")
+    [first] = await hand.intake.take(1, PATIENCE, untried=None)
+    [again] = await hand.intake.take(1, PATIENCE, untried=None)
+    return first, again
+
+
+async def test_a_delivery_is_extended_for_as_long_as_one_may_take(
+    connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "ACK_WAIT", 1.0)
+    await prepare(jetstream(connection), ack_wait=1.0)
+    hand = Hand(connection, lease=3.0)
+    await hand.intake.open()
+    first, again = await take_again(hand, 1.0)
+    assert again.arrived_at - first.arrived_at >= 2.0  # its last extension came after a second
+    await hand.intake.close()
+
+
+async def test_a_delivery_that_is_settled_is_extended_no_more(
+    connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "ACK_WAIT", 0.03)
+    await prepare(jetstream(connection), ack_wait=30)
+    hand = Hand(connection)
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.intake.open()
+    await hand.publish("a", "b")
+    await hand.intake.ask(2)
+    await hand.delivered(2)
+    extensions = await connection.subscribe("$JS.ACK.>")
+    [settled, slow] = await hand.intake.take(2, PATIENCE, untried=None)
+    await hand.intake.put_off(settled, 30.0)
+    sent = [await extensions.next_msg(PATIENCE) for _ in range(4)]
+    assert [message.data[:4] for message in sent if message.subject == settled.raw.reply] == [b"-NAK"]
+    assert {message.data for message in sent if message.subject == slow.raw.reply} == {b"+WPI"}
+    await hand.intake.close()
 
 
 async def test_a_put_off_that_a_dying_broker_swallowed_is_repeated(hand: Hand, broker: NatsServer) -> None:
     hand.intake._now = asyncio.get_running_loop().time
     await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
-    await prepare(jetstream(hand.connection), ack_wait=3600)
+    await prepare(jetstream(hand.connection), ack_wait=1.0)
     await hand.publish("a")
     [message] = await hand.intake.take(1, PATIENCE, untried=None)
     broker.pause()
-    putting_off = asyncio.create_task(hand.intake.put_off(message, 0.0))
+    await hand.intake.put_off(message, 3600.0)
     await until(lambda: hand.connection._pending_data_size == 0)  # the socket has it
     broker.kill()
     await broker.start()
-    await putting_off
+    await until(lambda: hand.connection.is_connected)
     [again] = await hand.intake.take(1, PATIENCE, untried=None)
     assert (again.body, again.number) == (b"a", 2)
 
 
-async def test_put_offs_of_one_turn_are_confirmed_by_their_last_one(hand: Hand) -> None:
-    hand.intake._now = asyncio.get_running_loop().time
-    await hand.publish(*"abc")
-    await hand.intake.ask(3)
-    await hand.delivered(3)
-    naks = await hand.connection.subscribe("$JS.ACK.>")
-    messages = [*hand.messages]
-    hand.messages.clear()
-    await asyncio.gather(*(hand.intake.put_off(message, 0.0) for message in messages))
-    sent = [await naks.next_msg(PATIENCE) for _ in messages]
-    assert [nak.data for nak in sent] == [b'-NAK {"delay": 0}'] * 3
-    assert [bool(nak.reply) for nak in sent] == [False, False, True]
-    await hand.intake.ask(3)
-    await hand.delivered(3)
-    assert [message.number for message in hand.messages] == [2, 2, 2]
-
-
-async def test_a_put_off_that_is_never_confirmed_is_unsettled(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "_REPEATED_FOR", 0.0)
+async def test_a_put_off_on_a_connection_that_is_closed_is_unsettled(hand: Hand) -> None:
     await hand.publish("a")
     await hand.intake.ask(1)
     await hand.delivered(1)
-    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
-    with pytest.raises(UnavailableError, match="does not confirm a put-off: nats: no responders"):
+    await hand.connection.close()
+    with pytest.raises(UnavailableError, match="connection closed"):
         await hand.intake.put_off(hand.messages[0], 1.0)
 
 
@@ -441,42 +484,6 @@ async def test_closing_waits_for_the_pulls_to_end_and_hands_back_what_they_bring
     await other.intake.ask(1)
     await other.delivered(1)
     assert other.texts == ["late"]
-
-
-async def test_what_comes_after_a_take_that_was_cancelled_goes_back_soon(
-    hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(intake, "EXPIRES", 1.0)
-    taking = asyncio.create_task(hand.intake.take(5, 60.0, untried=None))
-    await until(lambda: hand.intake.expected() == 5)
-    monkeypatch.setattr(intake, "EXPIRES", 0.01)  # so that it looks again and again whether the pull is over
-    taking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await taking
-    await hand.publish("late")
-    await hand.delivered(1)
-    other = Hand(connection)
-    other.intake._now = asyncio.get_running_loop().time
-    await other.intake.open()
-    [message] = await other.intake.take(1, PATIENCE, untried=None)
-    assert message.body == b"late"
-    assert hand.messages == []
-
-
-async def test_after_a_take_that_was_cancelled_another_one_keeps_what_comes(hand: Hand) -> None:
-    taking = asyncio.create_task(hand.intake.take(5, 60.0, untried=None))
-    await until(lambda: hand.intake.expected() == 5)
-    taking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await taking
-    await hand.publish("a", "b")
-    [message] = await hand.intake.take(1, PATIENCE, untried=None)
-    assert message.body == b"a"
-    await hand.delivered(1)
-    await hand.answer("408")
-    assert hand.intake._leaving is not None
-    await asyncio.wait({hand.intake._leaving})  # it gave nothing back
-    assert hand.texts == ["b"]
 
 
 async def test_closing_does_not_wait_for_ever_for_a_broker_that_is_silent(

@@ -543,12 +543,13 @@ async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
         await close(one)
 
     monkeypatch.setattr(intake.Intake, "close", close_a_little_late)
+    monkeypatch.setattr(nats_broker, "ACK_WAIT", 40.0)
     async with working(client, broker):
         pass
     monkeypatch.undo()
     assert not sandbox.operations
     async with working(client, broker):
-        await until(lambda: len(sandbox.operations) == 1, patience=30)  # ack wait is 40 s
+        await until(lambda: len(sandbox.operations) == 1, patience=30)
 
 
 @pytest.mark.slow
