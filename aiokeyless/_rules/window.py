@@ -22,8 +22,6 @@ _GROWS: Final = 1.2
 #: What is left of the polls in flight if answers are late.
 _LEFT: Final = 0.7
 _LEAST: Final = 2.0
-#: If fewer polls in flight change that by less, the polls are not the cause.
-_HARDLY: Final = 0.95
 #: A limit of so many times the polls in flight is not needed.
 _UNUSED: Final = 4.0
 #: A poll in flight for so many times a round trip, and for a second, hangs.
@@ -34,7 +32,7 @@ _SECONDS: Final = 1.0
 class Window:
     """How many polls may be in flight, by how long good answers take. It starts without a limit."""
 
-    __slots__ = ("_answers", "_before", "_hangs_after", "_quickest", "_since", "limit")
+    __slots__ = ("_answers", "_hangs_after", "_quickest", "_since", "limit")
 
     def __init__(self) -> None:
         self.limit: float = math.inf
@@ -42,7 +40,6 @@ class Window:
         self._quickest = math.inf  # seconds of an answer
         self._answers: list[tuple[float, float]] = []  # of this round: when the poll started, and when the answer came
         self._since = -math.inf  # when the limit fell last
-        self._before = math.inf  # seconds of an answer before it fell last, if that was not the first time
         self._hangs_after = _SECONDS
 
     def opens_at(self, now: float, started: Sequence[float]) -> float:
@@ -79,18 +76,16 @@ class Window:
         grows = answers[-1][1] - answers[0][1] > _GROWS * (max(starts) - min(starts))
         grows &= max(starts[: _ROUND // 2]) <= min(starts[_ROUND // 2 :])  # a queue keeps the order
         if not self._is_late(quickest):
-            self._before = math.inf
             self.limit += _ROUND / self.limit
             if self.limit > _UNUSED * self._counted(now, started):
                 self.limit = math.inf
         elif self.limit == math.inf:
             if grows:  # else all answers take longer, by whatever cause
                 self._fall(now, started)
-        elif _HARDLY <= quickest / self._before <= 1.0 / _HARDLY:
-            self._quickest, self._before, self.limit = quickest, math.inf, math.inf
-        else:
-            self._before = quickest
+        elif self.limit > _LEAST:
             self._fall(now, started)
+        else:  # so few polls are not the cause: this is how long the service takes
+            self._quickest, self.limit = quickest, math.inf
 
     def _is_late(self, seconds: float) -> bool:
         return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE

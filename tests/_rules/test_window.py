@@ -108,14 +108,13 @@ def test_once_the_service_is_quick_again_the_limit_rises_until_it_is_gone() -> N
     assert service.limits[-1] == math.inf
 
 
-def test_if_fewer_polls_in_flight_make_the_answers_no_quicker_there_is_no_limit() -> None:
+def test_if_the_fewest_polls_in_flight_make_the_answers_no_quicker_there_is_no_limit() -> None:
     saturated = queue(20.0)
     service = Service(lambda now: saturated(now) if now < 30.0 else now + 3.0, 50.0)
     service.run(30.0)
     assert service.limits[-1] < math.inf
     service.run(120.0)
     assert service.limits[-1] == math.inf
-    assert min(service.limits) > 2.0
 
 
 def test_nor_is_there_one_if_they_take_any_time_at_the_least_that_may_be_in_flight() -> None:
