@@ -124,6 +124,7 @@ class Process:
         clock_error: Seconds by which its wall clock is ahead.
         jumps: When its wall clock is set, and by how many seconds.
         closes: When its client is closed, and replaced by a new one.
+        rotates: When its key is replaced: the service refuses the one before from then on.
     """
 
     max_in_flight: int = 64
@@ -134,6 +135,16 @@ class Process:
     clock_error: float = 0.0
     jumps: tuple[tuple[float, float], ...] = ()
     closes: tuple[float, ...] = ()
+    rotates: tuple[float, ...] = ()
+
+    def key(self, now: float) -> str:
+        """Return its key at a time."""
+        return f"key {sum(at <= now for at in self.rotates)}"
+
+    def accepts_until(self, key: str) -> float:
+        """Return until when the service accepts a key."""
+        number = int(key.removeprefix("key "))
+        return self.rotates[number] if number < len(self.rotates) else math.inf
 
     def wall_clock_error(self, now: float) -> float:
         """Return the seconds by which its wall clock is ahead at a time."""
@@ -182,7 +193,7 @@ class Application:
         self.sessions: list[SimulatedSession] = []
         self._created, self._leases, self._numbers = {}, {}, {}
         self.client = KeylessClient(
-            "key",
+            (lambda: process.key(asyncio.get_running_loop().time())) if process.rotates else "key 0",
             base_url="https://keyless.test",
             request_timeout=process.request_timeout,
             max_attempts=process.max_attempts,
@@ -196,7 +207,8 @@ class Application:
         self.observed = observe_client(self.history, process, self.name, asyncio.get_running_loop().time())
 
     def _make_session(self, _key: object, *, force_close: bool = False) -> SimulatedSession:
-        session = SimulatedSession(self._service, self.name, force_close=force_close)
+        accepts_until = self._process.accepts_until
+        session = SimulatedSession(self._service, self.name, force_close=force_close, accepts_until=accepts_until)
         self.sessions.append(session)
         return session
 

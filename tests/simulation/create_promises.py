@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .evidence import EPS, Evidence, read
 from .faults import Lies
 from .service import CREATED
+from .traffic_promises import total_outages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .history import Exchange, ObservedCreate
     from .service import Stored
 
+#: Tokens of a client.
+TOKENS = 60
 #: Requests of single calls after which the client may have too few tokens left to repeat one.
 QUOTA = 25
 
@@ -66,6 +69,16 @@ def created_through_dead_connections(evidence: Evidence, _faults: Sequence[Fault
         if len(dead) > 1 or (dead and is_given_up and must_be_created):
             text = f"{create.outcome}: {len(dead)} of its requests were sent on dead connections"
             yield evidence.violation("created through dead connections", create, create.ended_at, text)
+
+
+def repetitions_have_a_quota(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
+    """While nothing gets through, a client has 60 tokens for all repetitions and checks of its single calls."""
+    for outage in total_outages(faults):
+        sent = [e for e in evidence.exchanges if not e.is_poll and outage.begins <= e.sent_at < outage.ends]
+        calls = [c for c in evidence.creates if c.started_at < outage.ends and c.ended_at >= outage.begins]
+        if len(sent) > len(calls) + TOKENS:
+            text = f"{len(calls)} calls sent {len(sent)} requests"
+            yield evidence.violation("repetitions have a quota", sent[-1], outage.ends, text)
 
 
 def exactly_one(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -169,4 +182,10 @@ def _calls(evidence: Evidence) -> Iterator[tuple[ObservedCreate, list[Exchange]]
             )
 
 
-PROMISES = (never_sent_twice_blindly, created_through_dead_connections, exactly_one, truth_about_creation)
+PROMISES = (
+    never_sent_twice_blindly,
+    created_through_dead_connections,
+    repetitions_have_a_quota,
+    exactly_one,
+    truth_about_creation,
+)

@@ -33,6 +33,8 @@ EPS: Final = 1e-4
 FINAL: Final = 2.0
 #: The last of these, in which none starts.
 TOO_LATE: Final = 0.5
+#: Seconds by which a deadline is handled late if the loop stood still.
+STOOD_STILL: Final = 0.5
 #: Seconds for which a wait that is held goes on after the last hold.
 LEASE: Final = 10.0
 #: Seconds for which an operation may still be missing, since a replica lags (rule 5).
@@ -50,7 +52,6 @@ FAILURES_UNTIL_OPEN: Final = 5
 _SHAPE: Final = {"operationId": str, "userId": str, "state": str, "result": bool}
 _ERRORS: Final = {
     400: "BadRequestError",
-    401: "AuthenticationError",
     403: "PermissionDeniedError",
     406: "NotAcceptableError",
     409: "ConflictError",
@@ -87,14 +88,14 @@ class Reading(NamedTuple):
 
 
 def read(exchange: Exchange, request_timeout: float) -> Reading:
-    """Return what came of a poll, by rules 2, 4 and 5."""
+    """Return what came of a poll, by rules 2, 4 and 5. A key is refused only if it was replaced meanwhile."""
     status = exchange.status
     if status is None:
         is_overdue = exchange.ended_at - exchange.sent_at >= request_timeout - EPS
         return Reading("cut") if exchange.was_cut and not is_overdue else Reading("failed")
     if status == 404:
         return Reading("missing", error="NotFoundError")
-    if status in {408, 425, 429} or 500 <= status < 600:
+    if status in {401, 408, 425, 429} or 500 <= status < 600:
         return Reading("failed")
     if status != 200:
         return Reading("error", error=_ERRORS.get(status, "StatusError"))
@@ -190,11 +191,28 @@ class Evidence:
             self.polls_of.setdefault(poll.operation_id, []).append(poll)
         for wait in self.waits:
             self.waits_of.setdefault(wait.operation_id, []).append(wait)
+        # How long an exchange can take.
+        self._longest = client.request_timeout + max((ends - begins for begins, ends in history.standstills), default=0)
         self._readings: dict[int, Reading] = {}
         self._budgets: dict[int, list[Budget]] = {}
         self._final: dict[tuple[int, float], bool] = {}
         self._sent = [poll.sent_at for poll in self.polls]
         self._sent_of = {name: [poll.sent_at for poll in polls] for name, polls in self.polls_of.items()}
+
+    def awake(self, at: float) -> float:
+        """Return when what is due at a time can happen: while the loop stands still, nothing does."""
+        return self.history.awake(at)
+
+    def final_from(self, budget: Budget) -> float:
+        """Return when the two seconds of a final poll begin: at the deadline, or when the loop goes on after it."""
+        awake = self.awake(budget.deadline)
+        return awake if awake > budget.deadline + STOOD_STILL else budget.deadline
+
+    def last_end(self, budget: Budget) -> float:
+        """Return when a wait must have ended. If the loop stood still then, too, it may take two seconds more."""
+        end = self.final_from(budget) + FINAL
+        awake = self.awake(end)
+        return awake if awake == end else awake + FINAL
 
     def violation(
         self,
@@ -220,7 +238,7 @@ class Evidence:
     def around(self, poll: Exchange, at: float) -> Iterator[Exchange]:
         """Yield the polls of the same operation that were sent until a time, and may be under way then."""
         polls, sent = self.polls_of[poll.operation_id], self._sent_of[poll.operation_id]
-        begins = bisect_left(sent, at - self.client.request_timeout - EPS)
+        begins = bisect_left(sent, at - self._longest - EPS)
         return (other for other in polls[begins : bisect_right(sent, at)] if other is not poll)
 
     def budgets(self, wait: ObservedWait) -> list[Budget]:
@@ -236,7 +254,7 @@ class Evidence:
 
     def in_flight(self, at: float) -> list[Exchange]:
         """Return the polls that were under way just before a time."""
-        earlier = self.sent_between(at - self.client.request_timeout - EPS, at - EPS)
+        earlier = self.sent_between(at - self._longest - EPS, at - EPS)
         return [poll for poll in earlier if poll.ended_at > at + EPS]
 
     def is_final(self, poll: Exchange) -> bool:
@@ -254,7 +272,7 @@ class Evidence:
     def gives_way(self, poll: Exchange) -> bool:
         """Return whether a poll may have been cut off for one that is due: it is slow, and very many are in flight."""
         at = poll.ended_at
-        in_flight = sum(p.ended_at >= at - EPS for p in self.sent_between(at - self.client.request_timeout, at))
+        in_flight = sum(p.ended_at >= at - EPS for p in self.sent_between(at - self._longest, at))
         return at >= poll.sent_at + SLOW - EPS and in_flight >= 2 * self.client.max_in_flight
 
     @cached_property
@@ -354,9 +372,13 @@ class Evidence:
         last = bisect_right(self._late_at, at + EPS)
         return last > 0 and self._late_at[last - 1] > at - LONGEST_PAUSE
 
+    def woke_lately(self, at: float) -> bool:
+        """Return whether the loop stood still a moment ago, so that many polls are due at once."""
+        return any(ends - EPS <= at <= ends + 1.0 for _, ends in self.history.standstills)
+
     def has_room(self, at: float, others: int = 0) -> bool:
         """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
-        if not self.is_well(at) or self.is_saturated(at):
+        if not self.is_well(at) or self.is_saturated(at) or self.woke_lately(at):
             return False
         slots, in_flight = self.client.max_in_flight, self.in_flight(at)
         with_slot = sum(poll.sent_at > at - SLOW - EPS for poll in in_flight)

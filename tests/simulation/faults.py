@@ -32,6 +32,8 @@ class Request(NamedTuple):
     body: bytes
     payload: str
     """Of the operation that it is about; empty where that does not exist yet."""
+    key_until: float = math.inf
+    """When the service ceases to accept its key."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -192,6 +194,34 @@ class Slowness:
             pieces=self.pieces,
             between_pieces=rng.uniform(0.0, 0.5),
         )
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """For some time the service answers so many requests in a second, one after another, wanted or not."""
+
+    begins: float
+    ends: float
+    per_second: float
+    _free_at: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Let it wait for its turn."""
+        if not self.begins <= request.at < self.ends:
+            return None
+        self._free_at[0] = max(self._free_at[0], request.at) + 1.0 / self.per_second
+        return Fate(self._free_at[0] - request.at)
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """The event loop of all processes stands still, as for a blocking call or a paused container."""
+
+    begins: float
+    ends: float
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Let it through: it is the client that does nothing."""
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class History:
     clients: dict[str, ObservedClient] = field(default_factory=dict)
     operations: dict[str, Stored] = field(default_factory=dict)
     """The service's own records: the truth."""
+    standstills: list[tuple[float, float]] = field(default_factory=list)
+    """When the event loop stood still, in order."""
     problems: list[str] = field(default_factory=list)
     ended_at: float = 0.0
     _events: int = 0
@@ -155,6 +157,12 @@ class History:
         """Return the place of the next event."""
         self._events += 1
         return self._events
+
+    def awake(self, at: float) -> float:
+        """Return when what is due at a time can happen: while the loop stands still, nothing does."""
+        for begins, ends in self.standstills:
+            at = ends if begins <= at < ends else at
+        return at
 
     def lines(self) -> list[str]:
         """Return the history as text, for comparing two runs."""

@@ -16,6 +16,7 @@ from tenacity import wait_fixed
 
 from aiokeyless import (
     ApprovalTicket,
+    AuthenticationError,
     ClientClosedError,
     KeylessError,
     Operation,
@@ -35,6 +36,7 @@ from .evidence import LEASE
 from .faults import Request
 from .history import History
 from .service import Service, Stored, TooManyRequestsError
+from .story import standstills
 from .world import EPOCH, StuckError, Timeline, cancel, seeded
 
 if TYPE_CHECKING:
@@ -269,7 +271,10 @@ class Client:
         self._arm()
 
     def _send(self, poll: Poll, now: float) -> None:
-        exchange, request = self._service.receive(self.name, "GET", poll.polled.operation_id, now, is_poll=True)
+        key_until = self._process.accepts_until(self._process.key(now))
+        exchange, request = self._service.receive(
+            self.name, "GET", poll.polled.operation_id, now, is_poll=True, key_until=key_until
+        )
         fate = self._service.fate(request)
         status, body = self._service.answer(request, fate, exchange.number)
         ends = now + fate.latency + (fate.pieces - 1) * fate.between_pieces
@@ -307,6 +312,9 @@ def _decode(status: int, body: bytes, retry_after: float | None) -> Operation | 
     headers = {} if retry_after is None else {"Retry-After": f"{retry_after:g}"}
     try:
         return read(GET_OPERATION, "", Answer(status, headers, body), _REDACTION)
+    except AuthenticationError as error:
+        error.key_was_replaced = True  # nothing else is refused
+        return error.with_traceback(None)
     except KeylessError as error:
         return error.with_traceback(None)
 
@@ -379,6 +387,8 @@ class _Run:
                 self.timeline.at(at, self._reopen, number, generation)
         for actor in self._story.actors:
             self.timeline.at(actor.at, self._create, actor)
+        for begins, ends in self._service.history.standstills:
+            self.timeline.at(begins, self.timeline.stand_still, ends)
         self.timeline.run()
         if not all(client.is_idle for client in self.clients):
             raise StuckError("a wait waits for something that never happens")
@@ -451,7 +461,7 @@ def _wall_clock(process: Process, now: float) -> datetime:
 
 def run(story: Story) -> History:
     """Run a story to its end."""
-    history = History()
+    history = History(standstills=standstills(story))
     with seeded(story.seed):
         machines = _Run(story, history)
         try:

@@ -329,6 +329,31 @@ MUTANTS: Final = (
         "if endpoint.sends_key:",
         "a create is sent again on another dead connection",
     ),
+    # -- keys, repetitions, a loop that stands still, a service that can answer no more
+    Mutant(
+        "_http/transport.py",
+        "if self._api_keys.is_replaced(key):",
+        "if False:",
+        "the refusal of a key that was replaced ends the waits",
+    ),
+    Mutant(
+        "_rules/quota.py",
+        "if self._tokens < cost:",
+        "if False:",
+        "single calls are repeated in an outage, however many fail",
+    ),
+    Mutant(
+        "_waits/machine.py",
+        "if late > unseen + STOOD_STILL and self._slept > unseen:",
+        "if False:",
+        "a loop that stood still across a deadline sends no final poll",
+    ),
+    Mutant(
+        "_waits/dispatch.py",
+        "if self._window.limit < math.inf:",
+        "if False:",
+        "a service gets more polls at once than it answers in time",
+    ),
     # -- creating
     Mutant(
         "_rules/ambiguity.py",

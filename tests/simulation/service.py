@@ -122,6 +122,7 @@ class Service:
         is_poll: bool,
         user_id: str = "",
         body: bytes = b"",
+        key_until: float = math.inf,
     ) -> tuple[Exchange, Request]:
         """Record a request that is sent now."""
         history = self.history
@@ -138,7 +139,7 @@ class Service:
         history.exchanges.append(exchange)
         stored = self.operations.get(operation_id)
         payload = "" if stored is None else stored.payload or ""
-        return exchange, Request(now, method, operation_id, user_id, body, payload)
+        return exchange, Request(now, method, operation_id, user_id, body, payload, key_until)
 
     def has_lost(self, made_at: float, now: float) -> bool:
         """Return whether a connection that was made at a time, and kept since, is dead."""
@@ -156,6 +157,8 @@ class Service:
         """Process a request at half of its latency, and return status and body of the answer."""
         at = request.at + min(fate.latency, 0.2) / 2
         status, body = 500, b"{}"
+        if at >= request.key_until:
+            return 401, body
         if request.method == "GET":
             status, body = self._get(request, fate, at)
         elif fate.is_processed:
@@ -240,13 +243,20 @@ with warnings.catch_warnings():
             service: The model.
             client: The name of the client that it belongs to.
             force_close: Whether no connection is kept.
+            accepts_until: Tells until when the service accepts a key.
         """
 
         def __init__(  # nothing of aiohttp's is set up, nor closed
-            self, service: Service, client: str, *, force_close: bool = False
+            self,
+            service: Service,
+            client: str,
+            *,
+            force_close: bool = False,
+            accepts_until: Callable[[str], float] = lambda _: math.inf,
         ) -> None:
             self._service = service
             self._name = client
+            self._accepts_until = accepts_until
             self._force_close = force_close
             self._kept: list[float] = []  # when each connection was made that nobody uses
             self.under_way = 0
@@ -276,6 +286,7 @@ with warnings.catch_warnings():
             url: URL,
             *,
             timeout: aiohttp.ClientTimeout,
+            headers: dict[str, str] | None,
             data: bytes | None = None,
             **_: Any,
         ) -> _Answer:
@@ -293,6 +304,7 @@ with warnings.catch_warnings():
                 is_poll=timeout.sock_connect is not None,  # of a single call aiohttp bounds nothing
                 user_id=parts[3],
                 body=data or b"",
+                key_until=self._accepts_until((headers or {}).get("X-Api-Key", "key 0")),
             )
             exchange.was_dead = is_dead
             self.under_way += 1

@@ -10,7 +10,20 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .actors import Actor, Application, Leg, Process, act
-from .faults import LIES, FailOver, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
+from .faults import (
+    LIES,
+    Capacity,
+    FailOver,
+    Failure,
+    Lag,
+    Lies,
+    Outage,
+    RateLimit,
+    RoundTrips,
+    Shard,
+    Slowness,
+    Standstill,
+)
 from .history import History
 from .people import someone
 from .service import Service, TooManyRequestsError
@@ -75,9 +88,18 @@ def brief(part: object) -> str:
 
 def run(story: Story) -> History:
     """Run a story to its end."""
-    history = History()
+    history = History(standstills=standstills(story))
     history.ended_at = run_in_virtual_time(_main(story, history), story.seed, history)
     return history
+
+
+def standstills(story: Story) -> list[tuple[float, float]]:
+    """Return when the event loop stands still, in order; what begins meanwhile makes it no longer."""
+    found: list[tuple[float, float]] = []
+    for begins, ends in sorted((fault.begins, fault.ends) for fault in story.faults if isinstance(fault, Standstill)):
+        if not found or begins > found[-1][1]:
+            found.append((begins, ends))
+    return found
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, None], seed: int, history: History) -> float:
@@ -100,6 +122,10 @@ async def _main(story: Story, history: History) -> None:
     service = Service(story.seed, copy.deepcopy(story.faults), people, history)  # some of them remember
     applications = [Application(process, number, service) for number, process in enumerate(story.processes)]
     end = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    for begins, ends in history.standstills:
+        loop.call_at(begins, loop.stand_still, ends)
     lives = [asyncio.create_task(application.live(end)) for application in applications]
     async with asyncio.timeout(LONGEST):
         await asyncio.gather(*(act(actor, applications, service) for actor in story.actors))
@@ -108,9 +134,8 @@ async def _main(story: Story, history: History) -> None:
         await asyncio.gather(*lives)
     left = asyncio.all_tasks() - {asyncio.current_task()}
     history.problems += [f"a task is left: {task!r}" for task in left]
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    history.problems += [f"a timer is left: {timer}" for timer in loop.armed_timers() if "timeout" not in timer.lower()]
+    timers = (timer for timer in loop.armed_timers() if "timeout" not in timer.lower() and "stand_still" not in timer)
+    history.problems += [f"a timer is left: {timer}" for timer in timers]
 
 
 def _tear_down(loop: VirtualLoop, history: History) -> None:
@@ -143,8 +168,13 @@ def make_up(seed: int) -> Story:
         actors += new
         faults += _faults(rng, begins, new)
     faults += _rare_lies(seed, actors)
+    faults += _brown_outs(seed, actors)
+    rush, trouble = _rush(seed, begins + 6000.0, len(processes))
+    faults += trouble
     faults += _weather(seed, actors)
     faults += _fail_overs(seed, actors)
+    faults += _standstills(seed, [*actors, *rush])
+    rotations = _rotations(seed, [*actors, *rush])
     actors = _slow_handlers(seed, actors)
     closes = rng.random() < 0.3
     jumps = rng.random() < 0.3
@@ -163,10 +193,11 @@ def make_up(seed: int) -> Story:
                 if jumps
                 else ()
             }
+            | {"rotates": rotations}
         )
         for process in processes
     )
-    return Story(seed, processes, tuple(actors), tuple(faults))
+    return Story(seed, processes, (*actors, *rush), tuple(faults))
 
 
 def _process(rng: random.Random) -> Process:
@@ -312,6 +343,57 @@ def _fail_overs(seed: int, actors: list[Actor]) -> list[Fault]:
     rng = random.Random(f"{seed} connections")  # noqa: S311
     begins = [rng.choice(actors).at + rng.uniform(-5.0, 60.0) for _ in range(rng.choice((0, 0, 1, 3)))]
     return [FailOver(at, at + rng.choice((0.0, 0.0, 60.0, 600.0))) for at in begins]
+
+
+def _brown_outs(seed: int, actors: list[Actor]) -> list[Fault]:
+    """Let some answers fail at random, and some requests hang. With random numbers of its own, as the lies."""
+    rng = random.Random(f"{seed} brown-out")  # noqa: S311
+    if rng.random() < 0.8:
+        return []
+    begins = rng.choice(actors).at + rng.uniform(-5.0, 30.0)
+    ends = begins + rng.choice((30.0, 150.0))
+    return [
+        Outage(begins, ends, Failure("hangs"), share=rng.choice((0.02, 0.05, 0.1)), methods="GET"),
+        Outage(begins, ends, rng.choice((Failure("status", 503), Failure("lost"))), share=0.5),
+    ]
+
+
+def _standstills(seed: int, actors: list[Actor]) -> list[Fault]:
+    """Let the event loop stand still, most often across a deadline. With random numbers of its own, as the lies."""
+    rng = random.Random(f"{seed} standstill")  # noqa: S311
+    faults: list[Fault] = []
+    for victim in rng.sample(actors, k=min(rng.choice((0, 0, 0, 1, 3)), len(actors))):
+        begins = victim.at + rng.choice((rng.uniform(0.0, 60.0), victim.lifetime - rng.uniform(0.1, 2.5)))
+        faults.append(Standstill(begins, begins + rng.choice((0.3, 1.0, 3.0, 8.0))))
+    return faults
+
+
+def _rotations(seed: int, actors: list[Actor]) -> tuple[float, ...]:
+    """Return when all processes get a new key. With random numbers of its own, as the lies."""
+    rng = random.Random(f"{seed} keys")  # noqa: S311
+    begins = [rng.choice(actors).at + rng.uniform(0.0, 30.0) for _ in range(rng.choice((0, 0, 0, 5)))]
+    return tuple(sorted(begins + [at + rng.uniform(0.0, 5.0) for at in begins]))
+
+
+def _rush(seed: int, begins: float, processes: int) -> tuple[list[Actor], list[Fault]]:
+    """Return many actors of one process who begin at once, and a service that answers few of them, or none.
+
+    With random numbers of its own, as the lies.
+    """
+    rng = random.Random(f"{seed} rush")  # noqa: S311
+    kind = rng.choices(("none", "capacity", "outage"), (8, 1, 1))[0]
+    if kind == "none":
+        return [], []
+    process, crowd = rng.randrange(processes), rng.choice((60, 100))
+    legs = (Leg(0.0, process, every=rng.choice((None, 1.0))),)
+    actors = [
+        Actor(begins + rng.uniform(0.0, 20.0), f"rush{number}", process, person=someone(rng, 120.0), legs=legs)
+        for number in range(crowd)
+    ]
+    if kind == "capacity":
+        return actors, [Capacity(begins - 10.0, begins + 150.0, rng.choice((5.0, 20.0)))]
+    failure = rng.choice((Failure("status", 503), Failure("lost"), Failure("lost answer"), Failure("hangs")))
+    return actors, [Outage(begins - 10.0, begins + 40.0, failure)]
 
 
 def _slow_handlers(seed: int, actors: list[Actor]) -> list[Actor]:

@@ -11,7 +11,7 @@ import pytest
 from .actors import USER, Actor, Leg, Process
 from .checker import check
 from .evidence import read
-from .faults import Failure, Outage
+from .faults import Capacity, Failure, Outage, Standstill
 from .history import Exchange, History
 from .people import Person
 from .story import Story, run
@@ -211,6 +211,11 @@ def _create_twice(history: History) -> None:
     history.exchanges.insert(1, again)
 
 
+def _repeat_without_end(history: History) -> None:
+    post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
+    history.exchanges += [replace(post, sent_at=OUTAGE.begins + 0.1 * number) for number in range(61)]
+
+
 def _give_up_on_a_dead_connection(history: History) -> None:
     post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
     post.status, post.was_dead = None, True
@@ -267,6 +272,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_ignore_a_pause, "pauses are kept"),
     (_stay_away_after_the_outage, "polled after an outage"),
     (_create_twice, "created once"),
+    (_repeat_without_end, "repetitions have a quota"),
     (_give_up_on_a_dead_connection, "created through dead connections"),
     (_hide_what_was_created, "exactly one"),
     (_create_something_else, "truth about creation"),
@@ -286,6 +292,42 @@ def test_a_broken_promise_is_seen(history: History, tamper: Tamper, promise: str
     assert promise in {violation.promise for violation in check(history, STORY.faults)}
 
 
+STANDSTILL = Standstill(508.0, 513.0)
+#: Ten waits of a service that answers three requests a second, and whose loop stands still across a deadline.
+TROUBLED = Story(
+    seed=1,
+    processes=(Process(),),
+    actors=(
+        *(Actor(20.0, f"queued {number}", 0, lifetime=300.0, legs=(Leg(0.0, 0, every=1.0),)) for number in range(10)),
+        Actor(500.0, "unseen", 0, lifetime=10.0, person=Person(8.5), legs=(Leg(0.0, 0, every=8.0),)),
+    ),
+    faults=(Capacity(10.0, 200.0, 3.0), STANDSTILL),
+)
+
+
+@pytest.fixture(scope="module")
+def told_in_trouble() -> History:
+    return run(TROUBLED)
+
+
+def test_a_loop_that_stood_still_sends_its_final_poll_then(told_in_trouble: History) -> None:
+    history = copy.deepcopy(told_in_trouble)
+    assert check(history, TROUBLED.faults) == []
+    assert history.waits[-1].outcome == "approved"
+    final = _polls(history, "unseen")[-1]
+    assert final.sent_at == STANDSTILL.ends
+    history.exchanges.remove(final)
+    history.waits[-1].outcome = "ApprovalUnknownError"
+    assert "final poll at the deadline" in {violation.promise for violation in check(history, TROUBLED.faults)}
+
+
+def test_a_queue_whose_polls_are_cut_off_is_seen(told_in_trouble: History) -> None:
+    history = copy.deepcopy(told_in_trouble)
+    for poll in [exchange for exchange in history.exchanges if exchange.is_poll and exchange.sent_at < 200.0][::3]:
+        poll.status, poll.ended_at = None, poll.sent_at + 10.0
+    assert "a queue stays short" in {violation.promise for violation in check(history, TROUBLED.faults)}
+
+
 GOOD = b'{"operationId": "op", "userId": "AB", "state": "pending", "result": false}'
 
 
@@ -301,7 +343,7 @@ GOOD = b'{"operationId": "op", "userId": "AB", "state": "pending", "result": fal
         (408, b"", "failed", ""),
         (429, b"", "failed", ""),
         (503, b"", "failed", ""),
-        (401, b"", "error", "AuthenticationError"),
+        (401, b"", "failed", ""),
         (302, b"", "error", "StatusError"),
         (None, b"", "failed", ""),
     ],

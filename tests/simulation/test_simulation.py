@@ -58,6 +58,7 @@ def test_stories_try_everything() -> None:
         "phone",
     }
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
+        "Capacity",
         "FailOver",
         "Lag",
         "Lies",
@@ -66,9 +67,11 @@ def test_stories_try_everything() -> None:
         "RoundTrips",
         "Shard",
         "Slowness",
+        "Standstill",
     }
     assert any(leg.handler for leg in legs)
     assert any(process.closes for story in stories for process in story.processes)
+    assert any(process.rotates for story in stories for process in story.processes)
     assert any(process.jumps for story in stories for process in story.processes)
 
 

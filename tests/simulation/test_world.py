@@ -118,6 +118,24 @@ def test_a_timeline_calls_in_the_order_of_times_and_not_what_was_cancelled() -> 
     assert called == [("a", 1.0), ("b", 1.0), ("later", 1.5), ("c", 2.0)]
 
 
+def test_while_a_timeline_stands_still_nothing_is_called() -> None:
+    timeline, called = Timeline(), list[float]()
+    for when in (1.0, 2.0, 6.0):
+        timeline.at(when, lambda: called.append(timeline.now))
+    timeline.at(1.5, timeline.stand_still, 5.0)
+    timeline.run()
+    assert called == [1.0, 5.0, 6.0]
+
+
+def test_while_a_loop_stands_still_nothing_is_called(loop: VirtualLoop) -> None:
+    called = list[float]()
+    for when in (1.0, 2.0, 6.0):
+        loop.call_at(when, lambda: called.append(loop.time()))
+    loop.call_at(1.5, loop.stand_still, 5.0)
+    loop.run_until_complete(asyncio.sleep(7.0))
+    assert called == [1.0, 5.0, 6.0]
+
+
 def test_a_timeline_that_runs_in_circles_or_too_long_is_an_error_and_no_hang() -> None:
     timeline = Timeline()
 

@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, SLOW, TOO_LATE, Evidence
-from .faults import Outage, RateLimit, Shard, Slowness
+from .faults import Capacity, Outage, RateLimit, Shard, Slowness, Standstill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,8 +31,15 @@ TOGETHER = 2.0
 RARE = 50
 #: Failed probes after which the backoff has reached its last step.
 STEPS = 5
+#: Seconds from the beginning of a service's trouble, in which a client learns what it can answer; polls that are enough
+#: to tell; and the share of them that may get no answer in time.
+QUEUE_SETTLES, MANY, LOST = 60.0, 50, 0.2
+#: The shortest `request_timeout` with which it learns that.
+ENOUGH = 10.0
 #: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
 RAMP = 5.0
+#: Seconds of the longest usual answer: if there are more waits than slots, they take turns.
+ROUND_TRIP = 0.6
 
 
 def polls_for_somebody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -51,7 +58,7 @@ def cut_at_the_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iterato
         waits = list(evidence.waits_at(poll.operation_id, poll.sent_at, poll.ended_at))
         last = max((wait.ended_at for wait in waits), default=math.inf)
         until = max((_needs_until(evidence, wait, poll, last) for wait in waits), default=last)
-        if poll.ended_at > until + EPS:
+        if poll.ended_at > evidence.awake(until) + EPS:
             yield evidence.violation("cut at the deadline", poll, until, "a poll goes on for nobody")
 
 
@@ -72,7 +79,8 @@ def final_polls_have_time(evidence: Evidence, _faults: Sequence[Fault]) -> Itera
     for poll in evidence.polls:
         waits = evidence.waits_at(poll.operation_id, poll.sent_at)
         budgets = [budget for wait in waits for budget in evidence.budgets(wait)]
-        last = max((math.inf if b.had_expired else b.deadline + FINAL - TOO_LATE for b in budgets), default=math.inf)
+        lasts = (math.inf if b.had_expired else evidence.last_end(b) - TOO_LATE for b in budgets)
+        last = max(lasts, default=math.inf)
         if poll.sent_at > last + EPS:
             yield evidence.violation("final polls have time", poll, poll.sent_at, f"the last could start at {last:.4f}")
 
@@ -94,7 +102,7 @@ def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viol
 def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """`max_in_flight`, `request_timeout`: so many polls take a slot for their first second, and so long at most."""
     for poll in evidence.polls:
-        if poll.ended_at > poll.sent_at + evidence.client.request_timeout + EPS:
+        if poll.ended_at > evidence.awake(poll.sent_at + evidence.client.request_timeout) + EPS:
             yield evidence.violation(
                 "polls in flight",
                 poll,
@@ -166,7 +174,7 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             at = earlier.sent_at
             if not waits or later.sent_at < earlier.ended_at - EPS:
                 continue
-            if any(at < poll.ended_at - EPS for poll in evidence.around(earlier, at)):
+            if any(at < poll.ended_at + EPS for poll in evidence.around(earlier, at)):
                 continue
             if reading.kind in {"cut", "error"} or (reading.said is not None and not _is_pending(reading, earlier)):
                 continue
@@ -253,7 +261,7 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 longest = LONGEST_AT_RANDOM
             if reading.kind == "cut":  # perhaps it gave way to another one, which counts as a failure
                 longest = max(longest, LONGEST)
-            due = poll.ended_at + longest
+            due = evidence.awake(poll.ended_at + longest)
             sent = math.inf if later is None else later.sent_at
             goes_on = any(wait.ended_at > due + EPS and evidence.is_paced(wait, due) for wait in waits)
             if sent <= due + EPS or not goes_on or poll.retry_after is not None:
@@ -286,7 +294,7 @@ def _retries(evidence: Evidence, at: float) -> int:
 
 def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
     """The circuit: once five operations have failed, one probe at a time, and each on the backoff."""
-    for outage in _total(faults):
+    for outage in total_outages(faults):
         polls = [poll for poll in evidence.sent_between(outage.begins, outage.ends) if poll.sent_at < outage.ends]
         opened = _opened_at(evidence, outage, polls)
         probes = [poll for poll in polls if poll.sent_at > opened + EPS and not evidence.is_final(poll)]
@@ -310,7 +318,7 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
                 yield evidence.violation("few requests in an outage", poll, poll.sent_at, f"{beside} at once")
 
 
-def _total(faults: Sequence[Fault]) -> list[Outage]:
+def total_outages(faults: Sequence[Fault]) -> list[Outage]:
     """Return the outages that nothing gets through, none of them with a Retry-After, which is another promise."""
     total = [fault for fault in faults if isinstance(fault, Outage) and fault.is_total]
     return [f for f in total if f.failure.retry_after is None and f.failure.status not in {404, 429}]
@@ -333,6 +341,22 @@ def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) ->
             if len(failed) == FAILURES_UNTIL_OPEN:
                 return poll.ended_at
     return math.inf
+
+
+def a_queue_stays_short(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Slots: of a service that answers so many requests a second, polls soon ask no more than it answers in time.
+
+    If that time is short, too few good answers show how many it answers.
+    """
+    capacities = [fault for fault in faults if isinstance(fault, Capacity)]
+    for capacity in capacities if evidence.client.request_timeout >= ENOUGH else []:
+        begins, ends = capacity.begins + QUEUE_SETTLES, capacity.ends - evidence.client.request_timeout
+        polls = evidence.sent_between(begins, ends)
+        lost = [poll for poll in polls if evidence.read(poll).kind == "failed"]
+        is_alone = not any(_concerns(f, capacity.begins, capacity.ends) for f in faults if f is not capacity)
+        if is_alone and len(polls) >= MANY and len(lost) > LOST * len(polls):
+            text = f"{len(lost)} of {len(polls)} polls were not answered in time"
+            yield evidence.violation("a queue stays short", lost[0], ends, text)
 
 
 def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -375,9 +399,11 @@ def _was_well(evidence: Evidence, poll: Exchange) -> bool:
 
 def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
     """The circuit: within the longest backoff after an outage, and a hanging probe, everybody is polled again."""
-    for outage in _total(faults):
+    for outage in total_outages(faults):
         hanging = evidence.client.request_timeout if outage.failure.how == "hangs" else 0.0
-        until = outage.ends + hanging + LONGEST + RAMP
+        crowd = sum(wait.started_at <= outage.ends <= wait.ended_at for wait in evidence.waits)
+        turns = crowd * (ROUND_TRIP / evidence.client.max_in_flight + 1.0 / evidence.client.rate)
+        until = outage.ends + hanging + LONGEST + RAMP + turns
         troubled = any(
             _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage
         )
@@ -400,7 +426,11 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
 
 
 def _concerns(fault: Fault, begins: float, ends: float) -> bool:
-    return isinstance(fault, Outage | RateLimit | Shard | Slowness) and fault.begins < ends and fault.ends > begins
+    return (
+        isinstance(fault, Capacity | Outage | RateLimit | Shard | Slowness | Standstill)
+        and fault.begins < ends
+        and fault.ends > begins
+    )
 
 
 PROMISES = (
@@ -414,6 +444,7 @@ PROMISES = (
     cut_for_nobody,
     not_too_late,
     few_requests_in_outage,
+    a_queue_stays_short,
     pauses_are_kept,
     polled_after_outage,
 )

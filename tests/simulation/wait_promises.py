@@ -88,8 +88,9 @@ def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  
         case "ClientClosedError":
             return "" if evidence.client.closed_at <= wait.ended_at + EPS else "the client is open"
         case "held":
-            last = max(hold.ended_at for hold in evidence.holds if hold.lease is wait)
-            in_time = abs(wait.ended_at - last - LEASE) <= EPS
+            holds = (hold for hold in evidence.holds if hold.lease is wait and hold.started_at <= wait.ended_at)
+            last = max(hold.ended_at for hold in holds)
+            in_time = abs(wait.ended_at - evidence.awake(last + LEASE)) <= EPS
             return "" if in_time else f"it was held until {last:.4f} s, and goes on for {LEASE:g} s"
         case "ApprovalUnknownError":
             return _wrong_unknown(evidence, wait, budget)
@@ -105,7 +106,9 @@ def holds_are_leases(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[V
         assert hold.lease is not None, "each hold has a wait"
         wait, end = hold.lease, hold.started_at + hold.hold
         if hold.outcome == "nothing":
-            is_right = abs(hold.ended_at - end) <= EPS and any(b.deadline > end - EPS for b in evidence.budgets(wait))
+            is_right = abs(hold.ended_at - evidence.awake(end)) <= EPS and any(
+                b.deadline > end - EPS for b in evidence.budgets(wait)
+            )
         else:
             at = max(hold.started_at, wait.ended_at)
             is_right = hold.outcome == wait.outcome and abs(hold.ended_at - at) <= EPS
@@ -119,13 +122,13 @@ def holds_are_leases(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[V
 def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:
     """Rule 3: an unanswered final poll is repeated for two seconds."""
     if budget.had_expired:
-        return "" if wait.ended_at <= budget.deadline + FINAL + EPS else "it is late"
+        return "" if wait.ended_at <= evidence.last_end(budget) + EPS else "it is late"
     if wait.ended_at < budget.deadline - EPS:
         return f"its deadline is at {budget.deadline:.4f} s"
     final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= budget.deadline - EPS]
     if any(poll.retry_after and poll.status in {429, 503} for poll in final):
         return ""
-    if wait.ended_at < budget.deadline + FINAL - TOO_LATE - BACKOFF - EPS:
+    if wait.ended_at < evidence.final_from(budget) + FINAL - TOO_LATE - BACKOFF - EPS:
         return "a final poll that fails is repeated"
     return ""
 
@@ -170,7 +173,7 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
 def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 3: no wait lasts longer than its budget and two seconds."""
     for wait in evidence.waits:
-        last = max(budget.deadline + FINAL for budget in evidence.budgets(wait))
+        last = max(evidence.last_end(budget) for budget in evidence.budgets(wait))
         if wait.ended_at > last + EPS or wait.ended_at == math.inf:
             yield evidence.violation(
                 "ends in time",
@@ -222,28 +225,29 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
     for wait in evidence.waits:
         budget, *more = evidence.budgets(wait)
         deadline = budget.deadline
+        due = evidence.awake(deadline)
         differs = any(abs(other.deadline - deadline) > EPS for other in more)
-        if budget.had_expired or differs or wait.ended_at <= deadline + EPS:
+        if budget.had_expired or differs or wait.ended_at <= due + EPS:
             continue
         rivals = sum(
-            other.started_at <= deadline <= other.ended_at + EPS
-            and (its.had_expired or deadline - FINAL - EPS <= its.deadline <= deadline + EPS)
+            other.started_at <= due <= other.ended_at + EPS
+            and (its.had_expired or due - FINAL - EPS <= evidence.awake(its.deadline) <= due + EPS)
             for other, its in first_budgets
         )
-        fits = evidence.is_well(deadline) and rivals <= 4 * evidence.client.max_in_flight
+        fits = evidence.is_well(deadline) and evidence.is_well(due) and rivals <= 4 * evidence.client.max_in_flight
         # While the circuit is open, one final poll at a time: a late one counts for its two seconds, whoever needs it.
-        late = (p for p in evidence.sent_between(deadline - FINAL, deadline - EPS) if p.ended_at > deadline - EPS)
+        late = (p for p in evidence.sent_between(deadline - FINAL, due - EPS) if p.ended_at > deadline - EPS)
         fits_alone = rivals == 1 and not any(map(evidence.is_final, late))
         if not fits and not fits_alone:
             continue
         final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= deadline - EPS]
         final = [poll for poll in final if poll.sent_at <= wait.ended_at]
-        if not final or final[0].sent_at > deadline + EPS:
-            yield evidence.violation("final poll at the deadline", wait, deadline, "no poll starts there")
+        if not final or final[0].sent_at > due + EPS:
+            yield evidence.violation("final poll at the deadline", wait, due, "no poll starts there")
             continue
-        failed_early = final[0].ended_at < deadline + 1.0 and final[0].retry_after is None
+        failed_early = final[0].ended_at < evidence.final_from(budget) + 1.0 and final[0].retry_after is None
         # While the circuit is open, final polls go one at a time, and one that is due later may hang meanwhile.
-        failed_early &= not any(deadline < its.deadline < deadline + FINAL for _, its in first_budgets)
+        failed_early &= not any(deadline < its.deadline < due + FINAL for _, its in first_budgets)
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
             yield evidence.violation(
                 "final poll at the deadline",
@@ -256,7 +260,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
 def slow_handlers(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 8: a slow handler delays the result by its own time, for one update and the last one."""
     for wait in evidence.waits:
-        last = wait.ended_at + 2 * wait.handler
+        last = evidence.awake(evidence.awake(wait.ended_at + wait.handler) + wait.handler)
         if wait.handler and wait.returned_at > last + EPS and evidence.client.closed_at > last:
             yield evidence.violation("slow handlers", wait, wait.returned_at, f"it ended at {wait.ended_at:.4f} s")
 

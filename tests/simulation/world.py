@@ -70,6 +70,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._now += timeout
         return ()
 
+    def stand_still(self, until: float) -> None:
+        """Run no callback until a time."""
+        self._now = max(self._now, until)
+
     def armed_timers(self) -> list[str]:
         """Return the timers that would still fire."""
         scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]  # asyncio's own
@@ -108,11 +112,15 @@ class Timeline:
             when, _, call, arguments = heappop(self._events)
             if call is None:
                 continue
-            turns = turns + 1 if when == self.now else 0
+            turns = turns + 1 if when <= self.now else 0
             if turns > MOST_TURNS or when > LONGEST:
                 raise StuckError(f"{turns} events in one moment, at {when:.4f} s")
-            self.now = when
+            self.now = max(self.now, when)
             call(*arguments)
+
+    def stand_still(self, until: float) -> None:
+        """Make no call until a time."""
+        self.now = max(self.now, until)
 
 
 def cancel(event: Event | None) -> None:
