@@ -105,6 +105,7 @@ class Simulation:
         seed: Of all that is random, the library's backoff and jitter included.
         max_in_flight: Polls in flight at once.
         listeners: Whom to tell of waits, polls and the circuit.
+        loop: The event loop; by default, its clock is moved.
     """
 
     transport: SimulatedTransport
@@ -118,17 +119,18 @@ class Simulation:
         seed: int = 1,
         max_in_flight: int = 64,
         listeners: tuple[Listener, ...] = (),
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         random.seed(seed)
         self._listeners = Listeners(listeners) if listeners else None
         self._service = service
         self._schedule = schedule
         self._max_in_flight = max_in_flight
-        self._loop = looptime.new_event_loop(noop_cycles=1)
+        self._loop = loop or looptime.new_event_loop(noop_cycles=1)
         self.lateness: dict[str, float] = {}
         """Seconds from the approval of an operation to the end of its wait."""
-        self.outcomes: dict[str, tuple[float, type]] = {}
-        """When each wait ended, and the type of its outcome."""
+        self.outcomes: dict[str, tuple[float, object]] = {}
+        """When each wait ended, and its outcome."""
 
     def run(self, scenario: Coroutine[Any, Any, None]) -> None:
         """Run a scenario to its end, and close the client."""
@@ -171,7 +173,7 @@ class Simulation:
 
         def ended(_: object) -> None:
             outcome = wait.result()
-            self.outcomes[operation_id] = self.now, type(outcome)
+            self.outcomes[operation_id] = self.now, outcome
             if isinstance(outcome, Operation):
                 self.lateness[operation_id] = self.now - at
 

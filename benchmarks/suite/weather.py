@@ -1,7 +1,8 @@
-"""Bad weather, simulated: shards that hang, limits, outages, answers that fail at random, a saturated service.
+"""Bad weather: shards that hang, limits, outages, answers that fail at random, lost connections, late deadlines.
 
-The real poller of a default client against a simulated service (`benchmarks.simulation`), with round trips of 50 ms if
-nothing else is said. Nothing is timed, so the figures do not depend on the machine.
+Most of it is the real poller of a default client against a simulated service (`benchmarks.simulation`), with round
+trips of 50 ms if nothing else is said. Lost connections are those of a client and a sandbox. The clock is moved, so the
+figures do not depend on the machine. Only late deadlines are timed.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import asyncio
 import contextlib
 import math
 import statistics
+import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
+import looptime
 from tenacity import wait_fixed
 
-from aiokeyless import ApprovalUnknownError, KeylessError, wait_adaptive
+from aiokeyless import ApprovalUnknownError, KeylessError, Operation, wait_adaptive
 from aiokeyless.events import PollEnded, PollResult
+from aiokeyless.sandbox import Sandbox
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.report import Goal, Report, Table, p95
-from benchmarks.simulation import GOOD, HANGING, LATENCY, Answer, Simulation, failing
+from benchmarks.simulation import GOOD, HANGING, LATENCY, MOST_POLLS, Answer, Simulation, failing
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from aiokeyless import KeylessClient
     from benchmarks.bench import Bench
+
+T = TypeVar("T")
 
 ON_PAGE: Final = True
 
@@ -31,6 +40,7 @@ _ARRIVALS: Final = 120.0  # seconds in which waits start
 _TIMEOUT: Final = 120.0
 _WARM: Final = 20.0  # seconds before an outage
 _LIMIT: Final = 500  # polls a second that a service answers
+_USER: Final = "C0FFEE"
 
 Start = tuple[float, str, float]  # of a wait: when, for which operation, seconds until its approval
 
@@ -78,8 +88,8 @@ def _healthy_of(starts: list[Start], answer: Answer, *, seconds: float) -> Crowd
     simulation = Simulation(lambda name, _: answer if name.startswith("bad") else GOOD, wait_adaptive())
     simulation.run(scenario())
     late = [seconds for name, seconds in simulation.lateness.items() if name.startswith("good")]
-    unknown = [k for n, (_, k) in simulation.outcomes.items() if n.startswith("good") and k is ApprovalUnknownError]
-    return Crowd(late, len(unknown))
+    ended = [outcome for name, (_, outcome) in simulation.outcomes.items() if name.startswith("good")]
+    return Crowd(late, sum(isinstance(outcome, ApprovalUnknownError) for outcome in ended))
 
 
 class Shared(NamedTuple):
@@ -210,6 +220,119 @@ def saturated(capacity: float, *, waits: int, seconds: float = 240.0) -> Saturat
     return Saturated(cut_off / (cut_off + answered), answered / would, in_flight)
 
 
+async def after_failover(sandbox: Sandbox, client: KeylessClient, waits: int, **options: Any) -> list[float]:
+    """Return how late waits notice approvals within the five seconds that follow a failover."""
+    loop = asyncio.get_running_loop()
+    late: list[float] = []
+
+    async def notice(name: str, at: float) -> None:
+        await client.wait_for_approval(name, **options)
+        late.append(loop.time() - at)
+
+    names = [str(number) for number in range(waits)]
+    await asyncio.gather(*(client.create_operation(_USER, operation_id=name) for name in names))
+    fails_over_at = loop.time() + 5
+    async with asyncio.TaskGroup() as group:
+        for number, name in enumerate(names):
+            at = fails_over_at + 5 * number / waits
+            loop.call_at(at, sandbox.approve, name)
+            group.create_task(notice(name, at))
+        loop.call_at(fails_over_at, sandbox.reset_connections)
+    return late
+
+
+async def _failover(waits: int, *, at_each_request: bool = False) -> float:
+    """Return the mean lateness after a failover. If asked for, each connection is lost at its second request."""
+    sandbox = Sandbox(on_request=lambda _: sandbox.reset_connections() if at_each_request else None)
+    async with sandbox, sandbox.client() as client:
+        sandbox.latency = LATENCY
+        return statistics.mean(await after_failover(sandbox, client, waits))
+
+
+async def _create_on_dead_connections(connections: int) -> tuple[int, int]:
+    """Return how many operations one create makes if all connections are dead, and with how many requests."""
+    async with Sandbox() as sandbox, sandbox.client() as client:
+        sandbox.approve("warm", user_id=_USER)
+        sandbox.latency = 0.1  # so that each request has a connection of its own
+        await asyncio.gather(*(client.get_operation("warm") for _ in range(connections)))
+        sandbox.reset_connections()
+        before = sandbox.request_count
+        await client.create_operation(_USER)
+        return len(sandbox.operations) - 1, sandbox.request_count - before
+
+
+async def _creates_in_outage(calls: int, *, are_dropped: bool) -> float:
+    """Return the requests a call of creates that meet an outage."""
+    async with Sandbox() as sandbox, sandbox.client() as client:
+        if are_dropped:
+            sandbox.drop_next(times=None)
+        else:
+            sandbox.fail_next(503, times=None)
+        slots = asyncio.Semaphore(50)  # no more at once than a listening socket takes
+
+        async def create() -> None:
+            async with slots:
+                with contextlib.suppress(KeylessError):
+                    await client.create_operation(_USER)
+
+        await asyncio.gather(*(create() for _ in range(calls)))
+        return sandbox.request_count / calls
+
+
+async def _standstill(waits: int, seconds: float) -> int:
+    """Return how many waits are approved although the loop stands still across their deadlines, on the real clock."""
+    async with Sandbox() as sandbox, sandbox.client() as client:
+        names = [str(number) for number in range(waits)]
+        for name in names:
+            await client.create_operation(_USER, operation_id=name)
+        started = [asyncio.create_task(client.wait_for_approval(name, timeout=1.0)) for name in names]
+        await asyncio.sleep(0.9)
+        for name in names:
+            sandbox.approve(name)
+        time.sleep(seconds)  # noqa: ASYNC251  # what stands still
+        outcomes = await asyncio.gather(*started, return_exceptions=True)
+        return sum(isinstance(outcome, Operation) for outcome in outcomes)
+
+
+def _on_moved_clock(measurement: Coroutine[Any, Any, T]) -> T:
+    loop = looptime.new_event_loop()
+    try:
+        return loop.run_until_complete(measurement)
+    finally:
+        loop.close()
+
+
+class Deadlines(NamedTuple):
+    """The measurements of waits that end within one second."""
+
+    last: float  # seconds from the last deadline to the last end
+    timed_out: int
+    unsent: int  # unknown, since no poll could be sent for them
+    unanswered: int  # unknown, although one was sent
+
+
+def deadlines(waits: int) -> Deadlines:
+    """Let waits end within one second, on the real clock."""
+    first = waits / MOST_POLLS + 5.0  # by then, each of them was polled
+
+    async def scenario() -> None:
+        begin = simulation.now
+        ends = {f"op-{k}": begin + first + k / waits for k in range(waits)}
+        started = [simulation.start(name, timeout=at - simulation.now) for name, at in ends.items()]
+        await simulation.sleep_until(begin + first + 1.0)
+        last_deadline.append(simulation.now)
+        await asyncio.wait(started)
+
+    last_deadline: list[float] = []
+    simulation = Simulation(lambda _, __: GOOD, wait_fixed(1000), loop=asyncio.new_event_loop())
+    simulation.run(scenario())
+    outcomes = [outcome for _, outcome in simulation.outcomes.values()]
+    unknown = [outcome for outcome in outcomes if isinstance(outcome, ApprovalUnknownError)]
+    unsent = sum("no final poll could be sent" in str(error) for error in unknown)
+    last = max(at for at, _ in simulation.outcomes.values()) - last_deadline[0]
+    return Deadlines(last, len(outcomes) - len(unknown), unsent, len(unknown) - unsent)
+
+
 class Outage(NamedTuple):
     """The measurements of one outage."""
 
@@ -253,12 +376,14 @@ def outage(
 
 def run(bench: Bench) -> Report:
     """Simulate all of it."""
-    report = Report("weather: shards that hang, limits, outages, answers that fail at random, simulated")
+    report = Report("weather: shards that hang, limits, outages, answers that fail at random, lost connections")
     _crowds(bench, report)
     _brown_outs(bench, report)
     _limits(bench, report)
     _saturated(bench, report)
     _outages(bench, report)
+    _lost_connections(bench, report)
+    _late_deadlines(bench, report)
     return report
 
 
@@ -316,6 +441,45 @@ def _saturated(bench: Bench, report: Report) -> None:
         report.goals.append(Goal(f"saturated, {name}: cut off", 0.05, found.cut_off))
         report.goals.append(Goal(f"saturated, {name}: capacity not used", 0.1, 1 - found.answered))
         report.raw[f"saturated, {name}"] = {**found._asdict()}
+
+
+def _lost_connections(bench: Bench, report: Report) -> None:
+    bench.progress("  lost connections")
+    report.tables.append(table := Table("lost connections", ["", "", "at most"]))
+
+    def add(name: str, figure: float, goal: float, unit: str) -> None:
+        table.rows.append([name, f"{figure:.2f}{unit}", f"{goal:g}{unit}"])
+        report.goals.append(Goal(name, goal, figure, unit))
+        report.raw[name] = figure
+
+    for waits in bench.pick(full=(20, 60, 100), quick=(20, 60, 100), smoke=(5,)):
+        add(f"a failover, {waits} waits: late, mean", _on_moved_clock(_failover(waits)), 1.0, " s")
+    waits = bench.pick(full=20, quick=20, smoke=5)
+    name = f"each connection is lost at its second request, {waits} waits: late, mean"
+    add(name, _on_moved_clock(_failover(waits, at_each_request=True)), 0.7, " s")
+    made, requests = _on_moved_clock(_create_on_dead_connections(12))
+    add("one create, 12 dead connections: operations", made, 1, "")
+    add("requests for it that arrive", requests, 2, "")
+    calls = bench.pick(full=300, quick=300, smoke=150)
+    for name, are_dropped, goal in (("503", False, 1.5), ("connections dropped", True, 2.0)):
+        per_call = _on_moved_clock(_creates_in_outage(calls, are_dropped=are_dropped))
+        add(f"{calls} creates in an outage, {name}: requests a call", per_call, goal, "")
+
+
+def _late_deadlines(bench: Bench, report: Report) -> None:
+    waits, seconds = bench.pick(full=(20, 3.0), quick=(20, 3.0), smoke=(3, 1.0))
+    bench.progress("  a loop that stands still, and many deadlines")
+    approved = asyncio.run(_standstill(waits, seconds))
+    columns = ["", "approved or timed out", "unknown, none sent", "unknown, sent", "the last ends after, s"]
+    report.tables.append(table := Table("late deadlines, on the real clock", columns))
+    name = f"the loop stands still for {seconds:g} s across {waits} deadlines, approved before"
+    table.rows.append([name, f"{approved}", "", f"{waits - approved}", ""])
+    report.goals.append(Goal(f"{name}: not noticed", 0, waits - approved))
+    many = bench.pick(full=20_000, quick=20_000, smoke=300)
+    found = deadlines(many)
+    table.rows.append([f"{many} deadlines within one second", *map(str, found[1:]), f"{found.last:.1f}"])
+    report.goals.append(Goal(f"{many} deadlines: the last ends after", 2.5, found.last, " s"))
+    report.raw["late deadlines"] = {"approved": approved, **found._asdict()}
 
 
 def _outages(bench: Bench, report: Report) -> None:

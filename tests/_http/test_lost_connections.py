@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
@@ -14,6 +14,7 @@ from tenacity import wait_fixed
 from aiokeyless import KeylessClient, RequestTimeoutError, TransportError
 from aiokeyless.events import PollEnded, RequestEnded
 from aiokeyless.sandbox import Sandbox
+from benchmarks.suite.weather import after_failover
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -179,33 +180,12 @@ async def test_new_connection_is_not_kept() -> None:
 # Waits
 
 
-async def lateness(sandbox: Sandbox, client: KeylessClient, waits: int, **options: Any) -> list[float]:
-    """Return how late waits learn of approvals within the five seconds that follow a failover."""
-    loop = asyncio.get_running_loop()
-    late: list[float] = []
-
-    async def learn(name: str, at: float) -> None:
-        await client.wait_for_approval(name, **options)
-        late.append(loop.time() - at)
-
-    names = [str(number) for number in range(waits)]
-    await asyncio.gather(*(client.create_operation(USER, operation_id=name) for name in names))
-    fails_over_at = loop.time() + 5
-    async with asyncio.TaskGroup() as group:
-        for number, name in enumerate(names):
-            at = fails_over_at + 5 * number / waits
-            loop.call_at(at, sandbox.approve, name)
-            group.create_task(learn(name, at))
-        loop.call_at(fails_over_at, sandbox.reset_connections)
-    return late
-
-
 @pytest.mark.parametrize("waits", [20, 60, 100])
 async def test_waits_after_a_failover_are_no_later_than_before(
     sandbox: Sandbox, client: KeylessClient, events: list[Event], waits: int
 ) -> None:
     sandbox.latency = 0.05
-    late = await lateness(sandbox, client, waits)
+    late = await after_failover(sandbox, client, waits)
     assert len(late) == waits
     assert statistics.mean(late) < 1.0
     assert {event.result for event in events if isinstance(event, PollEnded)} == {"pending", "approved"}
@@ -218,6 +198,6 @@ async def test_waits_whose_connections_serve_one_request_are_in_time(events: lis
         sandbox.client(listeners=[events.append]) as client,
     ):
         sandbox.latency = 0.05
-        late = await lateness(sandbox, client, 20, schedule=wait_fixed(1))
+        late = await after_failover(sandbox, client, 20, schedule=wait_fixed(1))
         assert statistics.mean(late) < 0.7
         assert client.statistics.transient_failures == 0
