@@ -9,7 +9,7 @@ from . import _interruption as _interruption  # first: the others take long
 import logging
 
 from ._version import __version__
-from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnPoll, WaitTimeout
+from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnCreated, OnPoll, WaitTimeout
 from .errors import (
     AlreadyApprovedError,
     AmbiguousUserError,
@@ -98,6 +98,7 @@ __all__ = [
     "NotApproved",
     "NotFoundError",
     "NotJsonError",
+    "OnCreated",
     "OnPoll",
     "Operation",
     "OperationMismatchError",

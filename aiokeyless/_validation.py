@@ -388,9 +388,15 @@ def check_schedule(schedule: wait_base | None) -> wait_base | None:
     return schedule
 
 
-def check_on_poll(on_poll: object) -> None:
-    if on_poll is not None and not callable(on_poll):
-        raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}", argument="on_poll")
+def check_handler(handler: object, name: str, *, is_plain: bool = False) -> None:
+    """Check a function that is called back, or None. A plain one must not be async."""
+    if handler is not None and not callable(handler):
+        raise ConfigurationError(f"{name} must be callable or None, not {type(handler).__name__}", argument=name)
+    if is_plain and inspect.iscoroutinefunction(handler):
+        raise ConfigurationError(
+            f"{name} must be a plain function: an async one would never be awaited; or use aiokeyless.KeylessClient",
+            argument=name,
+        )
 
 
 def check_listeners(listeners: object) -> tuple[Listener, ...]:

@@ -39,8 +39,8 @@ from ._validation import (
     check_base_url,
     check_external_user_id,
     check_flag,
+    check_handler,
     check_listeners,
-    check_on_poll,
     check_operation_id,
     check_rate,
     check_region,
@@ -65,7 +65,7 @@ from .errors import (
     StatusError,
     TransportError,
 )
-from .events import Listener
+from .events import Listener, OperationCreated
 from .models import Authentications, Device, ExternalUser, NewOperation, Operation, PendingOperation, Region, User
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
@@ -88,6 +88,8 @@ IfExists: TypeAlias = Literal["raise", "resume"]
 """On a 409, a create raises, or resumes the operation if it has the same content and is pending."""
 WaitTimeout: TypeAlias = float | DefaultTimeout | None
 """Seconds for a whole wait, None for no limit, or the default."""
+OnCreated: TypeAlias = Callable[[ApprovalTicket], Awaitable[object] | object]
+"""Called with the ticket of a new operation, to tell the phone: a plain function, or an async one."""
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 """Called for each poll of a wait: a plain function, or an async one."""
 T = TypeVar("T")
@@ -187,6 +189,7 @@ class KeylessClient:
         self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
         self._listeners: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
+        self._told: Listeners | None = None  # the same, once it is open
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
         self._holds: Holds | None = None
@@ -266,7 +269,7 @@ class KeylessClient:
             raise ClientClosedError("the client is closed; create a new one, or close it later")
         loop = asyncio.get_running_loop()
         if self._loop is None:
-            listeners = Listeners(self._listeners) if self._listeners else None
+            listeners = self._told = Listeners(self._listeners) if self._listeners else None
             transport = Transport(
                 self._base_url,
                 self._api_keys,
@@ -404,7 +407,8 @@ class KeylessClient:
                 and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
 
         Returns:
-            The ticket to wait for, here or in another process.
+            The ticket to wait for, here or in another process. The service tells nobody about an operation: your
+            application sends the user's phone a push notification now.
 
         Raises:
             ConfigurationError: An argument is wrong; nothing was sent.
@@ -447,6 +451,8 @@ class KeylessClient:
         )
         if not reconciled:
             poller.record_creation(ticket)
+        if self._told is not None:
+            self._told.tell(OperationCreated(operation_id=ticket.operation_id, user_id=user_id))
         return ticket
 
     # -- users and devices
@@ -661,8 +667,7 @@ class KeylessClient:
                 will create. With a bare id, an approval by any user then counts. Pass `ApprovalTicket.for_operation`,
                 which names the user and the payload, or compare them yourself. Default: ``"raise"``.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
-                raises ends the wait and propagates; a ``StopIteration``, which no coroutine can raise, becomes the
-                cause of a ``RuntimeError``. Default: none.
+                raises ends the wait and propagates. Default: none.
             explain: Whether to ask Telemetry for the user's attempts to authenticate, for the ``attempts`` of
                 `ApprovalUpdate` and of `ApprovalTimeoutError`. The client asks while the operation is pending, at most
                 once in 10 s per operation and 8 times at once. It asks for the last time at the deadline, so the wait
@@ -771,22 +776,29 @@ class KeylessClient:
         if_exists: IfExists = "raise",
         require_auth_type: str | None = None,
         schedule: wait_base | None = None,
+        on_created: OnCreated | None = None,
         on_poll: OnPoll | None = None,
         explain: bool = False,
     ) -> Operation:
-        """Create an operation and wait until the user approves it: `create_operation`, then `wait_for_approval`.
+        """Create an operation, tell the phone, and wait until the user approves it.
+
+        That is `create_operation`, `on_created` and `wait_for_approval`.
 
         Args:
             user_id: The user, in hex of either case.
             operation_id: The operation's id, unique in the tenant. Default: a UUID4.
             operation_payload: What the user is asked to approve. Default: none.
             external_user_id: Your own id of the user. Default: none.
-            expires_in: Seconds for the wait. Default: 120.
+            expires_in: Seconds for the wait, from the create on. Default: 120.
             if_exists: See `create_operation`. Default: ``"raise"``.
             require_auth_type: See `create_operation`. Default: any.
             schedule: When to poll. Default: the client's schedule.
-            on_poll: Called with an `ApprovalUpdate` for each poll; may be async. Default: none.
-            explain: Whether to ask for the user's attempts: see `wait_for_approval`. Default: False.
+            on_created: Called with the `ApprovalTicket` before the wait, in this task; may be async. It sends the push
+                notification that makes the phone ask the user, since the service sends none. It is also called for an
+                operation that was found after a lost answer or by ``if_exists="resume"``. What it raises propagates,
+                and the operation stays. Default: none.
+            on_poll: See `wait_for_approval`. Default: none.
+            explain: See `wait_for_approval`. Default: False.
 
         Returns:
             The approved operation.
@@ -795,7 +807,8 @@ class KeylessClient:
             KeylessError: Any error of `create_operation` or `wait_for_approval`.
         """
         check_schedule(schedule)  # before anything is created
-        check_on_poll(on_poll)
+        check_handler(on_created, "on_created")
+        check_handler(on_poll, "on_poll")
         check_flag(explain, "explain")
         ticket = await self.create_operation(
             user_id,
@@ -806,6 +819,8 @@ class KeylessClient:
             if_exists=if_exists,
             require_auth_type=require_auth_type,
         )
+        if on_created is not None:
+            await _call_back("on_created", on_created, ticket)
         return await self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
 
     def watch_approval(
@@ -914,20 +929,13 @@ class KeylessClient:
         return poller, poller.start(**options)
 
     async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll, *, explain: bool) -> Operation:
-        check_on_poll(on_poll)
+        check_handler(on_poll, "on_poll")
         operation: Operation | None = None
         updates = self._updates(options, explain=explain)
         try:
             async for update in updates:
                 operation = update.operation
-                try:
-                    result = on_poll(update)
-                except StopIteration as error:  # no coroutine can raise it: PEP 479
-                    raise RuntimeError(
-                        "on_poll raised StopIteration; catch it there, or give next() a default"
-                    ) from error
-                if inspect.isawaitable(result):
-                    await result
+                await _call_back("on_poll", on_poll, update)
         finally:
             await updates.aclose()
         assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
@@ -1003,6 +1011,16 @@ def for_another_process(client: KeylessClient) -> KeylessClient:
 
 def _ignore(_update: ApprovalUpdate) -> None:
     """Do nothing with an update."""
+
+
+async def _call_back(name: str, function: Callable[[T], object], argument: T) -> None:
+    """Call a function of the caller, a plain or an async one."""
+    try:
+        result = function(argument)
+    except StopIteration as error:  # no coroutine can raise it: PEP 479
+        raise RuntimeError(f"{name} raised StopIteration; catch it there, or give next() a default") from error
+    if inspect.isawaitable(result):
+        await result
 
 
 def _result(outcome: WaitResult) -> Operation:

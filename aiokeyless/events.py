@@ -1,6 +1,6 @@
-"""The events that listeners get: of each exchange, wait and poll, of the circuit, and of workers.
+"""The events that listeners get: of each exchange, create, wait and poll, of the circuit, and of workers.
 
-An event is a frozen struct. It never holds a key, a payload or a user. It holds an operation id only to name a wait.
+An event is a frozen struct. It never holds a key or a payload. Only `OperationCreated` names a user.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "Event",
     "Inspection",
     "Listener",
+    "OperationCreated",
     "OutcomePublished",
     "PollEnded",
     "PollResult",
@@ -55,6 +56,18 @@ class RequestEnded(Model, frozen=True, kw_only=True):
     seconds: float
     attempt: int
     request_id: str | None
+
+
+class OperationCreated(Model, frozen=True, kw_only=True):
+    """A call or a worker has created an operation, or has found it after a lost answer: it can be told to the phone.
+
+    Attributes:
+        operation_id: The operation.
+        user_id: The user who is to approve it, in upper-case hex.
+    """
+
+    operation_id: str
+    user_id: str
 
 
 class WaitStarted(Model, frozen=True, kw_only=True):
@@ -272,6 +285,7 @@ class WorkerInspected(Model, frozen=True, kw_only=True):
 
 Event: TypeAlias = (
     RequestEnded
+    | OperationCreated
     | WaitStarted
     | WaitEnded
     | PollEnded

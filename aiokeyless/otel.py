@@ -18,6 +18,7 @@ from .events import (
     CircuitChanged,
     DeliveryEnded,
     Event,
+    OperationCreated,
     OutcomePublished,
     PollEnded,
     RequestEnded,
@@ -148,6 +149,8 @@ class OpenTelemetryListener:
             case CircuitChanged():
                 self._circuits.subtract((event.previous,))
                 self._circuits.update((event.state,))
+            case OperationCreated():  # it names a user, and the request is recorded
+                pass
             case _:
                 assert_never(event)
 

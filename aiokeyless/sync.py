@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import inspect
 import os
 import threading
@@ -36,7 +37,7 @@ from typing import (
 
 from tenacity.wait import wait_base
 
-from ._validation import check_flag, check_on_poll, check_schedule
+from ._validation import check_flag, check_handler, check_schedule
 from .client import DefaultTimeout, IfExists, IfMissing, WaitTimeout, for_another_process
 from .client import KeylessClient as AsyncKeylessClient
 from .errors import ClientClosedError, ConfigurationError
@@ -47,10 +48,13 @@ from .ticket import DEFAULT_LIFETIME, ApprovalTicket
 from .worker import ApprovalEvent, Broker, Submission, applications
 from .worker.broker import ApplicationSide, broker_for, hide_url
 
-__all__ = ["KeylessClient", "OnPoll", "next_outcome", "submit_approval"]
+__all__ = ["KeylessClient", "OnCreated", "OnPoll", "next_outcome", "submit_approval"]
 
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], object]
 """Called for each poll of a wait, in the thread that waits: a plain function."""
+OnCreated: TypeAlias = Callable[[ApprovalTicket], object]
+"""Called with the ticket of a new operation, in the thread that asks: a plain function."""
+_Runner: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -58,6 +62,15 @@ T = TypeVar("T")
 _PATIENCE: Final = 1.0
 #: Seconds within which a signal such as that of Ctrl-C interrupts a call, if it does not do so at once.
 _SIGNAL_WITHIN: Final = 0.5
+#: What this module's documentation says instead of that of the other face.
+_WORDS: Final = {
+    "aclose()": "close()",
+    "in this task; may be async": "in this thread; must not be async",
+    "A broker, or a driver's connection that a broker can use.": (
+        "A session or connection of SQLAlchemy, psycopg, psycopg2 or Django to the PostgreSQL that has the broker. Or "
+        "a broker that is not open, or its URL: it is opened on first use, and stays open."
+    ),
+}
 
 
 class _Background:
@@ -97,12 +110,11 @@ class _Background:
         """Close this client at the end of the process, unless it is closed before."""
         self._clients.add(client)
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop, and return its result. If the caller is interrupted, cancel it."""
-        return self.call(lambda: coroutine)
-
     def call(self, method: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run what a function returns. If the caller is interrupted before the loop calls it, there is no coroutine."""
+        """Run a coroutine in the loop, and return its result. If the caller is interrupted, cancel it.
+
+        It is the result of a function. If the caller is interrupted before the loop calls that, there is no coroutine.
+        """
         # Made here: with asyncio.run_coroutine_threadsafe, an interruption could come before the future exists.
         future: Future[T] = Future()
         try:
@@ -302,8 +314,24 @@ def _describe(ours: Callable[..., object], theirs: Callable[..., object]) -> Non
         result = GenericAlias(Generator, (get_args(result)[0], None, None))
     vars(ours)["__signature__"] = signature.replace(return_annotation=result)
     ours.__annotations__ = get_type_hints(theirs) | {"return": result}
-    documentation = inspect.getdoc(theirs) or ""  # none with python -OO
-    ours.__doc__ = documentation.partition("\n\nExample:")[0].replace("aclose()", "close()")
+    ours.__doc__ = _documentation(theirs)
+
+
+def _documented_by(theirs: Callable[..., object]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator that gives a method the documentation of that of the other face."""
+
+    def document(ours: Callable[P, T]) -> Callable[P, T]:
+        ours.__doc__ = _documentation(theirs)
+        return ours
+
+    return document
+
+
+def _documentation(theirs: Callable[..., object]) -> str:
+    documentation = (inspect.getdoc(theirs) or "").partition("\n\nExample:")[0]  # none with python -OO
+    for words, ours in _WORDS.items():
+        documentation = documentation.replace(words, ours)
+    return documentation
 
 
 class KeylessClient:
@@ -422,7 +450,7 @@ class KeylessClient:
             return
         _refuse_event_loop()
         self._closed = True
-        background.run(background.close(self._client))
+        background.call(lambda: background.close(self._client))
 
     def __del__(self) -> None:
         background = self._background
@@ -466,8 +494,9 @@ class KeylessClient:
     watch_approval: Final = _iteration(AsyncKeylessClient.watch_approval)
     wait_for_approvals: Final = _iteration(AsyncKeylessClient.wait_for_approvals)
 
-    # -- waits with on_poll, which runs in the caller's thread
+    # -- waits with functions that run in the caller's thread
 
+    @_documented_by(AsyncKeylessClient.wait_for_approval)
     def wait_for_approval(
         self,
         target: str | ApprovalTicket,
@@ -478,44 +507,7 @@ class KeylessClient:
         on_poll: OnPoll | None = None,
         explain: bool = False,
     ) -> Operation:
-        """Wait until the user approves this operation, and return only then.
-
-        Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the
-                payload, the external user id and the factor of each answer.
-            timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
-                ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
-            schedule: When to poll. Default: the client's schedule.
-            if_missing: On a 404, ``"raise"`` raises `NotFoundError`. ``"wait"`` waits for an operation that the phone
-                will create. With a bare id, an approval by any user then counts. Pass `ApprovalTicket.for_operation`,
-                which names the user and the payload, or compare them yourself. Default: ``"raise"``.
-            on_poll: A plain function, called with an `ApprovalUpdate` for each poll, in order, in this thread. What it
-                raises ends the wait and propagates. Default: none.
-            explain: Whether to ask Telemetry for the user's attempts to authenticate, for the ``attempts`` of
-                `ApprovalUpdate` and of `ApprovalTimeoutError`. The client asks while the operation is pending, at most
-                once in 10 s per operation and 8 times at once. It asks for the last time at the deadline, so the wait
-                may end up to 1 s later. Failures of Telemetry are ignored and logged at debug level. An attempt never
-                approves and never ends the wait; raise in `on_poll` to end it. Default: False.
-
-        Returns:
-            The approved operation.
-
-        Raises:
-            ConfigurationError: An argument is wrong, or the schedule did not return a number.
-            ApprovalTimeoutError: The deadline passed and the operation is pending. It can still be approved later.
-            ApprovalUnknownError: The deadline passed and the final poll got no answer, or could not be sent, so the
-                outcome is unknown. It is an `ApprovalTimeoutError` too.
-            OperationMismatchError: An answer is about another operation, user or payload, or has another factor than
-                the ticket requires.
-            InconsistentOperationError: An answer contradicts itself, or its state is unknown.
-            NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
-                that, since a replica may lag.
-            StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
-            DecodeError: An answer is JSON that does not have the documented shape.
-            ClientClosedError: The client was closed.
-
-        Source: ``docs/rules.md``, "The rules of a wait".
-        """
+        """Wait until the user approves this operation, and return only then."""
         if on_poll is None:
             background, client = self._open()
             return background.call(
@@ -523,7 +515,7 @@ class KeylessClient:
                     target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
                 )
             )
-        _check_on_poll(on_poll)
+        check_handler(on_poll, "on_poll", is_plain=True)
         operation: Operation | None = None
         updates = self.watch_approval(
             target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
@@ -535,6 +527,7 @@ class KeylessClient:
         assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
         return operation
 
+    @_documented_by(AsyncKeylessClient.request_approval)
     def request_approval(
         self,
         user_id: str,
@@ -546,31 +539,14 @@ class KeylessClient:
         if_exists: IfExists = "raise",
         require_auth_type: str | None = None,
         schedule: wait_base | None = None,
+        on_created: OnCreated | None = None,
         on_poll: OnPoll | None = None,
         explain: bool = False,
     ) -> Operation:
-        """Create an operation and wait until the user approves it: `create_operation`, then `wait_for_approval`.
-
-        Args:
-            user_id: The user, in hex of either case.
-            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
-            operation_payload: What the user is asked to approve. Default: none.
-            external_user_id: Your own id of the user. Default: none.
-            expires_in: Seconds for the wait. Default: 120.
-            if_exists: See `create_operation`. Default: ``"raise"``.
-            require_auth_type: See `create_operation`. Default: any.
-            schedule: When to poll. Default: the client's schedule.
-            on_poll: A plain function, called with an `ApprovalUpdate` for each poll. Default: none.
-            explain: Whether to ask for the user's attempts: see `wait_for_approval`. Default: False.
-
-        Returns:
-            The approved operation.
-
-        Raises:
-            KeylessError: Any error of `create_operation` or `wait_for_approval`.
-        """
+        """Create an operation, tell the phone, and wait until the user approves it."""
         check_schedule(schedule)  # before anything is created
-        _check_on_poll(on_poll)
+        check_handler(on_created, "on_created", is_plain=True)
+        check_handler(on_poll, "on_poll", is_plain=True)
         check_flag(explain, "explain")
         ticket = self.create_operation(
             user_id,
@@ -581,6 +557,8 @@ class KeylessClient:
             if_exists=if_exists,
             require_auth_type=require_auth_type,
         )
+        if on_created is not None:
+            on_created(ticket)
         return self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
 
     @property
@@ -593,6 +571,7 @@ class KeylessClient:
         return background.call(lambda: _statistics(client))
 
 
+@_documented_by(applications.submit_approval)
 def submit_approval(
     broker: object,
     user_id: str,
@@ -605,45 +584,11 @@ def submit_approval(
     context: object = None,
     require_auth_type: str | None = None,
 ) -> Submission:
-    """Ask for an approval; when this returns, the request is stored and a worker will process it.
-
-    The caller's position in its trace, if OpenTelemetry is loaded, travels beside the request and comes back in the
-    event.
-
-    A request that is submitted twice counts once. Two requests are the same if all arguments but `created_at` are
-    equal. The broker refuses a different request under a used operation id. If it cannot tell, that request ends as
-    ``failed`` with `FailureReason.CONFLICT`.
-
-    Args:
-        broker: A session or connection of SQLAlchemy, psycopg, psycopg2 or Django to the PostgreSQL that has the
-            broker: the request is stored if and only if its transaction commits. Or a broker's URL, or a broker that is
-            not open: it is opened on first use, and stays open.
-        user_id: The user, in hex of either case.
-        operation_id: The operation's id, unique in the tenant. An id is for one approval only: to ask again, use
-            a new one. Store it with what the approval is for, before you ask.
-        operation_payload: What the user is asked to approve. Default: nothing.
-        external_user_id: Your own id of the user. Default: none.
-        expires_in: Seconds from `created_at` until waiting ends. Default: 120.
-        created_at: When you asked, with a zone. Give it if your own trigger may fire twice: then both submissions have
-            the same deadline. It counts as now if it is in the future. Default: now, by the broker's clock.
-        context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event
-            returns it.
-        require_auth_type: The factor that an approval must have: ``"biom"`` for a face. Any other, or none, is
-            ``failed`` with `FailureReason.MISMATCH`. Default: any.
-
-    Returns:
-        The operation's id, and whether exactly this request was stored already.
-
-    Raises:
-        ConfigurationError: An argument is wrong; nothing was stored.
-        InvalidRequestError: The operation id belongs to a different request; nothing was stored.
-        BrokerError: The broker did not confirm that it stored the request. It is safe to submit it again under the
-            error's `operation_id`.
-    """
+    """Ask for an approval; when this returns, the request is stored and a worker will process it."""
     broker = hide_url(broker)
     side, finish = _application_side(broker)
     submission: Submission = finish(
-        applications.submit_approval(
+        lambda: applications.submit_approval(
             side,
             user_id,
             operation_id=operation_id,
@@ -658,46 +603,23 @@ def submit_approval(
     return submission
 
 
+@_documented_by(applications.next_outcome)
 @contextlib.contextmanager
 def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, None]:
-    """Wait for the next outcome that this reader has not handled.
-
-    The outcome is handled if the body ends without an exception, also by ``break`` or ``return``. An exception puts the
-    outcome off for 1 s, 2 s, ... and at most 5 minutes, and is raised to the caller. If the process is killed, or the
-    body takes more than half a minute, the outcome is delivered again, so a second delivery must do no harm. If the
-    body runs in a transaction of the broker, that broker's page says how to handle an outcome exactly once.
-
-    Args:
-        broker: As for `submit_approval`. A connection must be in no transaction: the outcome begins one, in which the
-            body runs. What the body does on that connection is committed with the outcome, exactly once.
-        reader: Name of the reading application. The broker stores under it what the application has handled; its
-            processes share the outcomes. A new name gets all stored outcomes. Letters, digits, ``-`` and ``_``.
-
-    Yields:
-        The event.
-
-    Raises:
-        ConfigurationError: The name is not valid.
-        BrokerError: Outcomes cannot be read; or, after the body, it is not known whether the outcome counts as handled.
-
-    Example:
-        >>> while True:
-        ...     with next_outcome(connection, "shop") as event:
-        ...         handle(event)
-    """
+    """Wait for the next outcome that this reader has not handled."""
     broker = hide_url(broker)
     side, finish = _application_side(broker)
     outcome = applications.next_outcome(side, reader)
-    event: ApprovalEvent = finish(outcome.__aenter__())
+    event: ApprovalEvent = finish(outcome.__aenter__)
     try:
         yield event
     except BaseException as error:
-        finish(outcome.__aexit__(type(error), error, error.__traceback__))
+        finish(functools.partial(outcome.__aexit__, type(error), error, error.__traceback__))
         raise
-    finish(outcome.__aexit__(None, None, None))
+    finish(functools.partial(outcome.__aexit__, None, None, None))
 
 
-def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Coroutine[Any, Any, Any]], Any]]:
+def _application_side(broker: object) -> tuple[ApplicationSide, _Runner]:
     """Return the applications' side of a broker, and the function that runs its coroutines to their end."""
     from .worker.postgres import PostgresConnection  # noqa: PLC0415  # only where a broker is used
 
@@ -705,7 +627,7 @@ def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Corout
     if isinstance(broker, Broker | Secret):
         with _process.lock:
             background = _process.background()
-        return background.run(background.open_broker(broker)), background.run
+        return background.call(lambda: background.open_broker(broker)), background.call
     if isinstance(side := broker_for(broker), PostgresConnection):
         return side, _finish
     raise ConfigurationError(
@@ -714,8 +636,9 @@ def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Corout
     )
 
 
-def _finish(coroutine: Coroutine[Any, Any, T]) -> T:
+def _finish(method: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine that awaits nothing, in this thread: on a connection whose driver blocks."""
+    coroutine = method()
     while True:  # the first step is the last one
         try:
             coroutine.send(None)
@@ -761,7 +684,7 @@ def _iterate(background: _Background, values: AsyncGenerator[T, None]) -> Genera
         try:
             while True:
                 _check_iteration(background)
-                found = background.run(_next(values))
+                found = background.call(lambda: _next(values))
                 if found is None:
                     return
                 yield found[0]
@@ -775,15 +698,6 @@ def _check_iteration(background: _Background) -> None:
     _refuse_event_loop()
     if background.ended:
         raise ClientClosedError("the iterator belongs to a process that was forked, or is ending: start it anew")
-
-
-def _check_on_poll(on_poll: object) -> None:
-    check_on_poll(on_poll)
-    if inspect.iscoroutinefunction(on_poll):
-        raise ConfigurationError(
-            "on_poll must be a plain function: an async one would never be awaited; or use aiokeyless.KeylessClient",
-            argument="on_poll",
-        )
 
 
 def _refuse_event_loop() -> None:

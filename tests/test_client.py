@@ -12,9 +12,10 @@ import math
 import pickle
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from leaks import armed_timers, tasks_since
 from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_fixed
 
 import aiokeyless
@@ -320,13 +321,15 @@ class TestArguments:
             await client.request_approval(USER, schedule=5)  # type: ignore[arg-type]  # that is the mistake
         assert sandbox.requests == []
 
-    async def test_on_poll_must_be_callable_before_anything_is_sent(
-        self, sandbox: Sandbox, client: KeylessClient
+    @pytest.mark.parametrize("argument", ["on_created", "on_poll"])
+    async def test_what_is_called_back_must_be_callable_before_anything_is_sent(
+        self, sandbox: Sandbox, client: KeylessClient, argument: str
     ) -> None:
+        wrong: dict[str, Any] = {argument: 5}
+        with pytest.raises(ConfigurationError, match=f"{argument} must be callable or None, not int"):
+            await client.request_approval(USER, **wrong)
         with pytest.raises(ConfigurationError, match="on_poll"):
             await client.wait_for_approval("op", on_poll=5)  # type: ignore[arg-type]  # that is the mistake
-        with pytest.raises(ConfigurationError, match="on_poll"):
-            await client.request_approval(USER, on_poll=5)  # type: ignore[arg-type]  # that is the mistake
         assert sandbox.requests == []
 
     async def test_ids_that_cannot_be_sent_are_refused_by_the_single_calls(
@@ -386,6 +389,96 @@ class TestTheWayThrough:
         assert (operation.user_id, operation.operation_id) == (USER, "op")
         assert (operation.operation_payload, operation.external_user_id) == ("Pay 40", "alice")
         assert updates[-1].operation is operation
+
+    @pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+    async def test_the_phone_is_told_after_the_create_and_before_the_wait_in_the_callers_task(
+        self, sandbox: Sandbox, client: KeylessClient, *, is_async: bool
+    ) -> None:
+        told: list[tuple[ApprovalTicket, object]] = []
+
+        def tell(ticket: ApprovalTicket) -> None:
+            assert [request.method for request in sandbox.requests] == ["POST"]
+            told.append((ticket, asyncio.current_task()))
+            sandbox.approve(ticket.operation_id)
+
+        async def tell_later(ticket: ApprovalTicket) -> None:
+            await asyncio.sleep(0)
+            tell(ticket)
+
+        operation = await client.request_approval(USER, on_created=tell_later if is_async else tell)
+        [(ticket, task)] = told
+        assert (ticket.operation_id, task) == (operation.operation_id, asyncio.current_task())
+
+    @pytest.mark.parametrize("seconds", [0.0, 2.0, 29.0])
+    async def test_a_phone_that_is_told_slowly_changes_neither_the_deadline_nor_when_the_wait_polls(
+        self, sandbox: Sandbox, client: KeylessClient, seconds: float
+    ) -> None:
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.request_approval(
+                USER, expires_in=30, schedule=wait_fixed(7), on_created=lambda _: asyncio.sleep(seconds)
+            )
+        polls = [request.at - start for request in sandbox.requests if request.method == "GET"]
+        first = seconds or 7.0  # at once, unless the operation is younger than a second
+        assert polls == pytest.approx([*(first + 7 * number for number in range(5) if first + 7 * number < 30), 30])
+
+    async def test_an_operation_that_expires_before_the_phone_was_told_gets_one_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        def tell(ticket: ApprovalTicket) -> object:
+            sandbox.approve(ticket.operation_id)
+            return asyncio.sleep(40)
+
+        assert (await client.request_approval(USER, expires_in=30, on_created=tell)).is_approved
+        assert [request.method for request in sandbox.requests] == ["POST", "GET"]
+
+    @pytest.mark.parametrize("if_exists", ["raise", "resume"])
+    async def test_the_phone_is_told_of_an_operation_that_was_found_as_well(
+        self, sandbox: Sandbox, client: KeylessClient, if_exists: Literal["raise", "resume"]
+    ) -> None:
+        told: list[ApprovalTicket] = []
+        if if_exists == "resume":
+            await client.create_operation(USER, operation_id="op")
+        else:
+            sandbox.drop_next(stored=True)
+        with pytest.raises(ApprovalTimeoutError):
+            await client.request_approval(
+                USER, operation_id="op", if_exists=if_exists, expires_in=5, on_created=told.append
+            )
+        assert [(ticket.operation_id, ticket.reconciled) for ticket in told] == [("op", True)]
+
+    @pytest.mark.parametrize(
+        ("raised", "error"), [(ZeroDivisionError, ZeroDivisionError), (StopIteration, RuntimeError)]
+    )
+    async def test_what_telling_the_phone_raises_is_raised_and_the_operation_stays(
+        self, sandbox: Sandbox, client: KeylessClient, raised: type[Exception], error: type[Exception]
+    ) -> None:
+        def fail(_ticket: ApprovalTicket) -> None:
+            raise raised
+
+        with pytest.raises(error, match=r"^$|on_created raised StopIteration"):
+            await client.request_approval(USER, operation_id="op", on_created=fail)
+        assert "op" in sandbox.operations
+        assert [request.method for request in sandbox.requests] == ["POST"]
+
+    async def test_a_caller_who_is_cancelled_while_the_phone_is_told_leaves_nothing_behind(
+        self, client: KeylessClient
+    ) -> None:
+        telling = asyncio.Event()
+
+        async def hang(_ticket: ApprovalTicket) -> None:
+            telling.set()
+            await asyncio.sleep(1000)
+
+        before = asyncio.all_tasks()
+        caller = asyncio.create_task(client.request_approval(USER, on_created=hang))
+        await telling.wait()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert client.statistics.waiting == client.statistics.polls == 0
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
 
     async def test_request_approval_polls_by_the_schedule_that_it_is_given(
         self, sandbox: Sandbox, client: KeylessClient

@@ -40,6 +40,7 @@ from aiokeyless.events import (
     DeliveryEnded,
     Event,
     Inspection,
+    OperationCreated,
     OutcomePublished,
     PollEnded,
     PollResult,
@@ -582,6 +583,7 @@ EVENTS: tuple[Event, ...] = (
         attempt=1,
         request_id=None,
     ),
+    OperationCreated(operation_id="order-7", user_id="C0FFEE"),
     CircuitChanged(state="open", previous="closed", cause="ServerError", waiting=1, seconds=1),
     WaitEnded(
         wait=1,

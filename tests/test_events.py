@@ -24,7 +24,7 @@ from aiokeyless import (
     ServerError,
     TransportError,
 )
-from aiokeyless.events import CircuitChanged, PollEnded, RequestEnded, WaitEnded, WaitStarted
+from aiokeyless.events import CircuitChanged, OperationCreated, PollEnded, RequestEnded, WaitEnded, WaitStarted
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -72,6 +72,22 @@ class TestRequestEnded:
             ("GET", OPERATION, 200, None, 1),
         ]
         assert {f"http://{event.server}:{event.port}" for event in told.requests} == {sandbox.url}
+
+    async def test_each_create_that_succeeded_is_told_once_and_no_other(self, sandbox: Sandbox) -> None:
+        told = Told()
+        async with sandbox.client(listeners=[told]) as client:
+            await client.create_operation(USER.lower(), operation_id="op-1", operation_payload="Pay 40 to Alice")
+            sandbox.drop_next(stored=True)
+            await client.create_operation(USER, operation_id="op-2")
+            await client.create_operation(USER, operation_id="op-2", if_exists="resume")
+            with pytest.raises(ConflictError):
+                await client.create_operation(USER, operation_id="op-2")
+            sandbox.drop_next(times=None)
+            with pytest.raises(TransportError):
+                await client.create_operation(USER, operation_id="op-3")
+        created = told.of(OperationCreated)
+        assert [event.operation_id for event in created] == ["op-1", "op-2", "op-2"]
+        assert created[0] == OperationCreated(operation_id="op-1", user_id=USER)
 
     @pytest.mark.parametrize(
         ("fault", "status", "raised"),

@@ -27,6 +27,7 @@ from waiting import PATIENCE, until
 
 import aiokeyless
 from aiokeyless import (
+    ApprovalTicket,
     ApprovalTimeoutError,
     Approved,
     ClientClosedError,
@@ -36,7 +37,7 @@ from aiokeyless import (
     sync,
     worker,
 )
-from aiokeyless.sync import KeylessClient, OnPoll, get_background, submit_approval
+from aiokeyless.sync import KeylessClient, OnCreated, OnPoll, get_background, submit_approval
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
@@ -93,9 +94,13 @@ def test_a_method_is_one_of_this_face_and_documented_for_it(name: str) -> None:
     ours, _ = both(name)
     assert ours.__module__ == "aiokeyless.sync"
     assert not inspect.iscoroutinefunction(inspect.unwrap(ours))
+    assert_documented(ours)
+
+
+def assert_documented(ours: object) -> None:
     documentation = str(inspect.getdoc(ours))
-    assert "await" not in documentation
-    assert "aclose" not in documentation
+    assert not any(word in documentation for word in ("await", "aclose", "may be async", "in this task"))
+    assert not inspect.signature(ours).parameters.keys() - {"self"} or "Args:" in documentation  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["__init__", *NAMES])
@@ -107,6 +112,7 @@ def test_a_method_has_the_arguments_and_the_result_of_the_other_face(name: str) 
         assert (parameter.kind, parameter.default) == (expected[argument].kind, expected[argument].default)
     hints, expected_hints = get_type_hints(ours), get_type_hints(theirs)
     result, expected_result = hints.pop("return"), expected_hints.pop("return")
+    assert hints.pop("on_created", None) in {None, OnCreated | None}
     assert hints.pop("on_poll", None) in {None, OnPoll | None}
     assert hints.items() <= expected_hints.items()
     if get_origin(expected_result) is AsyncGenerator:
@@ -232,13 +238,34 @@ async def test_what_on_poll_raises_ends_the_wait(keyless: KeylessClient) -> None
     await asyncio.to_thread(program)
 
 
-@pytest.mark.parametrize("wrong", [5, asyncio.sleep], ids=["no function", "an async function"])
-async def test_a_wrong_on_poll_is_refused_before_anything_is_created(
-    sandbox: Sandbox, keyless: KeylessClient, wrong: Any
+async def test_the_phone_is_told_in_the_thread_that_asks_before_it_waits(
+    sandbox: Sandbox, keyless: KeylessClient
 ) -> None:
-    with pytest.raises(ConfigurationError, match="on_poll") as raised:
-        await asyncio.to_thread(keyless.request_approval, "C0FFEE", on_poll=wrong)
-    assert raised.value.argument == "on_poll"
+    def program() -> None:
+        threads: list[threading.Thread] = []
+
+        def tell(ticket: ApprovalTicket) -> None:
+            threads.append(threading.current_thread())
+            sandbox.approve(ticket.operation_id)
+
+        assert keyless.request_approval("C0FFEE", on_created=tell).is_approved
+        assert threads == [threading.current_thread()]
+        with pytest.raises(ZeroDivisionError):
+            keyless.request_approval("C0FFEE", operation_id="op-1", on_created=lambda _ticket: 1 // 0)
+        assert keyless.get_operation("op-1").state == "pending"
+
+    await asyncio.to_thread(program)
+
+
+@pytest.mark.parametrize("argument", ["on_created", "on_poll"])
+@pytest.mark.parametrize("wrong", [5, asyncio.sleep], ids=["no function", "an async function"])
+async def test_a_wrong_function_is_refused_before_anything_is_created(
+    sandbox: Sandbox, keyless: KeylessClient, argument: str, wrong: Any
+) -> None:
+    wrongs: dict[str, Any] = {argument: wrong}
+    with pytest.raises(ConfigurationError, match=argument) as raised:
+        await asyncio.to_thread(keyless.request_approval, "C0FFEE", **wrongs)
+    assert raised.value.argument == argument
     assert not sandbox.operations
 
 
@@ -469,6 +496,8 @@ def test_what_workers_are_asked_and_answer_has_the_arguments_of_the_other_face(n
     ours, theirs = getattr(sync, name), getattr(worker, name)
     assert inspect.signature(ours).parameters == inspect.signature(theirs).parameters
     assert get_type_hints(ours).keys() - {"return"} == inspect.signature(ours).parameters.keys()
+    assert_documented(ours)
+    assert "SQLAlchemy" in ours.__doc__
 
 
 @pytest.mark.parametrize("made", [lambda path: f"sqlite:{path}", SqliteBroker], ids=["url", "broker"])
@@ -817,4 +846,4 @@ def test_a_context_that_ends_the_task_in_which_it_is_held_raises_when_it_is_left
 
     background = get_background()
     with pytest.raises(TimeoutError), background.holding(failing()):
-        background.run(asyncio.sleep(0.01))  # after the time-out
+        background.call(lambda: asyncio.sleep(0.01))  # after the time-out

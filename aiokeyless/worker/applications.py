@@ -99,7 +99,8 @@ async def submit_approval(
     ``failed`` with `FailureReason.CONFLICT`.
 
     Args:
-        broker: A broker, or a driver's connection that a broker can use.
+        broker: A broker, or a driver's connection that a broker can use. With a connection, the request is stored if
+            and only if its transaction commits.
         user_id: The user, in hex of either case.
         operation_id: The operation's id, unique in the tenant. An id is for one approval only: to ask again, use
             a new one. Store it with what the approval is for, before you ask.
@@ -182,11 +183,11 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
 
     The outcome is handled if the body ends without an exception, also by ``break`` or ``return``. An exception puts the
     outcome off for 1 s, 2 s, ... and at most 5 minutes, and is raised to the caller. If the process is killed, or the
-    body takes more than half a minute, the outcome is delivered again, so a second delivery must do no harm. If the
-    body runs in a transaction of the broker, that broker's page says how to handle an outcome exactly once.
+    body takes more than half a minute, the outcome is delivered again, so a second delivery must do no harm.
 
     Args:
-        broker: A broker, or a driver's connection that a broker can use.
+        broker: A broker, or a driver's connection that a broker can use. A connection must be in no transaction: the
+            outcome begins one, and what the body does on that connection is committed with the outcome, exactly once.
         reader: Name of the reading application. The broker stores under it what the application has handled; its
             processes share the outcomes. A new name gets all stored outcomes. Letters, digits, ``-`` and ``_``.
 

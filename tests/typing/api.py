@@ -24,6 +24,7 @@ from aiokeyless import (
     KeylessClient,
     KeylessError,
     NotApproved,
+    OnCreated,
     OnPoll,
     Operation,
     PendingOperation,
@@ -135,11 +136,16 @@ async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
 
 
 async def ask(
-    client: KeylessClient, timeout: WaitTimeout = DefaultTimeout.FROM_TARGET, *, on_poll: OnPoll | None = None
+    client: KeylessClient,
+    timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
+    *,
+    on_created: OnCreated | None = None,
+    on_poll: OnPoll | None = None,
 ) -> Operation:
     """Pass the arguments of a wait on, typed by exported names alone."""
     if_exists: IfExists = "resume"
     if_missing: IfMissing = "wait"
+    await client.request_approval("C0FFEE", on_created=on_created, on_poll=on_poll)
     ticket = await client.create_operation("C0FFEE", if_exists=if_exists)
     return await client.wait_for_approval(ticket, timeout=timeout, if_missing=if_missing, on_poll=on_poll)
 
