@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Final, Self
@@ -15,7 +16,7 @@ from tenacity.wait import wait_base
 
 from aiokeyless._http.transport import Transport
 from aiokeyless._listeners import Listeners
-from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
+from aiokeyless._validation import check_handler, check_rate, check_schedule, seconds, whole_number
 from aiokeyless.client import KeylessClient, transport_of
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.models import Secret
@@ -24,6 +25,7 @@ from aiokeyless.schedule import next_delay, wait_adaptive
 from .broker import Broker, broker_for, hide_url
 from .exchanges import check_key
 from .logs import log
+from .messages import ApprovalRequest
 from .monitoring import WorkerStatistics
 from .serving import Limits, Serving
 
@@ -53,6 +55,10 @@ class ApprovalWorker:
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Give all
             workers of a broker the same. Default: 30.
+        on_created: Called with the `ApprovalRequest` once its operation is created; may be async. It sends the push
+            notification that makes the phone ask the user, since Keyless sends none. It runs beside the deliveries, up
+            to `max_in_flight` calls at once and 10 s each. If it raises, that is logged, and the request goes on. It is
+            seldom called twice for an operation, or not at all if the worker dies at that moment. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -71,6 +77,7 @@ class ApprovalWorker:
         max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
         grace: float = 30.0,
+        on_created: Callable[[ApprovalRequest], Awaitable[object] | object] | None = None,
     ) -> None:
         hidden = hide_url(broker)
         del broker
@@ -81,6 +88,8 @@ class ApprovalWorker:
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client
+        check_handler(on_created, "on_created")
+        self._on_created = on_created
         self._schedule = check_schedule(schedule) or wait_adaptive()
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a broken strategy fails here
         found = broker_for(hidden)
@@ -165,7 +174,8 @@ class ApprovalWorker:
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.
 
-        That takes one exchange with Keyless, or at most three if the answer to a create was lost.
+        That takes one exchange with Keyless, or at most three if the answer to a create was lost. Calls of `on_created`
+        have up to 10 s more.
 
         Raises:
             ConfigurationError: It has run already.
@@ -221,6 +231,7 @@ class ApprovalWorker:
             limits=self._limits,
             longest_wait=longest_wait,
             on_fatal=self._fail,
+            on_created=self._on_created,
             listeners=Listeners(self._client.listeners) if self._client.listeners else None,
         )
         if self._stopping:

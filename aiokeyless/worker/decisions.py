@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.schedule import wait_adaptive
 
-    from .messages import Message
+    from .messages import ApprovalRequest, Message
 
 #: Details of a conflict: the id is another operation's, or a different request holds it.
 OTHER_OPERATION: Final = "the operation id is taken by another operation"
@@ -44,10 +44,12 @@ class Redeliver(NamedTuple):
     Attributes:
         delay: After so many seconds.
         exchange: How this delivery's exchange with Keyless ended.
+        created: The request, if its operation is there and the user's phone was not told of it yet; else None.
     """
 
     delay: float
     exchange: Exchange = Exchange.ANSWERED
+    created: ApprovalRequest | None = None
 
 
 class Decided(NamedTuple):
@@ -98,7 +100,15 @@ class Pacing(NamedTuple):
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
     """Decide after the operation was created. No user approves at once, so do not poll yet."""
-    return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.CREATED)
+    return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.CREATED, delivery.request)
+
+
+def found(delivery: Delivery) -> ApprovalRequest | None:
+    """Return the request of an operation that is found, if no earlier delivery can have known that it is there.
+
+    The answer to its create was lost. A delivery that is confirmed to have created it, or finds it, does not fail.
+    """
+    return delivery.request if delivery.message.has_only_failed else None
 
 
 def after_poll(
@@ -136,7 +146,8 @@ def after_poll(
     if verdict is Verdict.PENDING and not was_final:
         # Not after the deadline: another worker may have decided by then that the user was not asked.
         may_create = isinstance(answer, NotFoundError) and not is_final(delivery, now)
-        return Next.CREATE if may_create else Redeliver(_scheduled_delay(delivery, now, pacing))
+        created = found(delivery) if isinstance(answer, Operation) else None
+        return Next.CREATE if may_create else Redeliver(_scheduled_delay(delivery, now, pacing), created=created)
     if verdict is Verdict.TRANSIENT:
         if not was_final:
             return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
@@ -293,6 +304,6 @@ def _decide(
         requested_at=ticket.created_at,
         decided_at=now,
         deliveries=delivery.number,
-        context=delivery.context,
+        context=delivery.request.context,
     )
     return Decided(event)

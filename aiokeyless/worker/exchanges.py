@@ -39,6 +39,7 @@ from .decisions import (
     after_poll,
     after_unclaimed,
     fail,
+    found,
     is_final,
 )
 from .logs import log
@@ -120,7 +121,7 @@ class Exchanges:
             step = await self._create(delivery)
         if isinstance(step, Next):
             # The create found the operation, but no poll has yet. One soon will, even if a replica lags behind.
-            return Redeliver(error_delay(1), Exchange.CREATED)
+            return Redeliver(error_delay(1), Exchange.CREATED, found(delivery))
         return step
 
     async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:
@@ -148,7 +149,7 @@ class Exchanges:
                 ticket.user_id,
                 NewOperation(
                     operation_id=ticket.operation_id,
-                    operation_payload=delivery.payload,
+                    operation_payload=delivery.request.operation_payload,
                     external_user_id=ticket.external_user_id,
                 ),
                 id_is_new=False,
@@ -265,5 +266,7 @@ class Exchanges:
 
 
 def _needs_claim(delivery: Delivery, step: Decision | Next) -> bool:
-    """Return whether the claim matters: for an approval, and for an operation that the first delivery finds."""
+    """Return whether the claim matters: for an approval, and for an operation that is found for the first time."""
+    if isinstance(step, Redeliver) and step.created is not None:
+        return True
     return delivery.number == 1 or (isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED)

@@ -185,23 +185,26 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
         """Whether no exchange was tried for the request, as far as the broker knows."""
         return self.number == 1
 
+    @property
+    def has_only_failed(self) -> bool:
+        """Whether there were deliveries before, and all of them failed, as far as the broker knows."""
+        return 0 < self.number - 1 <= self.failures
+
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One delivery of a request: what the request asks for, and the broker's message.
 
     Attributes:
         message: What the broker delivered.
+        request: The request.
         ticket: The operation, its user, its payload's hash, and when its wait began and ends.
-        payload: What the user is asked to approve.
-        context: What the event returns to the application.
         refusal: Why this worker does not accept the request: its wait is longer than the broker remembers it for. As
             workers with another grace may accept it, its outcome is stored like any other. None if it is accepted.
     """
 
     message: Message
+    request: ApprovalRequest
     ticket: ApprovalTicket
-    payload: str | None
-    context: msgspec.Raw
     refusal: str | None = None
 
     @property
@@ -251,7 +254,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
     refusal = None
     if request.expires_in > longest_wait:
         refusal = f"expires_in is {request.expires_in:g} s; this broker allows {longest_wait:g} s"
-    return Delivery(message=message, ticket=ticket, payload=payload, context=request.context, refusal=refusal)
+    return Delivery(message=message, request=request, ticket=ticket, refusal=refusal)
 
 
 class _Version(msgspec.Struct):

@@ -18,6 +18,7 @@ from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
 from aiokeyless.events import (
     DeliveryEnded,
     Inspection,
+    OperationCreated,
     OutcomePublished,
     PollEnded,
     PollResult,
@@ -28,7 +29,7 @@ from aiokeyless.models import Operation
 
 from .broker import Broker, RefusedError, UnavailableError
 from .logs import log
-from .messages import ApprovalEvent, FailureReason, Message, Outcome
+from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome
 
 _EVERY: Final = 5.0  # seconds between two inspections
 #: Seconds for which requests may wait while this worker receives none.
@@ -236,6 +237,12 @@ class Reporter:
                     lag=None,
                 )
             )
+
+    def report_creation(self, request: ApprovalRequest) -> None:
+        """Report that the operation of a request is there."""
+        if self._listeners is not None:
+            created = OperationCreated(operation_id=request.operation_id, user_id=request.user_id.upper())
+            self._listeners.tell(created)
 
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report the circuit's state after an exchange that was answered or failed transiently, if it has changed."""

@@ -29,6 +29,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.schedule import record_observation, wait_adaptive
 
+from .announcements import Announcements
 from .broker import Exchange, RefusedError, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, left_of_grace, observation
 from .exchanges import Exchanges, check_key
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from .broker import Broker
     from .decisions import Decided, Decision
-    from .messages import ApprovalEvent, Delivery, Message
+    from .messages import ApprovalEvent, ApprovalRequest, Delivery, Message
 
 #: Seconds before each check of a refused key. If all checks are refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -93,6 +94,7 @@ class Serving:
         limits: Limits,
         longest_wait: float,
         on_fatal: Callable[[KeylessError], None],
+        on_created: Callable[[ApprovalRequest], object] | None,
         listeners: Listeners | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -121,6 +123,7 @@ class Serving:
             grace=limits.grace,
             reporter=self._reporter,
         )
+        self._announcements = Announcements(on_created, at_once=limits.max_in_flight)
         self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
@@ -224,20 +227,25 @@ class Serving:
                 await self._changed.wait()
 
     async def _drain(self) -> None:
-        """Finish the deliveries in flight."""
+        """Finish the deliveries in flight, and the calls of `on_created`."""
         log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
+        await self._announcements.drain()
         facts: dict[str, object] = msgspec.to_builtins(self.statistics())
         del facts["problems"]
         log(logging.INFO, "worker.done", facts)
 
     async def _abandon(self) -> None:
-        """Cancel the deliveries still in flight; the broker repeats them."""
+        """Cancel what is still in flight; the broker repeats the deliveries."""
         if self._key_check is not None:
             self._key_check.cancel()
         background = {self._watching} if self._watching is not None else set()
-        while tasks := {*self._deliveries, *(task for task in background if not task.done())}:
+        while tasks := {
+            *self._deliveries,
+            *self._announcements.calls,
+            *(task for task in background if not task.done()),
+        }:
             for task in tasks:
                 task.cancel()
             # On Python 3.11, asyncio.wait_for can lose a cancellation, so this loop repeats it.
@@ -348,7 +356,12 @@ class Serving:
     async def _settle(self, message: Message, decision: Decision) -> None:
         """Report the delivery's result to the broker."""
         if isinstance(decision, Redeliver):
-            await self._broker.put_off(message, decision.delay, decision.exchange)
+            try:
+                await self._broker.put_off(message, decision.delay, decision.exchange)
+            except UnavailableError:
+                self._announce(decision)
+                raise
+            self._announce(decision)
             return
         event = await self._add_asked(message, decision.event)
         if is_traceparent(message.traceparent):  # any sender may set it to anything
@@ -357,6 +370,12 @@ class Serving:
         self._reporter.report_outcome(event, is_new=is_new)
         if is_new:
             self._learn(decision)
+
+    def _announce(self, decision: Redeliver) -> None:
+        """Tell listeners and the phone of an operation, if it is new."""
+        if decision.created is not None:
+            self._reporter.report_creation(decision.created)
+            self._announcements.add(decision.created)
 
     async def _add_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
         """Return the event; if it expired, it now says whether the user was asked, or may have been.

@@ -256,7 +256,7 @@ def request(data: bytes) -> None:
         context = read_context(data)
         event = fail_unreadable(message(data), error, now=NOW).event
     else:
-        context = delivery.context
+        context = delivery.request.context
         event = fail(delivery, FailureReason.CONFLICT, "", now=NOW).event
         check_request(delivery, plain(data))
     encoded = msgspec.json.encode(event)
@@ -274,22 +274,22 @@ def check_request(delivery: Delivery, said: Mapping[str, Any]) -> None:
     assert ticket.user_id == said["user_id"].upper()
     assert ticket.external_user_id == said.get("external_user_id")
     assert ticket.payload_sha256 == digest(said.get("operation_payload"))
-    assert delivery.payload == said.get("operation_payload")
-    assert plain(bytes(delivery.context)) == said.get("context")
+    assert delivery.request.operation_payload == said.get("operation_payload")
+    assert plain(bytes(delivery.request.context)) == said.get("context")
     assert ticket.created_at <= NOW
     assert timedelta() <= ticket.expires_at - ticket.created_at <= timedelta(days=1)
     asked_again = ApprovalRequest(
         version=VERSION,
         user_id=ticket.user_id,
         operation_id=ticket.operation_id,
-        operation_payload=delivery.payload,
+        operation_payload=delivery.request.operation_payload,
         external_user_id=ticket.external_user_id,
         expires_in=said.get("expires_in", 120.0),
         created_at=ticket.created_at,
-        context=delivery.context,
+        context=delivery.request.context,
     )
     again = read(msgspec.json.encode(asked_again))
-    assert (again.ticket, again.payload) == (ticket, delivery.payload)
+    assert (again.ticket, again.request.operation_payload) == (ticket, delivery.request.operation_payload)
 
 
 def event(data: bytes) -> None:

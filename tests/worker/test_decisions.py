@@ -45,7 +45,7 @@ from aiokeyless.worker.decisions import (
     is_final,
     observation,
 )
-from aiokeyless.worker.messages import VERSION, Delivery, FailureReason, Outcome
+from aiokeyless.worker.messages import VERSION, ApprovalRequest, Delivery, FailureReason, Outcome
 
 from .reading import a_message
 
@@ -64,8 +64,16 @@ def at(age: float) -> datetime:
     return CREATED_AT + timedelta(seconds=age)
 
 
+REQUEST = ApprovalRequest(
+    version=VERSION,
+    user_id="c0ffee",
+    operation_id="txn 1",
+    operation_payload="Pay 40",
+    context=msgspec.Raw(b'{"order": 7}'),
+)
 DELIVERY = Delivery(
     message=a_message(number=7),
+    request=REQUEST,
     ticket=ApprovalTicket(
         operation_id="txn 1",
         user_id="C0FFEE",
@@ -74,8 +82,6 @@ DELIVERY = Delivery(
         created_at=CREATED_AT,
         expires_at=at(LIFE),
     ),
-    payload="Pay 40",
-    context=msgspec.Raw(b'{"order": 7}'),
 )
 
 
@@ -176,6 +182,28 @@ def test_an_approval_is_an_approval_at_any_time(age: float) -> None:
 
 def test_a_pending_operation_is_polled_again_when_the_schedule_says() -> None:
     assert delay(answered(10, every=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "failures", "is_news"),
+    [(1, 0, False), (1, 5, False), (2, 1, True), (2, 0, False), (3, 2, True), (3, 1, False), (9, 9, True)],
+)
+def test_a_pending_operation_is_news_if_each_delivery_before_failed(
+    number: int, failures: int, *, is_news: bool
+) -> None:
+    """One that did not fail knew of the operation: it created it, or found it."""
+    delivery = msgspec.structs.replace(DELIVERY, message=a_message(number=number, failures=failures))
+    decision = polled(operation(), 10, delivery=delivery)
+    assert isinstance(decision, Redeliver)
+    assert decision.created is (REQUEST if is_news else None)
+
+
+@pytest.mark.parametrize("answer", [FORBIDDEN, UNREACHABLE], ids=["forbidden", "unreachable"])
+def test_an_answer_that_shows_no_operation_is_no_news(answer: KeylessError) -> None:
+    delivery = msgspec.structs.replace(DELIVERY, message=a_message(number=2, failures=1))
+    decision = polled(answer, 10, delivery=delivery, was_created=True)
+    assert isinstance(decision, Redeliver)
+    assert decision.created is None
 
 
 @pytest.mark.parametrize("age", [FINAL, LATE])

@@ -155,7 +155,7 @@ def test_a_number_that_is_long_or_extreme_is_refused_wherever_it_is_in_the_conte
 
 def test_other_numbers_are_handed_on_as_they_are_written() -> None:
     context = f'{{"a": [{", ".join(MODERATE_NUMBERS)}], "1e9999": "1e9999"}}'.encode()
-    assert bytes(read(with_context(context)).context) == context
+    assert bytes(read(with_context(context)).request.context) == context
 
 
 @pytest.mark.parametrize("expires_in", [LONGEST + 1, 1e308])
@@ -169,7 +169,7 @@ def test_a_request_that_waits_too_long_for_one_worker_has_the_same_name_and_ids_
     refused, accepted = read(data, longest=LONGEST - 1), read(data)
     assert refused.refusal == f"expires_in is {LONGEST:g} s; this broker allows {LONGEST - 1:g} s"
     assert accepted.refusal is None
-    assert refused.context == accepted.context
+    assert refused.request.context == accepted.request.context
     assert refused.ticket.payload_sha256 == accepted.ticket.payload_sha256
     assert (refused.ticket.operation_id, refused.ticket.user_id) == ("txn-1", "C0FFEE")
 
@@ -250,8 +250,8 @@ def test_a_request_with_nothing_but_a_user_and_an_id_has_two_minutes() -> None:
     assert (ticket.user_id, ticket.operation_id) == ("C0FFEE", "txn-1")
     assert (ticket.created_at, ticket.expires_at) == (STORED_AT, STORED_AT + timedelta(seconds=120))
     assert (ticket.external_user_id, ticket.payload_sha256) == (None, payload_digest(None))
-    assert (delivery.payload, delivery.number) == (None, 3)
-    assert bytes(delivery.context) == b"null"
+    assert (delivery.request.operation_payload, delivery.number) == (None, 3)
+    assert bytes(delivery.request.context) == b"null"
 
 
 def test_a_request_with_everything_is_read_whole() -> None:
@@ -272,8 +272,8 @@ def test_a_request_with_everything_is_read_whole() -> None:
     assert ticket.expires_at == STORED_AT + timedelta(seconds=20)
     assert ticket.payload_sha256 == payload_digest("Pay 40")
     assert ticket.require_auth_type == "biom"
-    assert delivery.payload == "Pay 40"
-    assert bytes(delivery.context) == b'{"order": 7}'
+    assert delivery.request.operation_payload == "Pay 40"
+    assert bytes(delivery.request.context) == b'{"order": 7}'
 
 
 def test_a_clock_that_is_ahead_prolongs_no_wait() -> None:
@@ -396,7 +396,7 @@ def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
 
 def test_the_largest_context_is_handed_on() -> None:
     context = b'"' + b"x" * (MAX_CONTEXT - 2) + b'"'
-    assert bytes(read(with_context(context)).context) == context
+    assert bytes(read(with_context(context)).request.context) == context
     assert bytes(read_context(with_context(context))) == context
 
 

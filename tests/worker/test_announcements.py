@@ -1,0 +1,271 @@
+"""A worker's `on_created`: whom it tells and when, what goes wrong in it, and its end; on a clock that moves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from leaks import tasks_since
+from tenacity import wait_fixed
+from waiting import until
+
+from aiokeyless import ConfigurationError
+from aiokeyless.events import Event, OperationCreated
+from aiokeyless.worker import ApprovalRequest, ApprovalWorker, Outcome, submit_approval
+from aiokeyless.worker.announcements import CALL_WITHIN
+from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.sqlite import SqliteBroker
+
+from .reading import created, read
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+
+@pytest.fixture
+async def broker() -> AsyncGenerator[SqliteBroker]:
+    async with SqliteBroker(":memory:") as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def working(client: KeylessClient, broker: SqliteBroker, **options: Any) -> AsyncGenerator[ApprovalWorker]:
+    async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker:
+        yield worker
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def submit(broker: SqliteBroker, *operation_ids: str, **options: Any) -> None:
+    for operation_id in operation_ids:
+        await submit_approval(broker, "c0ffee", operation_id=operation_id, **options)
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_the_phone_is_told_once_within_a_tenth_of_a_second_after_the_operation_is_there(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, *, is_async: bool
+) -> None:
+    told: list[tuple[float, ApprovalRequest]] = []
+
+    def tell(request: ApprovalRequest) -> None:
+        assert request.operation_id in sandbox.operations
+        told.append((now(), request))
+
+    async def tell_later(request: ApprovalRequest) -> None:
+        await asyncio.sleep(0)
+        tell(request)
+
+    async with working(client, broker, on_created=tell_later if is_async else tell):
+        await submit(broker, "txn-1", operation_payload="Pay 40", context={"order": 7})
+        await asyncio.sleep(5)
+        sandbox.approve("txn-1")
+        await read(broker)
+    [(at, request)] = told
+    [post] = [record for record in sandbox.requests if record.method == "POST"]
+    assert post.at <= at <= post.at + 0.1
+    assert (request.operation_id, request.operation_payload) == ("txn-1", "Pay 40")
+    assert bytes(request.context) == b'{"order":7}'
+
+
+async def test_a_phone_that_is_told_slowly_delays_neither_polls_nor_other_requests(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, on_created=lambda _: asyncio.sleep(9)):
+        await submit(broker, "txn-1", "txn-2")
+        started_at = now()
+        await created(sandbox, 2)
+        sandbox.approve("txn-1")
+        sandbox.approve("txn-2")
+        events = await read(broker, 2)
+        assert now() - started_at < 2
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
+async def test_what_it_raises_is_logged_without_payload_and_key_and_the_request_goes_on(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_request: ApprovalRequest) -> None:
+        raise ZeroDivisionError
+
+    async with working(client, broker, on_created=fail):
+        await submit(broker, "txn-1", operation_payload="Pay 40 to Alice", context="secret")
+        await created(sandbox, 1)
+        sandbox.approve("txn-1")
+        [event] = await read(broker)
+    assert event.outcome is Outcome.APPROVED
+    [record] = [record for record in caplog.records if "on_created" in record.getMessage()]
+    assert (record.levelno, record.getMessage()) == (logging.ERROR, 'on_created.failed operation_id="txn-1"')
+    assert "ZeroDivisionError" in caplog.text
+    assert not any(secret in caplog.text for secret in ("Pay 40", "secret", sandbox.api_key))
+
+
+async def test_only_so_many_are_told_at_once_and_each_within_ten_seconds(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    began: list[tuple[str, float]] = []
+
+    async def tell(request: ApprovalRequest) -> None:
+        began.append((request.operation_id, now()))
+        await asyncio.sleep(4 if len(began) <= 2 else 1000)
+
+    async with working(client, broker, max_in_flight=2, on_created=tell):
+        start = now()
+        await submit(broker, *(f"txn-{number}" for number in range(6)))
+        await created(sandbox, 6)
+        await asyncio.sleep(CALL_WITHIN)
+        assert [round(at - start) for _, at in began] == [0, 0, 4, 4]
+        await submit(broker, "txn-6")
+        await until(lambda: began[-1][0] == "txn-6")  # those that hung made room
+    failed = [record for record in caplog.records if record.getMessage().startswith("on_created.failed")]
+    assert len(failed) == 5
+    assert "TimeoutError" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [9.0, 1000.0])
+async def test_a_worker_that_is_closed_waits_ten_seconds_for_it_and_then_cancels_it(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, seconds: float
+) -> None:
+    ends: list[str] = []
+
+    async def tell(_request: ApprovalRequest) -> None:
+        try:
+            await asyncio.sleep(seconds)
+            ends.append("told")
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    before = asyncio.all_tasks()
+    async with working(client, broker, on_created=tell):
+        await submit(broker, "txn-1")
+        await created(sandbox, 1)
+        await asyncio.sleep(0.1)
+        closed_at = now()
+    assert now() - closed_at == pytest.approx(min(seconds, CALL_WITHIN) - 0.1, abs=0.1)
+    assert ends == ["told" if seconds < CALL_WITHIN else "cancelled"]
+    await broker.aclose()
+    assert tasks_since(before) == set()
+
+
+async def test_a_worker_that_is_cancelled_cancels_it_at_once(client: KeylessClient, broker: SqliteBroker) -> None:
+    telling = asyncio.Event()
+
+    async def tell(_request: ApprovalRequest) -> None:
+        telling.set()
+        await asyncio.sleep(1000)
+
+    before = asyncio.all_tasks()
+    run = asyncio.create_task(ApprovalWorker(client, broker, on_created=tell).run())
+    await submit(broker, "txn-1")
+    await telling.wait()
+    run.cancel()
+    async with asyncio.timeout(1):
+        await asyncio.wait({run})
+    assert run.cancelled()
+    await broker.aclose()
+    assert tasks_since(before) == set()
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["poll", "create"])
+async def test_after_a_lost_answer_the_first_delivery_that_finds_the_operation_tells_it_once(
+    broker: SqliteBroker, sandbox: Sandbox, *, is_late: bool
+) -> None:
+    """It finds it by its poll, or, if a replica is late, by a create that is a conflict."""
+    told: list[str] = []
+    events: list[Event] = []
+    async with (
+        sandbox.client(listeners=[events.append]) as client,
+        working(client, broker, on_created=lambda request: told.append(request.operation_id)),
+    ):
+        sandbox.drop_next(stored=True, method="POST")
+        sandbox.fail_next(404, method="GET")  # the poll before the create
+        sandbox.fail_next(method="GET")  # the check whether the create took effect
+        if is_late:
+            sandbox.fail_next(404, method="GET")
+        await submit(broker, "txn-1")
+        await created(sandbox, 1)
+        assert told == []
+        await asyncio.sleep(3)
+        sandbox.fail_next(method="GET")  # a poll that fails later is no reason to tell it again
+        await asyncio.sleep(3)
+        sandbox.approve("txn-1")
+        await read(broker)
+    assert told == ["txn-1"]
+    assert [event for event in events if isinstance(event, OperationCreated)] == [
+        OperationCreated(operation_id="txn-1", user_id="C0FFEE")
+    ]
+
+
+async def test_polls_that_fail_after_a_create_that_was_confirmed_are_no_reason_to_tell_it_again(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    told: list[str] = []
+    async with working(client, broker, on_created=lambda request: told.append(request.operation_id)):
+        await submit(broker, "txn-1")
+        await created(sandbox, 1)
+        sandbox.fail_next(times=2, method="GET")
+        await asyncio.sleep(10)
+        sandbox.approve("txn-1")
+        await read(broker)
+    assert told == ["txn-1"]
+
+
+async def test_an_operation_of_somebody_else_is_not_told_whenever_it_is_found(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    told: list[str] = []
+    await client.create_operation("C0FFEE", operation_id="txn-1")
+    async with working(client, broker, on_created=lambda request: told.append(request.operation_id)):
+        sandbox.fail_next(method="GET")
+        await submit(broker, "txn-1")
+        [event] = await read(broker)
+    assert (event.reason, told) == ("conflict", [])
+
+
+async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_the_request_is_put_off(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    class Broker(SqliteBroker):
+        async def put_off(self, *_: Any) -> None:
+            raise UnavailableError("it is away")
+
+    told: list[str] = []
+    async with (
+        Broker(":memory:") as broker,
+        working(client, broker, on_created=lambda request: told.append(request.operation_id)),
+    ):
+        await submit(broker, "txn-1")
+        await until(lambda: told == ["txn-1"])
+        assert "txn-1" in sandbox.operations
+
+
+async def test_it_runs_in_the_context_of_the_worker_also_with_eager_tasks(
+    client: KeylessClient, broker: SqliteBroker
+) -> None:
+    """Deliveries run without traces; a push of the application may have one."""
+    if hasattr(asyncio, "eager_task_factory"):
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    told: list[str] = []
+
+    async def tell(request: ApprovalRequest) -> None:
+        await asyncio.sleep(0)
+        told.append(request.operation_id)
+
+    async with working(client, broker, on_created=tell):
+        await submit(broker, "txn-1")
+        await until(lambda: told == ["txn-1"])
+
+
+async def test_what_cannot_be_called_is_refused(client: KeylessClient, broker: SqliteBroker) -> None:
+    with pytest.raises(ConfigurationError, match="on_created must be callable or None, not int"):
+        ApprovalWorker(client, broker, on_created=5)  # type: ignore[arg-type]  # that is the mistake
