@@ -3,7 +3,7 @@
 The caller records what happened and when, and asks how many polls may be in flight. Thanks to the circuit, thousands of
 waits do not hammer a service that is down, and do not all poll it at once when it recovers. If an operation fails by
 itself, or if half of the service's answers fail, that costs the other waits as little as possible. Rule 4 of
-docs/rules.md, which has the table of its transitions.
+docs/rules.md; docs/explanation/circuit.md has its transitions.
 """
 
 from __future__ import annotations

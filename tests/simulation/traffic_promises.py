@@ -151,7 +151,7 @@ def _is_retry(evidence: Evidence, earlier: Exchange, poll: Exchange) -> bool:
 
 
 def rate_of_polls(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """R1 to R3: a second's polls may start at once; final ones are free."""
+    """The rate: a second's polls may start at once; final ones are free."""
     rate, tokens, filled_at = evidence.client.rate, max(1.0, evidence.client.rate), 0.0
     for poll in evidence.polls:
         tokens = min(max(1.0, rate), tokens + rate * (poll.sent_at - filled_at))
