@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "command-line.md").re
 
 
 def test_the_page_names_each_command() -> None:
-    named = set(re.findall(r"^\| `([a-z]+)` \|.*\| (?:yes|no) \|$", PAGE, re.MULTILINE))
+    named = set(re.findall(r"^\| `([a-z]+)` \|", PAGE, re.MULTILINE))
     assert named == {name for name in app if not name.startswith("-")}
 
 
@@ -30,5 +30,5 @@ def test_the_page_names_each_exit_code() -> None:
 
 
 def test_the_page_names_each_outcome_of_a_wait() -> None:
-    outcomes = set(re.findall(r"^\| `(\w+)` \|.*\| \d+ \|$", PAGE, re.MULTILINE))
+    outcomes = set(re.findall(r"^\| \d+ \| `(\w+)` \|", PAGE, re.MULTILINE))
     assert outcomes == {"approved", "error", "interrupted", *(name for _, name in wait._OUTCOMES)}

@@ -103,7 +103,7 @@ def test_every_example_is_in_the_list() -> None:
 
 
 async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Path) -> None:
-    [block] = SHELL.findall((DOCS / "howto" / "without-a-phone.md").read_text())
+    block, *_ = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
     sandbox, commands = block.split("\n", 1)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     command = f"{sandbox.partition('#')[0]} --port 0 --auto-approve 1"  # in place of the person with the phone
@@ -114,7 +114,7 @@ async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Pa
 
 
 async def test_a_script_may_run_twice(tmp_path: Path) -> None:
-    block, _ = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
+    *_, block = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
     create, wait = block.splitlines()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     async with Sandbox() as sandbox:
@@ -127,7 +127,7 @@ async def test_a_script_may_run_twice(tmp_path: Path) -> None:
 
 
 async def test_a_sandbox_is_driven_by_commands_by_curl_and_by_a_script(tmp_path: Path) -> None:
-    _, commands = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
+    _, commands, _ = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
     [lines] = SHELL.findall((DOCS / "reference" / "sandbox-api.md").read_text())
     lines = lines.replace("curl ", "curl -sS --fail-with-body ")  # an error ends the block
     script = (EXAMPLES / "sandbox" / "drive.sh").read_text()

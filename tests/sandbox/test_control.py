@@ -312,7 +312,7 @@ def test_the_page_names_each_endpoint_with_its_fields_and_a_line_for_curl() -> N
         name: (endpoint.method, set(endpoint.body.__struct_encode_fields__)) for name, endpoint in ENDPOINTS.items()
     }
     assert named == made
-    assert set(re.findall(r"^curl .*/sandbox/(\w+)", PAGE, re.MULTILINE)) == ENDPOINTS.keys()
+    assert set(re.findall(r"^(?:curl|drive) .*?\bsandbox/(\w+)", PAGE, re.MULTILINE)) == ENDPOINTS.keys()
 
 
 # Attacks

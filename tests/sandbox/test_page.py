@@ -56,7 +56,7 @@ async def test_page_needs_nothing_from_outside_and_sets_no_html(page: aiohttp.Cl
 @pytest.mark.parametrize("fault", sorted({*get_args(Fault)} - {"none"}))
 def test_the_page_explains_each_fault_and_the_guide_names_it(fault: str) -> None:
     page = load_page().html.decode()
-    guide = Path(__file__).parents[2] / "docs" / "howto" / "without-a-phone.md"
+    guide = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
     labels = re.findall(rf'name="fault" value="{fault}"><span>([^<]+)</span>', page)
     assert len(labels) == 1
     assert re.search(rf'^  {fault}: ".+",$', page, re.MULTILINE)
