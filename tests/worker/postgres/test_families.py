@@ -30,12 +30,12 @@ from aiokeyless.worker.postgres.adapters import driver
 from worker.conformance.brokers import decide, take_n
 
 from . import families
-from .families import FAMILIES, Family, Payment, RefusalError, ask, handle
+from .families import FAMILIES, Family, RefusalError, ask, finish, handle
 from .shop import decide_all, payments, unread
 
 sys.path.append(str(Path(__file__).parents[3] / "examples" / "postgres_shop"))
 
-import session_orders  # examples are programs, not a package
+import readers  # examples are programs, not a package
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -141,17 +141,28 @@ async def test_each_order_that_was_committed_is_paid_once_whatever_fails(
     assert await payments(admin) == {f"order-{number}" for number in range(20) if number % 4 != 3}
 
 
-async def test_the_examples_reader_commits_what_it_adds_with_the_outcome(
-    broker: PostgresBroker, admin: Connection, engine: Engine
+@pytest.mark.parametrize(
+    "shop", ["Psycopg", "PsycopgAsync", "Psycopg2", "SqlalchemySession", "SqlalchemyAsyncSession"], indirect=True
+)
+async def test_the_examples_reader_commits_what_is_written_with_the_outcome(
+    broker: PostgresBroker, admin: Connection, shop: Family
 ) -> None:
-    def pay(session: Session, event: worker.ApprovalEvent) -> None:
-        if session.get(Payment, "a") is not None:
+    paid: list[str | None] = []
+
+    async def pay(_target: Any, event: worker.ApprovalEvent) -> None:
+        if paid:
             raise RefusalError
-        session.add(Payment(operation_id=event.operation_id))
+        paid.append(event.operation_id)
+        await shop.pay(str(event.operation_id))
+
+    def pay_blocking(target: Any, event: worker.ApprovalEvent) -> None:
+        finish(pay(target, event))
 
     await decide_all(broker, "a")
-    with Session(engine) as session:
-        reading = asyncio.create_task(blocking(lambda: session_orders.read(session, pay)))
+    async with shop.connected() as target:
+        reading = asyncio.create_task(
+            blocking(lambda: readers.read(target, pay_blocking)) if shop.blocks else readers.read_async(target, pay)
+        )
         await until(lambda: unread_is(admin, {}))
         await decide_all(broker, "b")
         with pytest.raises(RefusalError):
