@@ -107,7 +107,10 @@ APPLICATIONS = [
     if "next_outcome" in block.code and block.page in {"howto/running-workers.md", "howto/sync.md"}
 ]
 EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
-PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS]
+PROGRAMS = [
+    *(block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS),
+    Block("howto/paid-once.md", (DOCS.parent / "examples" / "paid_once.py").read_text(), "paid, once\n"),
+]
 #: Programs that do more with an approval than to show how one waits for it.
 PAYING = [block for block in PROGRAMS if re.search(r"\bpay\b|\bpaid\b|Delete", block.code, re.IGNORECASE)]
 

@@ -1,4 +1,4 @@
-"""The program of docs/howto/paid-once.md: one tap pays one order once, whatever goes wrong."""
+"""examples/paid_once.py: one tap pays one order once, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
-PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "paid-once.md").read_text()
-[SHOP] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SHOP = (Path(__file__).parents[1] / "examples" / "paid_once.py").read_text()
 
 Pay = Callable[[str], Coroutine[None, None, bool]]
 
@@ -35,7 +34,7 @@ faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 
 @asynccontextmanager
 async def shop(sandbox: Sandbox, folder: Path) -> AsyncGenerator[Pay]:
-    """Run the page's shop on the record in this folder, as one process of it would."""
+    """Run the shop on the record in this folder, as one process of it would."""
     names: dict[str, Any] = {"__name__": "shop"}
     exec(SHOP.rpartition("asyncio.run(")[0], names)  # noqa: S102  # without its last line, which runs it
     with closing(sqlite3.connect(folder / "orders.sqlite3", isolation_level=None)) as record:
