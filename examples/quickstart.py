@@ -6,7 +6,12 @@
 
 import asyncio
 
-from aiokeyless import ApprovalTimeoutError, KeylessClient
+from aiokeyless import ApprovalTicket, ApprovalTimeoutError, KeylessClient
+
+
+def push(ticket: ApprovalTicket) -> None:
+    """Send your app's push notification here: Keyless sends none."""
+    print(f"push to the phone of {ticket.user_id}")
 
 
 async def main() -> None:
@@ -18,6 +23,7 @@ async def main() -> None:
                 operation_payload="Pay 40 EUR to Alice",
                 expires_in=60,
                 require_auth_type="biom",  # a face: a PIN does not pay
+                on_created=push,
             )
         except ApprovalTimeoutError as timeout:  # not a denial: it can still be approved later
             print(f"Not paid. Before you ask again, check: get_operation({timeout.operation_id!r})")

@@ -1,4 +1,4 @@
-"""The program of docs/howto/four-eyes.md: two people approve a payment, and it is paid once."""
+"""examples/four_eyes.py: two people approve a payment, and it is paid once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
-PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "four-eyes.md").read_text()
-[PROGRAM] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PROGRAM = (Path(__file__).parents[1] / "examples" / "four_eyes.py").read_text()
 PAYLOAD = "Pay 40000 EUR to Acme"
 
 pytestmark = pytest.mark.looptime
 
 
 class Treasury:
-    """The page's program, without its last line, on a record of its own."""
+    """The program, without its last line, on a record of its own."""
 
     def __init__(self, record: sqlite3.Connection) -> None:
         self._names: dict[str, Any] = {"__name__": "treasury"}
-        exec(PROGRAM.rpartition("asyncio.run(")[0], self._names)  # noqa: S102  # our own page
+        exec(PROGRAM.rpartition("asyncio.run(")[0], self._names)  # noqa: S102  # our own program
         for statement in re.findall(r'"(CREATE TABLE.*?)"', PROGRAM):
             record.execute(statement)
         self._record = record
