@@ -407,8 +407,8 @@ class KeylessClient:
                 and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
 
         Returns:
-            The ticket to wait for, here or in another process. The service tells nobody about an operation: your
-            application sends the user's phone a push notification now.
+            The ticket to wait for, here or in another process. The service sends the phone no push
+            notification: send one now.
 
         Raises:
             ConfigurationError: An argument is wrong; nothing was sent.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
@@ -94,6 +93,10 @@ CORRECTIONS = {
 }
 
 
+#: A part of the table of contents on the first page: its caption, and its pages.
+CONTENTS = re.compile(r"^:caption: (.*)\n:maxdepth: 1\n\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
 def accessible(html: str) -> str:
     """Return a page as axe-core wants it."""
     for pattern, right in CORRECTIONS.items():
@@ -107,13 +110,13 @@ def add_to_context(_app: Sphinx, _page: str, _template: str, context: dict[str, 
 
 
 def write_llms_txt(app: Sphinx, failure: Exception | None) -> None:
-    """Write llms.txt, whose links lead to pages of the source, with links to pages of the site."""
+    """Write llms.txt: its head, and the pages as the first page lists them."""
     if failure is not None or app.builder.format != "html":
         return
-    text = re.sub(r"\]\((.+)\.md\)", r"](\1.html)", (app.srcdir / "llms.txt").read_text())
-    for link in re.findall(r"\]\((.+)\)", text):
-        if not (app.outdir / link).is_file():
-            raise ExtensionError(f"llms.txt: there is no {link}")
+    text = (app.srcdir / "llms.txt").read_text()
+    for caption, pages in CONTENTS.findall((app.srcdir / "index.md").read_text()):
+        links = [f"- [{app.env.titles[page].astext()}]({page}.html)" for page in pages.split()]
+        text += "\n".join(["", f"## {caption}", "", *links, ""])
     (app.outdir / "llms.txt").write_text(text)
 
 

@@ -514,13 +514,6 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert not missing
 
 
-def test_llms_txt_names_every_page_by_its_title() -> None:
-    text = (DOCS / "llms.txt").read_text()
-    titles = {page: (DOCS / page).read_text().partition("\n")[0].removeprefix("# ") for page in PAGES}
-    named = {page: title for title, page in re.findall(r"^- \[(.*)\]\((.*)\)$", text, re.MULTILINE)}
-    assert named == {page: title for page, title in titles.items() if page != "index.md"}
-
-
 def test_every_public_name_is_in_the_reference() -> None:
     reference = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     errors = {name for name in aiokeyless.__all__ if name.endswith("Error")}  # one directive for their whole module

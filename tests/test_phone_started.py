@@ -1,4 +1,4 @@
-"""The program of docs/howto/phone-started-operations.md: what an app makes up under its id pays nothing."""
+"""The program of docs/howto/resuming.md for the phone: what an app makes up under its id pays nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
-PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "phone-started-operations.md").read_text()
-[PROGRAM] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "resuming.md").read_text()
+PROGRAM = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[-1]
 OPERATION = "txn-20250521-001"
 APPROVAL: dict[str, Any] = {"user_id": "0123456789ABCDEF", "operation_payload": "Pay 40 to Alice"}
 

@@ -222,7 +222,7 @@ async def test_a_program_that_resumes_is_not_ended_by_an_expired_ticket(tmp_path
                 record.execute("INSERT INTO requests VALUES (?, ?)", (operation_id, ticket.to_json()))
             for _start in range(2):
                 async with example_process(
-                    "-c", program_of("resuming.md"), folder=tmp_path, sandbox=sandbox
+                    "-c", program_of("resuming.md", 1), folder=tmp_path, sandbox=sandbox
                 ) as process:
                     output, _ = await process.communicate()
                 assert process.returncode == 0, output.decode()
@@ -243,7 +243,7 @@ async def test_a_wait_that_fails_does_not_end_the_others_of_its_program(tmp_path
 
     async with (
         Sandbox(auto_approve=approve) as sandbox,
-        example_process("-c", program_of("background-jobs.md"), folder=tmp_path, sandbox=sandbox) as process,
+        example_process("-c", program_of("resuming.md"), folder=tmp_path, sandbox=sandbox) as process,
     ):
         output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
