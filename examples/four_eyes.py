@@ -78,6 +78,7 @@ async def decide(client: KeylessClient, record: sqlite3.Connection, payment: str
 
 
 async def main() -> None:
+    """Record a payment that Dave wants, and ask the three others."""
     with closing(sqlite3.connect("payments.sqlite3", isolation_level=None)) as record:  # each statement commits
         record.execute("CREATE TABLE IF NOT EXISTS payments (id PRIMARY KEY, state)")
         record.execute(
