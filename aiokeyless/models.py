@@ -351,7 +351,7 @@ class ExternalUser(Model, frozen=True, kw_only=True):
 
 
 class User(Model, frozen=True, kw_only=True):
-    """A user who was found by an external user id. The answer does not repeat that id.
+    """A user that `find_users` found by an external user id. The answer does not repeat that id.
 
     Attributes:
         user_id: The user, in hex.

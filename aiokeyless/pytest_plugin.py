@@ -1,10 +1,11 @@
 """pytest fixtures for users of the library: `keyless_sandbox`, `keyless_client`, `keyless_worker`, `keyless_broker`.
 
 pytest loads this module whenever aiokeyless is installed, so it imports the rest of the library only when a test
-requests a fixture. In an async test, the fixtures run in the event loop of the test, from pytest-asyncio (either mode,
-any loop scope) or anyio's plugin; in a plain test, in the loop of `aiokeyless.sync`. Each plugin accepts only async
-fixtures that are marked as its own. So each fixture is defined once per plugin and scope, and the public fixtures
-select one.
+requests a fixture. In an async test, the fixtures run in the event loop of the test. That loop is of pytest-asyncio
+(either mode, any loop scope) or of anyio's plugin. In a plain test, it is that of `aiokeyless.sync`.
+
+Each plugin accepts only async fixtures that are marked as its own. So each fixture is defined once per plugin and
+scope, and the public fixtures select one.
 """
 
 from __future__ import annotations

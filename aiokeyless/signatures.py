@@ -53,7 +53,7 @@ class TransactionVerifier:
     ``kid``.
 
     Use one verifier per process: it keeps the tenant's public keys for 24 hours. A token with an unknown ``kid`` causes
-    a fetch, at most one in 5 minutes, since anybody can make such tokens.
+    a fetch. Anybody can make such tokens, so there is at most one fetch in 5 minutes.
 
     Args:
         client: Fetches the public keys from the well-known path of its `base_url`, without the API key.

@@ -1,7 +1,7 @@
 """The commands that drive a running sandbox: ``aiokeyless sandbox approve`` and the others.
 
 They drive the sandbox at ``$KEYLESS_BASE_URL`` with ``$KEYLESS_API_KEY``. Without that address, they drive the one on
-this machine's default port with the default key: a key in the environment may then be that of a real tenant.
+this machine's default port with the default key. A key in the environment may then be that of a real tenant.
 """
 
 from __future__ import annotations

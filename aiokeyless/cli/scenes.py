@@ -125,8 +125,8 @@ class Scene:
 
         Args:
             draw: Shows the progress of the scene.
-            approvals: Each person approves at a random moment between these two, in seconds after everybody was asked;
-                None: nobody does.
+            approvals: From when until when people approve at random, in seconds after everybody was asked; None: nobody
+                approves.
             script: Further events.
         """
         async with asyncio.TaskGroup() as group:

@@ -173,8 +173,8 @@ class Service:
     def enroll(self, user_id: str, *, external_user_id: str | None = None) -> Device:
         """Enroll a user, or enroll them on one more device.
 
-        You need not enroll a new user: their first operation enrolls them on one device. But a user who was deleted, or
-        whose last device was removed, cannot approve anything until you enroll them again.
+        You need not enroll a new user: their first operation enrolls them on one device. A user cannot approve anything
+        after you deleted them or their last device, until you enroll them again.
 
         Args:
             user_id: The user, in hex.
@@ -234,7 +234,7 @@ class Service:
         """End a user's lockout (see `fail_authentication`) before its time, and forget the failed attempts in a row.
 
         Args:
-            user_id: The user, in hex. It has no effect for a user who is not locked out.
+            user_id: The user, in hex. If they are not locked out, nothing happens.
 
         Raises:
             ConfigurationError: `user_id` is not hex.
