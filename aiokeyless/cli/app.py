@@ -1,6 +1,6 @@
 """The command line's application: its common arguments and options, its exit codes, and `run`.
 
-`run` turns every error that ends a command into one line on stderr and an exit code. messages.py has the texts.
+`run` turns every error that ends a command into one line on stderr and an exit code. error_messages.py has the texts.
 """
 
 from __future__ import annotations
@@ -200,11 +200,8 @@ async def open_client(*, as_json: bool) -> AsyncGenerator[KeylessClient]:
         yield client
 
 
-def new_client(*, max_attempts: int = 3) -> KeylessClient:
+def new_client() -> KeylessClient:
     """Make a client with the key and the address from the environment; the caller must close it.
-
-    Args:
-        max_attempts: Attempts of one call.
 
     Raises:
         CommandError: The environment has no key, or a variable is wrong.
@@ -215,6 +212,6 @@ def new_client(*, max_attempts: int = 3) -> KeylessClient:
             "aiokeyless sandbox)"
         )
     try:
-        return KeylessClient(max_attempts=max_attempts)
+        return KeylessClient()
     except ConfigurationError as error:
         raise CommandError(describe_argument(error, VARIABLES)) from None

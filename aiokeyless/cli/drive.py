@@ -19,7 +19,7 @@ from aiokeyless.models import Authentication, Device, Operation
 
 from .app import AsJson, CommandError, Count, Exit, OperationId, OptionalCount, OptionalDelay, UserId, validator
 from .error_messages import VARIABLES, describe_argument, describe_method, format_count
-from .render import new_console, print_fact, print_json, print_line, print_table, show_waiting
+from .render import new_console, print_facts, print_json, print_line, print_table, show_waiting
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
 
 if TYPE_CHECKING:
@@ -255,8 +255,7 @@ async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None,
     if as_json:
         print_json(console, device.to_dict())
     else:
-        print_fact(console, "Enrolled", device.user_id, "bold")
-        print_fact(console, "Device", device.public_signing_key)
+        print_facts(console, {"Enrolled": device.user_id, "Device": device.public_signing_key}, bold="Enrolled")
     return Exit.DONE
 
 

@@ -15,7 +15,7 @@ from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, open_client
 from .error_messages import describe_method, quote
-from .render import new_console, print_command, print_fact, print_json, print_table
+from .render import new_console, print_command, print_fact, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -134,9 +134,7 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         "Number": str(operation.id),
         "Node": operation.node_id,
     }
-    for name, value in facts.items():
-        if value is not None:
-            print_fact(console, name, value, "bold" if name == "State" else "")
+    print_facts(console, facts, bold="State")
     return Exit.DONE
 
 

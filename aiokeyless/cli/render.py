@@ -112,6 +112,13 @@ def print_fact(console: Console, name: str, value: str, style: str = "") -> None
         console.print(name_text + value_text, soft_wrap=True)
 
 
+def print_facts(console: Console, facts: Mapping[str, str | None], *, bold: str) -> None:
+    """Print names and values, one of them in bold, without those that are None."""
+    for name, value in facts.items():
+        if value is not None:
+            print_fact(console, name, value, "bold" if name == bold else "")
+
+
 def print_line(console: Console, line: str) -> None:
     """Print a text as one line of any length."""
     console.out(escape(line), highlight=False)

@@ -14,7 +14,7 @@ from aiokeyless.errors import ConflictError, NotFoundError
 
 from .app import AsJson, CommandError, Exit, UserId, app, open_client, validator
 from .error_messages import quote
-from .render import new_console, print_fact, print_json, print_table
+from .render import new_console, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,9 +132,8 @@ def _print_link(linked: ExternalUser, *, as_json: bool) -> Exit:
     if as_json:
         print_json(console, linked.to_dict())
     else:
-        print_fact(console, "User", linked.user_id, "bold")
-        print_fact(console, "External", linked.external_user_id)
-        print_fact(console, "Updated", linked.updated_at)
+        facts = {"User": linked.user_id, "External": linked.external_user_id, "Updated": linked.updated_at}
+        print_facts(console, facts, bold="User")
     return Exit.DONE
 
 
@@ -195,9 +194,7 @@ async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
             "SDK": device.sdk_version,
             "Removed": device.deleted_at,
         }
-        for name, value in facts.items():
-            if value is not None:
-                print_fact(console, name, value, "bold" if name == "Device" else "")
+        print_facts(console, facts, bold="Device")
         console.print()
     return Exit.DONE
 

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from aiokeyless._validation import check_tenant, check_user_id
 
 from .app import AsJson, CommandError, Exit, Seconds, app, open_client, validator
-from .render import new_console, print_fact, print_json
+from .render import new_console, print_facts, print_json
 
 
 @app.command(
@@ -62,7 +62,5 @@ async def verify(
         "Key": signed.key_id,
         "SHA-256": signed.signed_sha256,
     }
-    for name, value in facts.items():
-        if value is not None:
-            print_fact(console, name, value, "bold" if name == "Signed" else "")
+    print_facts(console, facts, bold="Signed")
     return Exit.DONE
