@@ -264,8 +264,8 @@ class OperationStore:
             return operation
         if user is None:
             raise ConfigurationError(
-                f"there is no operation {operation_id!r} to approve; create it first, or pass user_id to store "
-                "an approved one as the phone's operationInfo does",
+                f"there is no operation {operation_id!r} to approve; create it first (if a worker does, wait until it "
+                "is in sandbox.operations), or pass user_id to store an approved one as the phone's operationInfo does",
                 argument="operation_id",
             )
         return self._make(

@@ -1,12 +1,17 @@
 """The same in Django: the request is in the transaction that saves the order, the outcome in that of the payment."""
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from django.db import connection, transaction
 
+from aiokeyless import BrokerError
 from aiokeyless.sync import next_outcome, submit_approval
 from aiokeyless.worker import ApprovalEvent
+
+log = logging.getLogger("settle")
 
 
 class Order(Protocol):
@@ -32,5 +37,9 @@ def place(order: Order) -> None:
 def read(settle: Callable[[ApprovalEvent], None]) -> None:
     """Settle orders as their outcomes come, in a process of its own, such as a management command."""
     while True:
-        with next_outcome(connection, "shop") as event:  # and in a transaction of its own
-            settle(event)
+        try:
+            with next_outcome(connection, "shop") as event:  # and in a transaction of its own
+                settle(event)
+        except BrokerError as error:  # the database is away
+            log.warning("%s", error)
+            time.sleep(1)

@@ -1,12 +1,13 @@
 """A test of `django_orders.py`, with pytest-django; `order` is a fixture of yours."""
 
-from typing import Any
+import time
 from urllib.parse import urlencode
 
 import pytest
 from django.db import connection
 from django_orders import Order, place
 
+from aiokeyless.sandbox import Sandbox
 from aiokeyless.sync import next_outcome
 from aiokeyless.worker import ApprovalWorker
 
@@ -19,15 +20,12 @@ def keyless_broker_url(transactional_db: None) -> str:  # noqa: ARG001  # the wo
     return f"postgresql:///{database['NAME']}?" + urlencode({n.lower(): database[n] for n in names if database[n]})
 
 
-@pytest.fixture
-def keyless_sandbox_options() -> dict[str, Any]:
-    """Let the user approve at once."""
-    return {"auto_approve": 0}
-
-
-def test_an_approved_order_is_paid(order: Order, keyless_worker: ApprovalWorker) -> None:
+def test_an_approved_order_is_paid(order: Order, keyless_worker: ApprovalWorker, keyless_sandbox: Sandbox) -> None:
     """The worker asks what was committed, and the outcome comes in a transaction."""
     place(order)  # pyright: ignore[reportArgumentType]  # Django has no types
+    while order.id not in keyless_sandbox.operations:  # until the worker has asked
+        time.sleep(0.01)
+    keyless_sandbox.approve(order.id)
     with next_outcome(connection, "shop") as event:
         assert (event.operation_id, event.outcome) == (order.id, "approved")
     assert keyless_worker.statistics.approved == 1

@@ -193,7 +193,7 @@ def test_approval_keeps_the_place_among_the_operations(store: OperationStore) ->
 
 
 def test_unknown_operation_is_not_approved_without_a_user(store: OperationStore) -> None:
-    with pytest.raises(ConfigurationError, match="no operation 'a' to approve"):
+    with pytest.raises(ConfigurationError, match=r"no operation 'a' to approve.*wait until it is in"):
         store.approve("a")
     assert not store.operations
 

@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import signal
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from django.utils.connection import ConnectionProxy
+from msgspec.structs import replace
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import (
@@ -26,16 +29,19 @@ from sqlalchemy.orm import Session
 from waiting import PATIENCE, until
 
 from aiokeyless import BrokerError, ConfigurationError, sync, worker
+from aiokeyless.worker import Outcome
 from aiokeyless.worker.postgres.adapters import driver
-from worker.conformance.brokers import decide, take_n
+from worker.conformance.brokers import decide, outcome_of, submit, take_n
 
 from . import families
-from .families import FAMILIES, Family, RefusalError, ask, finish, handle
+from .families import FAMILIES, Family, RefusalError, ask, handle
 from .shop import decide_all, payments, unread
 
 sys.path.append(str(Path(__file__).parents[3] / "examples" / "postgres_shop"))
 
-import readers  # examples are programs, not a package
+import driver_orders  # examples are programs, not a package
+import session_orders
+import tables
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -141,33 +147,78 @@ async def test_each_order_that_was_committed_is_paid_once_whatever_fails(
     assert await payments(admin) == {f"order-{number}" for number in range(20) if number % 4 != 3}
 
 
-@pytest.mark.parametrize(
-    "shop", ["Psycopg", "PsycopgAsync", "Psycopg2", "SqlalchemySession", "SqlalchemyAsyncSession"], indirect=True
-)
-async def test_the_examples_reader_commits_what_is_written_with_the_outcome(
-    broker: PostgresBroker, admin: Connection, shop: Family
+async def decide_orders(broker: PostgresBroker, admin: Connection) -> None:
+    """Place orders, of which only one is approved by a face under its own text, and one is late."""
+    for name, payload, outcome, factor in (
+        ("paid", "Pay 40", Outcome.APPROVED, "biom"),
+        ("of another text", "Pay 4000", Outcome.APPROVED, "biom"),
+        ("by a PIN", "Pay 40", Outcome.APPROVED, "pin"),
+        ("late", "Pay 40", Outcome.EXPIRED, None),
+    ):
+        await admin.execute("INSERT INTO orders VALUES ($1, 'C0FFEE', 'Pay 40', 'asked')", name)
+        await submit(broker, name)
+        (message,) = await take_n(broker, 1)
+        digest = sha256(payload.encode()).hexdigest()
+        event = replace(outcome_of(message, outcome), user_id="C0FFEE", payload_sha256=digest, auth_type=factor)
+        assert await broker.decide(message, event)
+
+
+async def orders(admin: Connection) -> dict[str, str]:
+    rows = await admin.fetch("SELECT id, state FROM orders UNION SELECT 'of ' || order_id, 'payment' FROM payments")
+    return {row[0]: row[1] for row in rows}
+
+
+SETTLED = {"paid": "paid", "of paid": "payment", "of another text": "asked", "by a PIN": "asked", "late": "expired"}
+
+
+@pytest.mark.parametrize("read", [session_orders.read, session_orders.read_async])
+async def test_the_examples_reader_of_sessions_settles_what_fits_and_goes_on_after_a_lost_connection(
+    broker: PostgresBroker,
+    admin: Connection,
+    *,
+    engine: Engine,
+    async_engine: AsyncEngine,
+    read: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    paid: list[str | None] = []
-
-    async def pay(_target: Any, event: worker.ApprovalEvent) -> None:
-        if paid:
+    def end_or_settle(session: Session, event: worker.ApprovalEvent) -> None:
+        if event.operation_id == "end":
             raise RefusalError
-        paid.append(event.operation_id)
-        await shop.pay(str(event.operation_id))
+        settle(session, event)
 
-    def pay_blocking(target: Any, event: worker.ApprovalEvent) -> None:
-        finish(pay(target, event))
+    settle = session_orders.settle
+    monkeypatch.setattr(session_orders, "settle", end_or_settle)
+    tables.Table.metadata.create_all(engine)
+    await decide_orders(broker, admin)
+    if inspect.iscoroutinefunction(read):
+        reading = asyncio.create_task(read(async_engine))
+    else:
+        reading = asyncio.create_task(blocking(lambda: read(engine)))
+    await until(lambda: unread_is(admin, {}))
+    assert await orders(admin) == SETTLED
+    await admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND pid <> pg_backend_pid() AND application_name <> 'aiokeyless'"
+    )
+    await decide_all(broker, "end")
+    with pytest.raises(RefusalError):
+        await reading
 
-    await decide_all(broker, "a")
-    async with shop.connected() as target:
-        reading = asyncio.create_task(
-            blocking(lambda: readers.read(target, pay_blocking)) if shop.blocks else readers.read_async(target, pay)
-        )
-        await until(lambda: unread_is(admin, {}))
-        await decide_all(broker, "b")
-        with pytest.raises(RefusalError):
-            await reading
-    assert await payments(admin) == {"a"}
+
+@pytest.mark.parametrize("shop", ["Psycopg", "PsycopgAsync", "Psycopg2", "Psycopg2Dict"], indirect=True)
+async def test_the_examples_reader_of_each_driver_settles_what_fits(
+    broker: PostgresBroker, admin: Connection, engine: Engine, shop: Family
+) -> None:
+    tables.Table.metadata.create_all(engine)
+    await decide_orders(broker, admin)
+    async with shop.connected() as connection:
+        for _ in range(4):
+            if shop.blocks:
+                await blocking(lambda: driver_orders.settle_next(connection))
+            else:
+                await driver_orders.settle_next_async(connection)
+    assert await orders(admin) == SETTLED
+    assert await unread(admin) == {}
 
 
 async def unread_is(admin: Connection, expected: dict[str, int]) -> bool:

@@ -1,0 +1,58 @@
+"""The reader with sessions of SQLAlchemy: what the ORM changes is committed with the outcome."""
+
+import asyncio
+import logging
+import time
+from hashlib import sha256
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from tables import Order, Payment
+
+from aiokeyless import BrokerError, sync, worker
+from aiokeyless.worker import ApprovalEvent, Outcome
+
+STATES = {Outcome.APPROVED: "paid", Outcome.EXPIRED: "expired", Outcome.FAILED: "refused"}
+log = logging.getLogger("settle")
+
+
+def settle(session: Session, event: ApprovalEvent) -> None:
+    """Store the outcome of an order, if the event is about it."""
+    order = session.get(Order, event.operation_id, with_for_update=True)
+    if order is None or (order.state, event.user_id, event.payload_sha256) != (
+        "asked",
+        order.user_id,
+        sha256(order.text.encode()).hexdigest(),
+    ):
+        log.warning("%s is about no order that is open", event)
+    elif event.outcome is Outcome.APPROVED and event.auth_type != "biom":
+        log.warning("%s is no face's: somebody submitted a request that requires none", event)
+    else:
+        order.state = STATES[event.outcome]
+        if event.outcome is Outcome.APPROVED:
+            session.add(Payment(order_id=order.id))
+
+
+def read(engine: Engine) -> None:
+    """Settle orders as their outcomes come, in a process of its own."""
+    with Session(engine) as session:
+        while True:
+            try:
+                with sync.next_outcome(session, "shop") as event:
+                    settle(session, event)  # and the session commits, if this raises nothing
+            except BrokerError as error:  # the database is away
+                log.warning("%s", error)
+                time.sleep(1)
+
+
+async def read_async(engine: AsyncEngine) -> None:
+    """Settle orders as their outcomes come, in a task beside the server."""
+    async with AsyncSession(engine) as session:
+        while True:
+            try:
+                async with worker.next_outcome(session, "shop") as event:
+                    await session.run_sync(settle, event)
+            except BrokerError as error:
+                log.warning("%s", error)
+                await asyncio.sleep(1)
