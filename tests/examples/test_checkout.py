@@ -521,7 +521,8 @@ class TestInTheBrowser:
             await click(page, "Pay")
             await until(lambda: bool(asked(keyless, user)))
             keyless.approve(*(operation.operation_id for operation in asked(keyless, user)))
-            await shows(page, "paid")
+            async with asyncio.timeout(45):
+                await shows(page, "paid")
 
     async def test_a_timed_out_order_is_checked_again(
         self, keyless: Sandbox, hasty_backend: Backend, browser: Browser

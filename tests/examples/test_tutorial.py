@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 from chromium import chromium, lose_answers
 from example_process import output_of, serving
-from waiting import PATIENCE
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
@@ -70,7 +69,7 @@ async def log_in(browser: Browser, site: str, phone: str) -> None:
     await lose_answers(page, "**/login")  # from the second one on: the first is asked for already
     await page.evaluate(SHOWN)
     await face.click()
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(45):  # what a suspended page may take
         while await status.text_content() != "logged in":
             await page.evaluate(SHOWN)
             await asyncio.sleep(1)
