@@ -363,6 +363,16 @@ async def loses_its_backend(shop: Family, name: str) -> None:
         await shop.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
 
+async def is_cut_before_its_commit(shop: Family, name: str) -> None:
+    await shop.pay(name)
+    await shop.execute("SELECT 'cut before'")
+
+
+async def is_cut_after_its_commit(shop: Family, name: str) -> None:
+    await shop.pay(name)
+    await shop.execute("SELECT 'cut after'")
+
+
 async def is_cancelled(shop: Family, name: str) -> None:
     await shop.pay(name)
     async with asyncio.timeout(0):
@@ -385,6 +395,8 @@ BODIES: dict[str, Callable[[Family, str], Awaitable[None]]] = {
         breaks_a_constraint,
         commits,
         loses_its_backend,
+        is_cut_before_its_commit,
+        is_cut_after_its_commit,
         is_cancelled,
         is_cancelled_in_a_statement,
     )
@@ -411,7 +423,7 @@ async def handle_one(shop: Family, met: dict[str, str]) -> None:
     except Exception as error:  # noqa: BLE001  # the table has them all
         met[name] = type(error).__name__
         met.update(seen)
-    if name != "loses_its_backend":  # the target is as it was before
+    if not name.startswith(("loses", "is_cut")):  # the target is as it was before
         async with entered(shop.transaction()):
             await shop.execute("INSERT INTO after VALUES ('written')")
 

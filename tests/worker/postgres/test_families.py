@@ -34,6 +34,7 @@ from aiokeyless.worker.postgres.adapters import driver
 from worker.conformance.brokers import decide, outcome_of, submit, take_n
 
 from . import families
+from .cutting import cutting
 from .families import FAMILIES, Family, RefusalError, ask, handle
 from .shop import decide_all, payments, unread
 
@@ -63,6 +64,8 @@ TABLE = {
     "breaks_a_constraint": ("BrokerError", False, True),
     "commits": ("ConfigurationError", True, False),
     "loses_its_backend": ("BrokerError", False, True),
+    "is_cut_before_its_commit": ("BrokerError", False, True),
+    "is_cut_after_its_commit": ("BrokerError", True, False),
     "is_cancelled": ("TimeoutError", False, True),
     "is_cancelled_in_a_statement": ("TimeoutError", False, True),
 }
@@ -102,8 +105,8 @@ async def test_however_a_body_ends_its_writes_and_the_outcome_are_committed_toge
     )
     table = {name: row for name, row in TABLE.items() if not (shop.blocks and "cancelled" in name)}
     await decide_all(broker, *table)
-    async with asyncio.timeout(PATIENCE):
-        met = await run(shop, handle, *table)
+    async with asyncio.timeout(PATIENCE), cutting(Path(shop.folder)) as folder:
+        met = await run(type(shop)(folder, shop.database), handle, *table)
     paid, left = await payments(admin), await unread(admin)
     assert {name: (met[name], name in paid, name in left) for name in met} == table
 
