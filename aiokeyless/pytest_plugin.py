@@ -140,7 +140,7 @@ async def _run_worker(client: KeylessClient, url: str | None) -> AsyncGenerator[
     opened: Any = SqliteBroker(":memory:") if url is None else broker.broker_for(broker.hide_url(url))
     async with opened:
         if opened.system == "postgresql":
-            await _empty(opened)
+            await opened.empty()
         async with ApprovalWorker(client, opened, schedule=_make_schedule()) as worker:
             yield worker, opened
 
@@ -157,13 +157,6 @@ def _refuse_hidden_transaction() -> None:
                 "transactional_db, or @pytest.mark.django_db(transaction=True), or django.test.TransactionTestCase",
                 pytrace=False,
             )
-
-
-async def _empty(broker: Any) -> None:  # Any: of PostgreSQL, whose driver is optional
-    """Remove what an earlier test has left in the schema, if there is one."""
-    if await broker._fetch("SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1", broker.destination):  # noqa: SLF001
-        tables = ", ".join(f"{{0}}.{name}" for name in ("request", "waiting", "outcome", "unread", "reader"))
-        await broker._fetch(f"TRUNCATE {tables}")  # noqa: SLF001
 
 
 @pytest.fixture
