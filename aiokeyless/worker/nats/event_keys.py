@@ -11,6 +11,7 @@ import hmac
 import os
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Final, NoReturn, Self
 
@@ -46,10 +47,11 @@ class EventKeys:
     """
 
     def __init__(self, *keys: str) -> None:
-        self._keys: dict[str, Secret] = {}  # by their ids, the first one signs
         parsed = _parse(keys)
         del keys  # before anything is raised: error reporters print local variables
-        self._keys = _raise_error(parsed)
+        if isinstance(parsed, ConfigurationError):
+            raise parsed
+        self._keys = parsed  # by their ids, the first one signs
 
     @classmethod
     def from_files(cls, *paths: Path | str) -> Self:
@@ -61,7 +63,7 @@ class EventKeys:
         Raises:
             ConfigurationError: A file cannot be read (the message names it), a key is not valid, or there is none.
         """
-        return cls._of(_read(paths))
+        return cls(*chain.from_iterable(map(_read, paths)))  # no variable holds them, see below
 
     @classmethod
     def from_environment(cls) -> Self | None:
@@ -71,14 +73,7 @@ class EventKeys:
             ConfigurationError: A key is not valid.
         """
         # No variable holds a key, because the traceback of an error contains this frame.
-        return cls._of(_parse(os.environ[VARIABLE].split())) if os.environ.get(VARIABLE, "").strip() else None
-
-    @classmethod
-    def _of(cls, parsed: dict[str, Secret] | ConfigurationError) -> Self:
-        keys = _raise_error(parsed)
-        made = cls.__new__(cls)
-        made._keys = keys  # noqa: SLF001  # of the same class
-        return made
+        return cls(*os.environ[VARIABLE].split()) if os.environ.get(VARIABLE, "").strip() else None
 
     def __repr__(self) -> str:
         return f"<EventKeys {' '.join(self._keys)}>"
@@ -114,33 +109,14 @@ class EventKeys:
         return hmac.compare_digest(digest, _digest(key, data, fleet, kind))
 
 
-def _raise_error(parsed: dict[str, Secret] | ConfigurationError) -> dict[str, Secret]:
-    if isinstance(parsed, ConfigurationError):
-        raise parsed
-    return parsed
-
-
-def _read(paths: Sequence[Path | str]) -> dict[str, Secret] | ConfigurationError:
-    """Return the keys in files by their ids, or the error that the caller raises once it holds none of them."""
-    texts: list[str] = []
-    for path in paths:
-        if not isinstance(path, str | os.PathLike):
-            return _read_error(path, "it is no path")
-        try:
-            with open(path, "rb") as file:  # noqa: PTH123  # as many bytes as a key file has, also of a device
-                content = file.read(_LONGEST_FILE)
-        except OSError as error:
-            return _read_error(path, error.strerror or type(error).__name__)
-        except ValueError as error:  # a zero byte in the name
-            return _read_error(path, str(error))
-        if not content.isascii():  # a decoding error would hold the undecoded text
-            return _read_error(path, "it is not ASCII text")
-        texts += content.decode("ascii").split()
-    return _parse(texts)
-
-
-def _read_error(path: object, reason: str) -> ConfigurationError:
-    return ConfigurationError(f"no event key can be read from {path!s:.200}: {reason}", argument="paths")
+def _read(path: Path | str) -> list[str]:
+    """Return the keys in a file."""
+    try:
+        with open(os.fspath(path), "rb") as file:  # noqa: PTH123  # as many bytes as a key file has, also of a device
+            return file.read(_LONGEST_FILE).decode("ascii", "replace").split()
+    except (OSError, ValueError, TypeError) as error:  # a zero byte in the name, or no path
+        reason = getattr(error, "strerror", None) or str(error)
+    raise ConfigurationError(f"no event key can be read from {path!s:.200}: {reason}", argument="paths")
 
 
 def _parse(keys: Sequence[object]) -> dict[str, Secret] | ConfigurationError:
