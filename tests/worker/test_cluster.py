@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import ssl
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import aiohttp
 import nats
 import nats.errors
 import pytest
@@ -49,12 +52,13 @@ async def running(servers: dict[str, NatsServer]) -> AsyncGenerator[dict[str, Na
 
 
 @asynccontextmanager
-async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
-    """Run three servers that know each other."""
+async def cluster(folder: Path, **monitored: str) -> AsyncGenerator[dict[str, NatsServer]]:
+    """Run three servers that know each other; those that are named have a port for monitoring."""
     routes = [f"nats://127.0.0.1:{own_port()}" for _ in NAMES]
     servers = {}
     for name, route in zip(NAMES, routes, strict=True):
-        options = ("--server_name", name, "--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes))
+        options = ["--server_name", name, "--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes)]
+        options += ["-m", monitored[name]] if name in monitored else []
         servers[name] = NatsServer(folder / name, *options)
     async with running(servers):
         yield servers
@@ -181,3 +185,30 @@ async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
                     async with asyncio.timeout(PATIENCE):
                         [event] = await read(theirs, reader="shop")
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)
+
+
+async def test_a_server_with_an_empty_store_says_when_the_others_have_filled_it(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    """The stream's own information counts a server as current that has just started, and has nothing yet."""
+    port = str(own_port())
+    async with cluster(tmp_path, c=port) as servers, sandbox.client() as client, aiohttp.ClientSession() as session:
+        urls = [server.url for server in servers.values()]
+        async with await nats.connect(urls[:2], error_cb=unheard) as connection:
+            await until(lambda: has_a_leader(connection))
+            async with NatsBroker(",".join(urls), settings=StreamSettings(replicas=len(NAMES))) as broker:
+                await until(lambda: prepares(ApprovalWorker(client, broker)))
+            for number in range(WAITS):
+                await submit_approval(connection, "C0FFEE", operation_id=f"txn-{number}")
+            servers["c"].kill()
+            shutil.rmtree(tmp_path / "c" / "store")
+            await servers["c"].start()
+
+            async def is_filled() -> bool:
+                async with session.get(f"http://127.0.0.1:{port}/healthz") as answer:
+                    return answer.status == HTTPStatus.OK
+
+            await until(is_filled)
+            async with session.get(f"http://127.0.0.1:{port}/jsz?streams=1") as answer:
+                streams = (await answer.json())["account_details"][0]["stream_detail"]
+    assert {stream["name"]: stream["state"]["messages"] for stream in streams}[REQUESTS] == WAITS
