@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import aiohttp
 from multidict import istr
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import wait_random_exponential
 from yarl import URL
 
 from aiokeyless._rules.quota import RepetitionQuota
@@ -36,6 +36,7 @@ from aiokeyless.errors import (
     TransportError,
 )
 from aiokeyless.events import RequestEnded
+from aiokeyless.schedule import next_delay
 
 from . import protocol
 from .content import UnusableContentError, decode_content, larger_than
@@ -253,8 +254,6 @@ class Transport:
             try:
                 answer = await self.send(request)
             except KeylessError as error:
-                if not self._should_repeat(error, _IS_TRANSIENT):
-                    raise
                 return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
             self.quota.give_back()
             return answer
@@ -271,8 +270,6 @@ class Transport:
         try:
             return await attempt(1)
         except KeylessError as error:
-            if not self._should_repeat(error, may_repeat):
-                raise
             return await self._repeat(attempt, error, may_repeat)
 
     def take_tokens(self, failure: KeylessError, omitted: str) -> bool:
@@ -287,56 +284,32 @@ class Transport:
         failure.args = (f"{failure.args[0]}; {omitted}, as too many calls of this client fail",)
         return False
 
-    def _should_repeat(self, error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
-        return self._max_attempts > 1 and _is_worth_repeating(error, may_repeat)
-
     async def _repeat(
         self, attempt: Callable[[int], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
     ) -> T:
-        """Continue after the failure of the first attempt, so that a call that succeeds at once needs no tenacity.
-
-        tenacity's first attempt only raises that failure.
-        """
-        # A traceback would keep answers alive as long as its error lives.
-        first = [error.with_traceback(None)]
-        del error
+        """Continue after the failure of the first attempt; raise the last failure."""
         earlier: list[KeylessError] = []
-        # The same object, once for each attempt.
-        states: list[RetryCallState] = []
-
-        async def again() -> T:
-            if first:
-                raise first.pop()
-            return await attempt(1 + len(earlier))
-
-        def note(retry_state: RetryCallState) -> None:
-            failure = _get_failure(retry_state)
-            assert isinstance(failure, KeylessError)  # noqa: S101  # nothing else is repeated
-            if not self.take_tokens(failure, "it was not repeated"):
-                raise failure
-            earlier.append(failure.with_traceback(None))
-
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._max_attempts),
-            wait=_pause,
-            retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _is_worth_repeating(e, may_repeat)),
-            before=states.append,
-            before_sleep=note,
-            reraise=True,
-        )
         try:
-            return await retrying(again)
-        except (TransportError, DecodeError, StatusError) as last:
-            last.failures = tuple(earlier)
-            # tenacity's frames reference it.
-            last.__traceback__ = None
-            raise
+            while (
+                1 + len(earlier) < self._max_attempts
+                and may_repeat(error)
+                and (_get_retry_after(error) or 0.0) <= MAX_RETRY_AFTER
+                and self.take_tokens(error, "it was not repeated")
+            ):
+                # A traceback would keep answers alive as long as its error lives.
+                earlier.append(error.with_traceback(None))
+                jitter = next_delay(_FULL_JITTER, attempt_number=len(earlier), since_start=0.0)
+                await asyncio.sleep(max(jitter, _get_retry_after(error) or 0.0))
+                try:
+                    return await attempt(1 + len(earlier))
+                except KeylessError as failure:
+                    error = failure
+            if earlier and isinstance(error, TransportError | DecodeError | StatusError):
+                error.failures = tuple(earlier)
+            raise error
         finally:
-            # The steps in it reference `retrying` and the last failure.
-            retrying.iter_state.reset()
-            # An outcome may be a cancellation, whose traceback stays and references the state.
-            while states:
-                states.pop().outcome = None
+            # Otherwise the error and this frame would reference each other.
+            del error, earlier
 
     async def _receive(
         self,
@@ -595,21 +568,8 @@ async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes:
     return b"".join(chunks)
 
 
-def _is_worth_repeating(error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
-    return may_repeat(error) and (_get_retry_after(error) or 0.0) <= MAX_RETRY_AFTER
-
-
-def _get_retry_after(error: BaseException | None) -> float | None:
+def _get_retry_after(error: KeylessError) -> float | None:
     return error.retry_after if isinstance(error, StatusError) else None
-
-
-def _pause(retry_state: RetryCallState) -> float:
-    """Return a delay in seconds with full jitter, at least the service's ``Retry-After``."""
-    return max(_FULL_JITTER(retry_state), _get_retry_after(_get_failure(retry_state)) or 0.0)
-
-
-def _get_failure(retry_state: RetryCallState) -> BaseException | None:
-    return retry_state.outcome.exception() if retry_state.outcome is not None else None
 
 
 def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | None) -> None:

@@ -210,14 +210,6 @@ async def test_lasting_failure_ends_the_attempts(sandbox: Sandbox, client: Keyle
     assert sandbox.request_count == 2
 
 
-@pytest.mark.usefixtures("sandbox")
-async def test_tenacity_is_not_entered_where_nothing_fails(
-    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(transport, "AsyncRetrying")
-    assert (await client.get_operation("a")).is_approved
-
-
 async def test_calls_at_the_same_time_have_attempts_of_their_own(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.fail_next(503, times=None)
     errors = await asyncio.gather(*(failure(client.get_operation("a")) for _ in range(20)))
@@ -237,11 +229,11 @@ async def test_longest_pause_doubles_from_a_quarter_second_up_to_30(sandbox: San
 
 
 @pytest.mark.usefixtures("shortest")
-async def test_shortest_pause_is_none(sandbox: Sandbox) -> None:
+async def test_shortest_pause_is_next_to_none(sandbox: Sandbox) -> None:
     sandbox.fail_next(503, times=None)
     async with sandbox.client(max_attempts=5) as client:
         await failure(client.get_operation("a"))
-    assert pauses(sandbox) == pytest.approx([0, 0, 0, 0], abs=1e-3)
+    assert pauses(sandbox) == pytest.approx([0.02] * 4, abs=1e-3)
 
 
 async def test_pause_is_left_to_chance(sandbox: Sandbox, client: KeylessClient) -> None:
