@@ -160,6 +160,7 @@ class TestOverHttp:
         assert await hasty.pay() == 200
         [operation] = asked(keyless, hasty.order["user_id"])
         assert operation.operation_payload == hasty.order["payload"]
+        assert f"push to the phone of {operation.user_id}: {hasty.order_id}\n" in hasty.backend.log.read_text()
         states = []
         async for news in hasty.news():
             states.append(news["state"])

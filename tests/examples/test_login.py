@@ -108,6 +108,7 @@ class Browser:
 async def test_approval_logs_in_the_browser_that_asked_and_no_other(sandbox: Sandbox, tmp_path: Path) -> None:
     async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
         assert await alice.start() == 200
+        assert f"push to the phone of {ALICE}: {alice.login}\n" in server.log.read_text()
         assert await alice.who() is None
         held = asyncio.create_task(alice.follow())
         sandbox.approve(alice.login)

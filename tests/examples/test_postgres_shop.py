@@ -139,6 +139,7 @@ async def test_a_pin_pays_nothing_whoever_submitted_the_request(server: Postgres
         try:
             async with shop, aiohttp.ClientSession() as session:
                 await place(session, shop, 1)
+                assert "push to the phone of C0FFEE: order-1\n" in shop.log.read_text()
                 server.execute("INSERT INTO orders VALUES ('order-2', 'C0FFEE', 'Pay', 'asked')", database)
                 forged = '{"version": 1, "user_id": "C0FFEE", "operation_id": "order-2", "operation_payload": "Pay"}'
                 server.execute(f"SELECT keyless.submit('{forged}')", database)
