@@ -1,0 +1,198 @@
+"""Outcomes for other systems: webhooks, Keycloak and SQL, each with the other side as its own pages say."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from factors import ApprovingSandbox
+from postgres_server import shared_server
+from standardwebhooks import Webhook, WebhookVerificationError
+from waiting import until
+
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker, submit_approval
+from aiokeyless.worker.sqlite import SqliteBroker
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "outcomes"
+sys.path.insert(0, str(EXAMPLE))
+import keycloak  # noqa: E402  # from the folder of the example
+import webhooks  # noqa: E402
+
+sys.path.remove(str(EXAMPLE))
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # 24 bytes
+
+
+class Receiver:
+    """Somebody's server: it keeps what it verified by the reference library, and answers as a test says."""
+
+    def __init__(self, *answers: int) -> None:
+        self.received: list[tuple[str, dict[str, Any]]] = []
+        self.answers = list(answers)
+
+    async def receive(self, request: web.Request) -> web.Response:
+        body = await request.text()
+        event: dict[str, Any] = Webhook(SECRET).verify(body, dict(request.headers))  # also checks the time
+        with pytest.raises(WebhookVerificationError):
+            Webhook(SECRET).verify(body.replace("approved", "failed"), dict(request.headers))
+        self.received.append((request.headers["webhook-id"], event))
+        status = self.answers.pop(0) if self.answers else 204
+        return web.Response(status=status, headers={"Location": "/elsewhere"} if status == 302 else {})
+
+
+async def test_an_outcome_is_a_signed_webhook_and_is_sent_again_until_it_is_received(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = Receiver(500, 302)
+    app = web.Application()
+    app.router.add_post("/hook", receiver.receive)
+    file = tmp_path / "keyless.db"
+    async with (
+        TestServer(app) as server,
+        ApprovingSandbox("biom") as sandbox,
+        sandbox.client() as client,
+        SqliteBroker(file) as broker,
+        ApprovalWorker(client, f"sqlite:{file}"),
+    ):
+        monkeypatch.setenv("KEYLESS_FILE", str(file))
+        monkeypatch.setenv("WEBHOOK_URL", str(server.make_url("/hook")))
+        monkeypatch.setenv("WEBHOOK_SECRET", SECRET)
+        sending = asyncio.create_task(webhooks.main())
+        await submit_approval(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40 to Alice")
+        await until(lambda: len(receiver.received) == 3)
+        await submit_approval(broker, "C0FFEE", operation_id="order-8")
+        await until(lambda: len(receiver.received) == 4)
+        sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
+    names, events = zip(*receiver.received, strict=True)
+    assert len({*names[:3]}) == 1
+    assert names[3] != names[0]
+    assert all("." not in name for name in names)  # the separator of what is signed
+    assert [event["data"]["operation_id"] for event in events] == ["order-7"] * 3 + ["order-8"]
+    assert {event["type"] for event in events} == {"approval.approved"}
+
+
+# -- Keycloak's side, as its Server Administration Guide has it
+
+CALLBACK = "/realms/shop/protocol/openid-connect/ext/ciba/auth/callback"
+
+
+class Keycloak:
+    """The realm "shop": it delegates logins, and takes one result for each bearer token that it gave out."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, list[Any]] = {}
+        app = web.Application()
+        app.router.add_post(CALLBACK, self.take_result)
+        self.server = TestServer(app)
+
+    async def delegate(self, channel: TestClient[web.Request, web.Application], user: str, token: str) -> int:
+        self.results[token] = []
+        body = {"scope": "openid", "login_hint": user, "is_consent_required": False, "binding_message": "W4SCT"}
+        async with channel.post("/delegate", json=body, headers={"Authorization": f"Bearer {token}"}) as answer:
+            return answer.status
+
+    async def take_result(self, request: web.Request) -> web.Response:
+        assert request.content_type == "application/json"
+        token = request.headers["Authorization"].removeprefix("Bearer ")
+        self.results[token].append((await request.json())["status"])
+        return web.Response(status=200 if len(self.results[token]) == 1 else 403)
+
+
+@pytest.fixture
+def channel_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sandbox, Keycloak], Any]:
+    def channel_of(sandbox: Sandbox, realm: Keycloak) -> TestClient[web.Request, web.Application]:
+        monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+        monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+        monkeypatch.setenv("KEYCLOAK_REALM", str(realm.server.make_url("/realms/shop")))
+        return TestClient(TestServer(keycloak.make_app()))
+
+    return channel_of
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("sandbox", "status"),
+    [(ApprovingSandbox("biom"), "SUCCEED"), (ApprovingSandbox("pin"), "UNAUTHORIZED"), (Sandbox(), "UNAUTHORIZED")],
+    ids=["face", "pin", "nobody"],
+)
+async def test_keycloak_gets_the_result_of_a_login_once(
+    sandbox: Sandbox, status: str, channel_of: Callable[[Sandbox, Keycloak], Any]
+) -> None:
+    realm = Keycloak()
+    async with sandbox, realm.server:
+        async with channel_of(sandbox, realm) as channel:
+            assert await realm.delegate(channel, "alice", "token") == 201
+            await until(lambda: realm.results["token"] != [])
+        [operation] = sandbox.operations.values()
+        assert (operation.user_id, operation.operation_payload) == ("C0FFEE", "Log in, W4SCT")
+    assert realm.results == {"token": [status]}
+
+
+async def test_keycloak_is_refused_a_login_of_an_unknown_user_and_nobody_is_asked(
+    channel_of: Callable[[Sandbox, Keycloak], Any],
+) -> None:
+    realm = Keycloak()
+    async with Sandbox() as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+        assert await realm.delegate(channel, "mallory", "token") == 404
+        assert not sandbox.operations
+
+
+async def test_a_server_that_stops_refuses_the_logins_that_wait(
+    channel_of: Callable[[Sandbox, Keycloak], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    realm = Keycloak()
+    async with Sandbox() as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+        assert await realm.delegate(channel, "alice", "token") == 201
+        await until(lambda: len(sandbox.operations) == 1)
+        await until(lambda: "push to C0FFEE" in capsys.readouterr().out)
+    assert realm.results == {"token": ["UNAUTHORIZED"]}
+
+
+# -- SQL alone
+
+PAGE = ROOT / "docs" / "howto" / "tell-other-systems.md"
+STATEMENTS = re.findall(r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+ORDERS = """
+CREATE TABLE orders (id text PRIMARY KEY, user_id text, payload text, state text);
+INSERT INTO orders VALUES ('order-7', '0123456789ABCDEF', 'Pay 40 EUR to Alice', 'asked');
+"""
+
+
+@pytest.mark.parametrize(("factor", "state"), [("biom", "paid"), ("pin", "not paid")])
+async def test_psql_asks_and_pays(factor: str, state: str) -> None:
+    server = shared_server()
+    database = server.new_database()
+    ask, add_reader, pay = STATEMENTS
+
+    async def psql(statement: str) -> list[list[str]]:
+        return await asyncio.to_thread(server.execute, statement, database)
+
+    async def is_handled() -> bool:
+        await psql(pay)
+        return await psql("SELECT state FROM orders") != [["asked"]]
+
+    async with (
+        ApprovingSandbox(factor) as sandbox,
+        sandbox.client() as client,
+        ApprovalWorker(client, server.url(database)),
+    ):
+        await psql(ORDERS)
+        await psql(add_reader)
+        assert await psql(ask) == [["f"]]  # it was not there before
+        await until(is_handled)
+    assert await psql("SELECT state FROM orders") == [[state]]
+    assert await psql("SELECT count(*) FROM keyless.unread") == [["0"]]
