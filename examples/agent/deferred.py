@@ -13,9 +13,7 @@ async def ask_the_phone(context: RunContext[Gate], requests: DeferredToolRequest
     results: dict[str, bool | ToolApproved | ToolDenied] = {}
     for call in requests.approvals:
         transfer = Transfer.model_validate(call.args_as_dict()["transfer"])
-        answer = await context.deps.hold(transfer)
-        while answer.state == "pending":  # until the request expires
-            answer = await context.deps.hold(transfer, request=answer.request)
+        answer = await context.deps.wait(transfer)
         approved = answer.state == "approved"
         arguments = call.args_as_dict() | {"request": answer.request}  # by this code, whatever the model wrote
         results[call.tool_call_id] = (

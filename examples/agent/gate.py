@@ -17,7 +17,6 @@ from aiokeyless import (
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
-    ClientClosedError,
     KeylessClient,
     KeylessError,
 )
@@ -26,7 +25,7 @@ from aiokeyless import (
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z .'-]{0,39}$")]
 Amount = Annotated[Decimal, Field(gt=0, le=1000, decimal_places=2)]
 OPEN = "state IN ('asked', 'approved')"  # asked: undecided; approved: not used yet
-State: TypeAlias = Literal["approved", "pending", "timed_out", "refused", "unreachable"]
+State: TypeAlias = Literal["approved", "spent", "pending", "timed_out", "refused", "unreachable"]
 
 
 class Transfer(BaseModel, frozen=True):
@@ -65,7 +64,9 @@ class Gate:
         self._record = record
         self._user_id = user_id
         self._expires_in = expires_in
-        record.execute("CREATE TABLE IF NOT EXISTS requests (id PRIMARY KEY, payload, ticket, created, state)")
+        record.execute(
+            "CREATE TABLE IF NOT EXISTS requests (id PRIMARY KEY, payload, arguments, ticket, created, state)"
+        )
         # At most one open request for a transfer, across processes: an agent that repeats itself asks nobody again.
         record.execute(f"CREATE UNIQUE INDEX IF NOT EXISTS one_open ON requests (payload) WHERE {OPEN}")
 
@@ -90,7 +91,24 @@ class Gate:
             state = self._change(request, "timed_out", OPEN)
         elif state == "asked":
             state = await self._outcome(request, ticket, transfer, seconds, created=created)
-        return Answer("refused" if state == "spent" else state, request)
+        return Answer(state, request)
+
+    async def wait(self, transfer: Transfer) -> Answer:
+        """Ask for a transfer, and hold until that is decided or cannot be known."""
+        answer = await self.hold(transfer)
+        while answer.state == "pending":
+            answer = await self.hold(transfer, request=answer.request)
+        return answer
+
+    def find(self, request: str) -> tuple[Transfer, ApprovalTicket] | None:
+        """Return what a request is for."""
+        query = "SELECT arguments, ticket FROM requests WHERE id = ?"
+        row = self._record.execute(query, (request,)).fetchone()
+        return row and (Transfer.model_validate_json(row[0]), ApprovalTicket.from_json(row[1]))
+
+    def cancel(self, request: str) -> None:
+        """Let an approval that comes later count for nothing. The phone still shows the request."""
+        self._change(request, "refused", OPEN)
 
     def spend(self, transfer: Transfer, request: str) -> bool:
         """Use up an approval; return whether it was there, for exactly this transfer, and had not been used.
@@ -111,8 +129,8 @@ class Gate:
             expires_in=self._expires_in,
             require_auth_type="biom",
         )
-        row = (request, transfer.payload, ticket.to_json(), False, "asked")
-        self._record.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", row)
+        row = (request, transfer.payload, transfer.model_dump_json(), ticket.to_json(), False, "asked")
+        self._record.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?)", row)
         query = f"SELECT id FROM requests WHERE payload = ? AND {OPEN}"  # noqa: S608  # OPEN is a constant
         found = self._record.execute(query, (transfer.payload,)).fetchone()
         return str(found[0]) if found else request
@@ -128,10 +146,8 @@ class Gate:
             return self._decide(request, "timed_out")
         except ApprovalError:
             return self._decide(request, "refused")  # an answer about something else
-        except ClientClosedError:
-            return "pending"  # this server stops; the next one goes on
         except KeylessError:
-            return "unreachable"
+            return "unreachable"  # or this server stops: the next one goes on
         return "pending" if operation is None else self._decide(request, "approved")
 
     async def _create(self, request: str, ticket: ApprovalTicket, transfer: Transfer) -> None:
@@ -154,5 +170,5 @@ class Gate:
     def _change(self, request: str, state: State, where: str) -> State:
         query = f"UPDATE requests SET state = ? WHERE id = ? AND {where}"  # noqa: S608  # both callers pass a constant
         self._record.execute(query, (state, request))
-        [now] = self._record.execute("SELECT state FROM requests WHERE id = ?", (request,)).fetchone()
-        return "refused" if now == "spent" else now
+        now: State = self._record.execute("SELECT state FROM requests WHERE id = ?", (request,)).fetchone()[0]
+        return now

@@ -6,18 +6,32 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, closing
 
-from gate import Amount, Gate, Name, Transfer
+from gate import Amount, Answer, Gate, Name, Transfer
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
+from phone_tasks import PhoneTasks
 
 from aiokeyless import KeylessClient
 
 TEXTS = {
+    "approved": "{payload}: done.",
+    "spent": "{payload}: done before.",
     "pending": "Not decided yet: the user has not approved on their phone. Call again with this request: {request}",
     "timed_out": "Nothing was transferred: the user did not approve in time. Ask the user before you try again.",
     "refused": "Nothing was transferred, and nothing will be for this request.",
     "unreachable": "Nothing was transferred: Keyless is not reachable. Call again later with this request: {request}",
 }
+
+
+async def proceed(gate: Gate, wanted: Transfer, request: str | None, seconds: float) -> tuple[Answer, str]:
+    """Go on with a transfer for so many seconds, and make it once it is approved; return also a text for the model."""
+    answer = await gate.hold(wanted, request=request, seconds=seconds)
+    if answer.state == "approved":
+        if gate.spend(wanted, answer.request):
+            print(f"{wanted.payload}: done", file=sys.stderr)  # a bank's place; the request is its idempotency key
+        else:
+            answer = answer._replace(state="spent")
+    return answer, TEXTS[answer.state].format(payload=wanted.payload, request=answer.request)
 
 
 def make_server(client: KeylessClient | None = None, path: str = "agent.sqlite3", user_id: str = "C0FFEE") -> MCPServer:
@@ -39,9 +53,9 @@ def make_server(client: KeylessClient | None = None, path: str = "agent.sqlite3"
             async with KeylessClient() as own:
                 yield Gate(own, record, user_id)
 
-    server = MCPServer("bank", lifespan=lifespan)
+    server = MCPServer("bank", lifespan=lifespan, extensions=[PhoneTasks("transfer", proceed)])
 
-    @server.tool()
+    @server.tool(structured_output=False)
     async def transfer(amount: Amount, recipient: Name, context: Context[Gate], request: str | None = None) -> str:
         """Transfer euros to a recipient, once the user has approved on their phone by face recognition.
 
@@ -52,16 +66,8 @@ def make_server(client: KeylessClient | None = None, path: str = "agent.sqlite3"
             context: The request's context; the SDK passes it.
         """
         gate = context.request_context.lifespan_context
-        wanted = Transfer(amount=amount, recipient=recipient)
-        answer = await gate.hold(wanted, request=request)
-        if answer.state != "approved":
-            return TEXTS[answer.state].format(request=answer.request)
-        if not gate.spend(wanted, answer.request):
-            return TEXTS["refused"]
-        print(
-            f"{wanted.payload}: done", file=sys.stderr
-        )  # here a bank would be told; the request is its idempotency key
-        return f"{wanted.payload}: done."
+        _, text = await proceed(gate, Transfer(amount=amount, recipient=recipient), request, 50)
+        return text
 
     return server
 

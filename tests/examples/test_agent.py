@@ -65,7 +65,7 @@ async def test_approved_transfer_is_made_once(gate: Gate, sandbox: Sandbox) -> N
     await tap
     assert state == "approved"
     assert [gate.spend(FORTY, request) for _ in range(3)] == [True, False, False]
-    assert (await gate.hold(FORTY, request=request)).state == "refused"
+    assert (await gate.hold(FORTY, request=request)).state == "spent"
 
 
 async def test_unapproved_transfer_is_not_made(gate: Gate) -> None:
@@ -176,7 +176,8 @@ async def test_closed_client_leaves_the_request_open(gate: Gate, client: Keyless
     held = asyncio.create_task(gate.hold(FORTY))
     await until(lambda: len(sandbox.operations) > 0)
     await client.aclose()
-    assert (await held).state in {"pending", "unreachable"}
+    assert (await held).state == "unreachable"
+    assert (await gate.wait(FORTY)).state == "unreachable"
 
 
 # -- the MCP server
@@ -212,10 +213,9 @@ async def test_tool_answers_pending_with_a_handle_and_goes_on(
         [request] = sandbox.operations
         assert text.endswith(f"this request: {request}")
         sandbox.approve(request)
-        assert "refused" not in await call(caller, amount="40", recipient="Alice", request=request)
-        assert (await call(caller, amount="40", recipient="Alice", request=request)).startswith(
-            "Nothing was transferred"
-        )
+        assert await call(caller, amount="40", recipient="Alice", request=request) == "Pay 40.00 EUR to Alice: done."
+        again = await call(caller, amount="40", recipient="Alice", request=request)
+        assert again == "Pay 40.00 EUR to Alice: done before."
 
 
 async def test_tool_refuses_what_an_agent_makes_up(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
