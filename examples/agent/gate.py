@@ -161,6 +161,7 @@ class Gate:
                 expires_in=ticket.remaining(),
                 if_exists="resume",
             )
+        # Here an application sends its push notification: docs/howto/notify-the-phone.md.
         self._record.execute("UPDATE requests SET created = TRUE WHERE id = ?", (request,))
 
     def _decide(self, request: str, state: State) -> State:
