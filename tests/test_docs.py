@@ -256,19 +256,20 @@ def test_what_the_page_about_the_schedule_says_was_measured() -> None:
     page = (DOCS / "explanation" / "schedule.md").read_text()
     measured = lateness(LOG_NORMAL.format("8 s, 0.8"))
     shown = [*LATENESS.finditer(page)]
-    assert len(shown) == 7
+    assert len(shown) == 6
     for row in shown:
         requests, late, _, _, cost = (float(figure) for figure in measured[row["schedule"]])
         assert row["requests"] == f"{requests:.1f}"
         assert row["late"] == f"{late:.2f}"
         assert row["cost"] == f"{cost:.2f}"
+    page = " ".join(page.split())
     hasty = lateness(LOG_NORMAL.format("1.5 s, 0.6"))
     assert f"with {float(hasty['aiokeyless, untrained'][4]):.1f} times" in page
     assert f"after 100 waits it is {float(hasty['aiokeyless, after 100'][4]):.2f}" in page
     others = [lateness(LOG_NORMAL.format(name)) for name in ("8 s, 0.8", "25 s, 1.2")]
     others.append(lateness("approval times: 60% (4 s, 0.5) + 40% (40 s, 0.6); 1 in 5"))
     worst = max(float(rows["aiokeyless, untrained"][4]) for rows in others)
-    assert f"at most {worst:.2f} times the optimum" in " ".join(page.split())
+    assert f"at most {worst:.2f} times the optimum" in page
     change = lateness("the distribution changes after 1000 waits")
     first, fifth = (float(change[waits][0]) - 1 for waits in ("1 to 100", "401 to 500"))
     assert f"new optimum is {first:.0%} in the first hundred waits and {fifth:.1%} in the fifth" in page
@@ -318,18 +319,10 @@ def test_what_the_schedule_saves_are_requests_about_users_who_never_approve() ->
             costs.append(cost(polls := [*poll_times(schedule)], EAGER))
             about_others += [len(polls)] if users is TYPICAL else []
     typical, eager = (Cost(*map(statistics.fmean, zip(*costs, strict=True))) for costs in sent.values())
-    assert f"{TIMEOUT:.0f} requests with that loop, and {statistics.fmean(about_others):.0f}" in page
-    assert f"costs {loop:.0f} with both" in page
+    loop_and_ours = f"{TIMEOUT:.0f} requests with a loop of one poll a second, and {statistics.fmean(about_others):.0f}"
+    assert f"{loop_and_ours} with this schedule. A user who approves costs {loop:.0f} with both" in page
     assert typical.polls == pytest.approx(loop, abs=1)
-    assert f"sends {eager.polls:.0f}, and notices after {eager.lateness:.2f} s" in page
-
-
-def test_what_a_wait_is_made_of_adds_up_to_what_it_takes() -> None:
-    page = (DOCS / "explanation" / "limits.md").read_text()
-    parts = [int(part) for part in re.findall(r"^\| [^|]+ \| (\d+) \| \D+ \|$", page, re.MULTILINE)]
-    assert len(parts) == 7
-    [table] = [table for table in saved("waits")["tables"] if table["title"] == "1000 waits"]
-    assert sum(parts) == pytest.approx(int(table["rows"][0][1]), rel=0.03)  # each part is rounded
+    assert f"sends {eager.polls:.0f} requests, and notices after {eager.lateness:.2f} s" in page
 
 
 def test_the_sizes_of_a_fleet_were_measured() -> None:
@@ -377,7 +370,7 @@ def test_what_the_page_of_limits_says_about_the_memory_of_a_fleet_was_measured()
     results = saved("soak_fleet")
     raw = results["raw"]
     warm = [reading for reading in raw["readings"] if reading[0] >= raw["seconds"] / 3]
-    names = "a worker that was not killed, after a third of the time; at the end", "a worker with", "the reader"
+    names = "a worker that was not killed", "a worker with", "the reader"
     for k, name in enumerate(names):
         start, end = (reading[1][k] / 1e6 for reading in (warm[0], warm[-1]))
         assert re.search(rf"\| memory of {name}.* \| {start:.1f} MB; {end:.1f} MB \|", page), name
