@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 HOWTO = Path(__file__).parents[3] / "docs" / "howto"
 PAGE = HOWTO / "operating-postgres.md"
-APART, ROLES, TEAM, FUNCTIONS, WORKERS, FIGURES, REMOVED_READER, REMOVED = re.findall(
+GRANTS = (HOWTO.parents[1] / "examples" / "postgres_shop" / "grants.sql").read_text()
+APART, ROLES, TEAM, FIGURES, REMOVED_READER, REMOVED = re.findall(
     r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
 )
 
@@ -127,8 +128,7 @@ async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_ser
     assert "Traceback" not in output
     own_server.execute("CREATE SCHEMA keyless AUTHORIZATION app", database)
     assert await prepare(own_server.url(database, "app")) == (0, "")
-    own_server.execute(FUNCTIONS, database, "app")
-    own_server.execute(WORKERS, database, "app")
+    own_server.execute(GRANTS, database, "app")
     async with PostgresBroker(own_server.url(database, "approvals")) as broker:
         await broker.prepare(lease=LEASE, service="")
         await ask_and_read(own_server, database, broker)
