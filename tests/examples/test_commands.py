@@ -115,7 +115,7 @@ async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Pa
 
 async def test_a_script_may_run_twice(tmp_path: Path) -> None:
     *_, block = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
-    create, wait = block.splitlines()
+    create, wait = block.replace("\\\n", "").splitlines()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     async with Sandbox() as sandbox:
         environment |= {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
