@@ -58,3 +58,5 @@ def test_after_a_time_without_untried_ones_one_of_them_is_next_and_they_do_not_c
     alternation.record(untried=1, others=0)
     alternation.record(untried=1, others=0)
     assert alternation.untried(1) == 0
+    alternation.record(untried=0, others=1)
+    assert alternation.untried(1) == 1

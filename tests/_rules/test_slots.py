@@ -50,6 +50,8 @@ def test_failing_ones_that_hold_over_a_quarter_of_the_slots_are_noticed(slots: S
     slots.take("good", 10.0, is_retry=False)
     assert not slots.are_held_by_failing
     slots.take("c", 10.5, is_retry=True)
+    slots.take("d", 10.5, is_retry=True)
+    slots.release("d")
     assert slots.are_held_by_failing
     slots.release("c")
     assert not slots.are_held_by_failing
@@ -63,6 +65,15 @@ def test_what_started_before_the_circuit_opened_takes_no_slot_of_a_probe(circuit
     open_it(circuit, 10.0)
     assert slots.held(10.1) == 0
     assert not slots.has_failed("before")
+
+
+def test_what_hangs_after_a_pause_counts_by_operation(circuit: Circuit, slots: Slots[str]) -> None:
+    circuit.record_pause(10.0, 1.0)
+    for number in range(5):
+        assert not circuit.is_probed
+        slots.take(f"{number}", 11.0 + number, is_retry=False)
+        assert slots.held(12.0 + number) == 0
+    assert circuit.is_probed
 
 
 def test_a_probe_that_hangs_counts_as_failed_once_and_from_its_start(circuit: Circuit, slots: Slots[str]) -> None:

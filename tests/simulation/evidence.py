@@ -203,14 +203,14 @@ class Evidence:
         """Return when what is due at a time can happen: while the loop stands still, nothing does."""
         return self.history.awake(at)
 
-    def final_from(self, budget: Budget) -> float:
+    def final_from(self, deadline: float) -> float:
         """Return when the two seconds of a final poll begin: at the deadline, or when the loop goes on after it."""
-        awake = self.awake(budget.deadline)
-        return awake if awake > budget.deadline + STOOD_STILL else budget.deadline
+        awake = self.awake(deadline)
+        return awake if awake > deadline + STOOD_STILL else deadline
 
-    def last_end(self, budget: Budget) -> float:
+    def last_end(self, deadline: float) -> float:
         """Return when a wait must have ended. If the loop stood still then, too, it may take two seconds more."""
-        end = self.final_from(budget) + FINAL
+        end = self.final_from(deadline) + FINAL
         awake = self.awake(end)
         return awake if awake == end else awake + FINAL
 

@@ -79,7 +79,7 @@ def final_polls_have_time(evidence: Evidence, _faults: Sequence[Fault]) -> Itera
     for poll in evidence.polls:
         waits = evidence.waits_at(poll.operation_id, poll.sent_at)
         budgets = [budget for wait in waits for budget in evidence.budgets(wait)]
-        lasts = (math.inf if b.had_expired else evidence.last_end(b) - TOO_LATE for b in budgets)
+        lasts = (math.inf if b.had_expired else evidence.last_end(b.deadline) - TOO_LATE for b in budgets)
         last = max(lasts, default=math.inf)
         if poll.sent_at > last + EPS:
             yield evidence.violation("final polls have time", poll, poll.sent_at, f"the last could start at {last:.4f}")
@@ -216,7 +216,7 @@ def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
     return any(
         earlier.sent_at - EPS <= wait.started_at <= later.sent_at + EPS
         or any(
-            b.had_expired or earlier.sent_at - FINAL - EPS <= b.deadline <= later.sent_at + EPS
+            b.had_expired or earlier.sent_at - FINAL - EPS <= evidence.awake(b.deadline) <= later.sent_at + EPS
             for b in evidence.budgets(wait)
         )
         for wait in waits

@@ -122,13 +122,13 @@ def holds_are_leases(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[V
 def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:
     """Rule 3: an unanswered final poll is repeated for two seconds."""
     if budget.had_expired:
-        return "" if wait.ended_at <= evidence.last_end(budget) + EPS else "it is late"
+        return "" if wait.ended_at <= evidence.last_end(budget.deadline) + EPS else "it is late"
     if wait.ended_at < budget.deadline - EPS:
         return f"its deadline is at {budget.deadline:.4f} s"
     final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= budget.deadline - EPS]
     if any(poll.retry_after and poll.status in {429, 503} for poll in final):
         return ""
-    if wait.ended_at < evidence.final_from(budget) + FINAL - TOO_LATE - BACKOFF - EPS:
+    if wait.ended_at < evidence.final_from(budget.deadline) + FINAL - TOO_LATE - BACKOFF - EPS:
         return "a final poll that fails is repeated"
     return ""
 
@@ -171,9 +171,14 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
 
 
 def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """Rule 3: no wait lasts longer than its budget and two seconds."""
+    """Rule 3: no wait lasts longer than its budget and two seconds; for an expired ticket, than its first failure."""
     for wait in evidence.waits:
-        last = max(evidence.last_end(budget) for budget in evidence.budgets(wait))
+        budgets = evidence.budgets(wait)
+        last = max(evidence.last_end(budget.deadline) for budget in budgets)
+        if all(budget.had_expired for budget in budgets):
+            own = (poll for poll in evidence.polls_of[wait.operation_id] if poll.number > wait.number)
+            failed = [poll.ended_at for poll in own if evidence.read(poll).kind == "failed"]
+            last = min(last, evidence.last_end(min(failed, default=last)))
         if wait.ended_at > last + EPS or wait.ended_at == math.inf:
             yield evidence.violation(
                 "ends in time",
@@ -245,7 +250,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
         if not final or final[0].sent_at > due + EPS:
             yield evidence.violation("final poll at the deadline", wait, due, "no poll starts there")
             continue
-        failed_early = final[0].ended_at < evidence.final_from(budget) + 1.0 and final[0].retry_after is None
+        failed_early = final[0].ended_at < evidence.final_from(budget.deadline) + 1.0 and final[0].retry_after is None
         # While the circuit is open, final polls go one at a time, and one that is due later may hang meanwhile.
         failed_early &= not any(deadline < its.deadline < due + FINAL for _, its in first_budgets)
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
