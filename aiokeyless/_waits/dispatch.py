@@ -45,13 +45,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self,
-        circuit: Circuit,
-        rate: PollRate,
-        *,
-        max_in_flight: int,
-        max_connections: float,
-        request_timeout: float,
+        self, circuit: Circuit, rate: PollRate, *, max_in_flight: int, max_connections: float, request_timeout: float
     ) -> None:
         self._circuit = circuit
         self._rate = rate

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState, Transitions
 from aiokeyless._rules.outcome import poll_result
-from aiokeyless.errors import (
-    ApprovalError,
-    ApprovalTimeoutError,
-    ApprovalUnknownError,
-    ClientClosedError,
-    KeylessError,
-)
+from aiokeyless.errors import ApprovalError, ApprovalTimeoutError, ApprovalUnknownError, ClientClosedError, KeylessError
 from aiokeyless.events import PollEnded, PollResult, WaitEnded, WaitOutcome, WaitStarted
 from aiokeyless.models import Operation
 

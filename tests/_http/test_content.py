@@ -55,11 +55,7 @@ UNUSABLE = {
         "gzip",
         "the answer is not the gzip that its content encoding says",
     ),
-    "deflate": (
-        zlib.compress(BODY),
-        "deflate",
-        "the answer has the content encoding deflate, but none was accepted",
-    ),
+    "deflate": (zlib.compress(BODY), "deflate", "the answer has the content encoding deflate, but none was accepted"),
     "br": (BODY, "br", "the answer has the content encoding br, but none was accepted"),
     "x-gzip": (ZIPPED, "x-gzip", "the answer has the content encoding x-gzip, but none was accepted"),
     "two": (ZIPPED, "gzip, gzip", "the answer has the content encoding gzip, gzip, but none was accepted"),

@@ -73,10 +73,7 @@ class Talk:
         self.options = options
 
     async def create(self, *, operation_id: str | None = "a", **fields: Any) -> ApprovalTicket:
-        async with (
-            self.server as server,
-            KeylessClient("key", base_url=server.url, **self.options) as client,
-        ):
+        async with self.server as server, KeylessClient("key", base_url=server.url, **self.options) as client:
             return await client.create_operation(USER, operation_id=operation_id, **fields)
 
     @property

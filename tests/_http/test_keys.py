@@ -13,13 +13,7 @@ import pytest
 from error_reports import reports
 from raw_server import RawServer, answer, operation, reset
 
-from aiokeyless import (
-    AuthenticationError,
-    ConfigurationError,
-    KeylessClient,
-    KeylessError,
-    Secret,
-)
+from aiokeyless import AuthenticationError, ConfigurationError, KeylessClient, KeylessError, Secret
 from aiokeyless._http.keys import ApiKey, ApiKeys, make_api_keys
 
 if TYPE_CHECKING:
@@ -211,10 +205,7 @@ def refuse_and(then: Callable[[], object]) -> Any:
 async def test_refusal_of_a_key_that_was_replaced_meanwhile_is_repeated_with_the_new_one() -> None:
     rotation = Rotation()
     rotate = refuse_and(lambda: setattr(rotation, "key", SECOND))
-    async with (
-        RawServer(rotate, answer(operation())) as server,
-        KeylessClient(rotation, base_url=server.url) as client,
-    ):
+    async with RawServer(rotate, answer(operation())) as server, KeylessClient(rotation, base_url=server.url) as client:
         await client.get_operation("a")
         assert sent_keys(server) == [FIRST, SECOND]
 

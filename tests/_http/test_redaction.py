@@ -320,12 +320,7 @@ asyncio.run(main())
 async def test_sentry_with_its_own_integrations_and_that_of_aiohttp_shows_no_key() -> None:
     async with RawServer(MISSING) as server:
         run = asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            SENTRY,
-            server.url,
-            env={**os.environ, "KEYLESS_API_KEY": KEY},
-            stdout=subprocess.PIPE,
+            sys.executable, "-c", SENTRY, server.url, env={**os.environ, "KEYLESS_API_KEY": KEY}, stdout=subprocess.PIPE
         )
         program = await run
         out, _ = await program.communicate()

@@ -149,10 +149,7 @@ async def test_cut_off_answer_is_tried_again() -> None:
 
 
 async def test_timeout_is_tried_again() -> None:
-    async with (
-        RawServer(hang, hang, answer(operation())) as server,
-        KeylessClient(KEY, base_url=server.url) as client,
-    ):
+    async with RawServer(hang, hang, answer(operation())) as server, KeylessClient(KEY, base_url=server.url) as client:
         assert (await client.get_operation("a")).operation_id == "a"
 
 
@@ -460,10 +457,7 @@ async def test_broken_answer_is_a_transport_error(broken: bytes | Handler) -> No
 
 
 async def test_broken_answer_breaks_no_other_call() -> None:
-    async with (
-        RawServer(BROKEN["no chunk size"], answer(operation())) as server,
-        once(server.url) as client,
-    ):
+    async with RawServer(BROKEN["no chunk size"], answer(operation())) as server, once(server.url) as client:
         await failure(client.get_operation("a"))
         assert (await client.get_operation("a")).operation_id == "a"
 
@@ -650,11 +644,7 @@ async def test_connection_that_cannot_be_made_past_a_proxy_names_it(monkeypatch:
 
 @pytest.mark.parametrize(
     ("variable", "scheme", "options"),
-    [
-        ("HTTPS_PROXY", "http", {}),
-        ("HTTP_PROXY", "https", {}),
-        ("HTTPS_PROXY", "https", {"trust_env": True}),
-    ],
+    [("HTTPS_PROXY", "http", {}), ("HTTP_PROXY", "https", {}), ("HTTPS_PROXY", "https", {"trust_env": True})],
     ids=["no https", "another proxy", "it is used"],
 )
 async def test_no_other_failure_names_the_proxy(
@@ -690,10 +680,7 @@ async def test_proxy_that_wants_a_password_is_named(base_url: str, monkeypatch: 
 
 async def test_gateway_that_speaks_http_2_only_is_named() -> None:
     settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-    async with (
-        RawServer(settings) as gateway,
-        KeylessClient("key", base_url=gateway.url, max_attempts=1) as client,
-    ):
+    async with RawServer(settings) as gateway, KeylessClient("key", base_url=gateway.url, max_attempts=1) as client:
         with pytest.raises(TransportError, match=r"not HTTP/1\.1, as from a gateway that speaks HTTP/2 only"):
             await client.get_operation("txn-1")
 

@@ -32,11 +32,7 @@ async def make_calls(raw: bytes) -> None:
         RawServer(raw) as server,
         KeylessClient(KEY, base_url=server.url, max_attempts=1, request_timeout=0.05) as client,
     ):
-        for call in (
-            _operation(client),
-            _pending(client),
-            _created(client),
-        ):
+        for call in (_operation(client), _pending(client), _created(client)):
             try:
                 assert await call
             except KeylessError as error:

@@ -304,15 +304,9 @@ def record(**changed: Any) -> WaitRecord:
 ERRORS = [
     pytest.param(timeout_error, ApprovalTimeoutError, id="timed out"),
     pytest.param(partial(unknown_error, why=Unanswered.NO_SLOT), ApprovalUnknownError, id="unknown"),
+    pytest.param(lambda told: rejection_error(Rejection.OTHER_PAYLOAD, told), OperationMismatchError, id="mismatch"),
     pytest.param(
-        lambda told: rejection_error(Rejection.OTHER_PAYLOAD, told),
-        OperationMismatchError,
-        id="mismatch",
-    ),
-    pytest.param(
-        lambda told: rejection_error(Rejection.UNKNOWN_STATE, told),
-        InconsistentOperationError,
-        id="inconsistent",
+        lambda told: rejection_error(Rejection.UNKNOWN_STATE, told), InconsistentOperationError, id="inconsistent"
     ),
 ]
 

@@ -7,14 +7,7 @@ import math
 import pytest
 
 from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
-from aiokeyless.errors import (
-    KeylessError,
-    NotFoundError,
-    RateLimitError,
-    ServerError,
-    StatusError,
-    TransportError,
-)
+from aiokeyless.errors import KeylessError, NotFoundError, RateLimitError, ServerError, StatusError, TransportError
 
 PATH = "/v2/operations/txn-1"
 LONGEST = 5.0

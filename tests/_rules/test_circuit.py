@@ -283,13 +283,7 @@ def test_a_good_answer_to_anything_ends_the_wait_for_the_next_probe() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "rounds"),
-    [
-        (64, [2, 4, 8, 16, 32, 64, 64]),
-        (100, [2, 4, 8, 16, 32, 64, 100, 100]),
-        (3, [2, 3, 3]),
-        (2, [2, 2]),
-        (1, [1, 1]),
-    ],
+    [(64, [2, 4, 8, 16, 32, 64, 64]), (100, [2, 4, 8, 16, 32, 64, 100, 100]), (3, [2, 3, 3]), (2, [2, 2]), (1, [1, 1])],
 )
 def test_the_limit_doubles_with_every_round_of_good_answers_up_to_max_in_flight(limit: int, rounds: list[int]) -> None:
     circuit = open_at(0.0, limit)
@@ -649,12 +643,7 @@ class CircuitMachine(RuleBasedStateMachine):
         for _ in range(min(many, len(self.flying))):
             sent_at, final = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
             before, was_open = self.circuit.retry_at(), self.circuit.is_probed
-            self.circuit.record_failure(
-                self.now,
-                next(OPERATIONS),
-                started_at=sent_at,
-                is_probe=not final,
-            )
+            self.circuit.record_failure(self.now, next(OPERATIONS), started_at=sent_at, is_probe=not final)
             if pause and of_all:
                 self.circuit.record_pause(self.now, pause)
             assert self.circuit.limit == 1 or self.circuit.state is not CircuitState.OPEN

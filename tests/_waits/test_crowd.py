@@ -35,15 +35,7 @@ def alone() -> float:
 
 @pytest.mark.parametrize(
     ("bad", "answer"),
-    [
-        (1, FAILS),
-        (5, FAILS),
-        (20, FAILS),
-        (5, HANGING),
-        (20, HANGING),
-        (1, ASKS_FOR_A_PAUSE),
-        (5, ASKS_FOR_A_PAUSE),
-    ],
+    [(1, FAILS), (5, FAILS), (20, FAILS), (5, HANGING), (20, HANGING), (1, ASKS_FOR_A_PAUSE), (5, ASKS_FOR_A_PAUSE)],
     ids=[
         *("one fails", "five fail", "twenty fail", "five hang", "twenty hang"),
         *("one asks for a pause", "five ask for a pause"),

@@ -346,12 +346,7 @@ class TestTrouble:
         ("status", "body"), [(404, None), (500, None), (400, None), (200, b"<html>"), (200, b"{}"), (302, None)]
     )
     async def test_a_failure_is_logged_and_ignored_and_asked_again_later(
-        self,
-        service: Service,
-        client: KeylessClient,
-        caplog: pytest.LogCaptureFixture,
-        status: int,
-        body: bytes | None,
+        self, service: Service, client: KeylessClient, caplog: pytest.LogCaptureFixture, status: int, body: bytes | None
     ) -> None:
         caplog.set_level(logging.DEBUG, "aiokeyless")
         service.answers(status, body)

@@ -33,13 +33,7 @@ def reporter(caplog: pytest.LogCaptureFixture) -> Reporter:
 def test_an_outage_is_two_lines_however_often_the_circuit_goes_to_and_fro(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    states = (
-        CircuitState.OPEN,
-        CircuitState.HALF_OPEN,
-        CircuitState.OPEN,
-        CircuitState.HALF_OPEN,
-        CircuitState.CLOSED,
-    )
+    states = (CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED)
     for now, state in enumerate(states, 11):
         cause = FAILURE if state is CircuitState.OPEN else None
         reporter.circuit_changed(state, cause=cause, waiting=7, now=float(now))

@@ -128,10 +128,7 @@ def _timeline(history: History, about: Violation) -> list[str]:
     sent = [e for e in history.exchanges if e.sent_at <= about.at + 1.0 and _concerns(e, about)]
     every_call: list[ObservedWait | ObservedCreate] = [*history.waits, *history.creates]
     calls = [call for call in every_call if call.started_at <= about.at + 1.0 and _concerns(call, about)]
-    events: list[Exchange | ObservedWait | ObservedCreate] = [
-        *sent[-SHOWN:],
-        *calls[-SHOWN:],
-    ]
+    events: list[Exchange | ObservedWait | ObservedCreate] = [*sent[-SHOWN:], *calls[-SHOWN:]]
     return [event.tell() for event in sorted(events, key=lambda event: event.number)]
 
 
@@ -145,11 +142,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of computing (default: 60)")
     parser.add_argument("--seed", type=int, help="the first seed; the others follow it")
     parser.add_argument("--stories", type=int, help="so many stories, whatever time they take")
-    parser.add_argument(
-        "--known",
-        action="store_true",
-        help="the seeds that have ever failed, and no others",
-    )
+    parser.add_argument("--known", action="store_true", help="the seeds that have ever failed, and no others")
     parser.add_argument("--briefly", action="store_true", help="do not cut a failure down")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--machine", action="store_const", dest="drivers", const=["machine"], help="the machine alone")

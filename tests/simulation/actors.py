@@ -301,11 +301,7 @@ class Application:
             wait.approved = (await _WAYS[leg.how](self.client, target, options)).to_dict()
 
     async def _hold_repeatedly(
-        self,
-        leg: Leg,
-        actor: Actor,
-        target: str | ApprovalTicket,
-        options: dict[str, Any],
+        self, leg: Leg, actor: Actor, target: str | ApprovalTicket, options: dict[str, Any]
     ) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + (actor.lifetime if leg.timeout is None else leg.timeout)
@@ -319,11 +315,7 @@ class Application:
             await asyncio.sleep(leg.gap)
 
     async def _wait_for_many(
-        self,
-        leg: Leg,
-        actor: Actor,
-        targets: list[str | ApprovalTicket],
-        options: dict[str, Any],
+        self, leg: Leg, actor: Actor, targets: list[str | ApprovalTicket], options: dict[str, Any]
     ) -> None:
         waits = [self._started(leg, actor, target) for target in targets]
         try:
@@ -341,12 +333,7 @@ class Application:
             raise
 
     def _started(
-        self,
-        leg: Leg,
-        actor: Actor,
-        target: str | ApprovalTicket,
-        *,
-        seconds: float | None = None,
+        self, leg: Leg, actor: Actor, target: str | ApprovalTicket, *, seconds: float | None = None
     ) -> ObservedWait:
         now = asyncio.get_running_loop().time()
         wait = observe(self.history, self.name, leg, actor, target, now, seconds=seconds)
@@ -497,10 +484,7 @@ async def _wait(client: KeylessClient, target: str | ApprovalTicket, options: di
     return await client.wait_for_approval(target, **options)
 
 
-_WAYS: dict[
-    str,
-    Callable[[KeylessClient, str | ApprovalTicket, dict[str, Any]], Awaitable[Operation]],
-] = {
+_WAYS: dict[str, Callable[[KeylessClient, str | ApprovalTicket, dict[str, Any]], Awaitable[Operation]]] = {
     "wait": _wait,
     "report": _report,
     "iterate": _iterate,
@@ -533,10 +517,7 @@ async def _do(leg: Leg, actor: Actor, application: Application, ticket: Approval
 
 def _ticket_for_phone(actor: Actor) -> ApprovalTicket:
     return ApprovalTicket.for_operation(
-        actor.operation_id,
-        user_id=USER,
-        operation_payload=actor.payload,
-        expires_in=actor.lifetime,
+        actor.operation_id, user_id=USER, operation_payload=actor.payload, expires_in=actor.lifetime
     )
 
 

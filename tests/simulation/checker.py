@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from .faults import Fault
     from .history import History
 
-PROMISES = (
-    *wait_promises.PROMISES,
-    *traffic_promises.PROMISES,
-    *create_promises.PROMISES,
-)
+PROMISES = (*wait_promises.PROMISES, *traffic_promises.PROMISES, *create_promises.PROMISES)
 
 
 def check(history: History, faults: Sequence[Fault]) -> list[Violation]:

@@ -33,22 +33,12 @@ def never_sent_twice_blindly(evidence: Evidence, _faults: Sequence[Fault]) -> It
     for create, exchanges in _calls(evidence):
         posts = [exchange for exchange in exchanges if exchange.method == "POST"]
         if len(posts) > evidence.client.max_attempts:
-            yield evidence.violation(
-                "created once",
-                create,
-                create.ended_at,
-                f"it was sent {len(posts)} times",
-            )
+            yield evidence.violation("created once", create, create.ended_at, f"it was sent {len(posts)} times")
         for earlier, later in pairwise(posts):
             between = [e for e in exchanges if e.method == "GET" and earlier.number < e.number < later.number]
             is_missing = bool(between) and between[-1].status == 404
             if _is_ambiguous(earlier) and not is_missing:
-                yield evidence.violation(
-                    "created once",
-                    create,
-                    later.sent_at,
-                    "it was sent again without a check",
-                )
+                yield evidence.violation("created once", create, later.sent_at, "it was sent again without a check")
 
 
 def _is_ambiguous(post: Exchange) -> bool:
@@ -91,19 +81,9 @@ def exactly_one(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violat
             if create.id_is_new and stored.payload == create.payload and stored.created_by in numbers
         ]
         if len(made) > 1:
-            yield evidence.violation(
-                "exactly one",
-                create,
-                create.ended_at,
-                f"it made {len(made)} operations",
-            )
+            yield evidence.violation("exactly one", create, create.ended_at, f"it made {len(made)} operations")
         if made and create.outcome != "cancelled" and create.operation_id != made[0].operation_id:
-            yield evidence.violation(
-                "exactly one",
-                create,
-                create.ended_at,
-                f"it made {made[0].operation_id!r}",
-            )
+            yield evidence.violation("exactly one", create, create.ended_at, f"it made {made[0].operation_id!r}")
 
 
 def truth_about_creation(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -115,12 +95,7 @@ def truth_about_creation(evidence: Evidence, faults: Sequence[Fault]) -> Iterato
             continue
         wrong = _wrong_end(create, exchanges, true)
         if wrong:
-            yield evidence.violation(
-                "truth about creation",
-                create,
-                create.ended_at,
-                f"{create.outcome}: {wrong}",
-            )
+            yield evidence.violation("truth about creation", create, create.ended_at, f"{create.outcome}: {wrong}")
 
 
 def _wrong_end(create: ObservedCreate, exchanges: list[Exchange], true: Stored | None) -> str:

@@ -17,14 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .history import (
-        Exchange,
-        History,
-        Known,
-        ObservedClient,
-        ObservedCreate,
-        ObservedWait,
-    )
+    from .history import Exchange, History, Known, ObservedClient, ObservedCreate, ObservedWait
 
 TIMED_OUT, UNKNOWN = "ApprovalTimeoutError", "ApprovalUnknownError"
 #: Seconds by which times may differ: wall clocks tell microseconds, and the loop's clock rounds.
@@ -215,11 +208,7 @@ class Evidence:
         return awake if awake == end else awake + FINAL
 
     def violation(
-        self,
-        promise: str,
-        about: ObservedWait | ObservedCreate | Exchange,
-        at: float,
-        text: str,
+        self, promise: str, about: ObservedWait | ObservedCreate | Exchange, at: float, text: str
     ) -> Violation:
         """Return the violation of a promise by this client."""
         return Violation(promise, self.client.name, str(about.operation_id), at, text)

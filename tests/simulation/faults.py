@@ -99,12 +99,7 @@ class Failure(NamedTuple):
                 return Fate(latency, status=200, body=b"<html>down for maintenance</html>")
             case "status":
                 is_processed = self.status != 429 and rng.random() < 0.5
-                return Fate(
-                    latency,
-                    self.status,
-                    retry_after=self.retry_after,
-                    is_processed=is_processed,
-                )
+                return Fate(latency, self.status, retry_after=self.retry_after, is_processed=is_processed)
 
 
 @dataclass(frozen=True)
@@ -189,11 +184,7 @@ class Slowness:
         """Answer late."""
         if not self.begins <= request.at < self.ends:
             return None
-        return Fate(
-            rng.uniform(0.2, self.longest),
-            pieces=self.pieces,
-            between_pieces=rng.uniform(0.0, 0.5),
-        )
+        return Fate(rng.uniform(0.2, self.longest), pieces=self.pieces, between_pieces=rng.uniform(0.0, 0.5))
 
 
 @dataclass(frozen=True)
@@ -242,12 +233,7 @@ class RateLimit:
         if len(self._passed) < self.per_second:
             self._passed.append(request.at)
             return None
-        return Fate(
-            rng.uniform(0.01, 0.1),
-            429,
-            retry_after=self.retry_after,
-            is_processed=False,
-        )
+        return Fate(rng.uniform(0.01, 0.1), 429, retry_after=self.retry_after, is_processed=False)
 
 
 @dataclass(frozen=True)

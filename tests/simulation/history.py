@@ -166,7 +166,4 @@ class History:
 
     def lines(self) -> list[str]:
         """Return the history as text, for comparing two runs."""
-        return [
-            *map(repr, (*self.exchanges, *self.waits, *self.creates)),
-            *map(repr, self.clients.values()),
-        ]
+        return [*map(repr, (*self.exchanges, *self.waits, *self.creates)), *map(repr, self.clients.values())]

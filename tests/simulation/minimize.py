@@ -57,10 +57,7 @@ def _with_fewer_actors_and_faults(story: Story, still: Callable[[Story], bool]) 
 
 def _with_fewer_legs(story: Story, index: int, still: Callable[[Story], bool]) -> Story:
     def only(legs: tuple[Leg, ...]) -> Story:
-        return replace(
-            story,
-            actors=_replaced(story.actors, index, replace(story.actors[index], legs=legs)),
-        )
+        return replace(story, actors=_replaced(story.actors, index, replace(story.actors[index], legs=legs)))
 
     return only(fewest(story.actors[index].legs, lambda some: still(only(some))))
 

@@ -109,30 +109,15 @@ MUTANTS: Final = (
         "return Verdict.FAILED\n    if isinstance(answer, NotFoundError):",
         "a transient failure ends the wait",
     ),
-    Mutant(
-        "_rules/outcome.py",
-        "if was_seen:",
-        "if False:",
-        "an operation that was seen is believed to be gone",
-    ),
+    Mutant("_rules/outcome.py", "if was_seen:", "if False:", "an operation that was seen is believed to be gone"),
     Mutant(
         "_rules/outcome.py",
         "if may_be_missing:",
         "if False:",
         "an operation that the phone will create is not waited for",
     ),
-    Mutant(
-        "_rules/outcome.py",
-        "YOUNG: Final = 5.0",
-        "YOUNG: Final = 0.5",
-        "a replica that lags ends the wait",
-    ),
-    Mutant(
-        "errors.py",
-        "frozenset({408, 425, 429})",
-        "frozenset({425, 429})",
-        "a 408 ends the wait",
-    ),
+    Mutant("_rules/outcome.py", "YOUNG: Final = 5.0", "YOUNG: Final = 0.5", "a replica that lags ends the wait"),
+    Mutant("errors.py", "frozenset({408, 425, 429})", "frozenset({425, 429})", "a 408 ends the wait"),
     Mutant(
         "errors.py",
         'and the proxies.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
@@ -141,10 +126,7 @@ MUTANTS: Final = (
     ),
     # -- what a service that fails is spared
     Mutant(
-        "_rules/backoff.py",
-        "frozenset({429, 503})",
-        "frozenset({503})",
-        "the pause that a 429 asks for is ignored",
+        "_rules/backoff.py", "frozenset({429, 503})", "frozenset({503})", "the pause that a 429 asks for is ignored"
     ),
     Mutant(
         "_rules/backoff.py",
@@ -194,12 +176,7 @@ MUTANTS: Final = (
         "since",
         "probes follow each other without a pause",
     ),
-    Mutant(
-        "_rules/circuit.py",
-        "self._limit = 1.0",
-        "self._limit = 8.0",
-        "eight probes go at once",
-    ),
+    Mutant("_rules/circuit.py", "self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
     Mutant(
         "_rules/rate.py",
         "self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))",
@@ -286,17 +263,9 @@ MUTANTS: Final = (
         "wait.attempt += 1\n            polled.due = now + delay\n            good.append(wait)",
         "the slowest schedule of waits that share polls counts",
     ),
+    Mutant("_waits/holds.py", "lease = self._leases.get(target)\n", "lease = None\n", "each hold polls at once"),
     Mutant(
-        "_waits/holds.py",
-        "lease = self._leases.get(target)\n",
-        "lease = None\n",
-        "each hold polls at once",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "if answer is None and poll.is_overdue:",
-        "if False:",
-        "a poll that hangs is no failure",
+        "_waits/machine.py", "if answer is None and poll.is_overdue:", "if False:", "a poll that hangs is no failure"
     ),
     Mutant(
         "_waits/timer_queue.py",
@@ -355,36 +324,21 @@ MUTANTS: Final = (
         "a service gets more polls at once than it answers in time",
     ),
     # -- creating
-    Mutant(
-        "_rules/ambiguity.py",
-        "return error.sent",
-        "return False",
-        "a lost answer is followed by the same request",
-    ),
+    Mutant("_rules/ambiguity.py", "return error.sent", "return False", "a lost answer is followed by the same request"),
     Mutant(
         "_http/creation.py",
         "if found.state == OperationState.APPROVED and not self._id_is_new:",
         "if False:",
         "an approval from before the request counts",
     ),
-    Mutant(
-        "_http/creation.py",
-        "if not self._is_ours(found):",
-        "if False:",
-        "another operation is taken for this one",
-    ),
+    Mutant("_http/creation.py", "if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
     Mutant(
         "_http/creation.py",
         'and (found.operation_payload or "") == (self._operation.operation_payload or "")',
         "",
         "another payload is taken for this one",
     ),
-    Mutant(
-        "_http/creation.py",
-        "return not self._is_final and (",
-        "return (",
-        "what was not checked is sent again",
-    ),
+    Mutant("_http/creation.py", "return not self._is_final and (", "return (", "what was not checked is sent again"),
     # -- the machine, the dispatcher and leases
     Mutant(
         "_waits/machine.py",
@@ -429,10 +383,7 @@ MUTANTS: Final = (
         "a poll from before the deadline goes on for nobody",
     ),
     Mutant(
-        "_waits/machine.py",
-        "        self._deadlines.remove(wait)\n",
-        "",
-        "the deadline of a wait that has ended stays",
+        "_waits/machine.py", "        self._deadlines.remove(wait)\n", "", "the deadline of a wait that has ended stays"
     ),
     Mutant(
         "_waits/machine.py",
@@ -458,12 +409,7 @@ MUTANTS: Final = (
         "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
         "a final poll that goes on for other waits holds up all final polls of an outage",
     ),
-    Mutant(
-        "_rules/slots.py",
-        "SLOW: Final = 1.0",
-        "SLOW: Final = 10.0",
-        "a poll that hangs keeps its slot",
-    ),
+    Mutant("_rules/slots.py", "SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
     Mutant(
         "_waits/dispatch.py",
         "_MOST_FINAL: Final = 4",
@@ -494,12 +440,7 @@ MUTANTS: Final = (
         "ends_within = False",
         "a hold returns nothing although its ticket expires within it",
     ),
-    Mutant(
-        "_waits/holds.py",
-        "        self._poller.stop(lease.wait)\n",
-        "",
-        "a wait that nobody holds goes on",
-    ),
+    Mutant("_waits/holds.py", "        self._poller.stop(lease.wait)\n", "", "a wait that nobody holds goes on"),
 )
 
 

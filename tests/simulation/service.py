@@ -85,13 +85,7 @@ class Service:
         history: Where requests are recorded.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        faults: Sequence[Fault],
-        people: dict[str, Person],
-        history: History,
-    ) -> None:
+    def __init__(self, seed: int, faults: Sequence[Fault], people: dict[str, Person], history: History) -> None:
         self._faults = faults
         self._people = people
         self._random = random.Random(f"{seed} service")  # noqa: S311
@@ -328,11 +322,7 @@ with warnings.catch_warnings():
             await _pass(fate.latency)
             if fate.is_lost:
                 raise aiohttp.ServerDisconnectedError
-            exchange.status, exchange.body, exchange.retry_after = (
-                status,
-                body,
-                fate.retry_after,
-            )
+            exchange.status, exchange.body, exchange.retry_after = (status, body, fate.retry_after)
             return _Answer(exchange, fate, partial(self._keep, made_at))
 
         def _keep(self, made_at: float) -> None:

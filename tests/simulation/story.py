@@ -65,11 +65,7 @@ class Story:
 
     def tell(self) -> str:
         """Return it as text, one line for each part; what is as by default is left out."""
-        parts = (
-            *self.processes,
-            *sorted(self.actors, key=lambda actor: actor.at),
-            *self.faults,
-        )
+        parts = (*self.processes, *sorted(self.actors, key=lambda actor: actor.at), *self.faults)
         return "\n".join(f"  {brief(part)}" for part in parts)
 
 
@@ -183,16 +179,7 @@ def make_up(seed: int) -> Story:
         Process(
             **{f.name: getattr(process, f.name) for f in fields(process)}
             | {"closes": (moment + rng.uniform(0.0, 60.0),) if closes else ()}
-            | {
-                "jumps": (
-                    (
-                        moment + rng.uniform(-5.0, 30.0),
-                        rng.choice((-3600.0, -40.0, 3.0, 90.0)),
-                    ),
-                )
-                if jumps
-                else ()
-            }
+            | {"jumps": ((moment + rng.uniform(-5.0, 30.0), rng.choice((-3600.0, -40.0, 3.0, 90.0))),) if jumps else ()}
             | {"rotates": rotations}
         )
         for process in processes
@@ -281,32 +268,11 @@ def _faults(rng: random.Random, begins: float, actors: list[Actor]) -> list[Faul
     faults: list[Fault] = []
     for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
         victim = rng.choice(actors)
-        start = rng.choice(
-            (
-                begins + rng.uniform(0.0, 100.0),
-                victim.at,
-                victim.at + victim.lifetime - 0.5,
-            )
-        )
+        start = rng.choice((begins + rng.uniform(0.0, 100.0), victim.at, victim.at + victim.lifetime - 0.5))
         faults.append(_fault(rng, start, victim))
     if rng.random() < 0.5:  # the worst moment for an answer to be lost
-        failure = rng.choice(
-            (
-                Failure("lost answer"),
-                Failure("lost"),
-                Failure("status", 500),
-                Failure("truncated"),
-            )
-        )
-        faults.append(
-            Outage(
-                begins,
-                begins + 150.0,
-                failure,
-                share=rng.choice((0.1, 0.5)),
-                methods="POST",
-            )
-        )
+        failure = rng.choice((Failure("lost answer"), Failure("lost"), Failure("status", 500), Failure("truncated")))
+        faults.append(Outage(begins, begins + 150.0, failure, share=rng.choice((0.1, 0.5)), methods="POST"))
     return faults
 
 
@@ -413,34 +379,15 @@ def _fault(rng: random.Random, start: float, victim: Actor) -> Fault:  # noqa: P
         case 0 | 1:
             return Outage(start, start + rng.choice((0.3, 1.2, 20.0, 60.0, 300.0)), failure)
         case 2:
-            return Outage(
-                start,
-                start + rng.choice((20.0, 120.0)),
-                failure,
-                share=rng.uniform(0.2, 0.8),
-            )
+            return Outage(start, start + rng.choice((20.0, 120.0)), failure, share=rng.uniform(0.2, 0.8))
         case 3 | 4:
             failure = rng.choice((*FAILURES, Failure("status", 503, 30.0), Failure("status", 404)))
-            return Outage(
-                start,
-                start + rng.choice((2.0, 60.0, 600.0)),
-                failure,
-                payload=victim.payload,
-            )
+            return Outage(start, start + rng.choice((2.0, 60.0, 600.0)), failure, payload=victim.payload)
         case 5:
             pause = rng.choice((None, 1.0, 20.0, 1000.0))
-            return Outage(
-                start,
-                start + rng.choice((0.5, 5.0, 30.0)),
-                Failure("status", rng.choice((429, 503)), pause),
-            )
+            return Outage(start, start + rng.choice((0.5, 5.0, 30.0)), Failure("status", rng.choice((429, 503)), pause))
         case 6:
-            return RateLimit(
-                start,
-                start + 120.0,
-                rng.choice((1, 3, 10)),
-                rng.choice((None, 1.0, 5.0)),
-            )
+            return RateLimit(start, start + 120.0, rng.choice((1, 3, 10)), rng.choice((None, 1.0, 5.0)))
         case 7:
             return Slowness(start, start + 60.0, rng.choice((1.0, 3.0, 15.0)), rng.choice((1, 4)))
         case 8:

@@ -23,22 +23,9 @@ STORY = Story(
     processes=(Process(poll_cost=0.3, max_in_flight=8),),
     actors=(
         Actor(1.0, "approved", 0, person=Person(8.0), legs=(Leg(2.0, 0, every=1.0),)),
-        Actor(
-            20.0,
-            "late",
-            0,
-            lifetime=5.0,
-            person=Person(60.0),
-            legs=(Leg(0.0, 0, every=2.0),),
-        ),
+        Actor(20.0, "late", 0, lifetime=5.0, person=Person(60.0), legs=(Leg(0.0, 0, every=2.0),)),
         *(Actor(90.0, f"down {n}", 0, lifetime=110.0, legs=(Leg(0.0, 0, every=1.0),)) for n in range(6)),
-        Actor(
-            500.0,
-            "held",
-            0,
-            person=Person(30.0),
-            legs=(Leg(0.0, 0, how="hold", hold=5.0, every=2.0),),
-        ),
+        Actor(500.0, "held", 0, person=Person(30.0), legs=(Leg(0.0, 0, how="hold", hold=5.0, every=2.0),)),
     ),
     faults=(OUTAGE,),
 )
@@ -58,10 +45,7 @@ def history(told: History) -> History:
 
 def test_a_history_that_is_right_breaks_no_promise(history: History) -> None:
     assert check(history, STORY.faults) == []
-    assert [wait.outcome for wait in history.waits[:2]] == [
-        "approved",
-        "ApprovalTimeoutError",
-    ]
+    assert [wait.outcome for wait in history.waits[:2]] == ["approved", "ApprovalTimeoutError"]
 
 
 def _polls(history: History, name: str) -> list[Exchange]:
@@ -282,11 +266,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("tamper", "promise"),
-    BREAKAGES,
-    ids=[tamper.__name__[1:] for tamper, _ in BREAKAGES],
-)
+@pytest.mark.parametrize(("tamper", "promise"), BREAKAGES, ids=[tamper.__name__[1:] for tamper, _ in BREAKAGES])
 def test_a_broken_promise_is_seen(history: History, tamper: Tamper, promise: str) -> None:
     tamper(history)
     assert promise in {violation.promise for violation in check(history, STORY.faults)}
@@ -349,15 +329,7 @@ GOOD = b'{"operationId": "op", "userId": "AB", "state": "pending", "result": fal
     ],
 )
 def test_an_answer_is_read_by_the_rules(status: int | None, body: bytes, kind: str, error: str) -> None:
-    exchange = Exchange(
-        number=1,
-        client="",
-        method="GET",
-        operation_id="op",
-        is_poll=True,
-        sent_at=0.0,
-        ended_at=1.0,
-    )
+    exchange = Exchange(number=1, client="", method="GET", operation_id="op", is_poll=True, sent_at=0.0, ended_at=1.0)
     exchange.status, exchange.body = status, body
     reading = read(exchange, request_timeout=10.0)
     assert (reading.kind, reading.error) == (kind, error)
@@ -365,14 +337,6 @@ def test_an_answer_is_read_by_the_rules(status: int | None, body: bytes, kind: s
 
 @pytest.mark.parametrize(("lasts", "kind"), [(1.0, "cut"), (10.0, "failed")])
 def test_a_poll_that_is_given_up_is_a_failure_only_where_it_took_too_long(lasts: float, kind: str) -> None:
-    exchange = Exchange(
-        number=1,
-        client="",
-        method="GET",
-        operation_id=USER,
-        is_poll=True,
-        sent_at=0.0,
-        ended_at=lasts,
-    )
+    exchange = Exchange(number=1, client="", method="GET", operation_id=USER, is_poll=True, sent_at=0.0, ended_at=lasts)
     exchange.was_cut = True
     assert read(exchange, request_timeout=10.0).kind == kind

@@ -52,11 +52,7 @@ def test_stories_try_everything() -> None:
     stories = [make_up(seed) for seed in range(200)]
     legs = [leg for story in stories for actor in story.actors for leg in actor.legs]
     assert {leg.how for leg in legs} == {"wait", "report", "iterate", "hold", "many"}
-    assert {actor.creates for story in stories for actor in story.actors} == {
-        "application",
-        "client",
-        "phone",
-    }
+    assert {actor.creates for story in stories for actor in story.actors} == {"application", "client", "phone"}
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
         "Capacity",
         "FailOver",

@@ -36,9 +36,7 @@ def test_time_passes_at_once_and_exactly(loop: VirtualLoop) -> None:
     assert loop.run_until_complete(main()) == pytest.approx([3600.0, 3600.0, 3600.25])
 
 
-def test_waiting_for_what_never_happens_is_an_error_and_no_hang(
-    loop: VirtualLoop,
-) -> None:
+def test_waiting_for_what_never_happens_is_an_error_and_no_hang(loop: VirtualLoop) -> None:
     async def main() -> None:
         await loop.create_future()
 
@@ -63,9 +61,7 @@ def test_running_in_circles_is_an_error_and_no_hang(loop: VirtualLoop) -> None:
         loop.run_until_complete(task)
 
 
-def test_timers_that_are_left_and_problems_of_the_loop_are_seen(
-    loop: VirtualLoop,
-) -> None:
+def test_timers_that_are_left_and_problems_of_the_loop_are_seen(loop: VirtualLoop) -> None:
     def fail() -> None:
         raise ValueError("a callback failed")
 

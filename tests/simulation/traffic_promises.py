@@ -91,24 +91,14 @@ def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viol
         for earlier, later in pairwise(polls):
             overlaps = later.sent_at < earlier.ended_at - EPS
             if overlaps and not evidence.is_final(later) and not evidence.is_final(earlier):
-                yield evidence.violation(
-                    "single flight",
-                    later,
-                    later.sent_at,
-                    "another poll of it is in flight",
-                )
+                yield evidence.violation("single flight", later, later.sent_at, "another poll of it is in flight")
 
 
 def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """`max_in_flight`, `request_timeout`: so many polls take a slot for their first second, and so long at most."""
     for poll in evidence.polls:
         if poll.ended_at > evidence.awake(poll.sent_at + evidence.client.request_timeout) + EPS:
-            yield evidence.violation(
-                "polls in flight",
-                poll,
-                poll.ended_at,
-                "it took longer than request_timeout",
-            )
+            yield evidence.violation("polls in flight", poll, poll.ended_at, "it took longer than request_timeout")
     slots = evidence.client.max_in_flight
     pairs = chain.from_iterable(map(pairwise, evidence.polls_of.values()))
     repeated = {poll.number for earlier, poll in pairs if _is_retry(evidence, earlier, poll)}
@@ -269,12 +259,7 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             if any(due < other.ended_at for other in evidence.around(poll, due)):  # then it comes after that one
                 continue
             if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1) and _retries(evidence, due) < 1:
-                yield evidence.violation(
-                    "not too late",
-                    poll,
-                    due,
-                    f"the next poll is due, and starts at {sent:.4f} s",
-                )
+                yield evidence.violation("not too late", poll, due, f"the next poll is due, and starts at {sent:.4f} s")
 
 
 def _fails_at_random(evidence: Evidence, wait: ObservedWait, poll: Exchange) -> bool:
@@ -303,12 +288,7 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
             pause = SHORTEST if was_cut or number < STEPS else SHORTEST_LAST
             hangs = earlier.ended_at >= earlier.sent_at + SLOW - EPS  # it counts from its start, as one that is cut off
             if later.sent_at < (earlier.sent_at if was_cut or hangs else earlier.ended_at) + pause - EPS:
-                yield evidence.violation(
-                    "few requests in an outage",
-                    later,
-                    later.sent_at,
-                    f"a probe within {pause} s",
-                )
+                yield evidence.violation("few requests in an outage", later, later.sent_at, f"a probe within {pause} s")
         after = [poll for poll in polls if poll.sent_at > opened + EPS]
         for poll in after:
             at = [other for other in after if other.sent_at <= poll.sent_at + EPS < other.ended_at]
@@ -328,10 +308,7 @@ def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) ->
     """Return when the circuit is open at the latest; infinity where that is not certain."""
     good = [p.ended_at for p in evidence.polls if outage.begins <= p.ended_at and evidence.read(p).kind != "failed"]
     since = max([at for at in good if at < outage.ends], default=outage.begins)
-    before = sorted(
-        (p for p in evidence.polls if p.ended_at <= since),
-        key=lambda poll: poll.ended_at,
-    )
+    before = sorted((p for p in evidence.polls if p.ended_at <= since), key=lambda poll: poll.ended_at)
     if any(evidence.read(poll).kind in {"failed", "cut"} for poll in before[-RARE:]):
         return math.inf
     failed: set[str] = set()
@@ -364,10 +341,7 @@ def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
     for poll in evidence.polls:
         if poll.retry_after is None or poll.status not in {429, 503}:
             continue
-        begins, ends = (
-            poll.ended_at,
-            poll.ended_at + min(poll.retry_after, LONGEST_PAUSE),
-        )
+        begins, ends = (poll.ended_at, poll.ended_at + min(poll.retry_after, LONGEST_PAUSE))
         holds_all = _is_tenants(evidence, poll)
         for later in evidence.sent_between(begins + EPS, ends - EPS):
             if evidence.is_final(later):
@@ -418,10 +392,7 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
             failed = before and evidence.read(before[-1]).kind == "failed"
             if failed and not any(outage.ends <= poll.sent_at <= until + EPS for poll in polls):
                 yield evidence.violation(
-                    "polled after an outage",
-                    wait,
-                    until,
-                    f"the outage ended at {outage.ends:.4f} s",
+                    "polled after an outage", wait, until, f"the outage ended at {outage.ends:.4f} s"
                 )
 
 

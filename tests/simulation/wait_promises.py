@@ -66,12 +66,7 @@ def right_end(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violatio
     for wait in evidence.waits:
         reasons = [_wrong_end(evidence, wait, budget) for budget in evidence.budgets(wait)]
         if all(reasons):
-            yield evidence.violation(
-                "right end",
-                wait,
-                wait.ended_at,
-                f"{wait.outcome or 'no end'}; {reasons[0]}",
-            )
+            yield evidence.violation("right end", wait, wait.ended_at, f"{wait.outcome or 'no end'}; {reasons[0]}")
 
 
 def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  # noqa: PLR0911  # one for each end
@@ -180,12 +175,7 @@ def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             failed = [poll.ended_at for poll in own if evidence.read(poll).kind == "failed"]
             last = min(last, evidence.last_end(min(failed, default=last)))
         if wait.ended_at > last + EPS or wait.ended_at == math.inf:
-            yield evidence.violation(
-                "ends in time",
-                wait,
-                wait.ended_at,
-                f"it must have ended at {last:.4f} s",
-            )
+            yield evidence.violation("ends in time", wait, wait.ended_at, f"it must have ended at {last:.4f} s")
 
 
 def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -201,12 +191,7 @@ def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Vi
             continue
         by = min(wait.started_at if budget.had_expired else budget.deadline for budget in evidence.budgets(wait))
         if true.approved_at < by:
-            yield evidence.violation(
-                "no approval lost",
-                wait,
-                wait.ended_at,
-                f"approved at {true.approved_at:.4f} s",
-            )
+            yield evidence.violation("no approval lost", wait, wait.ended_at, f"approved at {true.approved_at:.4f} s")
 
 
 def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -254,12 +239,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
         # While the circuit is open, final polls go one at a time, and one that is due later may hang meanwhile.
         failed_early &= not any(deadline < its.deadline < due + FINAL for _, its in first_budgets)
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
-            yield evidence.violation(
-                "final poll at the deadline",
-                wait,
-                deadline,
-                "it fails, and is not repeated",
-            )
+            yield evidence.violation("final poll at the deadline", wait, deadline, "it fails, and is not repeated")
 
 
 def slow_handlers(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
