@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,7 +15,7 @@ from aiokeyless.models import Operation, OperationState
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, open_client
-from .error_messages import describe_method, quote
+from .error_messages import describe_method, quote, quote_operation_id
 from .render import new_console, print_command, print_fact, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ async def create(
     console.print("Wait for it, and for no other user or payload:")
     console.print()
     print_command(console, f"printf %s {quote(ticket.to_json())} | aiokeyless wait --ticket -")
+    if sys.stderr.isatty():
+        wait = f"aiokeyless wait {quote_operation_id(ticket.operation_id)}"
+        sys.stderr.write(
+            f"Next, your application sends the phone a push: Keyless sends none. Then, for short: {wait}\n"
+        )
     return Exit.DONE
 
 

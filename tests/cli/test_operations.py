@@ -18,7 +18,7 @@ from aiokeyless import (
 from aiokeyless.cli.app import CommandError, app
 from aiokeyless.cli.error_messages import describe
 
-from .terminal import lines_of_json, output_of
+from .terminal import Terminal, lines_of_json, output_of
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -34,6 +34,23 @@ async def test_create_prints_the_operation_and_how_to_wait_for_it(
     assert re.search(r"Created +txn 1\n +User +C0FFEE\n", text)
     assert printed_ticket(text).operation_id == "txn 1"
     assert service.operations["txn 1"].operation_payload == "Pay 40 to Alice"
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("stream", "options", "is_said"),
+    [(Terminal(), (), True), (io.StringIO(), (), False), (Terminal(), ("--json",), False)],
+    ids=["at a terminal", "elsewhere", "as JSON"],
+)
+async def test_create_says_at_a_terminal_that_the_application_sends_the_push(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, stream: io.StringIO, options: tuple[str, ...], *, is_said: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "-5", *options)
+    assert "-5" in service.operations
+    assert ("sends the phone a push" in stream.getvalue()) is is_said
+    assert stream.getvalue().endswith("aiokeyless wait -- -5\n" if is_said else "")
+    assert bool(stream.getvalue()) is is_said
 
 
 @pytest.mark.looptime
