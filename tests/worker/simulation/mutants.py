@@ -173,6 +173,43 @@ MUTANTS: Final = (
         "_LATE_REPEATS: Final = 0",
         "a final poll after the grace is sent once",
     ),
+    # -- announcements
+    Mutant(
+        "worker/announcements.py",
+        "asyncio.timeout(CALL_WITHIN), self._room",
+        "asyncio.timeout(None), self._room",
+        "a push that hangs has no end",
+    ),
+    Mutant(
+        "worker/announcements.py",
+        "        except Exception:  # noqa",
+        "        except TimeoutError:  # noqa",
+        "what a push raises is not handled",
+    ),
+    Mutant(
+        "worker/serving.py",
+        "            self._announcements.add(decision.created)",
+        "            self._announcements._on_created(decision.created).send(None)",
+        "what a push raises ends the delivery",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "return delivery.request if delivery.message.has_only_failed else None",
+        "return None",
+        "the phone is not told after a lost answer",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "return delivery.request if delivery.message.has_only_failed else None",
+        "return delivery.request",
+        "each delivery tells the phone",
+    ),
+    Mutant(
+        "worker/messages.py",
+        "return 0 < self.number - 1 <= self.failures",
+        "return 0 < self.failures",
+        "the phone is told again after polls that failed",
+    ),
     # -- the end of asyncio.run, which cancels all tasks
     Mutant(
         "worker/batches.py",

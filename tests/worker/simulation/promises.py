@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 EPS: Final = 1e-3
 #: Seconds until a request is asked for at a service that is well to it: at once, or two probes beside bad requests.
 ASKED, ASKED_BY_PROBES = 1.0, 12.0
+#: Seconds from an answer that shows an operation until the phone is told.
+TOLD: Final = 0.1
 #: Seconds from the approval of a good request until it is noticed beside bad ones.
 NOTICED_BY_PROBES: Final = 15.0
 #: Seconds until the end of such a request is noticed.
@@ -206,6 +208,30 @@ def asked_once(seen: Evidence) -> Iterator[Broken]:
             before[post.client] = post.sent_at
 
 
+def told_once(seen: Evidence) -> Iterator[Broken]:
+    """The phone is told once, as soon as a worker knows that the operation is there, and for ten seconds at most."""
+    for ask in seen.story.asks:
+        told = [each for each in seen.history.told if each.operation_id == ask.operation_id]
+        stored = seen.history.operations.get(ask.operation_id)
+        for each in told:
+            if (stored is None or stored.created_at > each.at) and not seen.is_lied_about(ask):
+                yield ask, each.at, "told of what is not there"
+            if each.ended_at > each.at + 10.0 + EPS:
+                yield ask, each.at, f"told for {each.ended_at - each.at:.3f} s"
+        # A gateway's 403 counts as an answer, and hides that no delivery has found the operation yet.
+        is_hidden = seen.is_lied_about(ask) or any(e.status == 403 for e in seen.sent(ask, "GET"))
+        if not seen.story.is_steady or is_hidden or not seen.was_created(ask):
+            continue
+        if len(told) > 1:
+            yield ask, told[1].at, f"told {len(told)} times"
+        known = [e.ended_at for e in seen.sent(ask, "POST") if _says(e, b"success")]
+        known += [e.ended_at for e in seen.sent(ask, "GET") if _says(e, b'"pending"')]
+        known_at = min(known, default=math.inf)
+        has_room = seen.story.telling in {"", "raises"}
+        if has_room and seen.wall(known_at) < seen.deadline(ask) and (not told or told[0].at > known_at + TOLD):
+            yield ask, known_at, "known to be there, and not told at once"
+
+
 def asked_soon(seen: Evidence) -> Iterator[Broken]:
     """Bad requests hold no good one up."""
     for ask, _ in seen.decided:
@@ -335,8 +361,9 @@ def nothing_left(seen: Evidence) -> Iterator[Broken]:
 
 
 PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
-    *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, asked_soon, noticed_soon),
-    *(ends_in_time, true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls, nothing_left),
+    *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, told_once, asked_soon),
+    *(noticed_soon, ends_in_time, true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls),
+    nothing_left,
 )
 
 

@@ -20,9 +20,9 @@ from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient, wait_adaptive
 from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
-from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
+from aiokeyless.worker import ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 
-from .world import Delivered, Life, Process, Session, Task, WorkerHistory, World
+from .world import Delivered, Life, Process, Session, Task, Told, WorkerHistory, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -94,11 +94,13 @@ class Story:
     grace: float = 30.0
     every: float | None = None
     """The delay of a schedule that has only one."""
+    telling: str = ""
+    """What goes wrong as phones are told: nothing, or it "raises", is "slow", "hangs", or the process "dies"."""
 
     @property
     def is_steady(self) -> bool:
         """Whether the machine is well, so that only the service can fail."""
-        return not (any(self.workers) or self.steps or self.duplicates)
+        return not (any(self.workers) or self.steps or self.duplicates or self.telling == "dies")
 
     def tell(self) -> str:
         """Return it as text."""
@@ -145,6 +147,8 @@ async def _main(story: Story, history: WorkerHistory) -> None:
         for task in living:
             task.cancel()
         await asyncio.wait(living)
+    failed = {task for task in history.deliveries.values() if task.done() and not task.cancelled() and task.exception()}
+    history.problems += [f"a push ends {task!r}" for task in failed if isinstance(task.exception(), _PushError)]
     await _count_what_is_left(world)
     world.database.close()
     history.problems += [f"a task is left: {task!r}" for task in asyncio.all_tasks() - {asyncio.current_task()}]
@@ -212,6 +216,7 @@ async def _work(story: Story, process: Process) -> None:
         max_polls_per_second=story.rate,
         schedule=wait_adaptive(poll_cost=story.poll_cost) if story.every is None else wait_fixed(story.every),
         grace=story.grace,
+        on_created=partial(_tell, story, process),
     )
     process.stop = worker.stop
     try:
@@ -229,6 +234,24 @@ async def _work(story: Story, process: Process) -> None:
         pass  # the key was refused: another process starts
     finally:
         await client.aclose()
+
+
+class _PushError(Exception):
+    """The phone could not be told."""
+
+
+async def _tell(story: Story, process: Process, request: ApprovalRequest) -> None:
+    told = Told(request.operation_id, process.world.loop.time())
+    if not process.is_dead:
+        process.world.history.told.append(told)
+    try:
+        if story.telling == "raises":
+            raise _PushError
+        if story.telling == "dies":
+            process.die()
+        await asyncio.sleep({"slow": 3.0, "hangs": 1000.0}.get(story.telling, 0.0))
+    finally:
+        told.ended_at = process.world.loop.time()
 
 
 class _BodyError(Exception):
@@ -307,7 +330,8 @@ def make_up(seed: int) -> Story:
         poll_cost=rng.choice((0.1, 0.3, 2.0)),
         grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
     )
-    return _with_cancellations(_with_created_ones(_with_a_bad_moment(story)))
+    telling = random.Random(f"{seed} telling").choice(("", "", "raises", "slow", "hangs", "dies"))  # noqa: S311
+    return replace(_with_cancellations(_with_created_ones(_with_a_bad_moment(story))), telling=telling)
 
 
 def _rush(seed: int, rng: random.Random) -> Story:

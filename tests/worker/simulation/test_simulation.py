@@ -83,6 +83,7 @@ def test_stories_try_everything() -> None:
     stories = [make_up(seed) for seed in range(200)]
     asks = [ask for story in stories for ask in story.asks]
     lives = [life for story in stories for worker in story.workers for life in worker]
+    assert {story.telling for story in stories} == {"", "raises", "slow", "hangs", "dies"}
     assert {ask.earlier for ask in asks} == {"", "the same", "another"}
     assert any(len(ask.lives) > 1 for ask in asks)
     assert all(any(getattr(life, end) != getattr(Life(), end) for life in lives) for end in Life.__dataclass_fields__)

@@ -95,16 +95,26 @@ class Delivered:
 
 
 @dataclass(slots=True)
+class Told:
+    """A call of `on_created`."""
+
+    operation_id: str
+    at: float
+    ended_at: float = math.inf
+
+
+@dataclass(slots=True)
 class WorkerHistory(History):
     """What happened, as an observer outside of the library saw it; all times are the event loop's."""
 
     decided: list[Decided] = field(default_factory=list)
     delivered: list[Delivered] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
     submitted: list[tuple[int, str]] = field(default_factory=list)
     """Numbers of requests, and: stored, duplicate, refused, unknown."""
     asked: dict[int, tuple[bool, bool]] = field(default_factory=dict)
     """Of each POST, by its number: whether its request was claimed, and whether it was decided."""
-    deliveries: dict[int, object] = field(default_factory=dict)
+    deliveries: dict[int, asyncio.Task[Any]] = field(default_factory=dict)
     """Of each exchange, by its number: the delivery of its request, by identity."""
     stored: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """Of each operation: when its request was stored, also by the wall clock, and its deadline by the wall clock."""
@@ -348,7 +358,9 @@ with warnings.catch_warnings():
             history, database = self._process.world.history, self._process.world.database
             if self._process.step() == "dead":
                 raise aiohttp.ServerDisconnectedError
-            history.deliveries[history._events + 1] = asyncio.current_task()
+            task = asyncio.current_task()
+            assert task is not None
+            history.deliveries[history._events + 1] = task
             if method == "POST":
                 query = "SELECT asked IS NOT NULL, decided_at IS NOT NULL FROM request WHERE operation_id = ?"
                 operation_id = json.loads(options["data"])["operationId"]
