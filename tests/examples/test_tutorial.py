@@ -86,7 +86,9 @@ async def test_tutorial_works_as_written(tmp_path: Path) -> None:
     await output_of(INSTALL, folder=tmp_path, environment=ENVIRONMENT)
     patient = SITE.replace("expires_in: float = 60", "expires_in: float = 600")  # for a busy machine
     assert patient != SITE
-    (folder / "login.py").write_text(patient)
+    kept = patient.replace("flush=True", 'file=open("pushes", "a"), flush=True')  # the server's output is not read
+    assert kept != patient
+    (folder / "login.py").write_text(kept)
     (folder / "test_login.py").write_text(SITE_TESTS)
     async with (
         chromium() as browser,
@@ -94,4 +96,5 @@ async def test_tutorial_works_as_written(tmp_path: Path) -> None:
         serving(f"{log_in_at(phone)} --port 0", folder=folder, environment=ENVIRONMENT) as site,
     ):
         await log_in(browser, site, phone)
+    assert (folder / "pushes").read_text().count("push to C0FFEE: ") == 3
     assert "5 passed" in await output_of(TEST, folder=folder, environment=ENVIRONMENT)
