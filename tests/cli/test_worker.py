@@ -194,6 +194,7 @@ async def test_it_runs_until_it_is_stopped_and_exits_0(
     ]
 
 
+@pytest.mark.slow
 async def test_requests_in_flight_are_finished_when_it_is_stopped(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:
@@ -207,6 +208,7 @@ async def test_requests_in_flight_are_finished_when_it_is_stopped(
     assert " in_flight=0 " in worker.lines[-1]
 
 
+@pytest.mark.slow
 async def test_as_json_every_line_is_an_object(workers: Workers, connection: Client, nats_url: str) -> None:
     worker = await workers.start("--broker", nats_url, "--json")
     await worker.logged("worker.ready")
@@ -218,6 +220,7 @@ async def test_as_json_every_line_is_an_object(workers: Workers, connection: Cli
     assert (lines[1]["reason"], lines[-1]["failed"]) == ("invalid_request", 1)
 
 
+@pytest.mark.slow
 async def test_the_environment_names_the_broker_and_options_its_settings(
     workers: Workers, connection: Client, nats_url: str
 ) -> None:
@@ -227,6 +230,7 @@ async def test_the_environment_names_the_broker_and_options_its_settings(
     assert await worker.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [True, False], ids=["file", "environment"])
 async def test_it_signs_its_events_with_the_key_that_it_was_given(
     workers: Workers, connection: Client, nats_url: str, tmp_path: Path, *, option: bool
@@ -266,6 +270,7 @@ def test_with_a_certificate_authority_it_speaks_tls(refused: Callable[..., str],
     assert message.endswith(": it does not ask for TLS")  # this one has none
 
 
+@pytest.mark.slow
 async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) -> None:
     worker = await workers.start("--broker", nats_url, KEYLESS_EVENT_KEY="")
     await worker.logged("worker.events_unsigned")
@@ -276,6 +281,7 @@ def test_an_event_key_that_cannot_be_read_is_one_line(refused: Callable[..., str
     assert "none: No such file" in refused("--broker", "nats://127.0.0.1:1", "--event-key", str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 async def test_no_line_holds_a_secret_or_a_payload(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:
@@ -345,6 +351,7 @@ def test_a_wrong_password_is_one_line_without_it(refused: Callable[..., str], br
     assert "wr0ng" not in line
 
 
+@pytest.mark.slow
 async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connection: Client, nats_url: str) -> None:
     await jetstream(connection).add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
     worker = await workers.start("--broker", nats_url)
@@ -353,6 +360,7 @@ async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connec
     )
 
 
+@pytest.mark.slow
 async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: str) -> None:
     worker = await workers.start("--broker", nats_url, KEYLESS_API_KEY="wr0ng-key")
     line = await refusal(worker)
@@ -360,6 +368,7 @@ async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: st
     assert "wr0ng-key" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "variables", "code", "message"),
     [
@@ -378,6 +387,7 @@ async def test_as_json_the_error_that_ends_it_is_an_object_too(
     assert line["error"].startswith(message)
 
 
+@pytest.mark.slow
 async def test_a_port_that_is_in_use_is_one_line(workers: Workers, nats_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -432,6 +442,7 @@ def test_without_a_broker_that_is_known_it_is_one_line_and_exit_2(
     assert named in line
 
 
+@pytest.mark.slow
 async def test_a_file_needs_no_server(workers: Workers, sandbox: Sandbox, tmp_path: Path) -> None:
     path = tmp_path / "keyless.db"
     worker = await workers.start("--broker", f"sqlite:{path}")

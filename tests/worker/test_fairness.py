@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def weathers(*names: str) -> pytest.MarkDecorator:
     found = [weather for weather in WEATHERS if weather.goal is not None and (not names or weather.name in names)]
-    return pytest.mark.parametrize("weather", found, ids=lambda weather: weather.name)
+    slow = {weather: pytest.mark.slow if weather.name.startswith("2 000") else () for weather in found}
+    return pytest.mark.parametrize("weather", [pytest.param(each, id=each.name, marks=slow[each]) for each in found])
 
 
 async def check(storage: Storage, weather: Weather, *, before: int, after: int, quiet: float) -> Lateness:

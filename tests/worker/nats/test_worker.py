@@ -465,6 +465,7 @@ async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
         await until(lambda: any(one.startswith(refused) for one in worker.statistics.problems))
 
 
+@pytest.mark.slow
 async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
     impatient_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:

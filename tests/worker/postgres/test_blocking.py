@@ -308,6 +308,7 @@ async def test_a_connection_is_refused_in_a_thread_that_runs_an_event_loop(psyco
 # -- Django
 
 
+@pytest.mark.slow
 async def test_djangos_atomic_submits_and_an_outcome_is_handled_in_a_transaction_of_django(
     broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
 ) -> None:

@@ -107,6 +107,7 @@ async def test_a_database_that_is_not_there_is_named(server: PostgresServer) -> 
         await PostgresBroker("postgresql://localhost:port/shop").open()
 
 
+@pytest.mark.slow
 async def test_a_password_is_in_no_error_and_no_repr(own_server: PostgresServer) -> None:
     own_server.execute("CREATE ROLE app LOGIN PASSWORD 'right'")
     hba = own_server.execute("SHOW hba_file")[0][0]
@@ -585,6 +586,7 @@ async def test_a_workers_transactions_are_read_committed_whatever_is_the_default
 # -- failures
 
 
+@pytest.mark.slow
 async def test_after_a_crash_everything_that_was_undecided_waits_again(
     own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -643,6 +645,7 @@ async def test_an_error_says_whether_it_may_pass(
     assert type(caught.value).__name__ == error
 
 
+@pytest.mark.slow
 async def test_what_is_asked_while_the_database_is_away_may_be_repeated(own_server: PostgresServer) -> None:
     async with PostgresBroker(own_server.url(own_server.new_database())) as broker:
         await broker.prepare(lease=LEASE, service="")

@@ -71,7 +71,11 @@ TABLE = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+#: Django's settings are a process's, so each of its tests starts one.
+SLOW = {name: pytest.mark.slow if "Django" in name else () for name in FAMILIES}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=marks) for name, marks in SLOW.items()])
 def shop(request: pytest.FixtureRequest, server: PostgresServer, database: str) -> Family:
     return FAMILIES[request.param](str(server.folder), database)
 

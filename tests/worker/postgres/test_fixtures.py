@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
-    import pytest
     from postgres_server import PostgresServer
+
+pytestmark = pytest.mark.slow  # each runs pytest
 
 pytest_plugins = ["pytester"]
 

@@ -199,6 +199,7 @@ async def test_the_driver_connection_of_sqlalchemys_pool_takes_an_outcome(
 # -- Django
 
 
+@pytest.mark.slow
 async def test_djangos_atomic_submits_and_reads_in_its_transaction(
     broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
 ) -> None:

@@ -32,6 +32,10 @@ APART, ROLES, TEAM, FIGURES, REMOVED_READER, REMOVED = re.findall(
 )
 
 
+#: Each test starts a server of its own, and programs.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def own_server() -> Iterator[PostgresServer]:
     server = PostgresServer()

@@ -222,6 +222,7 @@ def own_server() -> Iterator[PostgresServer]:
     server.close()
 
 
+@pytest.mark.slow
 async def test_the_first_workers_of_two_databases_make_the_roles_once(own_server: PostgresServer) -> None:
     databases = [own_server.new_database() for _ in range(6)]
     await asyncio.gather(*(prepare(own_server.url(database)) for database in databases for _ in range(2)))
