@@ -94,6 +94,7 @@ async def test_an_outcome_that_is_put_off_comes_again_later_and_holds_up_no_othe
     assert await none_comes(broker, "shop")
 
 
+@pytest.mark.slow
 # A file has the statements of the broker in memory.
 @pytest.mark.parametrize("storage", [MEMORY, NATS, POSTGRES], indirect=True)
 async def test_an_outcome_that_is_put_off_again_and_again_is_so_for_longer_each_time(

@@ -611,6 +611,7 @@ async def test_an_event_of_a_later_version_comes_again(
             await coming
 
 
+@pytest.mark.slow
 async def test_a_thousand_events_that_a_reader_puts_off_keep_it_from_no_other_one(
     connection: Client, stream: JetStreamContext
 ) -> None:

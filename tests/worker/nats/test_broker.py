@@ -75,6 +75,7 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         assert (await opened.inspect()).waiting == 0
 
 
+@pytest.mark.slow
 async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(connection: Client) -> None:
     async def not_seen() -> None:
         """The check of the settings would find this cause, but not every one."""
@@ -107,6 +108,7 @@ async def test_a_consumer_that_is_changed_into_one_that_refuses_pulls_ends_the_w
             await take_again_and_again()
 
 
+@pytest.mark.slow
 async def test_a_login_that_expires_stops_neither_a_worker_nor_an_application(tmp_path: Path) -> None:
     operator, credentials, configuration = Operator(), tmp_path / "app.creds", tmp_path / "nats.conf"
     configuration.write_text(operator.configuration)

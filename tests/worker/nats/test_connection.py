@@ -328,6 +328,7 @@ async def test_a_connection_that_the_broker_ends_for_good_is_told_of(guarded: Na
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renewed", ["in time", "late, after a moment in which the file was empty"])
 async def test_a_login_that_expires_comes_back_once_its_file_is_renewed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, renewed: str

@@ -188,6 +188,7 @@ async def test_two_environments_on_one_broker_never_approve_each_others_requests
 # -- the deadline
 
 
+@pytest.mark.slow
 async def test_a_request_that_outlived_its_claim_does_not_say_that_nobody_was_asked(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
