@@ -1,6 +1,7 @@
 """A proxy in front of a PostgreSQL server that cuts a connection at a COMMIT: before the server has it, or after.
 
-It can also cut all connections at once, and hold back what is sent.
+It can also cut all connections at once, and hold back what is sent. A client in another process arms it by a statement
+that has "cut before" or "cut after" in it.
 
 The tests use it too, so this module needs only the standard library.
 """
@@ -8,15 +9,18 @@ The tests use it too, so this module needs only the standard library.
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
 
     from .postgres import PostgresServer
+
+_ORDER: Final = re.compile(rb"cut (before|after)")
 
 
 class CuttingProxy:
@@ -27,12 +31,12 @@ class CuttingProxy:
         cut_after: Whether the server gets the COMMIT, and its answer is what is lost.
     """
 
-    def __init__(self, server: PostgresServer, *, cut_after: bool) -> None:
+    def __init__(self, server: PostgresServer, *, cut_after: bool = False) -> None:
         self._server = server
         self._cut_after = cut_after
         self._is_armed = False
         # The name of a socket may have 107 bytes, and $TMPDIR may be long.
-        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-proxy-", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="aiokeyless-proxy-", dir="/tmp"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._flows = asyncio.Event()
         self._flows.set()
@@ -41,7 +45,7 @@ class CuttingProxy:
 
     def url(self, database: str) -> str:
         """Return the URL of a database behind the proxy."""
-        return f"postgresql://postgres@/{database}?host={self._folder}"
+        return f"postgresql://postgres@/{database}?host={self.folder}"
 
     def arm(self) -> None:
         """Cut at the next COMMIT, whoever sends it."""
@@ -62,7 +66,7 @@ class CuttingProxy:
             self._flows.set()
 
     async def __aenter__(self) -> Self:
-        self._listening = await asyncio.start_unix_server(self._serve, self._folder / ".s.PGSQL.5432")
+        self._listening = await asyncio.start_unix_server(self._serve, self.folder / ".s.PGSQL.5432")
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -70,7 +74,7 @@ class CuttingProxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
     async def _serve(self, client: StreamReader, to_client: StreamWriter) -> None:
         task = asyncio.create_task(self._carry(client, to_client))
@@ -97,6 +101,8 @@ class CuttingProxy:
 
     async def _ask(self, client: StreamReader, to_server: StreamWriter, is_cut: asyncio.Event) -> None:
         while data := await client.read(1 << 16):
+            if (order := _ORDER.search(data)) is not None:
+                self._is_armed, self._cut_after = True, order[1] == b"after"
             if self._is_armed and b"COMMIT" in data.replace(b"READ COMMITTED", b""):  # of a BEGIN
                 self._is_armed = False
                 self.cuts += 1

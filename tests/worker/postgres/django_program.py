@@ -1,11 +1,10 @@
 """A program with Django's database layer, in a process of its own: its settings are those of a process.
 
-Arguments: the folder of the server's socket, the database, and what to do.
+Arguments: the folder of the server's socket, and the database.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +40,7 @@ class Order:
             cursor.execute("INSERT INTO payment VALUES (%s)", [self.id])
 
 
-def main(folder: str, database: str, act: str) -> None:
+def main(folder: str, database: str) -> None:
     settings.configure(
         DATABASES={
             "default": {
@@ -55,32 +54,14 @@ def main(folder: str, database: str, act: str) -> None:
         }
     )
     django.setup()
-    if act == "blocking":
-        blocking()
-    else:
-        plain()
-
-
-def plain() -> None:
-    """Submit an approval, and handle the outcome of another, with SQL alone."""
-    django_orders.place(Order("committed"))
-    with transaction.atomic():
-        django_orders.place(Order("rolled-back"))
-        transaction.set_rollback(True)
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute("SELECT operation_id, outcome, event FROM keyless.next_outcome(%s)", ["shop"])
-        operation_id, outcome, event = cursor.fetchone()
-        cursor.execute("INSERT INTO payment VALUES (%s)", [f"{operation_id} {outcome} {json.loads(event)['version']}"])
+    blocking()
 
 
 def blocking() -> None:
     """Submit an approval, and handle the outcome of another, on Django's connection."""
+    django_orders.place(Order("committed"))
     with transaction.atomic():
-        Order("committed").save()
-        sync.submit_approval(connection, "C0FFEE", operation_id="committed")
-    with transaction.atomic():
-        Order("rolled-back").save()
-        sync.submit_approval(connection, "C0FFEE", operation_id="rolled-back")
+        django_orders.place(Order("rolled-back"))
         transaction.set_rollback(True)
     with transaction.atomic():
         refused("in no transaction", lambda: sync.next_outcome(connection, "shop").__enter__())

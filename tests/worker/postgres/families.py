@@ -55,7 +55,10 @@ class Family:
     def __init__(self, folder: str, database: str) -> None:
         self.folder = folder
         self.database = database
-        self.url = f"postgresql://postgres@/{database}?host={folder}"
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@/{self.database}?host={self.folder}"
 
     @abstractmethod
     async def connect(self) -> Any: ...
@@ -126,6 +129,10 @@ class Psycopg(Family):
 
         kind: Any = psycopg.Connection if self.blocks else psycopg.AsyncConnection
         return await result_of(kind.connect(self.url, autocommit=self.autocommit, row_factory=dict_row))
+
+
+class PsycopgWithoutAutocommit(Psycopg):
+    autocommit = False
 
 
 class PsycopgAsync(Psycopg):
@@ -305,6 +312,7 @@ FAMILIES: dict[str, type[Family]] = {
     for kind in (
         Asyncpg,
         Psycopg,
+        PsycopgWithoutAutocommit,
         PsycopgAsync,
         Psycopg2,
         Psycopg2Dict,

@@ -1,11 +1,9 @@
-"""`aiokeyless.sync` on connections of psycopg: what is stored after each way in which a body can end."""
+"""`aiokeyless.sync` on connections of psycopg: what `test_families` does not have for all."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import sqlite3
 import sys
 from pathlib import Path
@@ -120,16 +118,7 @@ async def test_a_different_request_under_a_used_operation_id_is_refused(admin: C
     assert await operations(admin) == set()
 
 
-# -- bodies that end well
-
-
-async def test_what_a_body_does_is_committed_with_the_outcome(
-    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
-) -> None:
-    await decide_all(broker, "a")
-    await handle(psycopg_url, pay)
-    assert await payments(admin) == {"a"}
-    assert await unread(admin) == {}
+# -- reading
 
 
 async def test_a_new_reader_gets_all_outcomes(broker: PostgresBroker, admin: Connection, url: str) -> None:
@@ -147,98 +136,6 @@ async def test_a_new_reader_gets_all_outcomes(broker: PostgresBroker, admin: Con
     await until(is_added)
     await admin.execute("SELECT keyless.welcome_readers()")
     assert await reading == "a"
-
-
-# -- bodies that end badly
-
-
-async def test_an_exception_rolls_back_and_puts_the_outcome_off(
-    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
-) -> None:
-    def refuse(connection: Psycopg, event: ApprovalEvent) -> None:
-        pay(connection, event)
-        raise RefusalError
-
-    await decide_all(broker, "a")
-    with pytest.raises(RefusalError):
-        await handle(psycopg_url, refuse)
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 1}
-
-
-async def test_an_error_of_sql_that_the_body_swallowed_is_raised(
-    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
-) -> None:
-    def fail(connection: Psycopg, event: ApprovalEvent) -> None:
-        pay(connection, event)
-        with contextlib.suppress(psycopg.errors.UniqueViolation):
-            pay(connection, event)
-
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError, match="rolled back"):
-        await handle(psycopg_url, fail)
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 1}
-
-
-async def test_a_body_that_commits_by_itself_is_told_and_has_handled_its_outcome(
-    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
-) -> None:
-    def commit(connection: Psycopg, event: ApprovalEvent) -> None:
-        pay(connection, event)
-        connection.execute("COMMIT")
-
-    await decide_all(broker, "a")
-    with pytest.raises(ConfigurationError, match="must not end its transaction"):
-        await handle(psycopg_url, commit)
-    assert await payments(admin) == {"a"}
-    assert await unread(admin) == {}
-
-
-async def test_a_backend_that_is_killed_in_the_body_has_stored_nothing(
-    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
-) -> None:
-    def die(connection: Psycopg, event: ApprovalEvent) -> None:
-        pay(connection, event)
-        with contextlib.suppress(psycopg.OperationalError):
-            connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError):
-        await handle(psycopg_url, die)
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 0}
-
-
-class CutAtItsCommit(psycopg.Connection[Any]):
-    """A connection that is lost when it is about to commit."""
-
-    @contextlib.contextmanager
-    def transaction(self, *arguments: Any) -> Iterator[psycopg.Transaction]:
-        with super().transaction(*arguments) as transaction:
-            yield transaction
-            with socket.socket(fileno=os.dup(self.fileno())) as lost:
-                lost.shutdown(socket.SHUT_RDWR)
-
-
-async def test_a_connection_that_is_lost_at_the_commit_is_an_error(
-    broker: PostgresBroker, admin: Connection, url: str
-) -> None:
-    def program() -> None:
-        with (
-            contextlib.closing(CutAtItsCommit.connect(url)) as connection,
-            sync.next_outcome(connection, "shop") as event,
-        ):
-            pay(connection, event)
-
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError, match="not committed, as far as is known"):
-        await asyncio.to_thread(program)
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 0}
-
-
-# -- waiting
 
 
 async def test_a_backend_that_was_killed_before_is_an_error(admin: Connection, url: str) -> None:
@@ -314,7 +211,7 @@ async def test_djangos_atomic_submits_and_an_outcome_is_handled_in_a_transaction
 ) -> None:
     program = Path(__file__).with_name("django_program.py")
     await decide_all(broker, "a", "b")
-    process = await asyncio.create_subprocess_exec(sys.executable, program, server.folder, database, "blocking")
+    process = await asyncio.create_subprocess_exec(sys.executable, program, server.folder, database)
     assert await process.wait() == 0
     assert await operations(admin) == {"a", "b", "committed"}
     (settled,) = await payments(admin) - {"committed"}  # outcomes come in any order

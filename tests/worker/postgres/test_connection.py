@@ -1,4 +1,4 @@
-"""`next_outcome` on an application's own connection: for each way in which a body can end, what is stored after it."""
+"""`next_outcome` on a connection of asyncpg: what `test_families` does not have for all."""
 
 # ruff: noqa: PT012  # a body has several statements
 
@@ -20,14 +20,11 @@ from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
 from aiokeyless.worker.postgres.adapters import adapter_for
 from aiokeyless.worker.postgres.adapters import driver as module
-from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import LEASE
 
 from .shop import decide_all, pay, payments, unread
 
 if TYPE_CHECKING:
-    from postgres_server import PostgresServer
-
     from .shop import Connection
 
 
@@ -36,49 +33,6 @@ class RefusalError(Exception):
 
 
 # -- bodies that end well
-
-
-async def test_what_a_body_does_is_committed_with_the_outcome(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    async with next_outcome(connection, "shop") as event:
-        await pay(connection, event)
-        assert await payments(admin) == set()
-    assert await payments(admin) == {"a"}
-    assert await unread(admin) == {}
-    assert not connection.is_in_transaction()
-
-
-async def test_a_body_that_is_left_by_break_or_return_has_handled_its_outcome(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    async def handle_one() -> None:
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            return
-
-    await decide_all(broker, "a", "b")
-    await handle_one()
-    while True:
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            break
-    assert await payments(admin) == {"a", "b"}
-    assert await unread(admin) == {}
-
-
-async def test_what_fails_in_a_savepoint_does_not_undo_the_rest(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    async with next_outcome(connection, "shop") as event:
-        await pay(connection, event)
-        with pytest.raises(asyncpg.UniqueViolationError):
-            async with connection.transaction():
-                await pay(connection, event)
-    assert await payments(admin) == {"a"}
-    assert await unread(admin) == {}
 
 
 async def test_it_is_read_committed_whatever_is_the_default(
@@ -137,42 +91,6 @@ async def test_an_exception_rolls_back_and_puts_the_outcome_off(
     assert await admin.fetchval(by_two_seconds, began)
 
 
-async def test_a_body_that_is_cancelled_is_rolled_back(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    paid = asyncio.Event()
-
-    async def handle() -> None:
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            paid.set()
-            await asyncio.sleep(60)
-
-    handling = asyncio.create_task(handle())
-    await paid.wait()
-    handling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await handling
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 1}
-    assert not connection.is_in_transaction()
-
-
-async def test_a_body_that_is_cancelled_inside_a_statement_is_rolled_back(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(None) as limit, next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            limit.reschedule(asyncio.get_running_loop().time() + 0.2)
-            await connection.execute("SELECT pg_sleep(60)")
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 1}
-    assert not connection.is_in_transaction()
-
-
 async def test_a_scope_that_cancels_each_await_leaves_no_transaction_behind(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
@@ -215,34 +133,6 @@ async def test_an_error_of_sql_that_the_body_swallowed_is_raised(
     assert not connection.is_in_transaction()
 
 
-async def test_a_constraint_that_is_checked_at_the_end_is_checked_before_the_commit(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await admin.execute(
-        "CREATE TABLE item (payment text REFERENCES payment DEFERRABLE INITIALLY DEFERRED)",
-    )
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError, match="constraint"):
-        async with next_outcome(connection, "shop"):
-            await connection.execute("INSERT INTO item VALUES ('none')")
-    assert await unread(admin) == {"a": 1}
-    assert not connection.is_in_transaction()
-
-
-async def test_a_body_that_commits_by_itself_is_told_and_has_handled_its_outcome(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(ConfigurationError, match="must not end its transaction"):
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            await connection.execute("COMMIT")
-    assert await payments(admin) == {"a"}
-    assert await unread(admin) == {}
-    async with connection.transaction():  # the driver knows of no transaction any more
-        assert await connection.fetchval("SELECT 1") == 1
-
-
 async def test_a_body_that_begins_a_transaction_of_its_own_loses_it(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
@@ -258,18 +148,6 @@ async def test_a_body_that_begins_a_transaction_of_its_own_loses_it(
 
 
 # -- connections that end
-
-
-async def test_a_backend_that_is_killed_in_the_body_has_stored_nothing(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError, match="comes again"):
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 0}
 
 
 async def test_the_bodys_own_exception_counts_also_if_the_connection_is_lost(
@@ -338,21 +216,6 @@ async def test_a_body_that_is_slower_than_the_server_allows_has_stored_nothing(
             await until(connection.is_closed)
     assert await payments(admin) == set()
     assert await unread(admin) == {"a": 0}
-
-
-@pytest.mark.parametrize("is_committed", [False, True], ids=["before", "after"])
-async def test_a_connection_that_is_cut_at_the_commit_leaves_both_or_neither(
-    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str, is_committed: bool
-) -> None:
-    await decide_all(broker, "a")
-    async with CuttingProxy(server, cut_after=is_committed) as proxy:
-        connection = await asyncpg.connect(proxy.url(database))
-        with pytest.raises(BrokerError, match="as far as is known"):
-            async with next_outcome(connection, "shop") as event:
-                await pay(connection, event)
-                proxy.arm()
-    assert await payments(admin) == ({"a"} if is_committed else set())
-    assert await unread(admin) == ({} if is_committed else {"a": 0})
 
 
 # -- who has it

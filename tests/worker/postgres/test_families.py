@@ -31,10 +31,10 @@ from waiting import PATIENCE, until
 from aiokeyless import BrokerError, ConfigurationError, sync, worker
 from aiokeyless.worker import Outcome
 from aiokeyless.worker.postgres.adapters import driver
+from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import decide, outcome_of, submit, take_n
 
 from . import families
-from .cutting import cutting
 from .families import FAMILIES, Family, RefusalError, ask, handle
 from .shop import decide_all, payments, unread
 
@@ -99,7 +99,7 @@ async def operations(admin: Connection) -> set[str]:
 
 
 async def test_however_a_body_ends_its_writes_and_the_outcome_are_committed_together_or_neither(
-    broker: PostgresBroker, admin: Connection, shop: Family
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, shop: Family
 ) -> None:
     await admin.execute(
         """
@@ -109,8 +109,9 @@ async def test_however_a_body_ends_its_writes_and_the_outcome_are_committed_toge
     )
     table = {name: row for name, row in TABLE.items() if not (shop.blocks and "cancelled" in name)}
     await decide_all(broker, *table)
-    async with asyncio.timeout(PATIENCE), cutting(Path(shop.folder)) as folder:
-        met = await run(type(shop)(folder, shop.database), handle, *table)
+    async with asyncio.timeout(PATIENCE), CuttingProxy(server) as proxy:
+        shop.folder = str(proxy.folder)
+        met = await run(shop, handle, *table)
     paid, left = await payments(admin), await unread(admin)
     assert {name: (met[name], name in paid, name in left) for name in met} == table
 

@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -143,35 +140,6 @@ async def engine(server: PostgresServer, database: str) -> AsyncGenerator[AsyncE
     await engine.dispose()
 
 
-async def test_a_session_of_sqlalchemy_submits_in_its_transaction(admin: Connection, engine: AsyncEngine) -> None:
-    async with AsyncSession(engine) as session, session.begin():
-        await session.execute(text("INSERT INTO payment VALUES ('order')"))
-        await session.execute(text("SELECT keyless.submit(:r)"), {"r": request("a")})
-        assert await operations(admin) == set()
-    assert await operations(admin) == {"a"}
-    with pytest.raises(RefusalError):
-        async with AsyncSession(engine) as session, session.begin():
-            await session.execute(text("SELECT keyless.submit(:r)"), {"r": request("b")})
-            raise RefusalError
-    assert await operations(admin) == {"a"}
-
-
-async def test_a_session_of_sqlalchemy_reads_in_its_transaction(
-    broker: PostgresBroker, admin: Connection, engine: AsyncEngine
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(RefusalError):
-        async with AsyncSession(engine) as session, session.begin():
-            assert (await session.execute(text(NEXT))).one().operation_id == "a"
-            raise RefusalError
-    assert await unread(admin) == {"a": 0}
-    async with AsyncSession(engine) as session, session.begin():
-        row = (await session.execute(text(NEXT))).one()
-        await session.execute(text("INSERT INTO payment VALUES (:id)"), {"id": row.operation_id})
-    assert await payments(admin) == {"a"}
-    assert await unread(admin) == {}
-
-
 async def test_the_driver_connection_of_a_session_is_in_no_transaction_before_its_first_statement(
     admin: Connection, engine: AsyncEngine
 ) -> None:
@@ -194,19 +162,3 @@ async def test_the_driver_connection_of_sqlalchemys_pool_takes_an_outcome(
         async with next_outcome(driver, "shop") as event:
             await pay(driver, event)  # type: ignore[arg-type]  # SQLAlchemy does not say whose connection it is
     assert await payments(admin) == {"a"}
-
-
-# -- Django
-
-
-@pytest.mark.slow
-async def test_djangos_atomic_submits_and_reads_in_its_transaction(
-    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
-) -> None:
-    await decide_all(broker, "a")
-    program = Path(__file__).with_name("django_program.py")
-    process = await asyncio.create_subprocess_exec(sys.executable, program, server.folder, database, "plain")
-    assert await process.wait() == 0
-    assert await operations(admin) == {"a", "committed"}
-    assert await payments(admin) == {"committed", "a approved 1"}
-    assert await unread(admin) == {}
