@@ -240,7 +240,7 @@ class PostgresBroker(TableBroker):
         await self._put_offs.call((*row_of(message), message.number, delay, _EXCHANGES[exchange]))
 
     async def _put_off(self, calls: list[tuple[Any, ...]]) -> list[None]:
-        await self._fetch("SELECT {}.put_off($1, $2, $3, $4, $5)", *_columns(calls))
+        await self._fetch("SELECT {}.put_off($1, $2, $3, $4, $5)", *zip(*calls, strict=True))
         return [None] * len(calls)
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
@@ -249,20 +249,16 @@ class PostgresBroker(TableBroker):
         return is_stored
 
     async def _decide(self, calls: list[tuple[Any, ...]]) -> list[bool]:
-        rows = await self._fetch("SELECT id, name FROM {}.decide($1, $2, $3, $4)", *_columns(calls))
-        decided = {Row(*row) for row in rows}
-        is_stored = []
-        for id_, name, *_ in calls:
-            is_stored.append((id_, name) in decided)
-            decided.discard(Row(id_, name))  # of two decisions on one request, the first counts
-        return is_stored
+        decided = await self._fetch_rows("SELECT id, name FROM {}.decide($1, $2, $3, $4)", calls)
+        # Of two decisions on one request, the first counts.
+        return [decided.pop(Row(id_, name), None) is not None for id_, name, *_ in calls]
 
     async def claim(self, message: Message) -> Claimed:
         return Claimed(await self._claims.call((*row_of(message), message.number)), message.number)
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
-        rows = await self._fetch("SELECT id, name, was_asked FROM {}.claim($1, $2, $3)", *_columns(calls))
-        claims = {Row(id_, name): Claim.HELD if was_asked else Claim.NEW for id_, name, was_asked in rows}
+        claimed = await self._fetch_rows("SELECT id, name, was_asked FROM {}.claim($1, $2, $3)", calls)
+        claims = {row: Claim.HELD if found["was_asked"] else Claim.NEW for row, found in claimed.items()}
         return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 
     async def has_claim(self, message: Message) -> bool:
@@ -270,9 +266,13 @@ class PostgresBroker(TableBroker):
         return is_held
 
     async def _fetch_asked(self, rows: list[Row]) -> list[bool]:
-        found = await self._fetch("SELECT id, name FROM {}.were_asked($1, $2)", *_columns(rows))
-        asked = {Row(*row) for row in found}
+        asked = await self._fetch_rows("SELECT id, name FROM {}.were_asked($1, $2)", rows)
         return [row in asked for row in rows]
+
+    async def _fetch_rows(self, query: str, calls: Sequence[tuple[Any, ...]]) -> dict[Row, asyncpg.Record]:
+        """Call a function for many requests; return what it says of each."""
+        found = await self._fetch(query, *zip(*calls, strict=True))
+        return {Row(record["id"], record["name"]): record for record in found}
 
     async def unclaim(self, message: Message, token: int) -> bool:
         rows = await self._fetch("SELECT {}.unclaim($1, $2, $3)", *row_of(message), token)
@@ -362,10 +362,6 @@ class _PooledDriver(Adapter):
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:
     """Do not reset a connection. All its settings ended with its transaction."""
-
-
-def _columns(calls: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    return tuple(list(column) for column in zip(*calls, strict=True))
 
 
 def _message(row: asyncpg.Record) -> TableMessage:
