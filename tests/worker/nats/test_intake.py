@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from nats.aio.msg import Msg
 from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, change_consumer, jetstream, prepare
 from waiting import PATIENCE, until
 
@@ -18,7 +19,6 @@ from aiokeyless.worker.nats.intake import Intake, NatsMessage
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
     from nats_server import NatsServer
 
 EXPIRES = 5.0
@@ -342,6 +342,30 @@ async def test_a_delivery_that_is_settled_is_extended_no_more(
     assert [message.data[:4] for message in sent if message.subject == settled.raw.reply] == [b"-NAK"]
     assert {message.data for message in sent if message.subject == slow.raw.reply} == {b"+WPI"}
     await hand.intake.close()
+
+
+async def test_a_delivery_that_is_put_off_while_others_are_extended_is_not_extended(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "ACK_WAIT", 0.03)
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish("a", "b")
+    await hand.intake.ask(2)
+    await hand.delivered(2)
+    taken = await hand.intake.take(2, PATIENCE, untried=None)
+    extended: list[str] = []
+
+    async def in_progress(raw: Msg) -> None:
+        extended.append(raw.reply)
+        for message in taken:
+            if message.raw is not raw:
+                await hand.intake.put_off(message, 30.0)
+
+    monkeypatch.setattr(Msg, "in_progress", in_progress)
+    extending = asyncio.create_task(hand.intake._extend())
+    await until(lambda: len(extended) > 1)
+    extending.cancel()
+    assert len({*extended}) == 1
 
 
 async def test_a_put_off_that_a_dying_broker_swallowed_is_repeated(hand: Hand, broker: NatsServer) -> None:
