@@ -12,11 +12,13 @@ from nats_server import NatsServer, change_consumer
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
-from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
+from aiokeyless.worker.nats.intake import Intake, NatsMessage
+from aiokeyless.worker.nats.load_shedding import LoadShedding
 
-from ..conformance.brokers import decide, submit, take_n  # noqa: TID252
+from ..conformance.brokers import decide, new_request, submit, take_n  # noqa: TID252
 from ..reading import read  # noqa: TID252
 
 if TYPE_CHECKING:
@@ -73,6 +75,26 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         await broker.start()
         await until(lambda: connection.is_connected)
         assert (await opened.inspect()).waiting == 0
+
+
+async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadline(
+    connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadShedding, "factor", 16.0)
+    delays: list[float] = []
+
+    async def put_off(_intake: Intake, _message: NatsMessage, delay: float) -> None:
+        delays.append(delay)
+
+    monkeypatch.setattr(Intake, "put_off", put_off)
+    async with NatsBroker(connection) as opened:
+        await opened.prepare(lease=30.0, service=SERVICE)
+        await opened.submit(new_request("txn-1", expires_in=3600.0))
+        [message] = await take_n(opened, 1)
+        for delay, exchange in ((1.0, Exchange.ANSWERED), (1800.0, Exchange.ANSWERED), (1.0, Exchange.FAILED)):
+            await opened.put_off(message, delay, exchange)
+    assert (delays[0], delays[2]) == (16.0, 1.0)
+    assert 1800.0 < delays[1] <= 3600.0
 
 
 @pytest.mark.slow
