@@ -60,6 +60,14 @@ def after(*returned: str) -> ApiKey:
 # The keys themselves
 
 
+def test_only_a_key_that_never_changes_is_static() -> None:
+    assert ApiKeys(Secret(FIRST)).static() == Secret(FIRST)
+    keys = ApiKeys(Rotation())
+    assert keys.static() is None
+    keys.current()
+    assert keys.static() is None
+
+
 def test_static_key_is_the_key_of_each_exchange() -> None:
     keys = make_api_keys(" text ")
     assert isinstance(keys, ApiKeys)
