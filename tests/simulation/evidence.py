@@ -205,7 +205,7 @@ class Evidence:
         """Return when a wait must have ended. If the loop stood still then, too, it may take two seconds more."""
         end = self.final_from(deadline) + FINAL
         awake = self.awake(end)
-        return awake if awake == end else awake + FINAL
+        return end if awake == end else self.last_end(awake)
 
     def violation(
         self, promise: str, about: ObservedWait | ObservedCreate | Exchange, at: float, text: str
