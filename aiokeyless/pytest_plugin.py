@@ -140,7 +140,7 @@ async def _run_worker(client: KeylessClient, url: str | None) -> AsyncGenerator[
     opened: Any = SqliteBroker(":memory:") if url is None else broker.broker_for(broker.hide_url(url))
     async with opened:
         if opened.system == "postgresql":
-            await opened.empty()
+            await opened.empty_for_tests()
         async with ApprovalWorker(client, opened, schedule=_make_schedule()) as worker:
             yield worker, opened
 

@@ -163,7 +163,6 @@ def half_made() -> Iterator[tuple[str, object]]:
         "PostgresConnection": PostgresConnection,
         "SqliteBroker": SqliteBroker,
         "EventKeys": EventKeys,
-        "EventKeys of the environment": lambda none: EventKeys._of(ConfigurationError(str(none))),
         "KeylessClient": lambda none: KeylessClient(POSTGRES, region=repr(none)),
     }
     for name, make in untyped.items():

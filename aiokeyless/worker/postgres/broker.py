@@ -159,8 +159,8 @@ class PostgresBroker(TableBroker):
     def now(self) -> datetime:
         return self._clock.now()
 
-    async def empty(self) -> None:
-        """Remove all requests, outcomes and readers, if there is a schema: before a test begins."""
+    async def empty_for_tests(self) -> None:
+        """Remove all requests, outcomes and readers, if there is a schema. For tests alone: nothing asks back."""
         if await self._fetch("SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1", self._schema):
             await self._fetch("TRUNCATE " + ", ".join(f"{{0}}.{name}" for name in _TABLES))
 
