@@ -1,9 +1,8 @@
-"""The first program of docs/howto/agents.md: a tool acts once, for what was approved, and survives a restart."""
+"""examples/agent/guard.py: a tool acts once, for what was approved, and survives a restart."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
-PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "agents.md").read_text()
-PROGRAM = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
+PROGRAM = (Path(__file__).parents[1] / "examples" / "agent" / "guard.py").read_text()
 PAYLOAD = "Delete the project Fern"
 
 pytestmark = pytest.mark.looptime
@@ -33,7 +31,7 @@ class Tool:
 
     def __init__(self, client: KeylessClient, record: sqlite3.Connection) -> None:
         names: dict[str, Any] = {"__name__": "guard"}
-        exec(PROGRAM.rpartition("asyncio.run(")[0], names)  # noqa: S102  # our own page, without its last line
+        exec(PROGRAM, names)  # noqa: S102  # our own program
         self._guarded = names["Guard"](client, record, "C0FFEE").guarded
         self.acted = 0
 
