@@ -47,11 +47,12 @@ class EventKeys:
     """
 
     def __init__(self, *keys: str) -> None:
+        self._keys: dict[str, Secret] = {}  # by their ids, the first one signs
         parsed = _parse(keys)
         del keys  # before anything is raised: error reporters print local variables
         if isinstance(parsed, ConfigurationError):
             raise parsed
-        self._keys = parsed  # by their ids, the first one signs
+        self._keys = parsed
 
     @classmethod
     def from_files(cls, *paths: Path | str) -> Self:
