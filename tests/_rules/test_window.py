@@ -135,3 +135,22 @@ def test_each_fall_leaves_seven_tenths_of_the_polls_in_flight() -> None:
     assert not window.record_success(18.0, started_at=16.9)  # it started before the limit fell
     assert window.opens_at(18.0, [17.0] * 6) == 18.0
     assert window.opens_at(18.0, [16.0, *[17.0] * 6]) == 16.0 + 3 * 4.5
+
+
+QUICK = [(float(number), number + 0.05) for number in range(8)]  # when each poll started, and when its answer came
+PACED = [float(number) for number in range(20, 28)]
+
+
+@pytest.mark.parametrize(
+    ("starts", "pace", "expected"),
+    [(PACED, 1.19, math.inf), (PACED, 1.21, 7.0), ([20.0, 21.0, 24.0, 22.0, 23.0, 25.0, 26.0, 27.0], 1.5, math.inf)],
+)
+def test_late_answers_are_a_queue_if_they_come_in_order_and_over_a_fifth_slower_than_their_polls(
+    starts: list[float], pace: float, expected: float
+) -> None:
+    window = Window()
+    answers = [*QUICK, *((start, 30.0 + pace * number) for number, start in enumerate(starts))]
+    for started_at, now in answers:
+        if window.record_success(now, started_at=started_at):
+            window.adapt(now, [now] * 10)
+    assert window.limit == expected
