@@ -137,7 +137,7 @@ def test_each_fall_leaves_seven_tenths_of_the_polls_in_flight() -> None:
     assert window.opens_at(18.0, [16.0, *[17.0] * 6]) == 16.0 + 3 * 4.5
 
 
-QUICK = [(float(number), number + 0.05) for number in range(8)]  # when each poll started, and when its answer came
+QUICK = [(float(number), number + 0.05) for number in range(10, 18)]  # when each poll started, and when its answer came
 PACED = [float(number) for number in range(20, 28)]
 
 
