@@ -303,7 +303,7 @@ def test_a_loop_that_stood_still_sends_its_final_poll_then(told_in_trouble: Hist
 
 def test_a_queue_whose_polls_are_cut_off_is_seen(told_in_trouble: History) -> None:
     history = copy.deepcopy(told_in_trouble)
-    for poll in [exchange for exchange in history.exchanges if exchange.is_poll and exchange.sent_at < 200.0][::3]:
+    for poll in [exchange for exchange in history.exchanges if exchange.is_poll and exchange.sent_at < 200.0][::2]:
         poll.status, poll.ended_at = None, poll.sent_at + 10.0
     assert "a queue stays short" in {violation.promise for violation in check(history, TROUBLED.faults)}
 

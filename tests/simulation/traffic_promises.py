@@ -33,7 +33,7 @@ RARE = 50
 STEPS = 5
 #: Seconds from the beginning of a service's trouble, in which a client learns what it can answer; polls that are enough
 #: to tell; and the share of them that may get no answer in time.
-QUEUE_SETTLES, MANY, LOST = 60.0, 50, 0.2
+QUEUE_SETTLES, MANY, LOST = 60.0, 50, 0.35
 #: The shortest `request_timeout` with which it learns that.
 ENOUGH = 10.0
 #: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
