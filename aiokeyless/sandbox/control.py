@@ -34,7 +34,7 @@ IDENTITY: Final = "X-Keyless-Sandbox"
 
 _HEADERS: Final = {**HEADERS, IDENTITY: __version__}
 
-_UserId = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Fa-f]+\Z")]
+UserId = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Fa-f]+\Z")]
 _ExternalUserId = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER)]
 _OperationId = Annotated[str, msgspec.Meta(min_length=1)]
 _AuthType = Literal["biom", "pin"]
@@ -42,38 +42,38 @@ _Times = Annotated[int, msgspec.Meta(ge=1)]
 _Method = Literal["GET", "POST", "PATCH", "DELETE"]
 
 
-class _Body(Camel, kw_only=True, forbid_unknown_fields=True):
+class Body(Camel, kw_only=True, forbid_unknown_fields=True):
     """Base of the bodies. An unknown field is an error."""
 
 
-class Selection(_Body):
+class Selection(Body):
     """Which operations to list."""
 
-    user_id: _UserId | None = None
+    user_id: UserId | None = None
     state: Literal["pending", "approved"] | None = None
 
 
-class Approval(_Body):
+class Approval(Body):
     """The arguments of `Sandbox.approve`."""
 
     operation_id: _OperationId
     auth_type: _AuthType = "biom"
-    user_id: _UserId | None = None
+    user_id: UserId | None = None
     operation_payload: str | None = None
     external_user_id: str | None = None
 
 
-class Refusal(_Body):
+class Refusal(Body):
     """The arguments of `Sandbox.fail_authentication`. By default, the user cancels."""
 
     operation_id: _OperationId
     error_code: Annotated[int, msgspec.Meta(ge=1)] = CANCELLED
     auth_type: _AuthType = "biom"
-    user_id: _UserId | None = None
+    user_id: UserId | None = None
     external_user_id: str | None = None
 
 
-class Drop(_Body):
+class Drop(Body):
     """The arguments of `Sandbox.drop_next`. Without `times`, the fault lasts until `recover`."""
 
     times: _Times | None = None
@@ -88,14 +88,14 @@ class Failure(Drop):
     retry_after: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
-class Nothing(_Body):
+class Nothing(Body):
     """A body without fields."""
 
 
-class User(_Body):
+class User(Body):
     """A user."""
 
-    user_id: _UserId
+    user_id: UserId
 
 
 class Enrolment(User):
@@ -104,14 +104,14 @@ class Enrolment(User):
     external_user_id: _ExternalUserId | None = None
 
 
-class Signature(_Body):
+class Signature(Body):
     """The arguments of `Sandbox.sign`."""
 
     operation_id: _OperationId
     tampered: bool = False
 
 
-class Rotation(_Body):
+class Rotation(Body):
     """The arguments of `Sandbox.rotate_keys`."""
 
     retire: bool = False
@@ -151,24 +151,20 @@ def _check_exists(sandbox: Service, operation_id: str) -> None:
         )
 
 
-def _fail(sandbox: Service, failure: Failure) -> object:
+def _fail(sandbox: Service, failure: Failure) -> None:
     sandbox.fail_next(**msgspec.structs.asdict(failure))
-    return {}
 
 
-def _drop(sandbox: Service, drop: Drop) -> object:
+def _drop(sandbox: Service, drop: Drop) -> None:
     sandbox.drop_next(**msgspec.structs.asdict(drop))
-    return {}
 
 
-def _recover(sandbox: Service, _nothing: Nothing) -> object:
+def _recover(sandbox: Service, _nothing: Nothing) -> None:
     sandbox.recover()
-    return {}
 
 
-def _unlock(sandbox: Service, user: User) -> object:
+def _unlock(sandbox: Service, user: User) -> None:
     sandbox.unlock(user.user_id)
-    return {}
 
 
 def _enroll(sandbox: Service, enrolment: Enrolment) -> object:
@@ -190,7 +186,7 @@ class Endpoint(NamedTuple):
     Attributes:
         method: The HTTP method.
         body: The fields of the JSON body, or of the query of a GET.
-        act: Applies a request to the sandbox, and returns the body of the answer, as data for JSON.
+        act: Applies a request to the sandbox, and returns the body of the answer, as data for JSON. None: no fields.
     """
 
     method: str
@@ -227,32 +223,32 @@ class Control:
 
     async def serve(self, request: web.Request) -> web.Response:
         """Answer one request."""
-        answer = self._refuse(request) or await self._answer(request)
-        return web.Response(status=answer.status, body=answer.body, headers={**_HEADERS, **answer.headers})
-
-    def _refuse(self, request: web.Request) -> Answer | None:
         headers = request.headers
-        return refuse_host(headers.get("Host", ""), self._host) or refuse_driver(
+        answer = refuse_host(headers.get("Host", ""), self._host) or refuse_driver(
             request.method, headers, self._sandbox.api_key
         )
+        answer = answer or await apply(request, request.match_info["name"], ENDPOINTS, self._sandbox)
+        return web.Response(status=answer.status, body=answer.body, headers={**_HEADERS, **answer.headers})
 
-    async def _answer(self, request: web.Request) -> Answer:
-        endpoint = ENDPOINTS.get(request.match_info["name"])
-        if endpoint is None:
-            return error_answer(HTTPStatus.NOT_FOUND, f"no such path; those under /sandbox/: {', '.join(ENDPOINTS)}")
-        if request.method != endpoint.method:
-            return error_answer(HTTPStatus.METHOD_NOT_ALLOWED, f"only {endpoint.method}", {"Allow": endpoint.method})
-        try:
-            body = await _read(request, endpoint)
-        except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
-            return error_answer(HTTPStatus.BAD_REQUEST, f"the fields are not valid: {error}")
-        try:
-            return Answer(HTTPStatus.OK, msgspec.json.encode(endpoint.act(self._sandbox, body)))
-        except _NotFoundError as error:
-            return error_answer(HTTPStatus.NOT_FOUND, str(error))
-        # The body is valid, so the sandbox's state does not permit the request.
-        except ConfigurationError as error:
-            return error_answer(HTTPStatus.CONFLICT, str(error))
+
+async def apply(request: web.Request, name: str, endpoints: Mapping[str, Endpoint], sandbox: Service) -> Answer:
+    """Apply a request to the sandbox, and return the answer."""
+    endpoint = endpoints.get(name)
+    if endpoint is None:
+        return error_answer(HTTPStatus.NOT_FOUND, f"no such path; those under /sandbox/: {', '.join(ENDPOINTS)}")
+    if request.method != endpoint.method:
+        return error_answer(HTTPStatus.METHOD_NOT_ALLOWED, f"only {endpoint.method}", {"Allow": endpoint.method})
+    try:
+        body = await _read(request, endpoint)
+    except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
+        return error_answer(HTTPStatus.BAD_REQUEST, f"the fields are not valid: {error}")
+    try:
+        return Answer(HTTPStatus.OK, msgspec.json.encode(endpoint.act(sandbox, body) or {}))
+    except _NotFoundError as error:
+        return error_answer(HTTPStatus.NOT_FOUND, str(error))
+    # The body is valid, so the sandbox's state does not permit the request.
+    except ConfigurationError as error:
+        return error_answer(HTTPStatus.CONFLICT, str(error))
 
 
 async def _read(request: web.Request, endpoint: Endpoint) -> object:

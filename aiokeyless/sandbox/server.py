@@ -30,7 +30,7 @@ from .api import Answer, error_answer
 from .control import Control
 from .guard import refuse_host
 from .journal import RequestRecord
-from .phone import wants_page
+from .phone import Phones, wants_page
 from .service import AutoApprove, Service, check_whole
 
 logger: Final = logging.getLogger("aiokeyless")
@@ -102,6 +102,7 @@ class Sandbox(Service):
         self._old_connections: set[web.RequestHandler] = set()
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
+        self._phones: Phones
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -122,8 +123,8 @@ class Sandbox(Service):
         if self._runner is not None:
             raise ConfigurationError("the sandbox is running already; enter it once, or close it first")
         self._loop = asyncio.get_running_loop()
+        self._phones = Phones(self, self._book, self._host, self._create_on_phone)
         self._clocks = (time.time_ns(), self._loop.time())
-        self._phones.open()
         runner = self._runner = web.AppRunner(
             self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_GRACE
         )
@@ -224,7 +225,7 @@ class Sandbox(Service):
         finally:
             self._handlers.discard(task)
             msgspec.structs.force_setattr(record, "duration", asyncio.get_running_loop().time() - record.at)
-            self._phones.refresh()
+            self._book.refresh()
             self._report(record)
         return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
 

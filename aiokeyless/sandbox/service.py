@@ -8,9 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from http import HTTPStatus
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
@@ -20,8 +18,7 @@ from aiokeyless.models import Authentication, AuthType, Device, Operation
 
 from .api import JSON, TENANT, Answer, KeylessApi, error_answer
 from .attempts import MISMATCH
-from .journal import Journal, RequestRecord
-from .phone import Actions, Phones
+from .journal import RequestRecord
 from .snapshot import Fault, PhoneBook
 from .store import OperationStore
 
@@ -40,23 +37,6 @@ class _Fault(msgspec.Struct):
     answer: Answer | None
 
 
-_UNAVAILABLE: Final = error_answer(
-    HTTPStatus.SERVICE_UNAVAILABLE, "the sandbox's page was told to let the API answer 503"
-)
-
-
-def _chosen_on_page(fault: Fault) -> _Fault | None:
-    match fault:
-        case "none":
-            return None
-        case "unavailable":
-            return _Fault(math.inf, method=None, stored=False, answer=_UNAVAILABLE)
-        case "dropped":
-            return _Fault(math.inf, method=None, stored=False, answer=None)
-        case _:
-            assert_never(fault)
-
-
 #: Seconds until a simulated user approves an operation, or what returns them for each; None: never.
 AutoApprove: TypeAlias = float | Callable[[Operation], float | None] | None
 
@@ -71,7 +51,7 @@ class Service:
     """
 
     JOURNAL_LIMIT: Final = 10_000
-    """Largest number of records in `requests`; the oldest are removed. It keeps fewer if their paths are long."""
+    """Largest number of records in `requests`; the oldest are removed."""
 
     def __init__(self, api_key: str, auto_approve: AutoApprove, host: str) -> None:
         _check_text("host", host)
@@ -84,27 +64,14 @@ class Service:
         self._clocks = (time.time_ns(), time.monotonic())
         # Nanoseconds by which tests have moved the loop's clock.
         self._ahead = 0
-        self._store = OperationStore(clock=self._time_ns, timer=self._now, on_attempt=self._show_attempt)
+        self._store = OperationStore(self._time_ns, self._now, self._show_attempt)
         self._api = KeylessApi(self._store, api_key, self._handle_creation, self._encode_key_set)
         self._lazy_signer: Signer | None = None
-        self._journal = Journal()
-        self._book = PhoneBook(
-            self._store, lambda: self.requests, lambda: bool(self._faults), signs=find_spec("jwt") is not None
-        )
-        actions = Actions(
-            approve=self._approve_on_phone,
-            fail=self.fail_authentication,
-            create=self._create_on_phone,
-            enroll=lambda user, external_user_id: self.enroll(user, external_user_id=external_user_id),
-            remove=self._store.users.remove_device,
-            unlock=self.unlock,
-            sign=self.sign,
-        )
-        self._phones = Phones(self._book, actions, host)
+        self._book = PhoneBook(self._store, lambda: self.requests, self._describe_fault)
         self._latency = 0.0
         self._faults: list[_Fault] = []
         self._approvals: dict[str, asyncio.TimerHandle] = {}
-        self.requests: list[RequestRecord] = self._journal.requests
+        self.requests: list[RequestRecord] = []
         """The received requests, oldest first, at most `JOURNAL_LIMIT`; a live list that you may clear."""
         self.request_count: int = 0
         """Number of all received requests, also of those that were removed from `requests`."""
@@ -188,7 +155,6 @@ class Service:
         """
         device = self._store.users.enroll(user_id, external_user_id)
         self._book.show(device.user_id)
-        self._phones.refresh()
         return device
 
     def fail_authentication(
@@ -240,7 +206,7 @@ class Service:
             ConfigurationError: `user_id` is not hex.
         """
         self._store.unlock(user_id)
-        self._phones.refresh()
+        self._book.refresh()
 
     def sign(self, operation_id: str, *, tampered: bool = False, claims: Mapping[str, object] | None = None) -> str:
         """Return the token with which the phone signed an approved operation. The app passes it to your backend.
@@ -311,7 +277,7 @@ class Service:
         """
         self._store.forget(operation_id)
         self._cancel_approval(operation_id)
-        self._phones.refresh()
+        self._book.refresh()
 
     def tamper(self, operation_id: str, /, **fields: object) -> None:
         """Return false fields from ``GET`` of an operation, to test how a client handles them.
@@ -426,10 +392,9 @@ class Service:
         self._add_fault(times, method, stored=stored, answer=None)
 
     def recover(self) -> None:
-        """Remove all faults: those of `fail_next` and `drop_next`, and the one chosen on the page."""
+        """Remove all faults: those of `fail_next` and `drop_next`, and of the page."""
         self._faults.clear()
-        self._book.fault = "none"
-        self._phones.refresh()
+        self._book.refresh()
 
     def _add_fault(self, times: int | None, method: str | None, *, stored: bool, answer: Answer | None) -> None:
         if times is not None:
@@ -438,12 +403,14 @@ class Service:
             _check_text("method", method)
         left = math.inf if times is None else times
         self._faults.append(_Fault(left, method and method.upper(), stored, answer))
-        self._phones.refresh()
+        self._book.refresh()
+
+    def _describe_fault(self) -> Fault:
+        if not self._faults:
+            return "recover"
+        return "drop" if self._faults[0].answer is None else "fail"
 
     def _next_fault(self, method: str) -> _Fault | None:
-        # While the page lets all requests fail, they take none of the faults that a test has queued.
-        if (chosen := _chosen_on_page(self._book.fault)) is not None:
-            return chosen
         for index, fault in enumerate(self._faults):
             if fault.method is None or fault.method == method:
                 fault.left -= 1
@@ -453,9 +420,11 @@ class Service:
         return None
 
     def _record(self, method: str, path: str) -> RequestRecord:
-        record = self._journal.add(method, path, self._now(), self.JOURNAL_LIMIT)
+        record = RequestRecord(method, path, None, self._now())
+        self.requests.append(record)
+        del self.requests[: -self.JOURNAL_LIMIT]
         self.request_count += 1
-        self._phones.refresh()
+        self._book.refresh()
         return record
 
     def _now(self) -> float:
@@ -474,21 +443,14 @@ class Service:
 
     def _show_attempt(self, user_id: str, attempt: Authentication) -> None:
         self._book.add_attempt(user_id, attempt)
-        self._phones.refresh()
 
-    def _approve_on_phone(self, operation_id: str, auth_type: str) -> None:
-        self.approve(operation_id, auth_type=auth_type)
-
-    def _create_on_phone(self, user_id: str, operation_payload: str) -> None:
-        operation = self._store.create(
-            user_id, f"page-{secrets.token_hex(8)}", operation_payload=operation_payload or None
-        )
+    def _create_on_phone(self, user_id: str, operation_payload: str | None) -> None:
+        operation = self._store.create(user_id, f"page-{secrets.token_hex(8)}", operation_payload=operation_payload)
         assert operation is not None  # noqa: S101  # the id is random
         self._handle_creation(operation)
 
     def _handle_creation(self, operation: Operation) -> None:
         self._book.show(operation.user_id)
-        self._phones.refresh()
         delay = self._auto_approve
         if callable(delay):
             delay = delay(operation)

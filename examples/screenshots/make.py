@@ -35,7 +35,7 @@ async def phone(browser: Browser) -> None:
         sandbox.fail_authentication("txn-20261124-001")
         sandbox.approve("login-88", auth_type="pin")
         await page.goto(sandbox.url)
-        await expect(page.get_by_text("Pay 40 EUR to Alice").first).to_be_visible(timeout=60_000)
+        await expect(page.get_by_text("Pay 40 EUR to Alice", exact=True).first).to_be_visible(timeout=60_000)
         await page.screenshot(path=HERE / "phone.png")
 
 

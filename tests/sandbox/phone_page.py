@@ -60,20 +60,16 @@ async def picture(page: aiohttp.ClientSession, **query: str) -> Any:
         return await stream.next()
 
 
-async def key_of(page: aiohttp.ClientSession, user: str = USER) -> str:
-    return str((await picture(page, user=user))["phones"][0]["pending"][0]["key"])
-
-
 async def post(page: aiohttp.ClientSession, path: str, body: Any, **headers: str) -> tuple[int, Any]:
     async with page.post(f"/sandbox/page/{path}", json=body, headers=headers) as response:
         return response.status, await response.json()
 
 
-async def approve(page: aiohttp.ClientSession, key: str, user: str = USER, how: str = "biom") -> int:
-    status, _ = await post(page, "approve", {"user": user, "key": key, "authType": how})
+async def approve(page: aiohttp.ClientSession, operation_id: str = "a", how: str = "biom") -> int:
+    status, _ = await post(page, "approve", {"operationId": operation_id, "authType": how})
     return status
 
 
-async def fail(page: aiohttp.ClientSession, key: str, error_code: int) -> int:
-    status, _ = await post(page, "fail", {"user": USER, "key": key, "errorCode": error_code})
+async def fail(page: aiohttp.ClientSession, error_code: int) -> int:
+    status, _ = await post(page, "decline", {"operationId": "a", "errorCode": error_code})
     return status

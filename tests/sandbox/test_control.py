@@ -19,7 +19,7 @@ from aiokeyless._version import __version__
 from aiokeyless.sandbox.control import ENDPOINTS, IDENTITY
 from aiokeyless.signatures import TransactionVerifier
 
-from .phone_page import BROWSER, OTHER, USER, create, get, picture
+from .phone_page import BROWSER, OTHER, USER, create, get
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -152,17 +152,6 @@ async def test_service_drops_connections_as_often_as_it_is_told(sandbox: Sandbox
     await done(http, "recover")
     assert await get(http) == 200
     assert sandbox.operations.keys() == {"a"}
-
-
-async def test_recovering_also_ends_what_was_chosen_on_the_page(
-    http: aiohttp.ClientSession, page: aiohttp.ClientSession
-) -> None:
-    async with page.post("/sandbox/page/fault", json={"fault": "unavailable"}) as response:
-        assert response.status == 200
-    assert await get(http) == 503
-    await done(http, "recover")
-    assert await get(http) == 404
-    assert (await picture(page))["fault"] == "none"
 
 
 async def test_operations_are_listed_and_selected(http: aiohttp.ClientSession) -> None:

@@ -21,8 +21,6 @@ from tenacity import wait_fixed
 from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.sandbox.phone import Phones
-from aiokeyless.signatures import TransactionVerifier
 
 playwright_api = pytest.importorskip("playwright.async_api", reason='needs the extra "examples"')
 
@@ -102,7 +100,7 @@ async def opened(browser: Browser, url: str, complaints: tuple[str, ...] = (), *
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def page(browser: Browser, sandbox: Sandbox) -> AsyncGenerator[Page]:
-    async with opened(browser, f"{sandbox.url}/") as page:
+    async with opened(browser, f"{sandbox.url}/", complaints=("409 (Conflict)",)) as page:
         yield page
 
 
@@ -121,7 +119,7 @@ async def test_operation_appears_by_itself_and_a_click_ends_the_wait(client: Key
     ticket = await client.create_operation(USER, operation_payload="Pay 40 EUR", external_user_id="ann@example.com")
     waiting = asyncio.create_task(client.wait_for_approval(ticket, schedule=wait_fixed(0.1)))
     await expect(phone(page).get_by_text("Pay 40 EUR")).to_be_visible()
-    for text in ("ann@example.com", ticket.operation_id, re.compile("^just now$| ago$")):
+    for text in ("ann@example.com", ticket.operation_id, re.compile(r"^\d\d:\d\d:\d\d$")):
         await expect(phone(page).get_by_text(text)).to_be_visible()
     await expect(page).to_have_title("(1) Keyless sandbox")
     await button(page).click()
@@ -136,16 +134,6 @@ async def test_pin_is_approved_as_pin(client: KeylessClient, sandbox: Sandbox, p
     await button(page, "PIN").click()
     await expect(phone(page).get_by_text("Approved with PIN")).to_be_visible()
     assert sandbox.operations["a"].auth_type == "pin"
-
-
-async def test_double_click_approves_one_operation(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
-    for operation_id in "abc":
-        await client.create_operation(USER, operation_id=operation_id)
-    await expect(button(page)).to_have_count(3)
-    await button(page).first.dblclick()
-    await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-    await expect(button(page)).to_have_count(2)
-    assert [each.is_approved for each in sandbox.operations.values()] == [False, False, True]
 
 
 async def test_confirmation_goes_and_the_phone_is_quiet(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
@@ -266,20 +254,21 @@ async def test_page_lets_the_api_fail_in_two_ways(sandbox: Sandbox, page: Page) 
 
         faults = page.get_by_role("group", name="The API")
         await faults.get_by_role("radio", name="answers 503").check()
-        await expect(page.get_by_text("The API answers every request with 503")).to_be_visible()
+        await expect(page.get_by_text("The API fails")).to_be_visible()
         assert await status() == 503
         await expect(page.get_by_role("row").filter(has_text="503")).to_contain_text("GET /v2/users/C0FFEE/operations")
-        await faults.get_by_role("radio", name="answers 503").press("ArrowRight")
-        await expect(page.get_by_text("The API drops the connection of every request")).to_be_visible()
-        assert await status() is None
+        await faults.get_by_role("radio", name="drops").check()
+        async with asyncio.timeout(PATIENCE):
+            while await status() == 503:
+                pass
         await expect(page.get_by_role("row").filter(has_text="no answer").first).to_be_visible()
         await faults.get_by_role("radio", name="works").check()
-        await expect(page.get_by_text("The API drops")).to_be_hidden()
+        await expect(page.get_by_text("The API fails")).to_be_hidden()
         assert await status() == 200
         sandbox.fail_next(times=None)
-        await expect(page.get_by_text("A program has told the API to fail.")).to_be_visible()
+        await expect(faults.get_by_role("radio", name="answers 503")).to_be_checked()
         sandbox.recover()
-        await expect(page.get_by_text("A program has told the API to fail.")).to_be_hidden()
+        await expect(faults.get_by_role("radio", name="works")).to_be_checked()
 
 
 async def test_test_operation_is_sent_from_the_page(sandbox: Sandbox, browser: Browser) -> None:
@@ -287,82 +276,31 @@ async def test_test_operation_is_sent_from_the_page(sandbox: Sandbox, browser: B
         form = page.get_by_role("region", name="Send a test operation")
         await form.get_by_label("User id").fill("Alice")
         await form.get_by_role("button").click()
-        await expect(form.get_by_role("alert")).to_contain_text("hex string, such as C0FFEE")
-        await form.get_by_label("User id").fill(OTHER.lower())
+        await expect(form.locator("input:invalid")).to_be_focused()
+        await form.get_by_label("User id").fill(f" {OTHER.lower()} ")
         await form.get_by_label("Text").fill("Pay 5")
         await form.get_by_role("button").click()
         await expect(phone(page, OTHER).get_by_text("Pay 5")).to_be_visible()
-        await expect(form.get_by_role("alert")).to_be_hidden()
         assert [each.operation_payload for each in sandbox.operations.values()] == ["Pay 5"]
 
 
-async def test_environment_and_command_are_copied(sandbox: Sandbox, page: Page) -> None:
-    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    environment = f"export KEYLESS_BASE_URL={sandbox.url}\nexport KEYLESS_API_KEY={sandbox.api_key}"
-    command = 'aiokeyless create C0FFEE --payload "Pay 40 EUR to Alice?"'
-    for step, text in enumerate((environment, command)):
-        item = page.locator("#help li").nth(step)
-        await item.get_by_role("button", name="Copy").click()
-        await expect(item.get_by_role("button", name="Copied")).to_be_visible()
-        assert await page.evaluate("navigator.clipboard.readText()") == text
-
-
-async def test_environment_is_selected_where_the_browser_does_not_copy(sandbox: Sandbox, page: Page) -> None:
-    await page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error()))")
-    await page.get_by_role("button", name="Copy").first.click()
-    await expect(page.get_by_role("button", name="Selected: press Ctrl+C")).to_be_visible()
-    assert sandbox.url in await page.evaluate("getSelection().toString()")
-
-
 async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
-    client: KeylessClient, sandbox: Sandbox, browser: Browser, monkeypatch: pytest.MonkeyPatch
+    client: KeylessClient, sandbox: Sandbox, browser: Browser
 ) -> None:
     await client.create_operation(USER, operation_payload="Still there")
     async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
-        await expect(button(page)).to_be_enabled()
-        monkeypatch.setattr("aiokeyless.sandbox.phone._CLOSE_TIMEOUT", 0)  # as if the program was killed
-        monkeypatch.setattr(Phones, "_encode_event", lambda *_: b"")
-        await sandbox.aclose()
-        monkeypatch.undo()
-        await expect(page.get_by_text("The sandbox is not reachable")).to_be_visible()
-        await expect(page.get_by_role("radio", name="works")).to_be_disabled()
-        await expect(button(page)).to_be_disabled()
-        await button(page).click(force=True)
         await expect(button(page)).to_be_visible()
-        await sandbox.start()
-        await expect(page.get_by_text("Live", exact=True)).to_be_visible()
-        await expect(page.get_by_text("What is shown here may be out of date")).to_be_hidden()
-        await button(page).click()
-        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-
-
-async def test_problem_of_a_card_goes_with_its_cause(client: KeylessClient, sandbox: Sandbox, browser: Browser) -> None:
-    await client.create_operation(USER, operation_payload="Still there")
-    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
-        await page.route("**/sandbox/page/approve", lambda route: route.abort())
+        await sandbox.aclose()
+        await expect(page.get_by_text("The sandbox has ended, or cannot be reached")).to_be_visible()
+        await expect(page.get_by_role("radio", name="works")).to_be_disabled()
         await button(page).click()
         problem = phone(page).get_by_role("alert").filter(has_text="The sandbox is not reachable")
         await expect(problem).to_be_visible()
-        await page.unroute("**/sandbox/page/approve")
-        await sandbox.aclose()
-        await expect(page.get_by_text("The sandbox was ended by its program")).to_be_visible()
-        await expect(problem).to_be_hidden()
         await sandbox.start()
         await expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        await expect(page.get_by_text("The sandbox has ended, or cannot be reached")).to_be_hidden()
+        await expect(problem).to_be_hidden()
         await button(page).click()
-        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-
-
-async def test_page_of_a_sandbox_that_ends_after_an_approval_ends_as_a_success(
-    client: KeylessClient, sandbox: Sandbox, browser: Browser
-) -> None:
-    await client.create_operation(USER, operation_payload="Pay 40 EUR")
-    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
-        await button(page).click()
-        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-        await sandbox.aclose()
-        await expect(page.get_by_text("Everything that was asked for is approved")).to_be_visible()
-        await expect(page.get_by_text("What is shown here may be out of date")).to_be_hidden()
         await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
 
 
@@ -375,7 +313,7 @@ async def test_page_that_nobody_sees_gives_its_connection_back(
     }"""
     await page.evaluate(hide, arg=True)
     async with asyncio.timeout(PATIENCE):
-        while sandbox._phones._readers:  # noqa: ASYNC110  # nothing tells when they are gone
+        while sandbox._phones._streams:  # noqa: ASYNC110  # nothing tells when they are gone
             await asyncio.sleep(0.01)
     await client.create_operation(USER)
     assert await button(page).count() == 0
@@ -389,7 +327,7 @@ async def test_foreign_page_approves_nothing(
 ) -> None:
     await client.create_operation(USER, operation_id="a")
     bodies = {
-        "page/approve": {"user": USER, "key": sandbox._book.key(sandbox.operations["a"]), "authType": "biom"},
+        "page/approve": {"operationId": "a", "authType": "biom"},
         "approve": {"operationId": "a"},
     }
     async with Sandbox() as evil, await browser.new_page() as page:
@@ -450,19 +388,17 @@ async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
     for number in range(5):
         await card.get_by_role("button", name="Face does not match").click()
         await expect(history).to_have_count(number + 2)
-    await expect(card).to_contain_text("6 attempts failed, the last one: The face did not match (30004).")
-    await expect(phone(page).get_by_text("Locked out for")).to_be_visible()
-    for how in ("face", "PIN"):
-        for each in await button(page, how).all():
-            await expect(each).to_be_disabled()
-    for each in await page.get_by_role("button", name="Cancel").all():
-        await expect(each).to_be_enabled()
+    await expect(card).to_contain_text("The face did not match (30004).")
+    await expect(phone(page).get_by_text("Locked out until")).to_be_visible()
+    await button(card).click()
+    await expect(card.get_by_role("alert")).to_contain_text("is locked out for")
     assert not any(each.is_approved for each in sandbox.operations.values())
-    assert [each.error_code for each in sandbox.authentications] == [30003, *[30004] * 5]
+    assert [each.error_code for each in sandbox.authentications] == [30003, *[30004] * 5, 30007]
     await phone(page).get_by_role("button", name="Unlock").click()
-    await expect(phone(page).get_by_text("Locked out for")).to_be_hidden()
+    await expect(phone(page).get_by_text("Locked out until")).to_be_hidden()
     await expect(phone(page).get_by_role("heading", name=USER)).to_be_focused()
-    await expect(button(card)).to_be_enabled()
+    await button(card).click()
+    await expect(card).to_contain_text("Approved with face")
 
 
 async def test_history_tells_what_was_approved_also_to_a_page_that_opens_later(
@@ -475,59 +411,6 @@ async def test_history_tells_what_was_approved_also_to_a_page_that_opens_later(
             ["Approved with PINPay 40 EURC0FFEE, "]
         )
         await page.reload()
-
-
-# Texts that deceive
-
-
-# What is created, and what is seen of it.
-SEEN = {
-    "Pay 40 to \u202eecilA\u202c": "Pay 40 to U+202EecilAU+202C",
-    "Pay 4\u200b0\u2066 to\ufeff \u00adBob\u2069": "Pay 4U+200B0U+2066 toU+FEFF U+00ADBobU+2069",
-    "Pay \x00\x1b[1m\x85 \u2028 \U000e0041 \ue000": "Pay U+0000U+001B[1mU+0085 U+2028 U+E0041 U+E000",
-    "Zero\u200dwidth 👩\u200d alone": "ZeroU+200Dwidth 👩U+200D alone",
-}
-SEEN_AS_IT_IS = ("Две строки\n\u05e9\u05dc\u05d5\u05dd\t", "👩🏽\u200d💻 ❤\ufe0f 1\ufe0f\u20e3 é")
-
-
-async def test_characters_that_are_not_seen_are_shown_as_codes(client: KeylessClient, page: Page) -> None:
-    cases = SEEN | {text: text for text in SEEN_AS_IT_IS}
-    for text in cases:
-        await client.create_operation(USER, operation_payload=text, external_user_id=text)
-    cards = phone(page).get_by_role("listitem")
-    await expect(cards).to_have_count(len(cases))
-    for card, (text, seen) in zip(reversed(await cards.all()), cases.items(), strict=True):
-        for part in (card.locator(".payload"), card.locator(".external")):
-            assert await part.evaluate("each => each.textContent") == seen
-            await expect(part).to_have_attribute("dir", "auto")
-        note = expect(card.get_by_text("A framed code stands for a character that is invisible"))
-        await (note.to_be_hidden() if text == seen else note.to_be_visible())
-    await client.create_operation(OTHER, operation_id="id\u202e")
-    await expect(phone(page, OTHER).get_by_text("idU+202E")).to_be_visible()
-
-
-async def test_text_is_approved_only_after_it_could_be_read_to_its_end(
-    client: KeylessClient, sandbox: Sandbox, page: Page
-) -> None:
-    text = "Contract. " + "Lorem ipsum dolor sit amet. " * 400 + "And 9000 EUR."
-    await client.create_operation(USER, operation_id="a", operation_payload=text)
-    await expect(phone(page).get_by_text("This is the start of a text of 11,223 characters.")).to_be_visible()
-    await expect(button(page)).to_be_disabled()
-    await button(page).click(force=True)
-    await phone(page).get_by_role("button", name="Read all 11,223 characters").click()
-    await expect(phone(page).get_by_text("And 9000 EUR.")).to_be_focused()
-    await expect(phone(page).get_by_text("This is the start")).to_be_hidden()
-    assert not sandbox.operations["a"].is_approved
-    await button(page).click()
-    await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-
-
-async def test_text_that_is_too_long_to_be_read_is_not_approved(client: KeylessClient, page: Page) -> None:
-    await client.create_operation(USER, operation_id="a", operation_payload="p" * 20_001)
-    await expect(phone(page).get_by_text("so it cannot be approved here")).to_be_visible()
-    await expect(phone(page).get_by_role("button", name="Read all")).to_be_hidden()
-    await expect(button(page)).to_be_disabled()
-    await expect(button(page, "PIN")).to_be_disabled()
 
 
 # Its appearance, and how it reads
@@ -580,25 +463,20 @@ async def test_axe_core_finds_nothing_in_any_state(
         accessibility = Accessibility(page)
         await accessibility.check("empty")
 
-        await client.create_operation(
-            USER, operation_id="a", operation_payload="Pay to \u202eecilA", external_user_id="x"
-        )
+        await client.create_operation(USER, operation_id="a", operation_payload="Pay to Alice", external_user_id="x")
         await client.create_operation(USER, operation_id="b", operation_payload="Lorem ipsum. " * 300)
         await client.create_operation(USER, operation_id="c")
         await expect(button(page)).to_have_count(3)
         sandbox.approve("c")
         await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-        await page.locator("#try-user").fill("Alice")
-        await page.get_by_role("button", name="Send to the phone").click()
-        await expect(page.get_by_role("alert").filter(has_text="hex string")).to_be_visible()
-        await page.get_by_text("Connect a program").click()
-        await accessibility.check("one phone: a long text, codes, an approval, an error")
+        await accessibility.check("one phone: a long text, an approval")
 
-        await phone(page).get_by_role("button", name="Read all").click()
         for _ in range(5):
             sandbox.fail_authentication("a")
-        await expect(phone(page).get_by_text("Locked out for")).to_be_visible()
-        await accessibility.check("locked")
+        await expect(phone(page).get_by_text("Locked out until")).to_be_visible()
+        await button(page).last.click()
+        await expect(page.get_by_role("alert")).to_contain_text("is locked out for")
+        await accessibility.check("locked, and an error")
 
         await page.get_by_text("Enroll a user").click()
         await phone(page).get_by_text("1 device").click()
@@ -612,11 +490,11 @@ async def test_axe_core_finds_nothing_in_any_state(
         await client.create_operation("F" * 64, operation_id="i" * 100, operation_payload="9" * 200)
         await expect(phone(page, "F" * 64)).to_be_visible()  # the last one: each moves what a click is aimed at
         await page.get_by_role("radio", name="answers 503").check()
-        await expect(page.get_by_text("The API answers every request with 503")).to_be_visible()
+        await expect(page.get_by_text("The API fails")).to_be_visible()
         await accessibility.check("many phones, and an API that fails")
 
         await sandbox.aclose()
-        await expect(page.get_by_text("The sandbox was ended by its program")).to_be_visible()
+        await expect(page.get_by_text("The sandbox has ended")).to_be_visible()
         await accessibility.check("ended")
 
 
@@ -644,8 +522,8 @@ async def test_a_user_is_enrolled_loses_the_phone_and_is_enrolled_again(
     await phone(page).get_by_role("button", name=re.compile("^Remove the device")).click()
     await expect(phone(page).get_by_text("This phone was removed")).to_be_visible()
     assert await client.get_devices(USER) == []
-    for name in ("Approve with face", "Approve with PIN", "Face does not match", "Cancel"):
-        await expect(phone(page).get_by_role("button", name=name)).to_have_attribute("aria-disabled", "true")
+    await button(page).click()
+    await expect(phone(page).get_by_role("alert")).to_contain_text("has no device")
     await phone(page).get_by_role("button", name=f"Enroll on a new device: {USER}").click()
     await expect(phone(page).get_by_text("This phone was removed")).to_be_hidden()
     await button(page).click()
@@ -659,36 +537,16 @@ async def test_an_enrolment_that_fails_says_why(sandbox: Sandbox, browser: Brows
         await page.get_by_text("Enroll a user").click()
         await page.get_by_label("External id").fill("ann")
         await page.locator("#enroll").get_by_role("button").click()
-        await expect(page.get_by_role("alert")).to_have_text("This external id belongs to another user.")
+        await expect(page.get_by_role("alert")).to_contain_text("belongs to another user")
 
 
-async def test_the_token_of_an_approval_is_copied(sandbox: Sandbox, client: KeylessClient, browser: Browser) -> None:
-    url = sandbox.url.replace("127.0.0.1", "localhost")
-    async with opened(browser, f"{url}/", permissions=["clipboard-read", "clipboard-write"]) as page:
-        await client.create_operation(USER, operation_id="a", operation_payload="Pay 40 EUR")
-        await button(page).click()
-        copy = page.get_by_role("button", name="Signed: copy the token for Pay 40 EUR")
-        await copy.click()
-        await expect(page.get_by_text("Copied").first).to_be_visible()
-        token = await page.evaluate("navigator.clipboard.readText()")
-    verifier = TransactionVerifier(client, tenant=sandbox.tenant)
-    signed = await verifier.verify(token, user_id=USER, transaction_data="Pay 40 EUR")
-    assert signed.transaction_data == "Pay 40 EUR"
-
-
-async def test_many_operations_of_many_users_make_a_page_of_some_screens(client: KeylessClient, page: Page) -> None:
+async def test_many_operations_of_many_users_fit_every_screen(client: KeylessClient, page: Page) -> None:
     for number in range(50):
         await client.create_operation(f"AB0{number % 6}", operation_payload=f"Payment {number}")
     await expect(phone(page, "AB01").get_by_text("Payment 49")).to_have_count(1)
-    for width, screens in ((320, 5), (390, 5), (768, 5), (1440, 4), (1920, 3)):
+    for width in (320, 390, 768, 1440, 1920):
         await page.set_viewport_size({"width": width, "height": 900})
         assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert await page.evaluate("document.documentElement.scrollHeight / innerHeight") < screens
-    # Where there is room for one phone, the others are a tap away.
-    await page.set_viewport_size({"width": 390, "height": 900})
-    await expect(phone(page, "AB03")).to_be_hidden()
-    await page.get_by_role("navigation", name="Phones").get_by_role("button", name="AB03 8").click()
-    await expect(phone(page, "AB03").get_by_text("Payment 45")).to_be_visible()
 
 
 async def test_page_reads_as_what_it_is(client: KeylessClient, page: Page) -> None:
