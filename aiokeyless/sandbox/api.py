@@ -8,7 +8,6 @@ Source: Keyless documentation, Server API: Operations, Telemetry, External User 
 
 from __future__ import annotations
 
-import functools
 import hmac
 import re
 from http import HTTPStatus
@@ -33,11 +32,8 @@ TENANT: Final = "sandbox"
 
 JSON: Final = "application/json"
 _JSON_HEADERS: Final = {"Content-Type": JSON}
-#: Media ranges that include JSON, by precedence: the most specific first.
-_RANGES_OF_JSON: Final = (JSON, "application/*", "*/*")
+_RANGES_OF_JSON: Final = {JSON, "application/*", "*/*"}
 
-_QUOTED: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
-_WEIGHT: Final = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 #: A percent sign without two hex digits, a fragment, or a character other than printable ASCII.
 _BAD_SEGMENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|[^!-~]|#")
 
@@ -176,7 +172,7 @@ class KeylessApi:
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
         endpoints, segments = self._route(target)
         _check_method(method, endpoints)
-        if not admits_json(accept):
+        if not _admits_json(accept):
             raise _RefusedError(HTTPStatus.NOT_ACCEPTABLE, "Accept does not admit application/json")
         if method in _WITH_BODY and content_type.partition(";")[0].strip().lower() != JSON:
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
@@ -207,23 +203,20 @@ class KeylessApi:
         return _answer_telemetry(self._store.external_authentications_json(call.ids[0], _read_operation_id(call.query)))
 
     def _link(self, call: _Call) -> Answer:
-        user_id, external_user_id = (
-            _read_user_id(call),
-            _read(call.body, _ExternalUser, "an external user").external_user_id,
-        )
-        self._check_exists(user_id)
+        user_id, external_user_id = self._read_link(call)
         link = self._store.users.link(user_id, external_user_id)
         if link is None:
             raise _RefusedError(HTTPStatus.CONFLICT, "the user has an external user id, or another user has this one")
         return Answer(HTTPStatus.CREATED, link)
 
     def _relink(self, call: _Call) -> Answer:
-        user_id, external_user_id = (
-            _read_user_id(call),
-            _read(call.body, _ExternalUser, "an external user").external_user_id,
-        )
-        self._check_exists(user_id)
+        user_id, external_user_id = self._read_link(call)
         return Answer(HTTPStatus.OK, self._store.users.relink(user_id, external_user_id))
+
+    def _read_link(self, call: _Call) -> tuple[str, str]:
+        user_id, body = _read_user_id(call), _read(call.body, _ExternalUser, "an external user")
+        self._check_exists(user_id)
+        return user_id, body.external_user_id
 
     def _unlink(self, call: _Call) -> Answer:
         self._store.users.unlink(call.ids[0])
@@ -325,21 +318,7 @@ def _decode(segment: str) -> str:
     return text
 
 
-@functools.lru_cache(maxsize=64)
-def admits_json(accept: str) -> bool:
-    """Return whether an ``Accept`` header admits ``application/json``; an empty one admits everything.
-
-    Parameters of a range other than its weight are ignored, and so is a range with a malformed weight.
-
-    Source: RFC 9110, section 12.5.1.
-    """
-    admitted: dict[str, bool] = {}
-    for media_range in _QUOTED.sub('""', accept).split(","):
-        name, *parameters = (part.strip().lower() for part in media_range.split(";"))
-        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-        if name and _WEIGHT.fullmatch(weight):
-            admitted[name] = admitted.get(name, False) or float(weight) > 0
-    for name in _RANGES_OF_JSON:
-        if name in admitted:
-            return admitted[name]
-    return not accept.strip(", \t")
+def _admits_json(accept: str) -> bool:
+    """Return whether an ``Accept`` header admits ``application/json``; an empty one admits everything."""
+    ranges = {part.partition(";")[0].strip().lower() for part in accept.split(",")} - {""}
+    return not ranges or not ranges.isdisjoint(_RANGES_OF_JSON)

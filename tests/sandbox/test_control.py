@@ -110,25 +110,6 @@ async def test_user_who_is_locked_out_is_unlocked(http: aiohttp.ClientSession) -
     assert await done(http, "unlock", userId="ABCDEF") == {}  # one who is not locked out
 
 
-async def test_failures_before_an_unlocking_do_not_count(http: aiohttp.ClientSession) -> None:
-    await create(http)
-    for _ in range(2):
-        for _ in range(4):
-            await done(http, "decline", operationId="a", errorCode=30004)
-        await done(http, "unlock", userId=USER)
-    await done(http, "approve", operationId="a")
-
-
-async def test_service_fails_until_it_recovers(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    await create(http)
-    await done(http, "fail")
-    assert {await get(http) for _ in range(3)} == {503}
-    assert await listed(http) == ["a"]  # what drives the sandbox goes on
-    await done(http, "recover")
-    assert await get(http) == 200
-    assert {record.path for record in sandbox.requests} == {f"/v2/users/{USER}/operations", "/v2/operations/a"}
-
-
 async def test_service_fails_as_it_is_told_and_as_often(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     await done(http, "fail", status=429, times=2, retryAfter=1.5, method="GET")
     await done(http, "fail", status=502, times=1, stored=True, method="POST")
@@ -281,12 +262,6 @@ async def test_path_that_is_not_there_names_those_that_are(http: aiohttp.ClientS
     for path in ("", "aprove", "approve/", "a%2Fb", "page"):
         status, message = await error(http, path)
         assert (status, all(name in message for name in ENDPOINTS)) == (404, True)
-
-
-async def test_who_opens_the_root_with_curl_is_told_what_to_open(sandbox: Sandbox) -> None:
-    async with aiohttp.ClientSession(sandbox.url) as curl, curl.get("/") as response:
-        message = (await response.json())["error"]
-        assert (response.status, "open this address in a browser" in message) == (404, True)
 
 
 # The page of the reference

@@ -11,7 +11,7 @@ import math
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -21,7 +21,7 @@ from ports import own_port
 from waiting import spin_until
 
 from aiokeyless.client import KeylessClient
-from aiokeyless.errors import ConfigurationError, StatusError
+from aiokeyless.errors import ConfigurationError
 from aiokeyless.sandbox import RequestRecord, Sandbox
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 USER = "C0FFEE"
 CREATE = f"/v2/users/{USER}/operations"
 PENDING = f"/v2/users/{USER}/operations/pending"
-ODD_ID = "a/b?c#d%2F é"
 
 
 def session_for(sandbox: Sandbox) -> aiohttp.ClientSession:
@@ -80,13 +79,6 @@ async def test_operation_is_created_shown_pending_and_approved(sandbox: Sandbox,
     assert (operation["state"], operation["result"], operation["authType"]) == ("approved", True, "pin")
 
 
-async def test_operation_of_the_phone_is_there_once_approved(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    assert (await get(http))[0] == 404
-    sandbox.approve("a", user_id=USER, external_user_id="ann", operation_payload="Pay 5")
-    status, operation = await get(http)
-    assert (status, operation["userId"], operation["externalUserId"]) == (200, USER, "ann")
-
-
 @pytest.mark.platform
 @pytest.mark.looptime
 async def test_each_request_of_the_api_is_reported_when_it_ends() -> None:
@@ -120,14 +112,6 @@ async def test_a_report_that_raises_is_logged_and_the_request_is_answered(caplog
 # The wire
 
 
-@pytest.mark.parametrize("operation_id", [ODD_ID, "..", ".", "%2e%2e", "../../sandbox", "/v2/operations/b", "b?x=1"])
-async def test_no_operation_id_leads_elsewhere(http: aiohttp.ClientSession, raw: Raw, operation_id: str) -> None:
-    await create(http, operation_id)
-    await create(http, "b")
-    status, body = await raw(b"/v2/operations/" + quote(operation_id, safe="").encode())
-    assert (status, json.loads(body)["operationId"]) == (200, operation_id)
-
-
 @pytest.mark.parametrize(
     "target",
     [
@@ -149,21 +133,6 @@ async def test_other_paths_are_not_found_in_json(http: aiohttp.ClientSession, ra
     assert (status, list(json.loads(body))) == (404, ["error"])
 
 
-@pytest.mark.parametrize("segment", [b"%FF", b"%zz", b"\xff", b"\xc3\xa9"])
-async def test_path_that_is_not_percent_encoded_utf8_is_a_bad_request(raw: Raw, segment: bytes) -> None:
-    assert (await raw(b"/v2/operations/" + segment))[0] == 400
-
-
-async def test_server_wide_options_are_answered_too(raw: Raw) -> None:
-    assert (await raw(b"*", method=b"OPTIONS"))[0] == 404
-
-
-@pytest.mark.parametrize("headers", [b"", b"X-Api-Key: other\r\n", b"X-Api-Key: \xff\xc3\xa9\r\n"])
-async def test_request_without_the_key_is_unauthorized(raw: Raw, headers: bytes) -> None:
-    status, body = await raw(b"/v2/operations/a", headers=headers)
-    assert (status, list(json.loads(body))) == (401, ["error"])
-
-
 async def test_key_is_the_one_that_was_asked_for() -> None:
     async with Sandbox(api_key="other") as other, aiohttp.ClientSession(other.url) as http:
         assert other.api_key == "other"
@@ -179,7 +148,6 @@ async def test_key_is_the_one_that_was_asked_for() -> None:
         (b"", 200),
         (b"Accept: text/html\r\n", 406),
         (b"Accept: text/html\r\nAccept: application/json\r\n", 200),
-        (b"Accept: */*\r\nAccept: application/json;q=0\r\n", 406),
     ],
 )
 async def test_all_accept_headers_count_together(raw: Raw, accept: bytes, status: int) -> None:
@@ -246,7 +214,6 @@ async def test_page_that_makes_its_name_resolve_to_this_machine_reaches_no_api(
     sandbox.approve("a", user_id=USER)
     for target, method, headers, body in (
         (b"/v2/operations/a", b"GET", b"X-Api-Key: sandbox-key\r\n", b""),
-        (PENDING.encode(), b"GET", b"X-Api-Key: sandbox-key\r\n", b""),
         (CREATE.encode(), b"POST", json_body, b'{"operationId": "b"}'),
         (b"/v2/operations/a", b"GET", b"", b""),
     ):
@@ -255,7 +222,7 @@ async def test_page_that_makes_its_name_resolve_to_this_machine_reaches_no_api(
         assert b"use localhost or an IP address" in answer
         assert b"--host" in answer
     assert list(sandbox.operations) == ["a"]
-    assert [record.status for record in sandbox.requests] == [421] * 4
+    assert [record.status for record in sandbox.requests] == [421] * 3
 
 
 async def test_page_that_is_kept_out_uses_up_no_fault(sandbox: Sandbox, http: aiohttp.ClientSession, raw: Raw) -> None:
@@ -277,19 +244,6 @@ async def test_api_answers_to_the_name_that_it_listens_on(monkeypatch: pytest.Mo
         headers = {"X-Api-Key": sandbox.api_key, "Host": "Sandbox.test:3223"}
         async with aiohttp.ClientSession(sandbox.url, headers=headers) as http:
             assert (await get(http, PENDING))[0] == 200
-
-
-async def test_a_client_that_uses_another_name_gets_advice(
-    sandbox: Sandbox,
-) -> None:
-    async with (
-        aiohttp.ClientSession(headers={"Host": "sandbox:3223"}) as session,
-        sandbox.client(session=session) as client,
-    ):
-        with pytest.raises(StatusError) as caught:
-            await client.get_operation("a")
-    assert caught.value.status == 421
-    assert "or start it with this name as its host (--host)" in str(caught.value.detail)
 
 
 # Faults
@@ -387,17 +341,6 @@ async def test_fault_has_the_headers_that_it_is_given(sandbox: Sandbox, http: ai
 
 
 @pytest.mark.platform
-@pytest.mark.real_clock
-async def test_dropped_connection_has_no_answer(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    sandbox.drop_next()
-    with pytest.raises(aiohttp.ServerDisconnectedError):
-        await create(http)
-    assert not sandbox.operations
-    assert [record.status for record in sandbox.requests] == [None]
-    assert await create(http) == 200
-
-
-@pytest.mark.platform
 async def test_dropped_connection_sends_not_one_byte(sandbox: Sandbox) -> None:
     sandbox.drop_next(method="GET")
     address = urlsplit(sandbox.url)
@@ -482,11 +425,6 @@ async def test_closed_sandbox_has_no_connections_to_reset() -> None:
         assert await create(http) == 200
 
 
-async def test_wrong_drop_is_refused(sandbox: Sandbox) -> None:
-    with pytest.raises(ConfigurationError, match="times"):
-        sandbox.drop_next(times=0)
-
-
 # Latency
 
 
@@ -540,38 +478,14 @@ async def test_poll_shows_what_was_true_when_it_arrived(sandbox: Sandbox, http: 
 
 @pytest.mark.platform
 @pytest.mark.looptime
-async def test_creation_that_nobody_waited_for_is_stored(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    sandbox.latency = 3600
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(10):
-            await create(http)
-    assert now() == pytest.approx(10)
-    assert list(sandbox.operations) == ["a"]
-
-
-@pytest.mark.platform
-@pytest.mark.looptime
 async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 3600
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):
             await get(http)
     await spin_until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
-    assert sandbox.requests[0].status is None
-    assert now() == pytest.approx(1)
-
-
-@pytest.mark.platform
-@pytest.mark.looptime
-async def test_changed_latency_counts_for_requests_after_it(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    sandbox.latency = 5
-    slow = asyncio.create_task(get(http))
-    await spin_until(lambda: sandbox.requests)
-    sandbox.latency = 0
-    assert (await get(http))[0] == 404
-    assert now() == 0
-    await slow
-    assert now() == pytest.approx(5)
+    [record] = sandbox.requests
+    assert (record.status, record.duration) == (None, pytest.approx(1))
 
 
 @pytest.mark.platform
@@ -612,12 +526,6 @@ async def test_another_time_counts_for_operations_after_it(sandbox: Sandbox, htt
     sandbox.auto_approve = None
     await create(http, "b")
     assert [operation.is_approved for operation in sandbox.operations.values()] == [True, False]
-
-
-async def test_operation_is_approved_at_once_when_that_was_asked_for() -> None:
-    async with Sandbox(auto_approve=0) as sandbox, session_for(sandbox) as http:
-        await create(http)
-        assert sandbox.operations["a"].is_approved
 
 
 @pytest.mark.platform
@@ -668,16 +576,6 @@ async def test_simulated_user_does_not_approve_what_was_forgotten() -> None:
 
 @pytest.mark.platform
 @pytest.mark.looptime
-async def test_simulated_user_comes_too_late_without_harm() -> None:
-    async with Sandbox(auto_approve=5) as sandbox, session_for(sandbox) as http:
-        await create(http)
-        approved = sandbox.approve("a", auth_type="pin")
-        await asyncio.sleep(6)
-        assert sandbox.operations["a"] is approved
-
-
-@pytest.mark.platform
-@pytest.mark.looptime
 async def test_closed_sandbox_approves_nothing() -> None:
     async with Sandbox(auto_approve=5) as sandbox, session_for(sandbox) as http:
         await create(http)
@@ -703,28 +601,6 @@ async def test_failed_attempts_show_in_telemetry_of_both_kinds(sandbox: Sandbox,
 
 
 @pytest.mark.platform
-@pytest.mark.looptime
-async def test_attempts_and_lockouts_last_ten_minutes_of_the_loops_clock(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
-    await create(http)
-    for _ in range(5):
-        sandbox.fail_authentication("a")
-    await asyncio.sleep(599)
-    with pytest.raises(ConfigurationError, match="locked out"):
-        sandbox.approve("a")
-    await asyncio.sleep(2)
-    assert [each.error_code for each in sandbox.authentications] == [30007]
-    assert sandbox.approve("a").is_approved
-
-
-async def test_attempt_can_fail_before_the_sandbox_runs() -> None:
-    sandbox = Sandbox()
-    sandbox.fail_authentication("a", user_id="c0ffee", external_user_id="ann")
-    assert [(each.operation_id, each.error_code) for each in sandbox.authentications] == [("a", 30004)]
-
-
-@pytest.mark.platform
 @pytest.mark.parametrize("delay", [0, 5])
 @pytest.mark.looptime
 async def test_simulated_user_who_is_locked_out_does_not_approve(delay: int) -> None:
@@ -738,40 +614,6 @@ async def test_simulated_user_who_is_locked_out_does_not_approve(delay: int) -> 
 
 
 # The journal
-
-
-@pytest.mark.platform
-@pytest.mark.looptime
-async def test_the_journal_records_each_request_its_time_and_its_answer(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
-    await create(http)
-    await asyncio.sleep(1.5)
-    await get(http, "/v2/operations/a%2Fb?x=1")
-    assert sandbox.requests == [
-        RequestRecord("POST", CREATE, 200, 0),
-        RequestRecord("GET", "/v2/operations/a%2Fb?x=1", 404, 1.5),
-    ]
-    assert sandbox.request_count == 2
-    assert type(sandbox.requests[0].status) is int
-
-
-@pytest.mark.platform
-@pytest.mark.looptime
-async def test_request_under_way_has_no_status_yet(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    sandbox.latency = 1
-    asking = asyncio.create_task(get(http))
-    await spin_until(lambda: sandbox.requests)
-    [record] = sandbox.requests
-    assert (record.status, record.at) == (None, 0)
-    await asking
-    assert record.status == 404
-
-
-async def test_records_cannot_be_written_to(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    await get(http)
-    with pytest.raises(AttributeError):
-        sandbox.requests[0].status = 200  # type: ignore[misc]  # that is what must fail
 
 
 async def test_journal_is_the_callers_to_clear_and_the_count_goes_on(
