@@ -214,17 +214,9 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
     return number
 
 
-def finite_seconds(value: object, name: str) -> float:
-    """Return an argument that is a finite number of seconds.
-
-    Args:
-        value: The argument.
-        name: The argument's name, for the message.
-
-    Raises:
-        ConfigurationError: It is not a number, is NaN or infinite, or is not positive.
-    """
-    number = seconds(value, name)
+def finite_seconds(value: object, name: str, *, zero: bool = False) -> float:
+    """Return an argument that is a finite number of seconds; see `seconds`."""
+    number = seconds(value, name, zero=zero)
     if math.isinf(number):
         raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}", argument=name)
     return number
@@ -349,9 +341,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def whole_number(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}", argument=name)
+def whole_number(value: object, name: str, least: int = 1, most: float = math.inf) -> int:
+    """Return an argument that is a whole number of this range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ConfigurationError(f"{name} must be a whole number, {limits}, not {value!r}", argument=name)
     return value
 
 

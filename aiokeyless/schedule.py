@@ -252,19 +252,9 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
                 is wrong.
         """
         schedule = cls(**options)
-        restore(schedule, text)
+        state = _decode_state(text)
+        schedule._observed = _Histogram(state.approved, state.pending)
         return schedule
-
-
-def restore(schedule: wait_adaptive, text: str | bytes) -> None:
-    """Replace the learned state of a schedule by a saved one.
-
-    Raises:
-        ConfigurationError: See `wait_adaptive.from_json`.
-    """
-    state = _decode_state(text)
-    schedule._observed = _Histogram(state.approved, state.pending)  # noqa: SLF001  # of this module
-    schedule._curve = None  # noqa: SLF001
 
 
 def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) -> float:

@@ -10,7 +10,7 @@ import math
 import time
 from typing import Final
 
-from ._validation import check_required_text, check_tenant, check_text, check_user_id, finite_seconds, seconds
+from ._validation import check_required_text, check_tenant, check_text, check_user_id, finite_seconds
 from .client import KeylessClient
 from .errors import (
     ClientClosedError,
@@ -84,9 +84,7 @@ class TransactionVerifier:
         self._client = client
         self._tenant = check_tenant(tenant)
         self._max_age = finite_seconds(max_age, "max_age")
-        self._leeway = seconds(leeway, "leeway", zero=True)
-        if math.isinf(self._leeway):
-            raise ConfigurationError(f"leeway must be a finite number of seconds, not {leeway!r}", argument="leeway")
+        self._leeway = finite_seconds(leeway, "leeway", zero=True)
         self._issuer = check_text(issuer, "issuer")
         self._audience = check_text(audience, "audience")
         self._keys: KeySet | None = None

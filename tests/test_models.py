@@ -220,11 +220,6 @@ def test_the_documented_answer_is_read_field_by_field() -> None:
     }
 
 
-def test_to_dict_is_plain_data_without_the_key() -> None:
-    assert KEY not in json.dumps(operation().to_dict())
-    assert "api_key" not in operation().to_dict()
-
-
 def test_unknown_fields_are_ignored() -> None:
     assert operation(newField={"deep": [1, None]}, api_key="snake case is not the wire's") == operation()
 

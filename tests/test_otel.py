@@ -7,7 +7,6 @@ import importlib
 import os
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +27,9 @@ from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrument
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import (
     InMemoryMetricReader,
-    MetricExporter,
-    MetricExportResult,
-    PeriodicExportingMetricReader,
 )
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -51,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.util.types import AttributeValue
 
@@ -215,40 +210,6 @@ class TestSpans:
 class BrokenExporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         raise RuntimeError("the collector is gone")
-
-
-class HangingExporter(SpanExporter):
-    """It hangs until it may go on, as where a collector is silent."""
-
-    def __init__(self) -> None:
-        self.is_hanging = threading.Semaphore(0)
-        self.goes_on = threading.Event()
-
-    def hang(self) -> None:
-        self.is_hanging.release()
-        self.goes_on.wait()
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self.hang()
-        return SpanExportResult.SUCCESS
-
-
-class HangingMetricExporter(MetricExporter):
-    """Metrics that hang in the same way."""
-
-    def __init__(self, exporter: HangingExporter) -> None:
-        super().__init__()
-        self._exporter = exporter
-
-    def export(self, metrics_data: MetricsData, timeout_millis: float = 0, **kwargs: Any) -> MetricExportResult:
-        self._exporter.hang()
-        return MetricExportResult.SUCCESS
-
-    def force_flush(self, timeout_millis: float = 0) -> bool:
-        return True
-
-    def shutdown(self, timeout_millis: float = 0, **kwargs: Any) -> None:
-        """Nothing is open."""
 
 
 @pytest.mark.looptime
@@ -551,28 +512,6 @@ class TestPrivacyAndFailures:
             sandbox.approve(ticket.operation_id)
             assert (await client.wait_for_approval(ticket)).is_approved
 
-    async def test_an_exporter_that_hangs_delays_no_wait(self, sandbox: Sandbox) -> None:
-        exporter = HangingExporter()
-        traces = TracerProvider(shutdown_on_exit=False)
-        traces.add_span_processor(BatchSpanProcessor(exporter, max_export_batch_size=1))
-        metrics = PeriodicExportingMetricReader(HangingMetricExporter(exporter), export_interval_millis=10)
-        meters = MeterProvider([metrics], shutdown_on_exit=False)
-        listener = OpenTelemetryListener(tracer_provider=traces, meter_provider=meters)
-        try:
-            async with sandbox.client(listeners=[listener]) as client:
-                for number in range(30):
-                    ticket = await client.create_operation(USER, operation_id=f"op-{number}")
-                    sandbox.approve(ticket.operation_id)
-                    assert (await client.wait_for_approval(ticket)).is_approved
-                    if not number:  # from now on both hang, that of the spans and that of the metrics
-                        assert await asyncio.to_thread(exporter.is_hanging.acquire, timeout=60)
-                        assert await asyncio.to_thread(exporter.is_hanging.acquire, timeout=60)
-            assert not exporter.goes_on.is_set()
-        finally:
-            exporter.goes_on.set()
-            traces.shutdown()
-            meters.shutdown()
-
     async def test_without_an_sdk_nothing_is_kept(self, sandbox: Sandbox) -> None:
         listener = OpenTelemetryListener()
         async with sandbox.client(listeners=[listener]) as client:
@@ -606,16 +545,6 @@ class TestInstrumentor:
                 sandbox.approve(ticket.operation_id)
                 await used.wait_for_approval(ticket)
         assert [span.name for span in recorder.spans] == ["aiokeyless.wait"]
-
-    @pytest.mark.slow
-    async def test_opentelemetry_instrument_traces_the_command_line(self) -> None:
-        async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client() as client:
-            await client.create_operation(USER, operation_id="op")
-            process = await instrumented(sandbox, "wait", "op")
-            output, _ = await process.communicate()
-        assert process.returncode == 0, output.decode()
-        assert b'"name": "aiokeyless.wait"' in output
-        assert b'"aiokeyless.wait.outcome": "approved"' in output
 
     @pytest.mark.slow
     async def test_opentelemetry_instrument_traces_a_worker(self, tmp_path: Path) -> None:

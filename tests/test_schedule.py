@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from aiokeyless import schedule as schedule_room
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay, record_observation, wait_adaptive
+from aiokeyless.schedule import attempt_at, next_delay, record_observation, wait_adaptive
 from benchmarks.approval_times import QUICK, SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.optimum import least_cost
 from benchmarks.polling import TIMEOUT, cost, lateness_quantile, poll_times, simulate_waits
@@ -117,14 +117,6 @@ def test_a_state_without_a_usable_time_counts_as_the_beginning(elapsed: float | 
     assert schedule(state_at(elapsed)) == delay_at(schedule, 0.0)
 
 
-def test_the_delay_depends_on_the_time_alone() -> None:
-    schedule = wait_adaptive(jitter=0)
-    third_attempt = state_at(7.0)
-    third_attempt.attempt_number = 3
-    third_attempt.idle_for = 5.0
-    assert schedule(third_attempt) == delay_at(schedule, 7.0)
-
-
 def test_the_first_delay_is_long_but_does_not_sleep_through_the_first_approvals() -> None:
     schedule = wait_adaptive(max_interval=60, jitter=0)
     assert 1.0 < delay_at(schedule, 0.0) < 5.0
@@ -151,11 +143,6 @@ def test_a_constant_hazard_gets_the_spacing_of_keller() -> None:
         schedule.observe(approved, approved)
     for elapsed in (4.0, 8.0, 12.0):
         assert delay_at(schedule, elapsed) == pytest.approx(math.sqrt(2 * 0.3 / rate), rel=0.15)
-
-
-def test_without_jitter_the_delay_is_exact() -> None:
-    schedule = wait_adaptive(jitter=0)
-    assert len({delay_at(schedule, 8.0) for _ in range(20)}) == 1
 
 
 def test_jitter_varies_the_delay_to_both_sides_equally() -> None:
@@ -238,13 +225,6 @@ def test_jitter_does_not_move_the_previous_poll() -> None:
 # --- learning
 
 
-def test_an_observation_is_recorded_for_the_schedule() -> None:
-    schedule, same = wait_adaptive(), wait_adaptive()
-    schedule.observe(4.0, 6.0)
-    record_observation(same, 4.0, 6.0)
-    assert same.to_json() == schedule.to_json()
-
-
 def test_a_schedule_that_fails_to_learn_is_logged_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(wait_adaptive):
         def observe(self, after: float, until: float | None) -> None:
@@ -253,13 +233,6 @@ def test_a_schedule_that_fails_to_learn_is_logged_and_raises_nothing(caplog: pyt
     record_observation(Failing(), 4.0, None)
     assert "failed to learn" in caplog.text
     assert "not today" in caplog.text
-
-
-def test_polls_gather_where_users_approved_and_thin_out_after() -> None:
-    before = wait_adaptive(jitter=0)
-    schedule = schedule_after([*[(4.0, 5.0)] * 50, *[(120.0, None)] * 10], jitter=0)
-    assert delay_at(schedule, 4.0) < delay_at(before, 4.0) / 2
-    assert delay_at(schedule, 15.0) > delay_at(before, 15.0)
 
 
 def test_a_wait_that_timed_out_shows_that_users_may_never_approve() -> None:
@@ -289,12 +262,6 @@ def test_approvals_later_than_anybody_expected_are_learned() -> None:
     schedule = schedule_after([(600.0, 610.0)] * 40, max_interval=60, jitter=0)
     assert delay_at(schedule, 590.0) < 15.0
     assert delay_at(wait_adaptive(max_interval=60, jitter=0), 590.0) == 60.0
-
-
-@pytest.mark.parametrize("moment", [0.0, 1e-12, 4095.9999, 4096.0, 1e300])
-def test_two_polls_at_the_same_time_can_be_observed(moment: float) -> None:
-    schedule = schedule_after([(moment, moment)] * 3, jitter=0)
-    assert 0.25 <= delay_at(schedule, moment) <= 20.0
 
 
 def test_approvals_past_the_end_of_the_histogram_say_only_that_it_was_late() -> None:
@@ -351,15 +318,6 @@ def test_ten_thousand_observations_at_once_are_learned_as_one_by_one() -> None:
     assert delay_at(at_once, 4.0) == pytest.approx(delay_at(one_by_one, 4.0))
 
 
-def test_old_observations_are_forgotten() -> None:
-    schedule = schedule_after([(40.0, 41.0)] * 500, jitter=0)
-    for _ in range(5000):
-        schedule.observe(4.0, 5.0)
-    assert delay_at(schedule, 4.0) == pytest.approx(
-        delay_at(schedule_after([(4.0, 5.0)] * 5000, jitter=0), 4.0), rel=0.01
-    )
-
-
 # --- saving
 
 
@@ -369,7 +327,7 @@ def test_a_saved_schedule_goes_on_as_if_nothing_had_happened(
     observed: list[Observation], more: list[Observation], elapsed: float
 ) -> None:
     schedule = schedule_after(observed, jitter=0)
-    restored = wait_adaptive.from_json(schedule.to_json(), jitter=0)
+    restored = wait_adaptive.from_json(schedule.to_json().encode(), jitter=0)
     assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
     observe_all(schedule, more)
     observe_all(restored, more)
@@ -392,11 +350,6 @@ def test_what_is_saved_is_what_was_learned_and_not_the_options() -> None:
     text = schedule_after([(4.0, 5.0)], poll_cost=2.0, max_interval=99).to_json()
     assert repr(wait_adaptive.from_json(text, poll_cost=1)) == repr(wait_adaptive(poll_cost=1))
     assert "\n" not in text
-
-
-def test_a_saved_schedule_can_be_read_from_bytes() -> None:
-    schedule = schedule_after([(4.0, 5.0)])
-    assert wait_adaptive.from_json(schedule.to_json().encode()).to_json() == schedule.to_json()
 
 
 def test_a_subclass_is_restored_as_itself() -> None:
@@ -456,12 +409,6 @@ def test_an_option_out_of_its_range_is_refused(options: dict[str, float]) -> Non
         wait_adaptive(**options)
 
 
-def test_whole_numbers_are_numbers() -> None:
-    schedule = wait_adaptive(poll_cost=1, min_interval=2, max_interval=2, jitter=0)
-    schedule.observe(3, 4)
-    assert delay_at(schedule, 8) == 2.0
-
-
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, -1e-9])
 def test_a_wrong_last_pending_poll_is_refused_and_changes_nothing(value: Any) -> None:
     schedule = wait_adaptive()
@@ -503,13 +450,6 @@ def test_it_can_be_added_to_other_strategies() -> None:
     summed = sum([schedule, tenacity.wait_fixed(1)])
     assert isinstance(summed, tenacity.wait.wait_base)
     assert delay_at(summed, 8.0) == exact + 1.0
-
-
-def test_it_can_stand_in_a_chain() -> None:
-    schedule = wait_adaptive(jitter=0)
-    chain = tenacity.wait_chain(tenacity.wait_fixed(7), schedule)
-    assert next_delay(chain, attempt_number=1, since_start=8.0) == 7.0
-    assert next_delay(chain, attempt_number=2, since_start=8.0) == delay_at(schedule, 8.0)
 
 
 async def test_it_paces_a_plain_async_retrying() -> None:
@@ -599,12 +539,6 @@ def test_a_strategy_that_needs_an_outcome_is_a_configuration_error() -> None:
         next_delay(tenacity.wait_exception(lambda _: 1.0), attempt_number=1, since_start=0.0)
 
 
-def test_strategies_that_count_attempts_work() -> None:
-    doubling = tenacity.wait_exponential(multiplier=1, max=10)
-    asked = [next_delay(doubling, attempt_number=number, since_start=0.0) for number in (1, 2, 3, 9)]
-    assert asked == [1.0, 2.0, 4.0, 10.0]
-
-
 # --- the number of a poll, for an engine that does not count
 
 
@@ -622,10 +556,6 @@ def test_the_attempt_is_never_larger_than_the_number_of_deliveries() -> None:
     assert attempt_at(tenacity.wait_fixed(1), 50.0, most=3) == 3
 
 
-def test_the_attempt_is_at_least_the_first_however_early() -> None:
-    assert attempt_at(tenacity.wait_fixed(1), 0.0, most=1) == 1
-
-
 def test_a_wait_of_days_does_not_count_all_of_its_polls() -> None:
     calls = 0
 
@@ -637,10 +567,6 @@ def test_a_wait_of_days_does_not_count_all_of_its_polls() -> None:
 
     assert attempt_at(Counting(), 86_400.0, most=86_400) == 256
     assert calls < 256
-
-
-def test_the_shortest_delay_bounds_the_count() -> None:
-    assert attempt_at(tenacity.wait_fixed(0), 10 * MIN_DELAY, most=100) <= 11
 
 
 def test_an_adaptive_schedule_reads_no_attempt_so_none_is_counted() -> None:
@@ -682,9 +608,9 @@ def learn(approvals: ApprovalTimes, poll_cost: float, waits: int, seed: int) -> 
     return schedule
 
 
-def mean_learned_ratio(approvals: ApprovalTimes, poll_cost: float, waits: int, seeds: int = 16) -> float:
+def mean_learned_ratio(approvals: ApprovalTimes, poll_cost: float, waits: int) -> float:
     return statistics.mean(
-        learned_ratio(learn(approvals, poll_cost, waits, seed), approvals, poll_cost) for seed in range(seeds)
+        learned_ratio(learn(approvals, poll_cost, waits, seed), approvals, poll_cost) for seed in range(16)
     )
 
 
@@ -714,11 +640,6 @@ def test_by_default_an_approval_is_noticed_within_about_half_a_second(
     assert cost(poll_times(tenacity.wait_fixed(1)), TYPICAL).polls > 33
 
 
-def test_the_optimum_is_at_least_as_good_as_the_best_fixed_interval() -> None:
-    fixed = min(expected_cost(tenacity.wait_fixed(tenths / 10), TYPICAL, 0.3) for tenths in range(10, 80))
-    assert least_cost(TYPICAL, 0.3) < fixed
-
-
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
 @pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
 def test_untrained_it_costs_at_most_a_fifth_more_than_the_optimum(approvals: ApprovalTimes, poll_cost: float) -> None:
@@ -727,22 +648,11 @@ def test_untrained_it_costs_at_most_a_fifth_more_than_the_optimum(approvals: App
 
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
 @pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
-def test_after_thirty_waits_it_costs_at_most_seven_percent_more_than_the_optimum(
-    approvals: ApprovalTimes, poll_cost: float
+@pytest.mark.parametrize(("waits", "most"), [(30, 1.07), (100, 1.06)])
+def test_after_some_waits_it_costs_at_most_a_few_percent_more_than_the_optimum(
+    approvals: ApprovalTimes, poll_cost: float, waits: int, most: float
 ) -> None:
-    assert mean_learned_ratio(approvals, poll_cost, waits=30, seeds=32) <= 1.07
-
-
-@pytest.mark.parametrize("poll_cost", POLL_COSTS)
-@pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
-def test_after_a_hundred_waits_it_costs_at_most_six_percent_more_than_the_optimum(
-    approvals: ApprovalTimes, poll_cost: float
-) -> None:
-    assert mean_learned_ratio(approvals, poll_cost, waits=100) <= 1.06
-
-
-def test_after_hundreds_of_waits_hardly_anything_is_left_to_gain() -> None:
-    assert mean_learned_ratio(TYPICAL, 0.3, waits=500, seeds=4) <= 1.03
+    assert mean_learned_ratio(approvals, poll_cost, waits) <= most
 
 
 @pytest.mark.parametrize(("before", "after"), [(TYPICAL, SLOW), (SLOW, TYPICAL), (TYPICAL, TWO_GROUPS)])

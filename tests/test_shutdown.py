@@ -241,7 +241,7 @@ PROGRAM = """
     class Client(KeylessClient):
         async def aclose(self):
             print("closing", flush=True)
-            {close}
+            await asyncio.sleep(0.01)
             print("closed", flush=True)
 
     async def main():
@@ -254,30 +254,14 @@ PROGRAM = """
 """
 
 
-async def start(close: str) -> asyncio.subprocess.Process:
-    program = textwrap.dedent(PROGRAM).format(close=close)
+async def test_the_default_action_comes_after_the_clients_are_closed() -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable, "-c", textwrap.dedent(PROGRAM), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     assert process.stdout is not None
     assert await process.stdout.readline() == b"ready\n"
-    return process
-
-
-async def test_the_default_action_comes_after_the_clients_are_closed() -> None:
-    process = await start("await asyncio.sleep(0.01)")
     process.send_signal(signal.SIGTERM)
     async with asyncio.timeout(PATIENCE):
         output, _ = await process.communicate()
     assert output == b"closing\nclosed\n"
     assert process.returncode == -signal.SIGTERM
-
-
-async def test_a_second_signal_does_not_wait_for_the_clients() -> None:
-    process = await start("await asyncio.sleep(3600)")
-    assert process.stdout is not None
-    process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(PATIENCE):
-        assert await process.stdout.readline() == b"closing\n"
-        process.send_signal(signal.SIGTERM)
-        assert await process.wait() == -signal.SIGTERM

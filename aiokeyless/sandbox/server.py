@@ -22,6 +22,7 @@ import msgspec
 from aiohttp import web
 from tenacity.wait import wait_base
 
+from aiokeyless._validation import whole_number
 from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Listener
@@ -31,7 +32,7 @@ from .control import Control
 from .guard import refuse_host
 from .journal import RequestRecord
 from .phone import Phones, wants_page
-from .service import AutoApprove, Service, check_whole
+from .service import AutoApprove, Service
 
 logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
@@ -94,7 +95,7 @@ class Sandbox(Service):
         host: str = "127.0.0.1",
         on_request: Callable[[RequestRecord], object] | None = None,
     ) -> None:
-        check_whole("port", port, 0, 65535)
+        whole_number(port, "port", 0, 65535)
         super().__init__(api_key, auto_approve, host)
         self._port = port
         self._on_request = on_request

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
-from aiokeyless._validation import seconds
+from aiokeyless._validation import finite_seconds, whole_number
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, AuthType, Device, Operation
 
@@ -312,7 +312,7 @@ class Service:
     @auto_approve.setter
     def auto_approve(self, value: AutoApprove) -> None:
         is_delay = value is not None and not callable(value)
-        self._auto_approve: AutoApprove = _check_delay("auto_approve", value) if is_delay else value
+        self._auto_approve: AutoApprove = finite_seconds(value, "auto_approve", zero=True) if is_delay else value
 
     @property
     def latency(self) -> float:
@@ -329,7 +329,7 @@ class Service:
 
     @latency.setter
     def latency(self, value: float) -> None:
-        self._latency = _check_delay("latency", value)
+        self._latency = finite_seconds(value, "latency", zero=True)
 
     def fail_next(
         self,
@@ -360,7 +360,7 @@ class Service:
         Raises:
             ConfigurationError: An argument is wrong.
         """
-        check_whole("status", status, 200, 599)
+        whole_number(status, "status", 200, 599)
         all_headers = {"Content-Type": content_type}
         if retry_after is not None:
             all_headers["Retry-After"] = _format_retry_after(retry_after)
@@ -398,7 +398,7 @@ class Service:
 
     def _add_fault(self, times: int | None, method: str | None, *, stored: bool, answer: Answer | None) -> None:
         if times is not None:
-            check_whole("times", times, 1)
+            whole_number(times, "times")
         if method is not None:
             _check_text("method", method)
         left = math.inf if times is None else times
@@ -455,7 +455,7 @@ class Service:
         if callable(delay):
             delay = delay(operation)
             if delay is not None:
-                delay = _check_delay("the result of auto_approve", delay)
+                delay = finite_seconds(delay, "the result of auto_approve", zero=True)
         if delay is None:
             return
         if delay == 0:
@@ -477,24 +477,11 @@ class Service:
             timer.cancel()
 
 
-def _check_delay(name: str, value: object) -> float:
-    delay = seconds(value, name, zero=True)
-    if math.isinf(delay):
-        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}", argument=name)
-    return delay
-
-
 def _format_retry_after(value: float | str) -> str:
     if isinstance(value, str):
         return value
-    delay = _check_delay("retry_after", value)
+    delay = finite_seconds(value, "retry_after", zero=True)
     return str(int(delay)) if delay.is_integer() else str(delay)
-
-
-def check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
-    """Check that an argument is a whole number of this range."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigurationError(f"{name} must be a whole number from {least} to {most}, not {value!r}", argument=name)
 
 
 def _check_text(name: str, value: object, *, argument: str | None = None) -> None:

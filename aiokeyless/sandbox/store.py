@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from aiokeyless._validation import whole_number
+from aiokeyless._validation import check_operation_id, check_text, check_user_id, whole_number
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, AuthType, Operation, OperationState, Secret
 
 from .attempts import CANCELLED, LOCKED_OUT, MISMATCH, AttemptLog, telemetry_json
-from .fields import check_text, check_user_id, timestamp
+from .fields import timestamp
 from .users import Users
 
 if TYPE_CHECKING:
@@ -270,9 +270,9 @@ class OperationStore:
             )
         return self._make(
             user,
-            check_text(operation_id, "operation_id"),
-            None if operation_payload is None else check_text(operation_payload, "operation_payload", empty=True),
-            None if external_user_id is None else check_text(external_user_id, "external_user_id", empty=True),
+            check_operation_id(operation_id),
+            check_text(operation_payload, "operation_payload"),
+            check_text(external_user_id, "external_user_id"),
         )
 
     def _add_attempt(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:

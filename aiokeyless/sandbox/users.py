@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from aiokeyless._validation import check_external_user_id, check_user_id
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Device
 
-from .fields import check_text, check_user_id, timestamp
+from .fields import timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,7 @@ class Users:
         """Enroll a user on one more device; see `Sandbox.enroll`."""
         user_id = check_user_id(user_id)
         if external_user_id is not None:
-            check_text(external_user_id, "external_user_id")
+            check_external_user_id(external_user_id)
             if any(owner != user_id for owner in self._owners(external_user_id)):
                 raise ConfigurationError(
                     "external_user_id belongs to another user; use another one, or unlink it first",

@@ -79,23 +79,6 @@ def test_approval_is_an_attempt_too_and_counts_once(phone: Phone) -> None:
     assert (shown["result"], shown["errorCode"], shown["authType"]) == ("APPROVED", 0, "pin")
 
 
-def test_failed_attempt_leaves_the_operation_pending(phone: Phone) -> None:
-    before = phone.store.operations["a"]
-    phone.store.fail("a")
-    assert phone.store.operations["a"] is before
-    assert list(phone.store.pending(USER)) == ["a"]
-
-
-def test_external_user_is_named_in_place_of_the_user(phone: Phone) -> None:
-    phone.store.fail("a")
-    answer = phone.store.external_authentications_json("ann@example.com", None)
-    assert answer is not None
-    [content] = json.loads(answer)["content"]
-    assert content["externalUserId"] == "ann@example.com"
-    assert content["authentications"] == phone.telemetry()["content"][0]["authentications"]
-    assert "userId" not in content
-
-
 def test_attempts_are_of_one_user_newest_first_and_of_one_operation_if_asked(phone: Phone) -> None:
     phone.store.create(USER, "c")
     phone.store.fail("a", error_code=30000)
@@ -150,11 +133,6 @@ def test_phone_fails_at_an_operation_that_it_would_have_created(phone: Phone) ->
     assert "new" not in phone.store.operations
     assert phone.codes("F00", "new") == [30004]
     assert phone.store.external_authentications_json("bob", "new") is not None
-
-
-def test_unknown_operation_of_an_unknown_user_does_not_fail(phone: Phone) -> None:
-    with pytest.raises(ConfigurationError, match="no operation 'new'"):
-        phone.store.fail("new")
 
 
 # Refusals

@@ -129,13 +129,6 @@ async def test_operation_appears_by_itself_and_a_click_ends_the_wait(client: Key
     await expect(button(page)).to_have_count(0)
 
 
-async def test_pin_is_approved_as_pin(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
-    await client.create_operation(USER, operation_id="a")
-    await button(page, "PIN").click()
-    await expect(phone(page).get_by_text("Approved with PIN")).to_be_visible()
-    assert sandbox.operations["a"].auth_type == "pin"
-
-
 async def test_confirmation_goes_and_the_phone_is_quiet(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
     await page.clock.install()
     await page.reload()
@@ -196,14 +189,6 @@ async def test_two_users_do_not_see_each_others(client: KeylessClient, sandbox: 
         await bobs.get_by_role("link", name="All phones").click()
         for text in ("For Ann", "For Bob"):
             await expect(bobs.get_by_text(text, exact=True)).to_be_visible()
-
-
-async def test_link_opens_a_phone_alone(client: KeylessClient, page: Page) -> None:
-    for user in (USER, OTHER):
-        await client.create_operation(user)
-    await phone(page).get_by_role("link", name="Open alone").click()
-    await expect(phone(page)).to_be_visible()
-    await expect(phone(page, OTHER)).to_have_count(0)
 
 
 async def test_markup_is_shown_as_text_and_nothing_runs(client: KeylessClient, page: Page) -> None:
@@ -401,18 +386,6 @@ async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
     await expect(card).to_contain_text("Approved with face")
 
 
-async def test_history_tells_what_was_approved_also_to_a_page_that_opens_later(
-    client: KeylessClient, sandbox: Sandbox, page: Page
-) -> None:
-    await client.create_operation(USER, operation_id="a", operation_payload="Pay 40 EUR")
-    sandbox.approve("a", auth_type="pin")
-    for _ in range(2):
-        await expect(page.get_by_role("region", name="History").get_by_role("listitem")).to_contain_text(
-            ["Approved with PINPay 40 EURC0FFEE, "]
-        )
-        await page.reload()
-
-
 # Its appearance, and how it reads
 
 
@@ -529,15 +502,6 @@ async def test_a_user_is_enrolled_loses_the_phone_and_is_enrolled_again(
     await button(page).click()
     await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
     assert sandbox.operations["a"].is_approved
-
-
-async def test_an_enrolment_that_fails_says_why(sandbox: Sandbox, browser: Browser) -> None:
-    sandbox.enroll(OTHER, external_user_id="ann")
-    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
-        await page.get_by_text("Enroll a user").click()
-        await page.get_by_label("External id").fill("ann")
-        await page.locator("#enroll").get_by_role("button").click()
-        await expect(page.get_by_role("alert")).to_contain_text("belongs to another user")
 
 
 async def test_many_operations_of_many_users_fit_every_screen(client: KeylessClient, page: Page) -> None:

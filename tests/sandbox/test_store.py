@@ -192,7 +192,7 @@ def test_approval_of_something_else_is_refused(store: OperationStore, name: str,
 
 @pytest.mark.parametrize("user_id", ["", "xyz", "C0 FFEE", "C0FFEE\n", "\uff21", 12])
 def test_user_id_that_is_not_hex_is_refused(store: OperationStore, user_id: str) -> None:
-    with pytest.raises(ConfigurationError, match="user_id must be a hex string"):
+    with pytest.raises(ConfigurationError, match="user_id must be"):
         store.approve("a", user_id=user_id)
 
 
