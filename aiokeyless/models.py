@@ -109,6 +109,10 @@ _REDACTED: Final = frozenset({"operation_payload", "external_user_id", "transact
 class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of private texts."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields under the attribute names, private texts too, without ``api_key``."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "api_key"}
+
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         for name in self.__struct_fields__:
             value = getattr(self, name)
@@ -188,10 +192,6 @@ class Operation(Model, frozen=True, kw_only=True):
         # Such as the 31st of February.
         except ValueError:
             return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data under the attribute names, with the payload and without ``api_key``."""
-        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "api_key"}
 
 
 class PendingOperation(Model, frozen=True, kw_only=True):
@@ -276,7 +276,7 @@ class Authentication(Model, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data under the attribute names, with `reason`."""
-        return {**{name: getattr(self, name) for name in self.__struct_fields__}, "reason": self.reason}
+        return {**super().to_dict(), "reason": self.reason}
 
 
 class Authentications(list[Authentication]):
@@ -345,10 +345,6 @@ class ExternalUser(Model, frozen=True, kw_only=True):
     created_at: str
     updated_at: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data under the attribute names, with the external user id."""
-        return msgspec.structs.asdict(self)
-
 
 class User(Model, frozen=True, kw_only=True):
     """A user that `find_users` found by an external user id. The answer does not repeat that id.
@@ -366,10 +362,6 @@ class User(Model, frozen=True, kw_only=True):
     biometric_public_signing_key: str
     created_at: str
     updated_at: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data under the attribute names."""
-        return msgspec.structs.asdict(self)
 
 
 class Device(Model, frozen=True, kw_only=True):
@@ -399,10 +391,6 @@ class Device(Model, frozen=True, kw_only=True):
     sdk_version: str | None = None
     deleted_at: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data under the attribute names."""
-        return msgspec.structs.asdict(self)
-
 
 class SignedTransaction(Model, frozen=True, kw_only=True):
     """What a verified token proves: this user signed this text at this time.
@@ -428,7 +416,7 @@ class SignedTransaction(Model, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data under the attribute names; `issued_at` in ISO format."""
-        return {**msgspec.structs.asdict(self), "issued_at": self.issued_at.isoformat()}
+        return {**super().to_dict(), "issued_at": self.issued_at.isoformat()}
 
 
 class NewExternalUser(Model, frozen=True, kw_only=True):

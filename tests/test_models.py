@@ -220,6 +220,11 @@ def test_the_documented_answer_is_read_field_by_field() -> None:
     }
 
 
+def test_each_kind_of_data_is_a_dictionary_too() -> None:
+    texts = {"operation_id": "txn-1", "operation_payload": PAYLOAD, "external_user_id": None, "auth_type": None}
+    assert pending().to_dict() == texts
+
+
 def test_unknown_fields_are_ignored() -> None:
     assert operation(newField={"deep": [1, None]}, api_key="snake case is not the wire's") == operation()
 

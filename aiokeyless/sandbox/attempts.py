@@ -56,31 +56,27 @@ class AttemptLog:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._all: deque[Attempt] = deque()
-        # Indexes of `_all`. A known user without attempts has an empty entry.
-        self._by_user: dict[str, deque[Attempt]] = {}
-        self._by_external_user: dict[str, deque[Attempt]] = {}
+        # Those whom Telemetry knows, also without an attempt.
+        self._users: set[str] = set()
+        self._external_users: set[str] = set()
         self._consecutive_failures: dict[str, int] = {}
         self._locked_until: dict[str, float] = {}
 
     def add_user(self, user_id: str, external_user_id: str | None) -> None:
         """Add a user without attempts: Telemetry then answers with an empty list and not with 404."""
-        self._by_user.setdefault(user_id, deque())
+        self._users.add(user_id)
         if external_user_id:
-            self._by_external_user.setdefault(external_user_id, deque())
+            self._external_users.add(external_user_id)
 
     def has_user(self, user_id: str) -> bool:
         """Return whether the user was added, or made an attempt."""
-        return user_id in self._by_user
+        return user_id in self._users
 
     def add(self, user_id: str, external_user_id: str | None, authentication: Authentication) -> None:
         """Add an attempt. Five failures in a row lock the user out; a success resets the count."""
         now = self._clock()
-        self._remove_old(now)
-        attempt = Attempt(now, user_id, external_user_id, authentication)
-        self._all.append(attempt)
+        self._recent().append(Attempt(now, user_id, external_user_id, authentication))
         self.add_user(user_id, external_user_id)
-        for attempts in self._indexes(attempt):
-            attempts.append(attempt)
         code = authentication.error_code or 0
         if code == 0:
             self._consecutive_failures.pop(user_id, None)
@@ -105,31 +101,26 @@ class AttemptLog:
 
     def get_all(self) -> list[Authentication]:
         """Return all users' attempts of the last ten minutes, oldest first."""
-        self._remove_old(self._clock())
-        return [attempt.authentication for attempt in self._all]
+        return [attempt.authentication for attempt in self._recent()]
 
     def get_by_user(self, user_id: str) -> list[Authentication] | None:
         """Return a user's attempts of the last ten minutes, oldest first; None if there is no such user."""
-        return self._get(self._by_user.get(user_id))
+        if user_id not in self._users:
+            return None
+        return [attempt.authentication for attempt in self._recent() if attempt.user_id == user_id]
 
     def get_by_external_user(self, external_user_id: str) -> list[Authentication] | None:
         """Return the attempts under an external user id, in its exact case; None if there is no such user."""
-        return self._get(self._by_external_user.get(external_user_id))
+        if external_user_id not in self._external_users:
+            return None
+        return [attempt.authentication for attempt in self._recent() if attempt.external_user_id == external_user_id]
 
-    def _get(self, attempts: deque[Attempt] | None) -> list[Authentication] | None:
-        self._remove_old(self._clock())
-        return None if attempts is None else [attempt.authentication for attempt in attempts]
-
-    def _remove_old(self, now: float) -> None:
+    def _recent(self) -> deque[Attempt]:
+        """Remove the attempts that are too old, and return the others, oldest first."""
+        now = self._clock()
         while self._all and now - self._all[0].at > MEMORY:
-            # The oldest of all attempts is the oldest of its user too.
-            for attempts in self._indexes(self._all.popleft()):
-                attempts.popleft()
-
-    def _indexes(self, attempt: Attempt) -> Iterable[deque[Attempt]]:
-        yield self._by_user[attempt.user_id]
-        if attempt.external_user_id:
-            yield self._by_external_user[attempt.external_user_id]
+            self._all.popleft()
+        return self._all
 
 
 def telemetry_json(owner: dict[str, str], attempts: Iterable[Authentication], operation_id: str | None) -> bytes:

@@ -117,6 +117,10 @@ def test_pending_list_is_of_one_user_oldest_first(store: OperationStore) -> None
     ]
 
 
+def test_an_unknown_user_has_nothing_pending(store: OperationStore) -> None:
+    assert store.pending_json("F00") == b"[]"
+
+
 def test_user_without_pending_operations_leaves_nothing_behind(store: OperationStore) -> None:
     store.create(USER, "a")
     store.create(USER, "b")
