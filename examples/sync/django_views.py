@@ -1,7 +1,7 @@
 """Approvals in Django's synchronous views; `urlpatterns` belongs to the project's `urls.py`."""
 
 from django.contrib.sessions.backends.base import SessionBase
-from django.db import transaction
+from django.db import close_old_connections, transaction
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
@@ -36,6 +36,7 @@ def pay(request: Request) -> JsonResponse:
 def payment(request: Request) -> JsonResponse:
     """Answer once it is approved, or that it is pending: the page then asks again."""
     ticket = ApprovalTicket.from_json(request.session["ticket"])
+    close_old_connections()  # the session's: a wait needs none
     try:
         approved = keyless.hold_for_approval(ticket, seconds=25)
     except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
