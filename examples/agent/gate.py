@@ -52,7 +52,7 @@ class Gate:
 
     Args:
         client: The client.
-        record: The record of the requests, in autocommit mode; processes may share the file.
+        record: The record of the requests, in autocommit mode; processes and users may share the file.
         user_id: Whom to ask: of the session that the agent works for, never an argument of its tools.
         expires_in: Seconds within which an approval counts.
     """
@@ -62,13 +62,13 @@ class Gate:
     ) -> None:
         self._client = client
         self._record = record
-        self._user_id = user_id
+        self._user_id = user_id.upper()
         self._expires_in = expires_in
         record.execute(
-            "CREATE TABLE IF NOT EXISTS requests (id PRIMARY KEY, payload, arguments, ticket, created, state)"
+            "CREATE TABLE IF NOT EXISTS requests (id PRIMARY KEY, user_id, payload, arguments, ticket, created, state)"
         )
-        # At most one open request for a transfer, across processes: an agent that repeats itself asks nobody again.
-        record.execute(f"CREATE UNIQUE INDEX IF NOT EXISTS one_open ON requests (payload) WHERE {OPEN}")
+        # At most one open request of a user for a transfer: an agent that repeats itself asks nobody again.
+        record.execute(f"CREATE UNIQUE INDEX IF NOT EXISTS one_open ON requests (user_id, payload) WHERE {OPEN}")
 
     async def hold(self, transfer: Transfer, *, request: str | None = None, seconds: float = 50.0) -> Answer:
         """Ask for a transfer, or go on with the open request for it, for so many seconds at most.
@@ -81,10 +81,11 @@ class Gate:
         if request is None:
             request = self._open(transfer)
         found = self._record.execute(
-            "SELECT ticket, created, state FROM requests WHERE id = ? AND payload = ?", (request, transfer.payload)
+            "SELECT ticket, created, state FROM requests WHERE id = ? AND user_id = ? AND payload = ?",
+            (request, self._user_id, transfer.payload),
         ).fetchone()
         if found is None:
-            return Answer("refused", request)  # no such request, or one for something else
+            return Answer("refused", request)  # no such request, or one of somebody else or for something else
         stored, created, state = found
         ticket = ApprovalTicket.from_json(stored)
         if not ticket.remaining():  # neither an approval that is found after the end counts, nor one unused until then
@@ -102,13 +103,14 @@ class Gate:
 
     def find(self, request: str) -> tuple[Transfer, ApprovalTicket] | None:
         """Return what a request is for."""
-        query = "SELECT arguments, ticket FROM requests WHERE id = ?"
-        row = self._record.execute(query, (request,)).fetchone()
+        query = "SELECT arguments, ticket FROM requests WHERE id = ? AND user_id = ?"
+        row = self._record.execute(query, (request, self._user_id)).fetchone()
         return row and (Transfer.model_validate_json(row[0]), ApprovalTicket.from_json(row[1]))
 
     def cancel(self, request: str) -> None:
         """Let an approval that comes later count for nothing. The phone still shows the request."""
-        self._change(request, "refused", OPEN)
+        if self.find(request) is not None:
+            self._change(request, "refused", OPEN)
 
     def spend(self, transfer: Transfer, request: str) -> bool:
         """Use up an approval; return whether it was there, for exactly this transfer, and had not been used.
@@ -116,8 +118,8 @@ class Gate:
         Only who gets True may act. A crash right after it leaves a transfer that is marked and not made: use the
         request's id as the idempotency key of the payment, and repeat what is marked and not confirmed.
         """
-        query = "UPDATE requests SET state = 'spent' WHERE id = ? AND payload = ? AND state = 'approved'"
-        return self._record.execute(query, (request, transfer.payload)).rowcount == 1
+        query = "UPDATE requests SET state = 'spent' WHERE (id, user_id, payload, state) = (?, ?, ?, 'approved')"
+        return self._record.execute(query, (request, self._user_id, transfer.payload)).rowcount == 1
 
     def _open(self, transfer: Transfer) -> str:
         """Return the open request for a transfer, after making one where there was none; nobody is asked here."""
@@ -129,10 +131,10 @@ class Gate:
             expires_in=self._expires_in,
             require_auth_type="biom",
         )
-        row = (request, transfer.payload, transfer.model_dump_json(), ticket.to_json(), False, "asked")
-        self._record.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?)", row)
-        query = f"SELECT id FROM requests WHERE payload = ? AND {OPEN}"  # noqa: S608  # OPEN is a constant
-        found = self._record.execute(query, (transfer.payload,)).fetchone()
+        row = (request, self._user_id, transfer.payload, transfer.model_dump_json(), ticket.to_json(), False, "asked")
+        self._record.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        query = f"SELECT id FROM requests WHERE user_id = ? AND payload = ? AND {OPEN}"  # noqa: S608  # OPEN is a constant
+        found = self._record.execute(query, (self._user_id, transfer.payload)).fetchone()
         return str(found[0]) if found else request
 
     async def _outcome(

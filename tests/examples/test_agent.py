@@ -135,6 +135,23 @@ async def test_two_processes_on_one_record_ask_once_and_act_once(gate: Gate, san
             assert sorted(each.spend(FORTY, answers[0].request) for each in gates * 3) == [False] * 5 + [True]
 
 
+async def test_an_approval_of_one_user_is_neither_found_nor_spent_by_another_on_the_same_record(
+    gate: Gate, client: KeylessClient, record: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    tap = asyncio.create_task(approve(sandbox))
+    state, request = await gate.hold(FORTY)
+    await tap
+    thief = Gate(client, record, "BAD")
+    assert state == "approved"
+    assert (await thief.hold(FORTY, request=request)).state == "refused"
+    assert thief.find(request) is None
+    assert not thief.spend(FORTY, request)
+    thief.cancel(request)
+    own = await thief.hold(FORTY, seconds=1)  # for which the other user is asked, too
+    assert (own.state, sandbox.operations[own.request].user_id) == ("pending", "BAD")
+    assert gate.spend(FORTY, request)
+
+
 async def test_request_that_nobody_approves_ends_and_a_late_approval_counts_for_nothing(
     client: KeylessClient, record: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
