@@ -75,7 +75,8 @@ def make_graph(broker: Broker, act: Callable[[str, str], None], saver: BaseCheck
 async def resume(graph: Graph, broker: Broker) -> None:
     """Resume the thread of the next outcome; raises `NotParkedError` if the outcome is to come again."""
     async with next_outcome(broker, "agent") as event:
-        thread = RunnableConfig(configurable={"thread_id": event.read_context(str)})
+        name = str(event.read_context(object))  # another application's outcomes have any context
+        thread = RunnableConfig(configurable={"thread_id": name})
         state = await graph.aget_state(thread)
         values = state.values
         if values.get("operation_id") != event.operation_id or not state.next:

@@ -294,6 +294,17 @@ async def test_a_thread_that_crashed_while_it_acted_acts_again_under_one_key(mem
 
 
 @pytest.mark.looptime
+@pytest.mark.parametrize("context", [None, {"order": 7}, "thread-of-another-graph"])
+async def test_an_outcome_of_another_application_at_the_same_broker_does_not_end_the_reader(
+    context: object, memory: SqliteBroker
+) -> None:
+    graph = threads.make_graph(memory, lambda _payload, _key: None, InMemorySaver())
+    async with ApprovingSandbox("biom") as sandbox, sandbox.client() as client, ApprovalWorker(client, memory):
+        await submit_approval(memory, "C0FFEE", operation_id="order-7", context=context)
+        await threads.resume(graph, memory)
+
+
+@pytest.mark.looptime
 @pytest.mark.parametrize(("operation_id", "payload"), [("another", PAYLOAD), (None, "Pay 1.00 EUR to Alice")])
 async def test_an_outcome_of_something_else_makes_a_thread_do_nothing(
     operation_id: str | None, payload: str, memory: SqliteBroker
