@@ -33,7 +33,7 @@ async def post_outcomes(broker: Broker, http: aiohttp.ClientSession, url: str, s
                     if answer.status // 100 != 2:
                         raise aiohttp.ClientResponseError(answer.request_info, (), status=answer.status)
         except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("the webhook is sent again later: %r", error)
+            log.warning("the webhook is sent again later: %s %s", type(error).__name__, error)
 
 
 async def main() -> None:

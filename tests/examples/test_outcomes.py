@@ -32,6 +32,8 @@ sys.path.remove(str(EXAMPLE))
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiokeyless import ApprovalTicket
+
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # 24 bytes
 
 
@@ -95,6 +97,7 @@ class Keycloak:
 
     def __init__(self) -> None:
         self.results: dict[str, list[Any]] = {}
+        self.status = 200
         app = web.Application()
         app.router.add_post(CALLBACK, self.take_result)
         self.server = TestServer(app)
@@ -109,7 +112,7 @@ class Keycloak:
         assert request.content_type == "application/json"
         token = request.headers["Authorization"].removeprefix("Bearer ")
         self.results[token].append((await request.json())["status"])
-        return web.Response(status=200 if len(self.results[token]) == 1 else 403)
+        return web.Response(status=self.status if len(self.results[token]) == 1 else 403)
 
 
 @pytest.fixture
@@ -160,6 +163,34 @@ async def test_a_server_that_stops_refuses_the_logins_that_wait(
         await until(lambda: len(sandbox.operations) == 1)
         await until(lambda: "push to C0FFEE" in capsys.readouterr().out)
     assert realm.results == {"token": ["UNAUTHORIZED"]}
+
+
+@pytest.mark.looptime
+async def test_a_push_that_fails_refuses_its_login_and_no_other(
+    channel_of: Callable[[Sandbox, Keycloak], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_ticket: ApprovalTicket) -> None:
+        raise OSError("the push service is away")
+
+    monkeypatch.setattr(keycloak, "notify_phone", fail)
+    realm = Keycloak()
+    async with ApprovingSandbox("biom") as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+        for token in ("token-1", "token-2"):
+            assert await realm.delegate(channel, "alice", token) == 201
+            await until(lambda: [*realm.results.values()][-1] == ["UNAUTHORIZED"])
+
+
+@pytest.mark.looptime
+async def test_no_log_has_the_bearer_token_of_a_login(
+    channel_of: Callable[[Sandbox, Keycloak], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever has it can post that the user has approved."""
+    realm = Keycloak()
+    async with ApprovingSandbox("biom") as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+        realm.status = 400
+        assert await realm.delegate(channel, "alice", "s3cret") == 201
+        await until(lambda: "did not take the result" in caplog.text)
+    assert "s3cret" not in caplog.text
 
 
 # -- SQL alone
