@@ -36,7 +36,7 @@ class Announcements:
         """Call the function, as soon as there is room."""
         if self._on_created is not None:
             # Not by the loop's task factory: an eager one would call the function in the delivery.
-            call = asyncio.Task(self._call(self._on_created, request), context=self._context)
+            call = asyncio.Task(self._call(self._on_created, request), context=self._context.copy())
             self.calls.add(call)
             call.add_done_callback(self.calls.discard)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -264,6 +265,24 @@ async def test_it_runs_in_the_context_of_the_worker_also_with_eager_tasks(
     async with working(client, broker, on_created=tell):
         await submit(broker, "txn-1")
         await until(lambda: told == ["txn-1"])
+
+
+async def test_calls_at_the_same_time_do_not_see_what_the_others_set_in_their_context(
+    client: KeylessClient, broker: SqliteBroker
+) -> None:
+    """Otherwise a push would go to the phone of another user."""
+    whose: ContextVar[str] = ContextVar("whose")
+    told: list[tuple[str, str]] = []
+
+    async def tell(request: ApprovalRequest) -> None:
+        whose.set(request.operation_id)
+        await asyncio.sleep(1)
+        told.append((request.operation_id, whose.get()))
+
+    async with working(client, broker, on_created=tell):
+        await submit(broker, "txn-1", "txn-2")
+        await until(lambda: len(told) == 2)
+    assert sorted(told) == [("txn-1", "txn-1"), ("txn-2", "txn-2")]
 
 
 async def test_what_cannot_be_called_is_refused(client: KeylessClient, broker: SqliteBroker) -> None:
