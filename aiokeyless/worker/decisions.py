@@ -197,7 +197,7 @@ def after_failed_creation(
         return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
         # Polls find out; a 403 or 404 is a gateway's.
-        return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.CREATED)
+        return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.FAILED)
     reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
     return fail(delivery, reason, str(error), now=now)
 

@@ -207,6 +207,22 @@ async def test_after_a_lost_answer_the_first_delivery_that_finds_the_operation_t
     ]
 
 
+async def test_after_a_create_whose_answer_could_not_be_read_the_poll_that_finds_the_operation_tells_it(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    told: list[str] = []
+    async with working(client, broker, on_created=lambda request: told.append(request.operation_id)):
+        sandbox.fail_next(200, body=b'{"is": "misshapen"}', stored=True, method="POST")
+        sandbox.fail_next(404, method="GET")  # the poll before the create
+        sandbox.fail_next(method="GET")  # the check whether the create took effect
+        await submit(broker, "txn-1")
+        await created(sandbox, 1)
+        await asyncio.sleep(5)
+        sandbox.approve("txn-1")
+        await read(broker)
+    assert told == ["txn-1"]
+
+
 async def test_polls_that_fail_after_a_create_that_was_confirmed_are_no_reason_to_tell_it_again(
     client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
 ) -> None:

@@ -490,14 +490,14 @@ def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
 
 @pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)], ids=repr)
 def test_a_create_that_may_have_taken_effect_ends_no_request(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True), Exchange.CREATED) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.CREATED) == 1
+    assert delay(not_created(error, 10, may_exist=True), Exchange.FAILED) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.FAILED) == 1
 
 
 @pytest.mark.parametrize("error", [MISSING, FORBIDDEN], ids=repr)
 def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True), Exchange.CREATED) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.CREATED) == 1
+    assert delay(not_created(error, 10, may_exist=True), Exchange.FAILED) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.FAILED) == 1
 
 
 def test_what_may_have_been_created_is_not_said_to_be_rejected() -> None:
