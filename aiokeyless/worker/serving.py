@@ -358,10 +358,8 @@ class Serving:
         if isinstance(decision, Redeliver):
             try:
                 await self._broker.put_off(message, decision.delay, decision.exchange)
-            except UnavailableError:
+            finally:  # the operation is there, whatever the broker says
                 self._announce(decision)
-                raise
-            self._announce(decision)
             return
         event = await self._add_asked(message, decision.event)
         if is_traceparent(message.traceparent):  # any sender may set it to anything
