@@ -73,7 +73,6 @@ class SqliteBroker(TableBroker):
         self._due = _Changes()  # of requests
         self._decided = _Changes()  # of outcomes
         self._take_from = 0.0
-        self._readers: set[str] = set()  # readers that are known to be in the file
 
     def __repr__(self) -> str:
         return f"<SqliteBroker {self._path}>"
@@ -96,7 +95,6 @@ class SqliteBroker(TableBroker):
         finally:
             if not self._is_open and self._thread is not None:
                 self._thread.shutdown(wait=False)
-        self._readers.clear()  # the file may be another one than before
 
     async def aclose(self) -> None:
         if not self._is_open:
@@ -125,9 +123,6 @@ class SqliteBroker(TableBroker):
         return is_duplicate
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
-        if reader not in self._readers:
-            await self._do(lambda store: store.add_reader(reader), lasting=True)
-            self._readers.add(reader)
         while True:
             changed = self._decided.next
             due = await self._read(lambda store: store.next_unread(reader))

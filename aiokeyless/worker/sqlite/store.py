@@ -164,18 +164,20 @@ class Store:
         )
         return False
 
-    def add_reader(self, name: str) -> None:
-        """Add a reader, to which all stored outcomes are unread."""
-        if self._connection.execute("INSERT OR IGNORE INTO reader VALUES (?, '', 1)", (name,)).rowcount:
-            self._connection.execute("INSERT INTO unread SELECT ?, id, ?, 0 FROM outcome", (name, self._now()))
-
     def next_unread(self, reader: str) -> float | None:
-        """Return when an outcome is due for a reader; None if there is none."""
-        return self._time("SELECT min(due_at) FROM unread WHERE reader = ?", reader)
+        """Return when an outcome is due for a reader; None if there is none. A new reader is due at once."""
+        return self._time(
+            "SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?)"
+            " THEN (SELECT min(due_at) FROM unread WHERE reader = ?) ELSE 0 END",
+            reader,
+            reader,
+        )
 
     def take_unread(self, reader: str) -> Unread | None:
-        """Take the outcome that has been due longest; None if none is due."""
+        """Take the outcome that has been due longest; None if none is due. To a new reader, all are unread."""
         now = self._now()
+        if self._connection.execute("INSERT OR IGNORE INTO reader VALUES (?, '', 1)", (reader,)).rowcount:
+            self._connection.execute("INSERT INTO unread SELECT ?, id, ?, 0 FROM outcome", (reader, now))
         found = self._connection.execute(
             "SELECT r.id, r.name, u.failures, o.body"
             " FROM unread u JOIN outcome o ON o.id = u.id JOIN request r ON r.id = u.id"

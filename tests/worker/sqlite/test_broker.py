@@ -184,6 +184,18 @@ async def test_a_reader_gets_outcomes_of_a_broker_that_is_opened_again() -> None
                 await (await reading).mark_handled()
 
 
+async def test_a_reader_that_is_deleted_under_its_process_gets_all_outcomes_again(
+    broker: SqliteBroker, path: Path
+) -> None:
+    _, outcome = await read_and_taken(broker, "a", "b")
+    await outcome.mark_handled()
+    for table, column in (("reader", "name"), ("unread", "reader")):
+        execute(path, f"DELETE FROM {table} WHERE {column} = 'shop'")  # noqa: S608
+    async with asyncio.timeout(10):
+        again = await broker.next_outcome("shop")
+    assert again.data == outcome.data
+
+
 async def test_a_broker_that_is_not_open_says_how_to_open_it() -> None:
     broker = SqliteBroker(":memory:")
     with pytest.raises(ConfigurationError, match="async with"):
@@ -423,7 +435,6 @@ async def read_and_taken(broker: SqliteBroker, decided: str, waiting: str) -> tu
     assert await decide(broker, message)
     await submit(broker, waiting)
     (message,) = await take_all(broker)
-    broker._readers.clear()  # it is in no restored file
     return message, await broker.next_outcome("shop")
 
 
