@@ -142,6 +142,14 @@ class Exchanges:
         claim, token = await self._broker.claim(delivery.message)
         if claim is Claim.ANOTHERS:
             return fail(delivery, FailureReason.CONFLICT, OTHER_REQUEST, now=self._clock())
+        if not is_final(delivery, self._clock()):
+            return await self._create_claimed(delivery, claim, token)
+        if claim is Claim.NEW:  # the broker took long: it is too late to ask the user
+            await self._broker.unclaim(delivery.message, token)
+        return Redeliver(0.0)
+
+    async def _create_claimed(self, delivery: Delivery, claim: Claim, token: int) -> Decision | Next:
+        """Create the operation under an id that this request holds, by this claim or by an earlier one."""
         ticket, started_at = delivery.ticket, self._now()
         try:
             await OperationCreation(

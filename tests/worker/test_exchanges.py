@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
+    from aiokeyless.worker.broker import Claimed
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
@@ -148,6 +149,26 @@ def a_later_delivery(broker: SqliteBroker) -> Message:
     broker._store._connection.execute("UPDATE waiting SET deliveries = deliveries + 1")
     row = Row(*broker._store._one("SELECT id, name FROM request"))
     return TableMessage(row=row, body=b"", stored_at=datetime.now(UTC), number=2)
+
+
+@pytest.mark.parametrize("was_in_doubt", [False, True])
+async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
+    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, *, was_in_doubt: bool
+) -> None:
+    claim = SqliteBroker.claim
+
+    async def be_late(broker: SqliteBroker, message: Message) -> Claimed:
+        await asyncio.sleep(0.0 if was_in_doubt and message.number == 1 else 5.0)
+        return await claim(broker, message)
+
+    monkeypatch.setattr(SqliteBroker, "claim", be_late)
+    async with working(client) as (_, broker):
+        if was_in_doubt:
+            sandbox.drop_next(method="POST")
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1", expires_in=4)
+        [event] = await events_of(broker, 1)
+    assert not sandbox.operations
+    assert (event.outcome, event.asked) == (Outcome.EXPIRED, was_in_doubt)
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
