@@ -267,11 +267,6 @@ function onSubmit(form, path) {
   });
 }
 
-async function chooseFault({target}) {
-  await post("recover", {}, byId("fault-problem"));
-  if (target.value !== "recover") await post(target.value, {}, byId("fault-problem"));
-}
-
 function start() {
   setText(byId("reach"), "Connecting…");
   byId("environment").textContent = `export KEYLESS_BASE_URL=${location.origin}\nexport KEYLESS_API_KEY=sandbox-key`;
@@ -281,7 +276,7 @@ function start() {
   for (const form of document.forms) form.elements.userId.value = user || "C0FFEE";
   onSubmit(byId("try"), "create");
   onSubmit(byId("enroll"), "enroll");
-  byId("faults").addEventListener("change", chooseFault);
+  byId("faults").addEventListener("change", ({target}) => post("fault", {fault: target.value}, byId("fault-problem")));
   // A browser opens at most six connections to a host, and each stream takes one: hidden pages release theirs.
   document.addEventListener("visibilitychange", () => { if (document.hidden) disconnect(); else connect(); });
   window.addEventListener("pageshow", connect);

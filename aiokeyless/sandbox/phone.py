@@ -19,6 +19,7 @@ from .control import ENDPOINTS, Body, Endpoint, User, UserId, apply
 from .fields import is_user_id
 from .guard import refuse_foreign_origin, refuse_host
 from .page import HEADERS, load_page
+from .snapshot import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,8 +49,22 @@ class _Removal(User):
     key: str
 
 
+class _FaultChoice(Body):
+    """The body of ``POST /sandbox/page/fault``."""
+
+    fault: Fault
+
+
+def _choose_fault(sandbox: Service, choice: _FaultChoice) -> None:
+    sandbox.recover()
+    if choice.fault == "fail":
+        sandbox.fail_next(times=None)
+    elif choice.fault == "drop":
+        sandbox.drop_next(times=None)
+
+
 #: Those buttons that do what a program can do, too.
-_SHARED: Final = ("approve", "decline", "enroll", "unlock", "fail", "drop", "recover")
+_SHARED: Final = ("approve", "decline", "enroll", "unlock")
 
 
 class Phones:
@@ -72,6 +87,7 @@ class Phones:
         self._closing = False
         self._buttons = {name: ENDPOINTS[name] for name in _SHARED} | {
             "create": Endpoint("POST", _Creation, lambda _, body: create(body.user_id.upper(), body.operation_payload)),
+            "fault": Endpoint("POST", _FaultChoice, _choose_fault),
             "remove": Endpoint("POST", _Removal, lambda _, body: book.remove_device(body.user_id, body.key)),
         }
 

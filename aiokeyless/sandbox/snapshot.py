@@ -32,7 +32,7 @@ _MOST_PAYLOAD: Final = 2000
 _MOST_EXCERPT: Final = 120
 
 Fault = Literal["recover", "fail", "drop"]
-"""The endpoint of the control that led to what the API does: it works, answers with errors, or drops connections."""
+"""What the API does, by the command that led to it: it works, answers with errors, or drops connections."""
 
 
 class Camel(msgspec.Struct, rename="camel"):

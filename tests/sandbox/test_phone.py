@@ -210,10 +210,14 @@ async def test_the_api_fails_as_the_page_or_a_program_says_until_it_is_to_work_a
     await create(http)
     async with events(page) as stream:
         assert (await stream.next())["fault"] == "recover"
-        assert await post(page, "fail", {}) == (200, {})
+        assert await post(page, "fault", {"fault": "drop"}) == (200, {})
+        await stream.until(lambda shown: shown["fault"] == "drop")
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await create(http, "b")
+        assert await post(page, "fault", {"fault": "fail"}) == (200, {})
         await stream.until(lambda shown: shown["fault"] == "fail")
         assert [await get(http) for _ in range(3)] == [503] * 3
-        await post(page, "recover", {})
+        await post(page, "fault", {"fault": "recover"})
         await stream.until(lambda shown: shown["fault"] == "recover")
         sandbox.drop_next(2)  # the client of these tests repeats a GET
         await stream.until(lambda shown: shown["fault"] == "drop")
@@ -226,7 +230,7 @@ async def test_the_api_fails_as_the_page_or_a_program_says_until_it_is_to_work_a
 # Whom it refuses
 
 
-@pytest.mark.parametrize("path", ["elsewhere", "sign", "rotate", "list"])
+@pytest.mark.parametrize("path", ["elsewhere", "sign", "rotate", "list", "fail"])
 async def test_page_has_no_button_for_what_needs_the_key(page: aiohttp.ClientSession, path: str) -> None:
     assert (await post(page, path, {}))[0] == 404
 
