@@ -189,11 +189,3 @@ def test_each_program_is_on_the_page() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for program in FOLDER.glob("*.py"):
         assert f"(../../examples/shutdown/{program.name})" in page, program.name
-
-
-def test_the_blocks_of_the_page_are_parts_of_the_programs() -> None:
-    programs = [program.read_text(encoding="utf-8") for program in FOLDER.glob("*.py")]
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        assert any(block in program for program in programs), block
