@@ -383,10 +383,13 @@ def check_schedule(schedule: wait_base | None) -> wait_base | None:
 
 
 def check_handler(handler: object, name: str, *, is_plain: bool = False) -> None:
-    """Check a function that is called back, or None. A plain one must not be async."""
+    """Check a function that is called back, or None: no generator function and, if it must be plain, no async one."""
     if handler is not None and not callable(handler):
         raise ConfigurationError(f"{name} must be callable or None, not {type(handler).__name__}", argument=name)
-    if is_plain and inspect.iscoroutinefunction(handler):
+    functions = (handler, type(handler).__call__)
+    if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in functions):
+        raise ConfigurationError(f"{name} must not be a generator function: a call runs none of it", argument=name)
+    if is_plain and any(map(inspect.iscoroutinefunction, functions)):
         raise ConfigurationError(
             f"{name} must be a plain function: an async one would never be awaited; or use aiokeyless.KeylessClient",
             argument=name,

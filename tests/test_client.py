@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import gc
 import inspect
 import json
@@ -36,7 +37,7 @@ from aiokeyless import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from aiokeyless.sandbox import Sandbox
 
@@ -48,6 +49,14 @@ KEY = "the-secret-key"
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def yielding(_told: object) -> Iterator[None]:
+    yield
+
+
+async def yielding_async(_told: object) -> AsyncGenerator[None]:
+    yield
 
 
 class TestConstruction:
@@ -258,12 +267,27 @@ class TestArguments:
                 await method(user_id, **arguments)
         assert sandbox.requests == []
 
-    @pytest.mark.parametrize("argument", ["on_created", "on_poll", "schedule"])
-    async def test_what_is_called_must_be_callable_before_anything_is_sent(
-        self, sandbox: Sandbox, client: KeylessClient, argument: str
+    async def test_a_schedule_is_checked_before_anything_is_created(
+        self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        wrong: dict[str, Any] = {argument: 5}
-        with pytest.raises(ConfigurationError, match=rf"{argument} must be .*, not (int|5)$"):
+        with pytest.raises(ConfigurationError, match="schedule"):
+            await client.request_approval(USER, schedule=5)  # type: ignore[arg-type]  # that is the mistake
+        assert sandbox.requests == []
+
+    @pytest.mark.parametrize("argument", ["on_created", "on_poll"])
+    @pytest.mark.parametrize(
+        ("value", "words"),
+        [
+            (5, "must be callable or None, not int"),
+            (yielding, "must not be a generator function"),
+            (functools.partial(yielding_async), "must not be a generator function"),
+        ],
+    )
+    async def test_what_is_called_back_must_run_when_it_is_called(
+        self, sandbox: Sandbox, client: KeylessClient, argument: str, value: object, words: str
+    ) -> None:
+        wrong: dict[str, Any] = {argument: value}
+        with pytest.raises(ConfigurationError, match=f"{argument} {words}"):
             await client.request_approval(USER, **wrong)
         with pytest.raises(ConfigurationError, match="on_poll"):
             await client.wait_for_approval("op", on_poll=5)  # type: ignore[arg-type]  # that is the mistake

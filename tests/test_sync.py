@@ -257,8 +257,12 @@ async def test_the_phone_is_told_in_the_thread_that_asks_before_it_waits(
     await asyncio.to_thread(program)
 
 
+class AsyncObject:
+    async def __call__(self, _told: object) -> None: ...
+
+
 @pytest.mark.parametrize("argument", ["on_created", "on_poll"])
-@pytest.mark.parametrize("wrong", [5, asyncio.sleep], ids=["no function", "an async function"])
+@pytest.mark.parametrize("wrong", [5, asyncio.sleep, AsyncObject()], ids=["no function", "async function", "object"])
 async def test_a_wrong_function_is_refused_before_anything_is_created(
     sandbox: Sandbox, keyless: KeylessClient, argument: str, wrong: Any
 ) -> None:
