@@ -106,12 +106,26 @@ class Secret:
 _REDACTED: Final = frozenset({"operation_payload", "external_user_id", "transaction_data"})
 
 
+def _plain(value: object) -> object:
+    """Return a field's value as data that any encoder takes: an error is its type and message."""
+    match value:
+        case Model():
+            return value.to_dict()
+        case tuple():
+            return [_plain(each) for each in value]
+        case datetime():
+            return value.isoformat()
+        case Exception():
+            return f"{type(value).__name__}: {value}"
+    return value
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of private texts."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields under the attribute names, private texts too, without ``api_key``."""
-        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "api_key"}
+        """Return plain data under the attribute names, private texts too, without ``api_key``; times in ISO format."""
+        return {name: _plain(getattr(self, name)) for name in self.__struct_fields__ if name != "api_key"}
 
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         for name in self.__struct_fields__:
@@ -413,10 +427,6 @@ class SignedTransaction(Model, frozen=True, kw_only=True):
     key_id: str
     version: str | None
     signed_sha256: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data under the attribute names; `issued_at` in ISO format."""
-        return {**super().to_dict(), "issued_at": self.issued_at.isoformat()}
 
 
 class NewExternalUser(Model, frozen=True, kw_only=True):

@@ -454,3 +454,12 @@ def test_attempts_are_a_list_that_tells_whether_there_are_more() -> None:
         assert same == [Authentication(error_code=30003)]
         assert same.truncated
     assert not Authentications().truncated
+
+
+def test_a_report_is_plain_data_to_its_innermost_part() -> None:
+    error = ServerError(status=500, method="GET", path="/x")
+    update = ApprovalUpdate(operation=operation(), error=error, polls=1, elapsed=0.5, next_poll_in=None)
+    shown = json.loads(json.dumps(update.to_dict()))
+    assert (shown["operation"], shown["error"]) == (operation().to_dict(), f"ServerError: {error}")
+    assert shown["attempts"] == []
+    assert KEY not in json.dumps(shown)
