@@ -46,10 +46,13 @@ class Announcements:
             await asyncio.wait(self.calls, timeout=CALL_WITHIN)
 
     async def _call(self, on_created: Callable[[ApprovalRequest], object], request: ApprovalRequest) -> None:
+        task = asyncio.current_task()
         try:
             async with asyncio.timeout(CALL_WITHIN), self._room:
                 result = on_created(request)
                 if inspect.isawaitable(result):
                     await result
-        except Exception:  # noqa: BLE001  # of the application: the request goes on without
+        except (Exception, asyncio.CancelledError):  # of the application: the request goes on without
+            if task is not None and task.cancelling():  # the worker has ended
+                raise
             log(logging.ERROR, "on_created.failed", {"operation_id": request.operation_id}, exc_info=True)

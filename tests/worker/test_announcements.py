@@ -110,6 +110,17 @@ async def test_what_it_raises_is_logged_without_payload_and_key_and_the_request_
     assert not any(secret in caplog.text for secret in ("Pay 40", "secret", sandbox.api_key))
 
 
+async def test_a_cancellation_of_its_own_is_logged_as_well(
+    client: KeylessClient, broker: SqliteBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call that gave up may have cancelled what others wait for, such as a token that all of them need."""
+    token = asyncio.get_running_loop().create_future()
+    token.cancel()
+    async with working(client, broker, on_created=lambda _: token):
+        await submit(broker, "txn-1")
+        await until(lambda: 'on_created.failed operation_id="txn-1"' in caplog.text)
+
+
 async def test_only_so_many_are_told_at_once_and_each_within_ten_seconds(
     client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
