@@ -47,22 +47,6 @@ async def test_a_clean_exit_is_handled(decided: SqliteBroker) -> None:
     assert await is_handled(decided)
 
 
-async def test_a_break_is_handled(decided: SqliteBroker) -> None:
-    while True:
-        async with next_outcome(decided, "shop"):
-            break
-    assert await is_handled(decided)
-
-
-async def test_a_return_is_handled(decided: SqliteBroker) -> None:
-    async def handle() -> str | None:
-        async with next_outcome(decided, "shop") as event:
-            return event.operation_id
-
-    assert await handle() == "txn-1"
-    assert await is_handled(decided)
-
-
 async def test_an_exception_puts_it_off_and_goes_on_to_the_caller(decided: SqliteBroker) -> None:
     loop = asyncio.get_running_loop()
     pauses = []

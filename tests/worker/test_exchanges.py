@@ -44,22 +44,6 @@ async def events_of(broker: SqliteBroker, count: int) -> list[ApprovalEvent]:
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_a_gateways_blip_costs_no_waiting_request_its_approval(
-    client: KeylessClient, sandbox: Sandbox, status: int
-) -> None:
-    async with working(client) as (_, broker):
-        for number in range(20):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
-        await created(sandbox, 20)
-        sandbox.fail_next(status=status, times=None)
-        await asyncio.sleep(5)
-        sandbox.recover()
-        for number in range(20):
-            sandbox.approve(f"txn-{number}")
-        assert {event.outcome for event in await events_of(broker, 20)} == {Outcome.APPROVED}
-
-
-@pytest.mark.parametrize("status", [403, 404])
 async def test_a_gateway_that_refuses_everything_is_asked_no_more_often_than_a_service_that_is_well(
     client: KeylessClient, sandbox: Sandbox, status: int
 ) -> None:
@@ -75,18 +59,6 @@ async def test_a_gateway_that_refuses_everything_is_asked_no_more_often_than_a_s
         sandbox.approve("txn-1")
         [event] = await events_of(broker, 1)
     assert event.outcome is Outcome.APPROVED
-
-
-@pytest.mark.parametrize("status", [403, 404])
-async def test_a_gateways_blip_at_the_deadline_leaves_the_outcome_unknown(
-    client: KeylessClient, sandbox: Sandbox, status: int
-) -> None:
-    async with working(client, grace=2) as (_, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1", expires_in=3)
-        await created(sandbox, 1)
-        sandbox.fail_next(status=status, times=None)
-        [event] = await events_of(broker, 1)
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
 
 
 @pytest.mark.parametrize("status", [403, 404])
@@ -119,16 +91,6 @@ async def test_an_approval_that_comes_before_a_lost_create_is_found_counts() -> 
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         [event] = await events_of(broker, 1)
     assert event.outcome is Outcome.APPROVED
-
-
-async def test_an_id_that_is_taken_at_the_first_create_is_a_conflict(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with sandbox.client() as earlier:
-        await earlier.create_operation("C0FFEE", operation_id="txn-1")
-    async with working(client) as (_, broker):  # which has checked its key
-        sandbox.fail_next(status=404, times=1, method="GET")
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        [event] = await events_of(broker, 1)
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
 
 
 async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_operation(

@@ -226,21 +226,6 @@ async def test_a_rate_limit_pauses_the_whole_intake(
         assert sandbox.requests[0].at > paused + 1.4
 
 
-async def test_request_that_arrives_during_a_pause_is_handed_back(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, broker, max_in_flight=8) as worker:
-        sandbox.fail_next(status=429, times=2, retry_after=1)
-        for _ in range(2):
-            await submit(broker, "C0FFEE")
-        await until(lambda: worker.statistics.transient_failures == 2)
-        paused = now()
-        late = await submit(broker, "C0FFEE")  # it was asked for before
-        await until(lambda: worker.statistics.deliveries == 3)
-        await until(lambda: late in sandbox.operations)
-        assert now() > paused + 0.9
-
-
 async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
     client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
 ) -> None:
@@ -275,19 +260,6 @@ async def test_a_request_that_expires_before_anybody_was_asked_says_so(
         [event] = await all_outcomes(broker)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, False)
     assert operation_id not in sandbox.operations
-
-
-async def test_approval_in_time_is_found_though_the_final_poll_got_no_answer(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, broker, schedule=AT_THE_DEADLINE):
-        operation_id = await submit(broker, "C0FFEE", expires_in=0.5)
-        await until(lambda: operation_id in sandbox.operations)
-        sandbox.approve(operation_id)
-        sandbox.fail_next(times=2)
-        [event] = await all_outcomes(broker)
-    assert event.outcome is Outcome.APPROVED
-    assert len(polls_of(sandbox, operation_id)) == 4  # one before the create
 
 
 @pytest.mark.parametrize("approved", [True, False])
@@ -349,33 +321,6 @@ async def test_create_whose_answer_was_lost_makes_no_second_operation(
     assert event.outcome is Outcome.APPROVED
     assert list(sandbox.operations) == [operation_id]
     assert sum(record.method == "POST" for record in sandbox.requests) == 1
-
-
-@pytest.mark.parametrize("faults", [1, 2, 3, 4])
-@pytest.mark.parametrize("fault", ["fail_next", "drop_next"])
-async def test_an_outage_does_not_turn_an_old_approval_into_an_answer_to_this_request(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, *, fault: str, faults: int
-) -> None:
-    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
-    sandbox.approve("txn-1")
-    async with working(client, broker):
-        getattr(sandbox, fault)(times=faults)
-        await publish(broker, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
-        [event] = await all_outcomes(broker)
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
-
-
-async def test_operation_that_vanished_is_created_again_under_the_same_id(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, broker):
-        operation_id = await submit(broker, "C0FFEE", operation_payload="Pay 40")
-        await until(lambda: operation_id in sandbox.operations)  # it is polled before it is created, too
-        sandbox.forget(operation_id)
-        await until(lambda: operation_id in sandbox.operations)
-        sandbox.approve(operation_id, operation_payload="Pay 40")
-        [event] = await all_outcomes(broker)
-    assert event.outcome is Outcome.APPROVED
 
 
 def nothing_else(_sandbox: Sandbox) -> None:
@@ -457,21 +402,6 @@ async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
             await submit(broker, "C0FFEE", expires_in=1)
         await all_outcomes(broker)
     assert most_at_once(sandbox.requests) == 3
-
-
-async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    async with SqliteBroker(":memory:") as broker, working(client, broker):
-        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
-        await until(lambda: "order-7" in sandbox.operations)
-        sandbox.approve("order-7")
-        [event] = await all_outcomes(broker)
-        assert event.outcome is Outcome.APPROVED
-    async with SqliteBroker(":memory:") as broker, working(client, broker):  # which remembers nothing
-        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
-        [event] = await all_outcomes(broker)
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
 
 
 class Remembering(wait_adaptive):

@@ -16,7 +16,6 @@ from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, Unavailab
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import created
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -68,31 +67,6 @@ async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_th
 
 
 @looptime
-async def test_an_approval_comes_out(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client) as broker:
-        await submit_approval(broker, "c0ffee", operation_id="txn-1", operation_payload="Pay 40", context={"order": 7})
-        await until(lambda: "txn-1" in sandbox.operations)
-        assert (await broker.inspect()).waiting == 1
-        sandbox.approve("txn-1")
-        event = await next_event(broker)
-        assert (await broker.inspect()).waiting == 0
-    assert (event.outcome, event.operation_id) == (Outcome.APPROVED, "txn-1")
-    assert event.read_context(dict[str, int]) == {"order": 7}
-
-
-@looptime
-async def test_a_request_that_may_not_wait_so_long_fails_with_its_ids(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client) as broker:
-        await submit_approval(broker, "c0ffee", operation_id="txn-1", expires_in=86_400.0 * 500)
-        event = await next_event(broker)
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
-    assert (event.operation_id, event.user_id) == ("txn-1", "C0FFEE")
-    assert event.detail is not None
-    assert event.detail.startswith("expires_in is 4.32e+07 s; this broker allows ")
-    assert not sandbox.operations
-
-
-@looptime
 @pytest.mark.parametrize(
     ("sent", "handed_back"),
     [(TRACEPARENT, TRACEPARENT), (None, None), ("", None), ("00-nonsense", None), (TRACEPARENT + "\r\nX: y", None)],
@@ -130,32 +104,6 @@ async def test_a_submission_carries_the_trace_of_its_caller(client: KeylessClien
         sandbox.approve("txn-1")
         event = await next_event(broker)
     assert event.traceparent == TRACEPARENT
-
-
-@looptime
-async def test_nobody_waits_for_minutes_in_a_test(client: KeylessClient) -> None:
-    loop = asyncio.get_running_loop()
-    async with working(client, schedule=wait_fixed(50.0)) as broker:
-        began = loop.time()
-        await submit_approval(broker, "c0ffee", operation_id="txn-1", expires_in=300)
-        event = await next_event(broker)
-    assert (event.outcome, event.answered, event.asked, event.deliveries) == (Outcome.EXPIRED, True, True, 7)
-    assert loop.time() - began == pytest.approx(300, abs=5)
-    assert (event.decided_at - event.requested_at).total_seconds() == pytest.approx(300, abs=5)
-
-
-@looptime
-async def test_two_workers_share_the_requests(client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker) -> None:
-    first = ApprovalWorker(client, broker, max_in_flight=2)
-    second = ApprovalWorker(client, broker, max_in_flight=2)
-    async with first, second:
-        for number in range(4):
-            await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}")
-            await created(sandbox, number + 1)
-            sandbox.approve(f"txn-{number}")
-        events = [await next_event(broker) for _ in range(4)]
-    assert {event.outcome for event in events} == {Outcome.APPROVED}
-    assert first.statistics.approved + second.statistics.approved == 4
 
 
 @looptime
