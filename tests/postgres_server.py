@@ -20,6 +20,6 @@ class PostgresServer(postgres.PostgresServer):
 @cache
 def shared_server() -> PostgresServer:
     """Return the server of this process's tests, each of which makes a database in it, and none of which stops it."""
-    server = PostgresServer()
+    server = PostgresServer(autovacuum="off")  # it would go round all their databases without end
     atexit.register(server.close)
     return server
