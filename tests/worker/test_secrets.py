@@ -55,7 +55,10 @@ AWAY: dict[str, Callable[[KeylessClient], Awaitable[object]]] = {
     "PostgresBroker": lambda _: opened(PostgresBroker(POSTGRES)),
     "NatsBroker": lambda _: opened(NatsBroker(NATS)),
     "NatsBroker with options": lambda _: opened(
-        NatsBroker(f"nats://127.0.0.1:{PORT}", connect_options={"user": "worker", "password": PASSWORD})
+        NatsBroker(
+            f"nats://127.0.0.1:{PORT}",
+            connect_options={"user": "worker", "password": PASSWORD, "reconnect_time_wait": 0},
+        )
     ),
     "a worker on PostgreSQL": lambda client: ApprovalWorker(client, POSTGRES).prepare(),
     "a worker on NATS": lambda client: ApprovalWorker(client, NATS).prepare(),

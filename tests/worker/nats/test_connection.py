@@ -234,7 +234,7 @@ async def test_a_wrong_password_is_one_line_without_it(guarded: NatsServer, cred
     ids=ascii,
 )
 async def test_a_wrong_url_is_one_line_without_any_part_of_its_password(url: str) -> None:
-    message = await refusal(url)
+    message = await refusal(url, reconnect_time_wait=0)
     assert message.startswith("no connection to the broker at ")
     assert "\n" not in message
     assert "s3cr3t" not in message
