@@ -196,6 +196,7 @@ def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
     assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in run_tests(tmp_path, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "outcome"), [("biom", "approved"), ("pin", "failed")])
 @pytest.mark.parametrize("block", APPLICATIONS, ids=str)
 async def test_an_application_of_the_docs_needs_no_server_and_handles_what_it_prints(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def environment(**more: str) -> Mapping[str, str]:
     return {**os.environ, "PYTHONWARNINGS": "error", **more}
@@ -132,7 +134,6 @@ def test_a_payload_beyond_the_encoding_of_stdout_is_escaped(monkeypatch: pytest.
         assert b"Pay 40 \\u20ac \xe9\n" in content.getvalue()
 
 
-@pytest.mark.slow
 def test_the_demo_runs_on_the_real_clock() -> None:
     text = output("demo")
     assert "Fewer requests into it: aiokeyless, by " in text
@@ -147,7 +148,6 @@ def test_a_process_without_a_terminal_prints_plain_lines_and_exits_0(other_termi
     assert ESCAPE not in text
 
 
-@pytest.mark.slow
 def test_terminals_share_a_sandbox_by_its_environment_alone(other_terminal: dict[str, str], tmp_path: Path) -> None:
     ticket = tmp_path / "ticket.json"
     ticket.write_text(output("create", "C0FFEE", "--payload", "Pay 40 to Alice", "--json", **other_terminal))
@@ -157,7 +157,6 @@ def test_terminals_share_a_sandbox_by_its_environment_alone(other_terminal: dict
     assert outcome["operation"]["operation_payload"] == "Pay 40 to Alice"
 
 
-@pytest.mark.slow
 def test_a_process_on_a_terminal_draws_a_line(other_terminal: dict[str, str]) -> None:
     output("create", "C0FFEE", "--operation-id", "drawn", **other_terminal)
     master, slave = pty.openpty()
@@ -199,7 +198,6 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
     assert (process.returncode, err) == (130, f"aiokeyless: {message}\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_are_the_normal_end_of_a_sandbox(number: signal.Signals) -> None:
     with start("sandbox", "--port", "0") as process:
@@ -211,7 +209,6 @@ def test_ctrl_c_and_sigterm_are_the_normal_end_of_a_sandbox(number: signal.Signa
     assert (process.returncode, err) == (0, "")
 
 
-@pytest.mark.slow
 def test_ctrl_c_interrupts_the_reading_of_a_ticket(other_terminal: dict[str, str]) -> None:
     program = PROGRAM.replace("sys.exit", "sys.stdout.write('ready\\n'); sys.exit")
     command = [sys.executable, "-u", "-c", program, "wait", "--ticket", "-"]
@@ -233,7 +230,6 @@ def test_ctrl_c_interrupts_the_reading_of_a_ticket(other_terminal: dict[str, str
     assert (process.returncode, err) == (130, "aiokeyless: interrupted\n")
 
 
-@pytest.mark.slow
 def test_a_closed_stdout_is_no_traceback(other_terminal: dict[str, str]) -> None:
     with start("wait", "never-to-come", "--if-missing", "wait", **other_terminal) as process:
         assert process.stdout is not None

@@ -168,6 +168,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 # -- a worker that runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_it_runs_until_it_is_stopped_and_exits_0(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox, number: int
