@@ -403,8 +403,8 @@ class KeylessClient:
                 expiry: the user can still approve later.
             if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
                 the id, if it has the same content and is pending. Default: ``"raise"``.
-            require_auth_type: The factor that an approval must have: ``"biom"`` for a face. It is kept in the ticket
-                and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
+            require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. It is kept
+                in the ticket and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
 
         Returns:
             The ticket to wait for, here or in another process. The service sends the phone no push

@@ -48,7 +48,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of the empty text if there is no payload.
         created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
         expires_at: When a wait for the ticket ends by default: aware, UTC.
-        require_auth_type: The factor that an approval must have, such as ``"biom"``; None for any.
+        require_auth_type: The factor that an approval must have, see `AuthType`; None for any.
         reconciled: True if the POST of this call was not confirmed, and a GET found the operation under its id with
             this content. It may belong to an earlier or a concurrent request.
         traceparent: The position in the trace that created it (W3C Trace Context); None without a trace.
@@ -111,7 +111,8 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             external_user_id: Your own id of the user, compared if it is given. Default: not compared.
             created_at: When the operation was created, aware. Default: now.
             expires_in: Seconds from `created_at` until a wait for the ticket ends by default. Default: 120.
-            require_auth_type: The factor that an approval must have: ``"biom"`` for a face. Default: any.
+            require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. Default:
+                any.
 
         Returns:
             The ticket to wait for.

@@ -13,7 +13,7 @@ import os
 import sys
 from contextlib import asynccontextmanager
 from enum import IntEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
@@ -182,6 +182,7 @@ _check_operation_id = validator(check_operation_id, "operation_id")
 
 UserId = Annotated[str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"))]
 OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id)]
+AuthType = Literal["biom", "pin"]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
 Seconds = Annotated[float, Parameter(validator=_check_seconds)]
 Timeout = Annotated[float | None, Parameter(validator=_check_timeout)]

@@ -17,7 +17,18 @@ from aiokeyless._validation import check_base_url, check_external_user_id, check
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, Device, Operation
 
-from .app import AsJson, CommandError, Count, Exit, OperationId, OptionalCount, OptionalDelay, UserId, validator
+from .app import (
+    AsJson,
+    AuthType,
+    CommandError,
+    Count,
+    Exit,
+    OperationId,
+    OptionalCount,
+    OptionalDelay,
+    UserId,
+    validator,
+)
 from .error_messages import VARIABLES, describe_argument, describe_method, format_count
 from .render import new_console, print_facts, print_json, print_line, print_table, show_waiting
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
@@ -33,7 +44,6 @@ _IDENTITY: Final = "X-Keyless-Sandbox"
 #: The result of a command that has none.
 _DONE: Final = {"done": True}
 
-AuthType = Literal["biom", "pin"]
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
 User = Annotated[str | None, Parameter(name="--user", validator=validator(check_user_id, "user_id"))]
 ExternalUserId = Annotated[str | None, Parameter(validator=validator(check_external_user_id, "external_id"))]

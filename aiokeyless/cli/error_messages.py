@@ -46,7 +46,6 @@ OPTIONS: Final = {
     "operation_id": "OPERATION_ID",
     "operation_payload": "--payload",
     "public_signing_key": "KEY",
-    "require_auth_type": "--require-auth-type",
     "tenant": "--tenant",
     "user_id": "USER_ID",
 }
@@ -76,7 +75,6 @@ REQUIREMENTS: Final = {
     ),
     "operation_payload": "valid UTF-8",
     "public_signing_key": 'a key as "devices list" prints it',
-    "require_auth_type": "a factor such as biom or pin, in 1 to 64 printable characters",
     "region": f"one of {', '.join(Region)}",
     "tenant": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
     "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",

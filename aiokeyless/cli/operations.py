@@ -14,7 +14,18 @@ from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
-from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, open_client
+from .app import (
+    AsJson,
+    AuthType,
+    CommandError,
+    Exit,
+    OperationId,
+    OptionalOperationId,
+    Seconds,
+    UserId,
+    app,
+    open_client,
+)
 from .error_messages import describe_method, quote, quote_operation_id
 from .render import new_console, print_command, print_fact, print_facts, print_json, print_table
 
@@ -48,7 +59,7 @@ async def create(
     external_user_id: str | None = None,
     expires_in: Seconds = DEFAULT_LIFETIME,
     if_exists: IfExists = "raise",
-    require_auth_type: str | None = None,
+    require_auth_type: AuthType | None = None,
     as_json: AsJson = False,
 ) -> int:
     """Create an operation for a user to approve.
@@ -60,7 +71,7 @@ async def create(
         external_user_id: Your own id of the user.
         expires_in: Seconds after which a wait for the ticket ends. The user can still approve later.
         if_exists: If this operation exists already and is pending, fail (raise), or take it (resume).
-        require_auth_type: The factor that an approval must have for a wait for the ticket: biom for a face.
+        require_auth_type: The factor that an approval must have for a wait for the ticket: biom for a face, or pin.
         as_json: Print the ticket, for wait --ticket, and nothing else.
     """
     async with open_client(as_json=as_json) as client:

@@ -25,6 +25,7 @@ from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket
 
 from .app import (
     AsJson,
+    AuthType,
     CommandError,
     Exit,
     InterruptedCommandError,
@@ -140,7 +141,7 @@ async def wait(
     ] = None,
     timeout: Timeout = None,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
-    require_auth_type: str | None = None,
+    require_auth_type: AuthType | None = None,
     as_json: AsJson = False,
 ) -> int:
     """Wait until an operation is approved.
@@ -150,7 +151,7 @@ async def wait(
         ticket: Instead of an id, a file with the ticket of create --json; - is stdin.
         timeout: Seconds, or inf for no limit; if left out: the ticket's remaining time, or 120 for an id.
         if_missing: If there is no such operation, fail (raise), or wait until the phone creates it (wait).
-        require_auth_type: The factor that the approval must have, such as biom; if left out: the ticket's.
+        require_auth_type: The factor that the approval must have: biom for a face, or pin; if left out: the ticket's.
         as_json: Print a line of JSON for each poll and each attempt of the user, and one for the outcome.
     """
     target = operation_id if ticket is None else ticket.ticket
@@ -202,7 +203,7 @@ def _format_options(
     return (
         ("" if timeout is None else f" --timeout {timeout:g}")
         + ("" if if_missing == "raise" else f" --if-missing {if_missing}")
-        + ("" if require_auth_type is None else f" --require-auth-type={quote(require_auth_type)}")
+        + ("" if require_auth_type is None else f" --require-auth-type={require_auth_type}")
         + (" --json" if as_json else "")
     )
 

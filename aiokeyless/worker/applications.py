@@ -111,8 +111,8 @@ async def submit_approval(
             the same deadline. It counts as now if it is in the future. Default: now, by the broker's clock.
         context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event
             returns it.
-        require_auth_type: The factor that an approval must have: ``"biom"`` for a face. Any other, or none, is
-            ``failed`` with `FailureReason.MISMATCH`. Default: any.
+        require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. Any other,
+            or none, is ``failed`` with `FailureReason.MISMATCH`. Default: any.
 
     Returns:
         The operation's id, and whether exactly this request was stored already.

@@ -88,7 +88,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
             counts as that.
         context: Any JSON of yours, up to 64 KiB, which the event returns unchanged. Its numbers have at most 400
             characters, and are 0 or of a magnitude from 1e-307 to 1.8e308. Default: null.
-        require_auth_type: The factor that an approval must have, such as ``"biom"``. Default: any.
+        require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. Default: any.
     """
 
     version: int

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from aiokeyless._validation import MAX_AUTH_TYPE, MAX_IDENTIFIER
+from aiokeyless._validation import MAX_IDENTIFIER
+from aiokeyless.models import AuthType
 
 from .messages import VERSION, ApprovalEvent, ApprovalRequest
 
@@ -24,7 +25,7 @@ _LIMITS: Final[dict[str, dict[str, object]]] = {
     "user_id": {"pattern": f"^[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}$"},
     "operation_id": {"minLength": 1, "maxLength": MAX_IDENTIFIER},
     "expires_in": {"exclusiveMinimum": 0},
-    "require_auth_type": {"minLength": 1, "maxLength": MAX_AUTH_TYPE},
+    "require_auth_type": {"enum": [*AuthType, None]},
     "created_at": _TIME,
     "requested_at": _TIME,
     "decided_at": _TIME,

@@ -529,10 +529,12 @@ async def test_what_a_pin_approved_is_resumed_for_nobody_who_wants_a_face(
     assert type(await failure(client.create_operation(USER, **face))) is AlreadyApprovedError
 
 
+@pytest.mark.parametrize("method", [KeylessClient.create_operation, KeylessClient.request_approval])
 async def test_a_factor_that_cannot_be_is_refused_before_anything_is_sent(
-    sandbox: Sandbox, client: KeylessClient
+    sandbox: Sandbox, client: KeylessClient, method: Callable[..., Awaitable[object]]
 ) -> None:
-    assert "require_auth_type must be" in str(await failure(client.create_operation(USER, require_auth_type="")))
+    refusal = await failure(method(client, USER, require_auth_type="face"))
+    assert str(refusal) == "require_auth_type must be 'biom' for a face, 'pin', or None for any, not 'face'"
     assert not sandbox.requests
 
 

@@ -207,7 +207,6 @@ def test_texts_that_only_unicode_calls_equal_are_different(state: str, result: b
         ("biom", "", Rejection.OTHER_AUTH_TYPE, Verdict.PENDING),
         ("pin", "pin", Verdict.APPROVED, Verdict.PENDING),
         ("pin", "biom", Rejection.OTHER_AUTH_TYPE, Rejection.OTHER_AUTH_TYPE),
-        ("palm", "palm", Verdict.APPROVED, Verdict.PENDING),
         (None, "pin", Verdict.APPROVED, Verdict.PENDING),
         (None, None, Verdict.APPROVED, Verdict.PENDING),
     ],

@@ -72,6 +72,14 @@ def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
             (["create", "C0FFEE", "--expires-in", value], ["--expires-in", "more than 0"], "create ")
             for value in ("0", "nan", "inf")
         ),
+        *(
+            (
+                [*command, "--require-auth-type", "face"],
+                ["--require-auth-type", "face", "biom", "pin"],
+                f"{command[0]} ",
+            )
+            for command in (["create", "C0FFEE"], ["wait", "a"])
+        ),
         (["get"], ["OPERATION_ID"], "get "),
         (["get", "a\nb"], ["OPERATION_ID", r"a\nb", "control characters"], "get "),
         (["pending", "0x1"], ["USER_ID", "hex"], "pending "),

@@ -109,11 +109,13 @@ async def test_a_name_that_no_broker_keeps_is_refused(memory: SqliteBroker, read
         await read(memory, reader=reader)
 
 
-async def test_a_url_is_no_broker_that_is_open() -> None:
+async def test_what_is_wrong_is_refused_before_anything_is_stored(memory: SqliteBroker) -> None:
     with pytest.raises(ConfigurationError, match="not a URL"):
         await read("sqlite:keyless.db")
     with pytest.raises(ConfigurationError, match="not a URL"):
         await submit_approval("sqlite:keyless.db", "C0FFEE", operation_id="txn-1")
+    with pytest.raises(ConfigurationError, match="require_auth_type must be 'biom' for a face, 'pin'"):
+        await submit_approval(memory, "C0FFEE", operation_id="txn-1", require_auth_type="face")
     with pytest.raises(ConfigurationError, match="not int"):
         await submit_approval(7, "C0FFEE", operation_id="txn-1")
 

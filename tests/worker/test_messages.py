@@ -126,7 +126,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"operation_payload": 40}, "Expected `str | null`"),
         ({"external_user_id": "\udfff"}, "no request"),
         ({"external_user_id": []}, "Expected `str | null`"),
-        ({"require_auth_type": ""}, "require_auth_type must be a factor"),
+        ({"require_auth_type": "face"}, "require_auth_type must be 'biom' for a face, 'pin'"),
         ({"expires_in": 0}, "expires_in must be more than 0"),
         ({"expires_in": -1}, "expires_in must be more than 0"),
         ({"expires_in": True}, "Expected `float`"),

@@ -125,9 +125,8 @@ BEGIN
         OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null')
         OR jsonb_typeof(fields -> 'created_at') NOT IN ('string', 'null') THEN
         RAISE 'operation_payload, external_user_id and created_at must be texts' USING ERRCODE = 'invalid_parameter_value';
-    ELSIF jsonb_typeof(fields -> 'require_auth_type') NOT IN ('string', 'null')
-        OR length(fields ->> 'require_auth_type') NOT BETWEEN 1 AND 64 THEN
-        RAISE 'require_auth_type must be a text of 1 to 64 characters' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF fields -> 'require_auth_type' NOT IN ('"biom"', '"pin"', 'null') THEN
+        RAISE 'require_auth_type must be biom, pin or null' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_path_exists(
         fields -> 'context', 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")'
     ) THEN
