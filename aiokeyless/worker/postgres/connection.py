@@ -68,7 +68,7 @@ class PostgresConnection(ApplicationSide):
         if is_in_transaction:
             raise ConfigurationError(
                 "the connection must be in no transaction, since next_outcome begins one: commit or roll back first; "
-                f"to read in yours, SELECT * FROM {self._driver.schema}.next_outcome('reader')",
+                f"to read in yours, select from the SQL function {self._driver.schema}.next_outcome",
                 argument="broker",
             )
         while True:
