@@ -93,6 +93,7 @@ class Reporter:
     Attributes:
         is_draining: Whether the worker is about to end.
         key_refusal: Why Keyless seems to refuse the key; None if it accepts it.
+        take_failure: Why the last take failed; None if it did not. A full disk fails takes alone, and no inspection.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Reporter:
         self._transitions = Transitions(self._now())
         self._counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self._fleet = Inspection()
-        self._silence: str | None = None  # why the broker does not answer; None if it does
+        self._silence: str | None = None  # why the last inspection failed; None if it did not
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._delivered = 0  # deliveries since the last inspection
@@ -123,6 +124,7 @@ class Reporter:
         self._lateness = 0.0  # the same, between the last two inspections
         self.is_draining: bool = False
         self.key_refusal: KeylessError | None = None
+        self.take_failure: str | None = None
 
     def statistics(self) -> WorkerStatistics:
         """Return the worker at this moment."""
@@ -144,8 +146,8 @@ class Reporter:
             yield "the worker is about to end"
             return
         now, backlog = self._now(), self._fleet.backlog
-        if self._silence is not None:
-            yield f"the broker does not answer: {self._silence}"
+        if silence := self._silence or self.take_failure:
+            yield f"the broker does not answer: {silence}"
         yield from self._fleet.problems
         if now < self._refused_until:
             yield f"the broker does not store outcomes or claims: {self._refusal}"
@@ -169,7 +171,7 @@ class Reporter:
         try:
             self._fleet = await self._broker.inspect()
         except UnavailableError as error:
-            self.report_silence(error)
+            self._silence = str(error)
             return
         except BrokerError as error:
             self._on_loss(error)
@@ -185,10 +187,6 @@ class Reporter:
         elif self._stalled_since is None:
             self._stalled_since = self._now()
         self._delivered = 0
-
-    def report_silence(self, error: UnavailableError) -> None:
-        """Remember that the broker did not answer, until it answers an inspection."""
-        self._silence = str(error)
 
     def _publish_inspection(self, *, has_ended: bool = False) -> None:
         if self._listeners is not None:

@@ -185,7 +185,7 @@ class Serving:
                 await self._pause(min(max(ready_at - now, _EARLY), TAKES_FOR))
         except UnavailableError as error:
             self._silences += 1
-            self._reporter.report_silence(error)
+            self._reporter.take_failure = str(error)
             self._unavailable.log({"error": str(error)})
             await self._pause(error_delay(self._silences))
 
@@ -199,7 +199,7 @@ class Serving:
         if taken.cancelled():  # the worker is about to end
             return
         messages = taken.result()
-        self._silences = 0
+        self._silences, self._reporter.take_failure = 0, None
         new = sum(message.is_untried for message in messages)
         self._alternation.record(untried=new, others=len(messages) - new)
         for message in messages:

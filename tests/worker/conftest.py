@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 
+from benchmarks.soak.disk import small_disk
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Generator
+    from pathlib import Path
 
     from nats.aio.client import Client
     from nats_server import NatsServer
@@ -26,6 +29,16 @@ async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
     """A client with the defaults of an application."""
     async with sandbox.client() as client:
         yield client
+
+
+@pytest.fixture
+def disk() -> Generator[Path]:
+    """A real disk of 32 MB."""
+    try:
+        with small_disk(32) as place:
+            yield place
+    except PermissionError as error:
+        pytest.skip(f"this user may not mount a disk: {error}")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
@@ -16,11 +15,12 @@ from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
+from benchmarks.soak.disk import full
 
 from ..reading import read  # noqa: TID252
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -97,28 +97,11 @@ async def test_a_broker_that_is_full_takes_no_request_and_loses_none_that_it_has
     assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Generator[Path]:
-    """A real disk of 32 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)],  # noqa: S607
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"this user may not mount a disk: {mounted.stderr}")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)  # noqa: S607
-
-
 @pytest.mark.slow
 async def test_a_full_disk_is_a_problem_and_nothing_is_lost_once_there_is_room_and_the_broker_was_restarted(
-    tmp_path: Path, small_disk: Path, sandbox: Sandbox
+    tmp_path: Path, disk: Path, sandbox: Sandbox
 ) -> None:
-    broker = NatsServer(tmp_path, "-js", "-sd", str(small_disk / "store"), jetstream=False)
+    broker = NatsServer(tmp_path, "-js", "-sd", str(disk / "store"), jetstream=False)
     await broker.start()
     try:
         async with (
@@ -127,16 +110,12 @@ async def test_a_full_disk_is_a_problem_and_nothing_is_lost_once_there_is_room_a
             new_worker(client, broker) as worker,
         ):
             await ask(connection, sandbox, "txn-1")
-            filler = small_disk / "filler"
-            with suppress(OSError), filler.open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
-            sandbox.approve("txn-1")
-            problem = "the broker does not store outcomes or claims: no answer in time: the broker is away, or its disk"
-            await until(lambda: any(found.startswith(problem) for found in worker.statistics.problems))
-            with pytest.raises(BrokerError, match=r"not stored, as far as is known .*its disk is full"):
-                await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
-            filler.unlink()
+            with full(disk):
+                sandbox.approve("txn-1")
+                problem = "the broker does not store outcomes or claims: no answer in time: the broker is away, or its"
+                await until(lambda: any(found.startswith(problem) for found in worker.statistics.problems))
+                with pytest.raises(BrokerError, match=r"not stored, as far as is known .*its disk is full"):
+                    await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
             stored = worker.statistics.approved
             broker.stop()
             await broker.start()

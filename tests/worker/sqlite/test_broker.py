@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
 from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
 from aiokeyless.worker.tables import row_of
+from benchmarks.soak.disk import full
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Sequence
 
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker.broker import OutcomeDelivery
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "howto" / "running-workers.md").read_text()
@@ -335,6 +340,23 @@ async def test_a_full_disk_refuses_and_is_got_over(broker: SqliteBroker) -> None
     assert {str(refusal) for refusal in refusals} == {f"{broker.destination}: the disk is full"}
     await broker._run(lambda: connection.execute("PRAGMA max_page_count = 100000"))
     assert await decide(broker, message)
+
+
+@pytest.mark.slow
+async def test_a_worker_on_a_full_disk_is_not_ready_and_goes_on_when_there_is_room(
+    disk: Path, client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with SqliteBroker(disk / "keyless.db") as broker, ApprovalWorker(client, broker) as worker:
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
+        with full(disk):
+            sandbox.approve("txn-1")
+            with pytest.raises(BrokerError, match="the disk is full"):
+                await submit_approval(broker, "C0FFEE", operation_id="txn-2", context="x" * 10_000)
+            await until(lambda: "the disk is full" in "".join(worker.statistics.problems))
+        async with next_outcome(broker, "shop") as event:
+            assert event.outcome is Outcome.APPROVED
+        await until(lambda: worker.statistics.is_ready)
 
 
 async def test_a_file_that_another_process_holds_is_waited_for(broker: SqliteBroker, path: Path) -> None:
