@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import functools
 import io
 import math
 import os
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,7 +33,7 @@ from .error_messages import REQUIREMENTS, VARIABLES, describe, describe_argument
 from .render import escape, show_waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 
 class Exit(IntEnum):
@@ -55,7 +56,7 @@ class UsageError(CommandError):
 
 
 class InterruptedCommandError(Exception):
-    """Ctrl-C ended a command. Its message says how to continue."""
+    """Ctrl-C ended a command. Its message says how to continue, or what to check."""
 
 
 app: App = App(
@@ -192,6 +193,19 @@ OptionalDelay = Annotated[float | None, Parameter(validator=_check_delay)]
 Port = Annotated[int, Parameter(validator=_check_port)]
 OptionalPort = Annotated[int | None, Parameter(validator=_check_port)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
+
+
+@contextmanager
+def explain_interruption(explanation: str) -> Iterator[None]:
+    """Turn Ctrl-C, which cancels a command, into an error whose message is the explanation.
+
+    Raises:
+        InterruptedCommandError: The body was cancelled.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise InterruptedCommandError(explanation) from None
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +25,7 @@ from .app import (
     Seconds,
     UserId,
     app,
+    explain_interruption,
     open_client,
 )
 from .error_messages import describe_method, quote, quote_operation_id
@@ -74,6 +76,9 @@ async def create(
         require_auth_type: The factor that an approval must have for a wait for the ticket: biom for a face, or pin.
         as_json: Print the ticket, for wait --ticket, and nothing else.
     """
+    # The client would generate one as well, but not name it if it is interrupted.
+    operation_id = operation_id or str(uuid.uuid4())
+    check = f"operation {operation_id} may exist; to check: aiokeyless get {quote_operation_id(operation_id)}"
     async with open_client(as_json=as_json) as client:
 
         def create_operation(if_exists: IfExists) -> Awaitable[ApprovalTicket]:
@@ -87,7 +92,8 @@ async def create(
                 require_auth_type=require_auth_type,
             )
 
-        ticket = await (_create_new(create_operation) if if_exists == "raise" else create_operation(if_exists))
+        with explain_interruption(check):
+            ticket = await (_create_new(create_operation) if if_exists == "raise" else create_operation(if_exists))
     console = new_console()
     if as_json:
         print_json(console, json.loads(ticket.to_json()))

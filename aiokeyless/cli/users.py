@@ -12,12 +12,13 @@ from cyclopts import App, Parameter
 from aiokeyless._validation import check_external_user_id, check_public_signing_key
 from aiokeyless.errors import ConflictError, NotFoundError
 
-from .app import AsJson, CommandError, Exit, UserId, app, open_client, validator
+from .app import AsJson, CommandError, Exit, UserId, app, explain_interruption, open_client, validator
 from .error_messages import quote
 from .render import new_console, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from aiokeyless.models import ExternalUser, User
 
@@ -51,6 +52,12 @@ def _report_missing(what: str) -> Iterator[None]:
         yield
     except NotFoundError:
         raise CommandError(f"there is no {what}") from None
+
+
+def _explain_interruption(external_id: str) -> AbstractContextManager[None]:
+    return explain_interruption(
+        f"the user may have this external id; to check: aiokeyless users find {quote(external_id)}"
+    )
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users find account-1042")
@@ -105,7 +112,7 @@ async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson =
     """
     async with open_client(as_json=as_json) as client:
         try:
-            with _report_missing("such user"):
+            with _report_missing("such user"), _explain_interruption(external_id):
                 linked = await client.create_external_user(user_id, external_id)
         except ConflictError:
             raise CommandError(f"{_TAKEN} {user_id} {quote(external_id)}") from None
@@ -122,7 +129,7 @@ async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson
         as_json: Print one JSON object and nothing else.
     """
     async with open_client(as_json=as_json) as client:
-        with _report_missing("such user"):
+        with _report_missing("such user"), _explain_interruption(external_id):
             linked = await client.update_external_user(user_id, external_id)
     return _print_link(linked, as_json=as_json)
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from raw_server import RawServer, hang
 
 from aiokeyless import (
     ApprovalTicket,
     OperationMismatchError,
     ServerError,
 )
-from aiokeyless.cli.app import CommandError, app
+from aiokeyless.cli.app import CommandError, InterruptedCommandError, app
 from aiokeyless.cli.error_messages import describe
 
 from .terminal import Terminal, lines_of_json, output_of
@@ -132,6 +135,37 @@ async def test_a_create_that_may_have_taken_effect_says_how_to_check(service: Sa
     with pytest.raises(ServerError) as error:
         await app.run_async(["create", "C0FFEE", "--operation-id", "-5"])
     assert describe(error.value).endswith("; the operation may exist nevertheless, to check: aiokeyless get -- -5")
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("create", "C0FFEE"), "operation {id} may exist; to check: aiokeyless get {id}"),
+        (("create", "C0FFEE", "--operation-id", "-5"), "operation -5 may exist; to check: aiokeyless get -- -5"),
+        *(
+            (
+                ("users", link, "C0FFEE", "ann 1"),
+                "the user may have this external id; to check: aiokeyless users find 'ann 1'",
+            )
+            for link in ("link", "relink")
+        ),
+    ],
+    ids=repr,
+)
+async def test_a_command_that_is_interrupted_once_its_request_was_sent_says_how_to_check(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", "key")
+    async with RawServer(hang) as server:
+        monkeypatch.setenv("KEYLESS_BASE_URL", server.url)
+        running = asyncio.create_task(app.run_async(list(command)))
+        await server.asked(1)
+        running.cancel()  # as Ctrl-C does
+        with pytest.raises(InterruptedCommandError) as interruption:
+            await running
+        sent = json.loads(server.bodies[0])
+    assert str(interruption.value) == message.format(id=sent.get("operationId"))
 
 
 @pytest.mark.looptime
