@@ -69,19 +69,6 @@ async def test_one_tap_pays_one_order_once(
 
 @faults
 @pytest.mark.looptime
-async def test_calls_at_once_in_two_processes_pay_once(
-    sandbox: Sandbox, tmp_path: Path, fault: Callable[[Sandbox, bool], None]
-) -> None:
-    async with shop(sandbox, tmp_path) as pay, shop(sandbox, tmp_path) as pay_too:
-        fault(sandbox, False)  # noqa: FBT003  # not stored
-        calls = asyncio.gather(pay("order-1"), pay("order-1"), pay_too("order-1"), pay_too("order-1"))
-        await approve_when_asked(sandbox)
-        assert sorted(await calls) == [False, False, False, True]
-    assert len(sandbox.operations) == 1
-
-
-@faults
-@pytest.mark.looptime
 async def test_approval_that_came_while_the_process_was_down_pays_once(
     sandbox: Sandbox, tmp_path: Path, fault: Callable[[Sandbox, bool], None]
 ) -> None:

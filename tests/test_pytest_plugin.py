@@ -87,10 +87,6 @@ async def test_the_sandbox_is_started_and_the_client_is_its_own(
     assert keyless_sandbox.request_count == 1
 
 
-async def test_the_client_can_be_asked_for_alone(keyless_client: KeylessClient) -> None:
-    assert await keyless_client.get_pending_operations("C0FFEE") == []
-
-
 @pytest.mark.looptime
 async def test_a_wait_of_two_minutes_takes_few_polls(keyless_client: KeylessClient) -> None:
     ticket = await keyless_client.create_operation("C0FFEE", expires_in=120)
@@ -207,10 +203,6 @@ def test_a_plain_test_whose_worker_cannot_start_is_told_why(pytester: pytest.Pyt
     fails_with(pytester, "nowhere", "def test_plain(keyless_worker): pass", *STRICT, conftest=url)
 
 
-def test_pytest_asyncio_in_auto_mode_runs_them(pytester: pytest.Pytester) -> None:
-    passes(pytester, APPROVED.format(mark=""), *AUTO)
-
-
 def test_pytest_asyncio_in_strict_mode_runs_them(pytester: pytest.Pytester) -> None:
     passes(pytester, APPROVED.format(mark="@pytest.mark.asyncio"), *STRICT)
 
@@ -291,20 +283,6 @@ def test_both_are_closed_after_the_test(pytester: pytest.Pytester) -> None:
                 await client.get_operation("txn-1")
     """
     passes(pytester, test, *AUTO, passed=2)
-
-
-# -- as fast as a test wants it
-
-
-@pytest.mark.looptime
-async def test_an_approval_that_is_there_is_noticed_within_moments(
-    keyless_sandbox: Sandbox, keyless_client: KeylessClient
-) -> None:
-    ticket = await keyless_client.create_operation("C0FFEE")
-    keyless_sandbox.approve(ticket.operation_id)
-    before = asyncio.get_running_loop().time()
-    await keyless_client.wait_for_approval(ticket)
-    assert asyncio.get_running_loop().time() - before < 0.1  # of the test's own clock
 
 
 # -- where they cannot live
