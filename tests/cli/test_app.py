@@ -153,30 +153,30 @@ def test_a_timeout_with_an_unknown_outcome_is_exit_4(
 
 
 @pytest.mark.parametrize(
-    ("variables", "message"),
+    ("command", "variables", "message"),
     [
-        ({}, "no API key: export KEYLESS_API_KEY=..."),
-        ({"KEYLESS_API_KEY": ""}, "no API key: export KEYLESS_API_KEY=..."),
-        ({"KEYLESS_API_KEY": " \t"}, "no API key: export KEYLESS_API_KEY=..."),
-        ({"KEYLESS_API_KEY": "k\u00e9y"}, "KEYLESS_API_KEY must be printable ASCII"),
-        ({"KEYLESS_API_KEY": "key", "KEYLESS_REGION": "mars"}, "KEYLESS_REGION must be one of eu, us, latam, sg"),
-        ({"KEYLESS_API_KEY": "key", "KEYLESS_BASE_URL": "http://example.com"}, "KEYLESS_BASE_URL must be an https URL"),
+        ("create C0FFEE", {}, "no API key: export KEYLESS_API_KEY=..."),
+        ("get a", {"KEYLESS_API_KEY": " \t"}, "no API key: export KEYLESS_API_KEY=..."),
+        ("pending C0FFEE", {"KEYLESS_API_KEY": "k\u00e9y"}, "KEYLESS_API_KEY must be printable ASCII"),
+        ("wait a", {"KEYLESS_API_KEY": "a", "KEYLESS_REGION": "mars"}, "KEYLESS_REGION must be one of eu, us, latam"),
+        (
+            "get a",
+            {"KEYLESS_API_KEY": "a", "KEYLESS_BASE_URL": "http://a.com"},
+            "KEYLESS_BASE_URL must be an https URL",
+        ),
     ],
     ids=repr,
-)
-@pytest.mark.parametrize(
-    "command", [["create", "C0FFEE"], ["get", "a"], ["pending", "C0FFEE"], ["wait", "a"]], ids=repr
 )
 def test_a_wrong_environment_is_one_line_that_names_the_variable(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    command: list[str],
+    command: str,
     variables: dict[str, str],
     message: str,
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert run(command) == 1
+    assert run(command.split()) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"aiokeyless: {message}")
