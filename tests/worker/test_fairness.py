@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
     from .conformance.brokers import Storage
 
+#: Weathers that take a second or two of computing; the others take more.
+QUICK = {"500, at once", "500 to their create"}
+
 
 def weathers(*names: str) -> pytest.MarkDecorator:
     found = [weather for weather in WEATHERS if weather.goal is not None and (not names or weather.name in names)]
-    slow = {weather: pytest.mark.slow if weather.name.startswith("2 000") else () for weather in found}
+    slow = {weather: () if weather.name in QUICK else pytest.mark.slow for weather in found}
     return pytest.mark.parametrize("weather", [pytest.param(each, id=each.name, marks=slow[each]) for each in found])
 
 
