@@ -229,6 +229,94 @@ MUTANTS: Final = (
         "        with suppress(TimeoutError, asyncio.CancelledError):\n            async with asyncio.timeout(most):",
         "a wait for a change loses its cancellation",
     ),
+    # -- ids that are given out again, disks that are full, readers that are deleted, put-offs that are lost
+    Mutant(
+        "worker/sqlite/store.py",
+        'SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL", (now, *row)',
+        'SET decided_at = ? WHERE id = ? AND decided_at IS NULL", (now, row.id)',
+        "an outcome of what a failover lost is another's",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '"SELECT asked IS NOT NULL FROM request WHERE id = ? AND name = ? AND decided_at IS NULL", row\n',
+        '"SELECT asked IS NOT NULL FROM request WHERE id = ? AND decided_at IS NULL", row[:1]\n',
+        "a claim of what a failover lost is another's",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '"DELETE FROM unread WHERE reader = ? AND id = (SELECT id FROM request WHERE id = ? AND name = ?)",\n'
+        "            (unread.reader, *unread.row),\n",
+        '"DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.row.id)\n',
+        "who has handled what a failover lost has handled another one",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        "WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries",
+        "WHERE w.deliveries",
+        "a put-off of what a failover lost is another's",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        'SET asked = NULL WHERE id = ? AND name = ? AND asked = ?", (*row, number)',
+        'SET asked = NULL WHERE id = ? AND name = ?", row',
+        "a delivery that outlasted its lease gives back another one's claim",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '"SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?)"',
+        '"SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?) OR EXISTS (SELECT 1 FROM outcome)"',
+        "a reader that is deleted under its process waits for ever",
+    ),
+    Mutant(
+        "worker/sqlite/schema.py",
+        "        if connection.in_transaction:\n",
+        "        if connection.in_transaction or __import__('sys').exc_info()[0]:\n",
+        "a full disk ends workers",
+    ),
+    Mutant(
+        "worker/serving.py",
+        "            await self._give_back(message, _REFUSED_FOR)\n",
+        "",
+        "an outcome that did not fit on the disk comes again after its lease",
+    ),
+    Mutant(
+        "worker/serving.py",
+        "        except (KeylessError, UnavailableError):  # the worker's or the broker's, and not the request's\n",
+        "        except KeylessError:\n",
+        "a broker that is away ends requests",
+    ),
+    Mutant(
+        "worker/serving.py",
+        "            except UnavailableError:\n                self._announce(decision)\n                raise\n",
+        "            except ZeroDivisionError:\n                raise\n",
+        "the phone is not told if the put-off is not confirmed",
+    ),
+    Mutant(
+        "worker/approval_worker.py",
+        "lease = self._limits.longest_delivery + _MARGIN",
+        "lease = self._limits.longest_delivery / 4",
+        "a delivery that hangs outlasts its lease",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "if not is_final(delivery, self._clock()):\n            return await self._create_claimed",
+        "if True:\n            return await self._create_claimed",
+        "a user is asked after a claim that outlasted the deadline",
+    ),
+    # -- keys that rotate, and requests that are created and then ask for a pause
+    Mutant(
+        "worker/exchanges.py",
+        " | ClientClosedError) and not error.is_transient:",
+        " | ClientClosedError):",
+        "the refusal of a key that was replaced holds all requests",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "if isinstance(error, RateLimitError) and self._circuit.record_refusal(",
+        "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause) "
+        "and isinstance(error, RateLimitError) and self._circuit.record_refusal(",
+        "the pause that one request is asked for holds all",
+    ),
     # -- serving
     Mutant(
         "worker/serving.py",

@@ -80,9 +80,15 @@ class Evidence:
                 deliveries.setdefault(id(self.history.deliveries[exchange.number]), []).append(exchange)
         return list(deliveries.values())
 
-    def is_delivered_twice(self, begins: float, ends: float) -> bool:
-        """Return whether everything was delivered once more in a time, or perhaps at any time as a clock was set."""
-        return bool(self.story.steps) or any(begins - EPS <= at <= ends + EPS for at in self.story.duplicates)
+    def is_delivered_twice(self, ask: Ask, begins: float, ends: float) -> bool:
+        """Return whether a request was delivered once more in a time, or perhaps at any time.
+
+        It may be if a clock was set, if a delivery outlasts its lease, or if a failover loses one.
+        """
+        stored_at, mishaps = self.history.stored[ask.operation_id][0], self.story.mishaps
+        is_redelivered = any(m.kind == "silent" or (m.kind == "failover" and stored_at < m.ends) for m in mishaps)
+        is_duplicated = any(begins - EPS <= at <= ends + EPS for at in self.story.duplicates)
+        return bool(self.story.steps) or is_redelivered or is_duplicated
 
     def delivered(self, reader: str, ask: Ask) -> list[Delivered]:
         """Return the deliveries of an outcome to a reader."""
@@ -96,18 +102,21 @@ class Evidence:
     @cached_property
     def is_single(self) -> bool:
         """Whether no request is with two workers at once."""
-        return not (self.story.steps or self.story.duplicates)
+        return not (self.story.steps or self.story.duplicates or self.story.has("silent", "failover"))
 
     def is_lied_about(self, ask: Ask) -> bool:
         """Return whether answers about an operation are false, or late news."""
         payloads = {other.payload for other in self.story.asks if other.operation_id == ask.operation_id}
         return any(isinstance(f, Lag) or (isinstance(f, Lies) and f.payload in payloads) for f in self.story.faults)
 
-    def is_well(self, ask: Ask) -> bool:
-        """Return whether nothing goes wrong for a request: faults concern others, and workers have room."""
+    def is_well(self, ask: Ask, *but: str) -> bool:
+        """Return whether nothing goes wrong for a request: faults concern others, and workers have room.
+
+        It may have mishaps of the kinds in `but`.
+        """
         own = [f for f in self.story.faults if getattr(f, "payload", None) in {None, ask.payload}]
         has_room = self.story.max_in_flight >= 8 and self.story.rate >= 1000.0
-        return self.story.is_steady and has_room and all(isinstance(f, RoundTrips) for f in own)
+        return self.story.is_steady_but(*but) and has_room and all(isinstance(f, RoundTrips) for f in own)
 
     @cached_property
     def is_down(self) -> bool:
@@ -132,11 +141,15 @@ def one_outcome(seen: Evidence) -> Iterator[Broken]:
         outcomes = [each for other, each in seen.decided if other is ask]
         if len(outcomes) != ("refused" not in results) or results.count("stored") > 1:
             yield ask, seen.history.ended_at, f"{results}, {len(outcomes)} outcomes"
+
+
+def own_content(seen: Evidence) -> Iterator[Broken]:
+    """An event is about its request."""
+    for ask, each in seen.decided:
         expected = (ask.operation_id, USER, ask.external_user_id, hashlib.sha256(ask.payload.encode()).hexdigest())
-        for event in (each.event for each in outcomes):
-            content = (event.operation_id, event.user_id, event.external_user_id, event.payload_sha256)
-            if content != expected:
-                yield ask, outcomes[0].at, f"the event is about {content}"
+        content = (each.event.operation_id, each.event.user_id, each.event.external_user_id, each.event.payload_sha256)
+        if content != expected:
+            yield ask, each.at, f"the event is about {content}"
 
 
 def no_wrong_approval(seen: Evidence) -> Iterator[Broken]:
@@ -220,12 +233,13 @@ def told_once(seen: Evidence) -> Iterator[Broken]:
                 yield ask, each.at, f"told for {each.ended_at - each.at:.3f} s"
         # A gateway's 403 counts as an answer, and hides that no delivery has found the operation yet.
         is_hidden = seen.is_lied_about(ask) or any(e.status == 403 for e in seen.sent(ask, "GET"))
-        if not seen.story.is_steady or is_hidden or not seen.was_created(ask):
+        if not seen.story.is_steady_but("forgets", "doubts") or is_hidden or not seen.was_created(ask):
             continue
         if len(told) > 1:
             yield ask, told[1].at, f"told {len(told)} times"
         known = [e.ended_at for e in seen.sent(ask, "POST") if _says(e, b"success")]
-        known += [e.ended_at for e in seen.sent(ask, "GET") if _says(e, b'"pending"')]
+        if seen.story.is_steady:  # if a put-off is lost, no delivery knows whether an earlier one has told the phone
+            known += [e.ended_at for e in seen.sent(ask, "GET") if _says(e, b'"pending"')]
         known_at = min(known, default=math.inf)
         has_room = seen.story.telling in {"", "raises"}
         if has_room and seen.wall(known_at) < seen.deadline(ask) and (not told or told[0].at > known_at + TOLD):
@@ -237,7 +251,7 @@ def asked_soon(seen: Evidence) -> Iterator[Broken]:
     for ask, _ in seen.decided:
         stored_at = seen.history.stored[ask.operation_id][0]
         first = min((post.sent_at for post in seen.sent(ask, "POST")), default=math.inf)
-        within = ASKED_BY_PROBES if seen.is_down else ASKED
+        within = ASKED_BY_PROBES if seen.is_down else ASKED + ASKED * seen.story.has("rotation")
         if seen.is_well(ask) and not ask.earlier and first > stored_at + within:
             yield ask, stored_at, f"stored at {stored_at:.3f}, asked at {first:.3f}"
 
@@ -256,11 +270,15 @@ def ends_in_time(seen: Evidence) -> Iterator[Broken]:
     lease = 3 * story.request_timeout + 10.0
     trouble = sum(life.after + lease for lives in story.workers for life in lives) + 2 * lease + 60.0
     trouble += sum(abs(seconds) + 210.0 for _, seconds in story.steps)
+    trouble += sum(mishap.ends - mishap.begins + lease for mishap in story.mishaps)
     for ask, each in seen.decided:
         stored_at, wall, expires_at = seen.history.stored[ask.operation_id]
         late = each.at - (stored_at + expires_at - wall)
         if late > (SOON if seen.is_well(ask) else story.grace + trouble):
             yield ask, each.at, f"{late:.3f} s after its deadline"
+        room = max((m.ends for m in story.mishaps), default=0.0)
+        if seen.is_well(ask, "nearly full") and late > SOON and each.at > room + SOON:
+            yield ask, each.at, f"{late:.3f} s after its deadline, and {each.at - room:.3f} s after there was room"
 
 
 def true_reason(seen: Evidence) -> Iterator[Broken]:
@@ -287,7 +305,7 @@ def handled_once(seen: Evidence) -> Iterator[Broken]:
             deliveries = seen.delivered(reader, ask)
             if not any(d.result in {"handled", "unknown"} and d.event == each.event for d in deliveries):
                 yield ask, each.at, f"{reader} has not handled it"
-            for number, (first, second) in enumerate(pairwise(deliveries)):
+            for number, (first, second) in enumerate(pairwise([] if seen.story.has("deleted") else deliveries)):
                 due = first.began_at + 30.0
                 if first.result in {"failed", "cancelled"}:
                     due = min(due, first.ended_at + 2.0**number)
@@ -300,7 +318,7 @@ def handled_once(seen: Evidence) -> Iterator[Broken]:
 def put_off(seen: Evidence) -> Iterator[Broken]:
     """An outcome whose body was cancelled comes again after its pause, and not only when it is taken for lost."""
     asks = {ask.number: ask for ask in seen.story.asks}
-    for each in seen.history.delivered if not seen.story.steps else ():
+    for each in seen.history.delivered if not (seen.story.steps or seen.story.mishaps) else ():
         if each.put_off is not None and each.ended_at < each.began_at + 30.0 - EPS:
             seconds, deliveries = each.put_off
             if seconds > 2.0 ** (deliveries - 1) + EPS:
@@ -310,7 +328,7 @@ def put_off(seen: Evidence) -> Iterator[Broken]:
 def read_soon(seen: Evidence) -> Iterator[Broken]:
     """An outcome that a reader fails to handle holds up no other one."""
     is_quick = not any(reader.lives or set(reader.troubles) != {"fails"} for reader in seen.story.readers)
-    for ask, each in seen.decided if is_quick and not seen.story.steps else ():
+    for ask, each in seen.decided if is_quick and not (seen.story.steps or seen.story.mishaps) else ():
         for name in seen.readers:
             late = [d.began_at - each.at for d in seen.delivered(name, ask)][:1]
             if late and late[0] > 1.0:
@@ -322,7 +340,7 @@ def one_at_a_time(seen: Evidence) -> Iterator[Broken]:
     for ask in seen.story.asks:
         for first, second in pairwise(seen.deliveries(ask)):
             begins, again = first[0].sent_at, second[0].sent_at
-            if again < first[-1].ended_at - EPS and not seen.is_delivered_twice(begins, again):
+            if again < first[-1].ended_at - EPS and not seen.is_delivered_twice(ask, begins, again):
                 yield ask, again, f"the delivery of {begins:.3f} has not ended"
 
 
@@ -336,7 +354,7 @@ def paced(seen: Evidence) -> Iterator[Broken]:
         for first, second in pairwise(seen.deliveries(ask)):
             ended_at, again = first[-1].ended_at, second[0].sent_at
             is_scheduled = _says(first[-1], b'"pending"') or _says(first[-1], b"success")
-            is_excused = seen.is_delivered_twice(first[0].sent_at, again) or seen.is_lied_about(ask)
+            is_excused = seen.is_delivered_twice(ask, first[0].sent_at, again) or seen.is_lied_about(ask)
             if is_scheduled and not is_excused and again < ended_at + every - EPS and seen.wall(again) < deadline - EPS:
                 yield ask, again, f"{again - ended_at:.3f} s after an answer"
             is_well = seen.is_well(ask) and not seen.is_down
@@ -361,10 +379,21 @@ def nothing_left(seen: Evidence) -> Iterator[Broken]:
 
 
 PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
-    *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, told_once, asked_soon),
+    *(
+        one_outcome,
+        own_content,
+        no_wrong_approval,
+        no_approval_lost,
+        truth_about_asking,
+        asked_once,
+        told_once,
+        asked_soon,
+    ),
     *(noticed_soon, ends_in_time, true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls),
     nothing_left,
 )
+#: Those that hold for a request of which a failover lost something, too.
+_LASTING: Final = (own_content, no_wrong_approval, nothing_left)
 
 
 def check(story: Story, history: WorkerHistory) -> list[Violation]:
@@ -374,6 +403,7 @@ def check(story: Story, history: WorkerHistory) -> list[Violation]:
         Violation(promise.__name__.replace("_", " "), f"request {ask.number}", ask.operation_id, at, text)
         for promise in PROMISES
         for ask, at, text in promise(seen)
+        if ask.operation_id not in history.torn or promise in _LASTING
     ]
     return sorted(broken, key=lambda violation: violation.at)
 

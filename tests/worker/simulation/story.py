@@ -22,7 +22,7 @@ from aiokeyless import KeylessClient, wait_adaptive
 from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
 from aiokeyless.worker import ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 
-from .world import Delivered, Life, Process, Session, Task, Told, WorkerHistory, World
+from .world import Delivered, Life, Mishap, Process, Session, Task, Told, WorkerHistory, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -35,6 +35,7 @@ USER: Final = "C0FFEE"
 #: Seconds after which all requests must be decided and all outcomes handled.
 LONGEST: Final = 3000.0
 DAY: Final = 24 * 3600.0
+MISHAPS: Final = ("failover", "full", "nearly full", "silent", "forgets", "doubts", "deleted", "rotation")
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,23 @@ class Story:
     grace: float = 30.0
     every: float | None = None
     """The delay of a schedule that has only one."""
+    mishaps: tuple[Mishap, ...] = ()
     telling: str = ""
     """What goes wrong as phones are told: nothing, or it "raises", is "slow", "hangs", or the process "dies"."""
 
     @property
     def is_steady(self) -> bool:
         """Whether the machine is well, so that only the service can fail."""
-        return not (any(self.workers) or self.steps or self.duplicates or self.telling == "dies")
+        return self.is_steady_but()
+
+    def is_steady_but(self, *kinds: str) -> bool:
+        """Return whether the machine is well, but for some kinds of mishaps, and for keys that are replaced in time."""
+        others = any(m.kind not in kinds and (m.kind != "rotation" or m.begins < m.ends) for m in self.mishaps)
+        return not (any(self.workers) or self.steps or self.duplicates or self.telling == "dies" or others)
+
+    def has(self, *kinds: str) -> bool:
+        """Return whether there are mishaps of some kinds."""
+        return any(mishap.kind in kinds for mishap in self.mishaps)
 
     def tell(self) -> str:
         """Return it as text."""
@@ -118,7 +129,7 @@ def run(story: Story) -> WorkerHistory:
 async def _main(story: Story, history: WorkerHistory) -> None:
     people = {ask.payload: ask.person for ask in story.asks}
     service = Service(story.seed, copy.deepcopy(story.faults), people, history)  # some faults remember
-    world = World(service, history)
+    world = World(service, history, story.mishaps)
     world.loop.set_task_factory(lambda loop, work, **options: Task(work, loop=loop, **options))
     for ask in story.asks:
         if ask.earlier:
@@ -157,7 +168,7 @@ async def _main(story: Story, history: WorkerHistory) -> None:
 async def _count_what_is_left(world: World) -> None:
     """Count what is left at once, after a week, and when nothing is kept any more."""
     left = world.history.left
-    left["waiting"] = world.count("waiting")
+    left["waiting"], world.mishaps = world.count("waiting"), ()
     world.set_clock(8 * DAY)
     await Process(world, "cleaner", Life()).run(_clean)
     left["bodies"], left["outcome"] = world.count("request WHERE body <> x''"), world.count("outcome")
@@ -195,19 +206,22 @@ async def _submit(world: World, ask: Ask) -> None:
             results.append("unknown")
 
     await asyncio.sleep(ask.at)
-    for number, life in enumerate((*ask.lives, Life(after=1.0)), 1):
+    for number, life in enumerate(chain(ask.lives, repeat(Life(after=1.0))), 1):
         results: list[str] = []
         await asyncio.sleep(life.after)
         await Process(world, f"application {ask.number}", life).run(submit)
         [result] = results or ["unknown"]
         world.history.submitted.append((ask.number, result))
-        if number == len(ask.lives) and result != "unknown":
+        if number >= len(ask.lives) and result != "unknown":
             return
 
 
 async def _work(story: Story, process: Process) -> None:
     client = KeylessClient(
-        "key", base_url="https://keyless.test", session=Session(process), request_timeout=story.request_timeout
+        process.world.key,
+        base_url="https://keyless.test",
+        session=Session(process),
+        request_timeout=story.request_timeout,
     )
     worker = ApprovalWorker(
         client,
@@ -331,7 +345,8 @@ def make_up(seed: int) -> Story:
         grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
     )
     telling = random.Random(f"{seed} telling").choice(("", "", "raises", "slow", "hangs", "dies"))  # noqa: S311
-    return replace(_with_cancellations(_with_created_ones(_with_a_bad_moment(story))), telling=telling)
+    story = replace(_with_cancellations(_with_created_ones(_with_a_bad_moment(story))), telling=telling)
+    return _with_a_mishap(story, random.Random(f"{seed} mishap"))  # noqa: S311
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -341,7 +356,7 @@ def _rush(seed: int, rng: random.Random) -> Story:
     good = [
         Ask(100 + n, begins + n * gap, f"good-{n}", f"Pay {n}", 40.0, Person(rng.uniform(2.0, 5.0))) for n in range(3)
     ]
-    failure = rng.choice((Failure("status", 500), Failure("status", 503), Failure("refused")))
+    failure = rng.choice((Failure("status", 500), Failure("status", 503, 20.0), Failure("refused"), Failure("hangs")))
     return Story(
         seed,
         (*bad, *good),
@@ -398,6 +413,42 @@ def _with_a_bad_moment(story: Story) -> Story:
         refusal = Gateway(0.0, 30.0, Failure("status", 400), share=0.5, methods="POST")
         return replace(story, faults=(doubt, refusal, *story.faults))
     return story
+
+
+def _with_a_mishap(story: Story, rng: random.Random) -> Story:
+    """Let something go wrong with the broker or the key in some stories, whose processes and clocks are well."""
+    kind, victim = rng.choice((*MISHAPS, *[""] * 16)), rng.choice(story.asks)
+    if not kind or len(story.asks) > 6:
+        return story
+    at = victim.at + rng.choice((rng.uniform(0.0, 0.6), rng.uniform(0.0, 10.0), victim.expires_in - 0.5))
+    lasts, who = rng.choice((1.0, 5.0, 20.0, 60.0)), rng.choice(("", "worker 0"))
+    asks = tuple(replace(ask, lives=(Life(),)) for ask in story.asks)
+    readers = tuple(replace(reader, lives=()) for reader in story.readers)
+    story = replace(story, workers=((), ()), steps=(), duplicates=(), asks=asks, readers=readers)
+    if rng.random() < 0.5:
+        faults = tuple(fault for fault in story.faults if isinstance(fault, RoundTrips))
+        story = replace(story, faults=faults, max_in_flight=8, rate=1000.0)
+    if kind == "failover":  # every second request is lost, and the others get the ids of those soon after it
+        lasts, who = rng.choice((0.5, 1.0)), ""
+        asks = tuple(replace(ask, operation_id=f"op-{ask.number}") for ask in asks)
+        lost = [replace(ask, at=at + rng.uniform(0.0, lasts), earlier=rng.choice(("", "another"))) for ask in asks[::2]]
+        after = [replace(ask, at=at + lasts + rng.uniform(0.0, 0.3)) for ask in asks[1::2]]
+        readers = tuple(replace(reader, trouble=max(reader.trouble, 0.5), troubles=("slow",)) for reader in readers)
+        hangs = Outage(at, at + lasts, Failure("hangs"), share=0.3, methods="GET")
+        story = replace(story, asks=(*lost, *after), readers=readers, faults=(hangs, *story.faults))
+        story = replace(story, request_timeout=2.0, every=rng.choice((None, 5.0)))
+    elif kind == "rotation":
+        lasts, round_trips = rng.choice((0.0, 0.0, 2.0)), RoundTrips(0.2, 0.5)
+        asks = tuple(replace(ask, expires_in=20.0) for ask in asks)
+        story = replace(story, workers=((),), every=rng.choice((None, 1.0)), faults=(*story.faults[:-1], round_trips))
+        mishaps = tuple(Mishap(kind, at + n * 3.0, at + n * 3.0 + lasts) for n in range(5))
+        return replace(story, asks=asks, mishaps=mishaps)
+    elif kind == "silent" and who:  # while the others go on, and perhaps for longer than its lease
+        at, lasts = victim.at + rng.uniform(0.05, 0.5), rng.choice((5.0, 20.0, 20.0))
+        refusal = Gateway(0.0, at + 2.0, Failure("status", 400), share=0.8, methods="POST")
+        asks = tuple(replace(ask, expires_in=max(ask.expires_in, lasts * 2)) for ask in asks)
+        story = replace(story, asks=asks, faults=(refusal, *story.faults), request_timeout=2.0)
+    return replace(story, mishaps=(Mishap(kind, at, at + lasts, who),))
 
 
 def _lives(rng: random.Random, *how_many: int) -> tuple[Life, ...]:

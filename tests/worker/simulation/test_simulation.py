@@ -19,7 +19,7 @@ from aiokeyless.worker.sqlite import store
 from .__main__ import breaks, known_seeds, main, minimize, simulate
 from .mutants import MUTANTS, is_found
 from .promises import check
-from .story import Ask, Reader, Story, make_up, run
+from .story import MISHAPS, Ask, Reader, Story, make_up, run
 from .world import Life
 
 
@@ -83,6 +83,7 @@ def test_stories_try_everything() -> None:
     stories = [make_up(seed) for seed in range(200)]
     asks = [ask for story in stories for ask in story.asks]
     lives = [life for story in stories for worker in story.workers for life in worker]
+    assert {mishap.kind for story in stories for mishap in story.mishaps} == set(MISHAPS)
     assert {story.telling for story in stories} == {"", "raises", "slow", "hangs", "dies"}
     assert {ask.earlier for ask in asks} == {"", "the same", "another"}
     assert any(len(ask.lives) > 1 for ask in asks)

@@ -13,6 +13,7 @@ import math
 import random
 import sqlite3
 import warnings
+from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +26,7 @@ from simulation.history import History
 from simulation.service import SimulatedSession
 from simulation.world import EPOCH
 
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.messages import read_event
 from aiokeyless.worker.sqlite import SqliteBroker, schema, store
 
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
     from simulation.service import Service
     from yarl import URL
 
-    from aiokeyless.worker.messages import ApprovalEvent
+    from aiokeyless.worker.broker import Exchange
+    from aiokeyless.worker.messages import ApprovalEvent, Message
 
 T = TypeVar("T")
 
@@ -47,6 +50,14 @@ _LOOKS_EVERY: Final = 5.0
 _MOMENT: Final = 0.0005
 #: Seconds within which all tasks of a process end after they were cancelled.
 _ENDS_WITHIN: Final = 5.0
+#: What a failover may lose of a request.
+_STATE: Final = """
+    SELECT operation_id, name, asked, decided_at,
+        (SELECT group_concat(reader || failures, ' ') FROM unread WHERE unread.id = request.id)
+    FROM request
+"""
+#: Statements that do not fit on a disk that is full, or nearly.
+_WRITES: Final = {"full": ("INSERT", "UPDATE", "REPLACE", "DELETE"), "nearly full": ("INSERT",)}
 #: The process whose code runs.
 _PROCESS: ContextVar[Process] = ContextVar("_PROCESS")
 
@@ -66,6 +77,28 @@ class Life:
     """Steps at which SQLite reports an I/O error. A COMMIT takes effect nevertheless, if the number is even."""
     is_cancelled: bool = False
     """Whether it is not killed, but ends as `asyncio.run` does."""
+
+
+@dataclass(frozen=True)
+class Mishap:
+    """What goes wrong with the broker for some time, or with the client's key."""
+
+    kind: str
+    """One of these, of all processes or of one:
+
+    - failover: at its end the database is again what it was at its begin, so ids are given out again
+    - full: no write fits on the disk
+    - nearly full: nothing new fits on the disk
+    - silent: the broker answers nothing
+    - forgets: put-offs are confirmed, and have no effect
+    - doubts: put-offs are not confirmed, and half of them have no effect
+    - deleted: at its begin all readers are deleted
+    - rotation: Keyless accepts a new key from its begin on, and no other; workers have it from its end on
+    """
+    begins: float
+    ends: float
+    who: str = ""
+    """How the names begin of the processes that have it."""
 
 
 @dataclass(slots=True)
@@ -118,6 +151,8 @@ class WorkerHistory(History):
     """Of each exchange, by its number: the delivery of its request, by identity."""
     stored: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """Of each operation: when its request was stored, also by the wall clock, and its deadline by the wall clock."""
+    torn: set[str] = field(default_factory=set)
+    """The operations of which a failover lost something."""
     deaths: int = 0
     left: dict[str, int] = field(default_factory=dict)
     """What was counted at the end, and should be zero."""
@@ -126,13 +161,44 @@ class WorkerHistory(History):
 class World:
     """The machine on which all processes of a story run."""
 
-    def __init__(self, service: Service, history: WorkerHistory) -> None:
+    def __init__(self, service: Service, history: WorkerHistory, mishaps: tuple[Mishap, ...] = ()) -> None:
+        self.mishaps = mishaps
         self.service = service
         self.history = history
         self.loop = asyncio.get_running_loop()
         self.clock_error = 0.0
         self.database = schema.connect(schema.MEMORY, now=self.now().timestamp())
         self.processes: list[Process] = []
+        for mishap in mishaps:
+            if mishap.kind == "failover":
+                self.loop.call_at(mishap.begins, self._fall_back_later, mishap.ends)
+            elif mishap.kind == "deleted":
+                self.loop.call_at(mishap.begins, self.database.executescript, "DELETE FROM reader; DELETE FROM unread")
+
+    def has(self, kind: str, process: Process) -> Mishap | None:
+        """Return a mishap of a kind that a process has now; None if there is none."""
+        of_kind = (mishap for mishap in self.mishaps if mishap.kind == kind and process.name.startswith(mishap.who))
+        return next((mishap for mishap in of_kind if mishap.begins <= self.loop.time() < mishap.ends), None)
+
+    def key(self) -> str:
+        """Return the client's key."""
+        return f"key {sum(each.kind == 'rotation' and each.ends <= self.loop.time() for each in self.mishaps)}"
+
+    def accepts_until(self, key: str) -> float:
+        """Return until when Keyless accepts a key."""
+        ends = [each.begins for each in self.mishaps if each.kind == "rotation"]
+        return [*ends, math.inf][int(key.removeprefix("key "))]
+
+    def _fall_back_later(self, at: float) -> None:
+        standby = sqlite3.connect(":memory:")
+        self.database.backup(standby)
+        self.loop.call_at(at, self._fall_back, standby, set(self.database.execute(_STATE)))
+
+    def _fall_back(self, standby: sqlite3.Connection, before: set[tuple[Any, ...]]) -> None:
+        self.history.torn |= {row[0] for row in before ^ set(self.database.execute(_STATE))}
+        with closing(standby):
+            standby.backup(self.database)
+        self.notify()
 
     def now(self) -> datetime:
         """Return what the wall clock shows."""
@@ -298,6 +364,11 @@ class Link:
             if fate == "error":
                 error.sqlite_errorcode = sqlite3.SQLITE_IOERR
             raise error
+        if any(world.has(kind, self._process) and statement.startswith(_WRITES[kind]) for kind in _WRITES):
+            self._do("ROLLBACK", ())  # which SQLite does by itself then
+            full = sqlite3.OperationalError("database or disk is full")
+            full.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise full
         if statement.startswith("INSERT INTO outcome"):
             decided = Decided(read_event(values[2]), world.loop.time(), self._process.name)
             self._changes.append(lambda: world.history.decided.append(decided))
@@ -326,13 +397,28 @@ class Broker(SqliteBroker):
         self._has_thread = False
 
     async def open(self) -> None:
+        await self._wait_while_silent()
         with mock.patch.object(store, "connect", return_value=Link(self._process)):
             await super().open()
         self._clock = self._process.world.now
         self._has_thread = self._process.life.is_cancelled
 
+    async def _wait_while_silent(self) -> None:
+        silent = self._process.world.has("silent", self._process)
+        if silent and not self._process.is_dead:
+            await asyncio.sleep(silent.ends - self._process.world.loop.time() + _MOMENT)
+
+    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+        world, process = self._process.world, self._process
+        doubts = world.has("doubts", process)
+        if not (world.has("forgets", process) or (doubts and random.random() < 0.5)):  # noqa: S311
+            await super().put_off(message, delay, exchange)
+        if doubts:
+            raise UnavailableError("no answer")
+
     async def _run(self, do: Callable[[], T]) -> T:
         """Do something, which takes a moment if there is a thread."""
+        await self._wait_while_silent()
         if not self._has_thread:
             return await super()._run(do)
         await _pass()  # a cancellation now comes before it
@@ -351,7 +437,7 @@ with warnings.catch_warnings():
         """A process's session to the service."""
 
         def __init__(self, process: Process) -> None:
-            super().__init__(process.world.service, process.name)
+            super().__init__(process.world.service, process.name, accepts_until=process.world.accepts_until)
             self._process = process
 
         async def request(self, method: str, url: URL, **options: Any) -> Any:  # type: ignore[override]  # as its base
@@ -364,5 +450,6 @@ with warnings.catch_warnings():
             if method == "POST":
                 query = "SELECT asked IS NOT NULL, decided_at IS NOT NULL FROM request WHERE operation_id = ?"
                 operation_id = json.loads(options["data"])["operationId"]
-                history.asked[history._events + 1] = database.execute(query, (operation_id,)).fetchone()
+                asked = database.execute(query, (operation_id,)).fetchone()
+                history.asked[history._events + 1] = asked or (True, False)  # it was lost since the claim
             return await super().request(method, url, **options)
