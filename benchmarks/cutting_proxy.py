@@ -32,7 +32,8 @@ class CuttingProxy:
     """
 
     def __init__(self, server: PostgresServer, *, cut_after: bool = False) -> None:
-        self._server = server
+        self.server = server
+        """Where new connections lead to; it may be changed."""
         self._cut_after = cut_after
         self._is_armed = False
         # The name of a socket may have 107 bytes, and $TMPDIR may be long.
@@ -85,7 +86,7 @@ class CuttingProxy:
     async def _carry(self, client: StreamReader, to_client: StreamWriter) -> None:
         """Carry one connection, until one of its ends is closed or it is cut."""
         try:
-            server, to_server = await asyncio.open_unix_connection(self._server.folder / ".s.PGSQL.5432")
+            server, to_server = await asyncio.open_unix_connection(self.server.folder / ".s.PGSQL.5432")
         except OSError:  # the server is away
             return
         is_cut = asyncio.Event()

@@ -39,19 +39,20 @@ class PostgresServer:
 
     Args:
         primary: What the cluster is a copy of, and follows as a standby, asynchronously; None for an empty cluster.
+        home: Where its folder is made. Default: the user's home, or the place for temporary files.
         settings: Of the server, beyond those of every server here.
 
     Raises:
         FileNotFoundError: PostgreSQL is not installed.
     """
 
-    def __init__(self, primary: PostgresServer | None = None, **settings: str) -> None:
+    def __init__(self, primary: PostgresServer | None = None, home: Path | None = None, **settings: str) -> None:
         if not is_installed():
             raise FileNotFoundError(f"PostgreSQL is not installed: there is no {PROGRAMS / 'initdb'}")
         self._user = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
         # At home, if it is another user: root's temporary folders are closed to it.
-        home = None if self._user is None else self._user.pw_dir
-        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-", dir=home))
+        usual = None if self._user is None else self._user.pw_dir
+        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-", dir=home or usual))
         if self._user is not None:
             os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
         self._settings = {**_SETTINGS, "unix_socket_directories": str(self._folder), **settings}
@@ -146,6 +147,13 @@ class PostgresServer:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((self._folder / "log").read_text()[-2000:])
             time.sleep(0.02)
+
+    def start_again(self) -> bool:
+        """Start the server if it has ended by itself, and return whether it had."""
+        has_ended = self._running.poll() is not None
+        if has_ended:
+            self.start()
+        return has_ended
 
     def promote(self) -> None:
         """Make a standby the primary, and return when it is."""

@@ -14,7 +14,7 @@ class PostgresServer(postgres.PostgresServer):
     def __init__(self, primary: PostgresServer | None = None, **settings: str) -> None:
         if not postgres.is_installed():
             pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql pgbouncer)")
-        super().__init__(primary, **settings)
+        super().__init__(primary, None, **settings)
 
 
 @cache
