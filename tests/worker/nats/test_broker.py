@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import nats
 import pytest
-from nats_logins import Operator
 from nats_server import NatsServer, change_consumer
 from waiting import PATIENCE, until
 
@@ -17,6 +16,7 @@ from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
 from aiokeyless.worker.nats.load_shedding import LoadShedding
+from benchmarks.nats_logins import Operator
 
 from ..conformance.brokers import decide, new_request, submit, take_n  # noqa: TID252
 from ..reading import read  # noqa: TID252

@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_logins import Operator
 from nats_server import NatsServer
 from waiting import PATIENCE, until
 
@@ -21,6 +20,7 @@ from aiokeyless import ConfigurationError
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.nats import NatsBroker, connection
 from aiokeyless.worker.nats.connection import connect, disconnect
+from benchmarks.nats_logins import Operator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

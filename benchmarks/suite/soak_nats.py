@@ -1,0 +1,329 @@
+"""Workers on a NATS cluster of three while leaders are killed, paused and cut off, and logins expire; nothing is lost.
+
+Once the power fails: all three servers are killed at the same time. They write each message to the disk before they
+acknowledge it. Three workers ask Keyless, one of them is killed now and then. See `benchmarks.soak`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import nats
+import nats.errors
+import psutil  # type: ignore[import-untyped]  # it has no type hints
+
+from aiokeyless import KeylessClient, KeylessError, wait_adaptive
+from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
+from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
+from aiokeyless.worker.nats.intake import ACK_WAIT
+from benchmarks.broker import NatsServer
+from benchmarks.nats_logins import Operator
+from benchmarks.programs import Program, keep_running, meanwhile, repeat
+from benchmarks.report import Goal, Report
+from benchmarks.server import API_KEY
+from benchmarks.soak.fleet import READER, USER, Told, payload_of
+from benchmarks.soak.proxy import FaultyProxy
+
+from .soak_fleet import Plan, Run, disturbed, orders, planned, promises
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any
+
+    from aiokeyless.worker import ApprovalEvent
+    from benchmarks.bench import Bench
+
+#: It takes an hour.
+ONLY_BY_NAME: Final = True
+
+_NAMES: Final = ("a", "b", "c")
+_START_WITHIN: Final = 60.0  # seconds
+_FOREVER: Final = 1e6  # seconds
+_POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
+_AGAIN: Final = 0.2  # seconds
+_SETTLED_WITHIN: Final = 240.0  # seconds
+
+
+def broker_at(urls: str, login: Path) -> NatsBroker:
+    """Return the broker as the programs use it."""
+    options = {"user_credentials": str(login)}
+    return NatsBroker(urls, settings=StreamSettings(replicas=len(_NAMES)), connect_options=options)
+
+
+def work(urls: str, login: Path, base_url: str, request_timeout: float) -> None:
+    """Run a worker; it ends if the broker or the service is away at its start."""
+
+    async def run() -> None:
+        async with (
+            KeylessClient(API_KEY, base_url=base_url, request_timeout=request_timeout) as client,
+            broker_at(urls, login) as broker,
+        ):
+            await ApprovalWorker(client, broker, schedule=wait_adaptive(poll_cost=_POLL_COST)).run()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        asyncio.run(run())
+    except KeylessError as error:
+        print(f"a worker ended: {error}", file=sys.stderr)
+
+
+class Cluster:
+    """Three servers, whose routes to each other can be cut."""
+
+    def __init__(self, folder: Path, source: random.Random, configuration: str) -> None:
+        self._routes = {(a, b): FaultyProxy(source) for a in _NAMES for b in _NAMES if a != b}
+        self._folder = folder
+        self._configuration = configuration
+        self.servers = {
+            name: NatsServer(folder / name, "-c", str(folder / f"{name}.conf"), jetstream=False) for name in _NAMES
+        }
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Start all servers until the end of the stack."""
+        for proxy in self._routes.values():
+            await stack.enter_async_context(proxy)
+        self._ports = dict(zip(_NAMES, _free_ports(len(_NAMES)), strict=True))
+        self.connect()
+        for name in _NAMES:
+            routes = [proxy.url.replace("http", "nats") for (of, _), proxy in self._routes.items() if of == name]
+            # Servers tell each other where others are, and may not find a way past the proxies.
+            (self._folder / f"{name}.conf").write_text(
+                f"{self._configuration}\nserver_name: {name}\n"
+                f"jetstream: {{ store_dir: {json.dumps(str(self._folder / name / 'store'))}, sync_interval: always }}\n"
+                f"cluster: {{ name: soak, listen: '127.0.0.1:{self._ports[name]}', cluster_advertise: '127.0.0.1:1',"
+                f" no_advertise: true, routes: {json.dumps(routes)} }}\n"
+            )
+        for server in self.servers.values():
+            stack.callback(server.kill)
+        await asyncio.gather(*(server.start() for server in self.servers.values()))
+
+    @property
+    def urls(self) -> str:
+        """The addresses of all servers."""
+        return ",".join(server.url for server in self.servers.values())
+
+    def connect(self) -> None:
+        """Let the servers reach each other."""
+        for (_, to), proxy in self._routes.items():
+            proxy.target = self._ports[to]
+
+    def cut_off(self, name: str) -> None:
+        """Cut a server off from the others, until `connect`; its clients still reach it."""
+        for pair, proxy in self._routes.items():
+            if name in pair:
+                proxy.target = None
+                proxy.reset_all()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class NatsSoak(Run):
+    """One run."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        super().__init__(plan, folder)
+        self._operator = Operator()
+        self._cluster = Cluster(folder, self._source, self._operator.configuration)
+        self._login = folder / "worker.creds"
+        self._login_lasts = plan.every(20)
+        self._one_at_a_time = asyncio.Lock()
+        self._outcomes: set[tuple[str, str]] = set()
+
+    async def run(self) -> None:
+        """Run for the planned time, and until all orders are settled."""
+        self._operator.write_login(self._login, lasts=_START_WITHIN)
+        own = self._folder / "own.creds"
+        self._operator.write_login(own, lasts=_FOREVER)
+        async with AsyncExitStack() as stack:
+            await self._cluster.start(stack)
+            await stack.enter_async_context(self.to_service)
+            self.to_service.target = await self.service.start()
+            stack.push_async_callback(self.service.kill)
+            self._connection = await nats.connect(
+                self._cluster.urls.split(","), user_credentials=str(own), max_reconnect_attempts=-1, error_cb=_ignore
+            )
+            stack.push_async_callback(self._connection.close)
+            await self._until(self._has_leader)
+            arguments = self._cluster.urls, self._login, self.to_service.url, self.plan.request_timeout
+            self.lasting_workers = [Program(work, *arguments) for _ in range(2)]
+            self._killed = Program(work, *arguments)
+            programs = [*self.lasting_workers, self._killed]
+            stack.callback(lambda: [program.kill() for program in programs])
+            renewing = repeat(self._login_lasts, self._source, self._renew_login)
+            broker = await stack.enter_async_context(broker_at(self._cluster.urls, self._login))
+            await self._until(partial(self._prepares, broker))
+            async with meanwhile(renewing, keep_running(programs), self._read(broker)):
+                await self._until(self._has_workers)
+                self.to_service.rate = self.plan.faults
+                async with meanwhile(*self._disturbances()):
+                    await self._sell(broker)
+                self.to_service.rate = 0.0
+                await self._until(self._is_settled)
+        self._judge()
+
+    async def _sell(self, broker: NatsBroker) -> None:
+        closes_at = time.monotonic() + self.plan.seconds
+        async with asyncio.TaskGroup() as group:
+            while time.monotonic() < closes_at:
+                await asyncio.sleep(self._source.expovariate(self.plan.rate))
+                group.create_task(self._place(broker, f"order-{len(self.shop.committed)}"))
+
+    async def _place(self, broker: NatsBroker, order: str) -> None:
+        self.shop.committed[order] = time.monotonic()
+        while True:
+            with suppress(BrokerError):
+                await submit_approval(
+                    broker,
+                    USER,
+                    operation_id=order,
+                    operation_payload=payload_of(order),
+                    expires_in=self.plan.expires_in,
+                )
+                return
+            self.happened["submissions repeated"] += 1
+            await asyncio.sleep(_AGAIN)
+
+    async def _read(self, broker: NatsBroker) -> NoReturn:
+        while True:
+            try:
+                async with next_outcome(broker, READER) as event:
+                    self._note(event)
+            except BrokerError:
+                await asyncio.sleep(_AGAIN)
+
+    def _note(self, event: ApprovalEvent) -> None:
+        """Note an outcome, and pay if it is an approval; one that comes again is known."""
+        row = [event.operation_id, event.user_id, event.payload_sha256, event.outcome, event.answered, event.asked]
+        texts = ["" if value is None else f"{value}" for value in (*row, event.reason, event.detail)]
+        texts = [{"True": "t", "False": "f"}.get(text, text) for text in texts]
+        told = Told._make([*texts, "", f"{time.monotonic()}"])
+        if (told.order_id, told.outcome) in self._outcomes:
+            self.happened["outcome read again"] += 1
+            return
+        self._outcomes.add((told.order_id, told.outcome))
+        self.told.append(told)
+        if told.outcome == "approved":
+            self.paid[told.order_id] += 1
+
+    # -- what is done to it
+
+    def _disturbances(self) -> list[Coroutine[Any, Any, None]]:
+        times: dict[Callable[[], Awaitable[None]], int] = {
+            partial(self._disturb, "leader killed", self._kill_and_start): 6,
+            partial(self._disturb, "leader paused", self._pause): 6,
+            partial(self._disturb, "leader cut off from the others", self._cut_off): 6,
+            partial(self._disturb, "all servers killed at once", self._cut_power): 2,
+            partial(self._kill, "worker killed", self._killed): 20,
+        }
+        return [repeat(self.plan.every(count), self._source, do) for do, count in times.items()]
+
+    async def _disturb(self, what: str, do: Callable[[str], Awaitable[None]]) -> None:
+        async with self._one_at_a_time:
+            self.happened[what] += 1
+            done = asyncio.ensure_future(do(await self._leader()))
+            try:
+                await asyncio.shield(done)
+            finally:
+                await done  # nothing settles while servers are away
+
+    async def _kill_and_start(self, *names: str) -> None:
+        for name in names:
+            self._cluster.servers[name].kill()
+        await asyncio.sleep(self.plan.down * self._source.uniform(0.2, 1.0))
+        await asyncio.gather(*(self._cluster.servers[name].start() for name in names))
+
+    async def _cut_power(self, _leader: str) -> None:
+        await self._kill_and_start(*_NAMES)
+
+    async def _pause(self, name: str) -> None:
+        process = psutil.Process(self._cluster.servers[name].pid)
+        process.suspend()
+        await asyncio.sleep(self.plan.hang)
+        process.resume()
+
+    async def _cut_off(self, name: str) -> None:
+        self._cluster.cut_off(name)
+        await asyncio.sleep(self.plan.hang)
+        self._cluster.connect()
+
+    async def _renew_login(self) -> None:
+        """Renew it, now in time and now late: `repeat` comes after 75 to 125 % of the time that it lasts."""
+        self.happened["logins that expire"] += 1
+        self._operator.write_login(self._login, lasts=self._login_lasts)
+
+    # -- what is seen of it
+
+    async def _leader(self) -> str:
+        """Return the leader of the requests, or some server if there is none."""
+        with suppress(nats.errors.Error):
+            found = (await self._connection.jetstream().stream_info(Fleet().requests)).cluster
+            if found is not None and found.leader:
+                return found.leader
+        return self._source.choice(_NAMES)
+
+    async def _has_leader(self) -> bool:
+        with suppress(nats.errors.Error):
+            return bool(await self._connection.jetstream(timeout=1).account_info())
+        return False
+
+    async def _prepares(self, broker: NatsBroker) -> bool:
+        with suppress(BrokerError):
+            await broker.prepare(lease=ACK_WAIT, service="")
+            return True
+        return False
+
+    async def _has_workers(self) -> bool:
+        with suppress(nats.errors.Error):
+            waiting = (await self._connection.jetstream().consumer_info(Fleet().requests, Fleet().consumer)).num_waiting
+            return (waiting or 0) > len(self.lasting_workers)
+        return False
+
+    async def _is_settled(self) -> bool:
+        stream = self._connection.jetstream()
+        with suppress(nats.errors.Error):
+            readers = await stream.consumers_info(Fleet().outcomes)
+            is_read = all(not reader.num_pending and not reader.num_ack_pending for reader in readers)
+            return is_read and (await stream.stream_info(Fleet().requests)).state.messages == 0
+        return False
+
+    async def _until(self, is_so: Callable[[], Awaitable[bool]]) -> None:
+        """Wait until something is so; if it takes too long, the goals say what is missing."""
+        deadline = time.monotonic() + _SETTLED_WITHIN
+        while time.monotonic() < deadline and not await is_so():  # noqa: ASYNC110  # another program
+            await asyncio.sleep(_AGAIN)
+
+
+async def _ignore(_error: Exception) -> None:
+    """Take note of nothing: that servers are away is what is tried."""
+
+
+def run(bench: Bench) -> Report:
+    """Run it for an hour, or the minutes that were asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        soak = NatsSoak(planned(bench), Path(folder))
+        asyncio.run(soak.run())
+    count = len(soak.shop.committed)
+    title = f"soak_nats: {count} orders on a cluster of three within {soak.plan.seconds / 60:g} minutes"
+    report = Report(title, [orders(soak), soak.verdicts.table(), disturbed(soak)], promises(soak))
+    again = soak.happened["outcome read again"]
+    report.goals.append(Goal("outcomes read again, of 100 orders", 1.0, 100 * again / count))
+    report.notes += soak.verdicts.examples
+    report.raw = {"seconds": soak.plan.seconds, "orders": count, "happened": dict(soak.happened)}
+    return report
