@@ -173,6 +173,8 @@ class KeylessClient:
         self._region: Region | None = None
         self._base_url: str = ""
         keys = make_api_keys(_from_environment(api_key, "KEYLESS_API_KEY"))
+        if isinstance(keys, ConfigurationError):
+            keys = _name_source(keys, api_key, "KEYLESS_API_KEY")
         del api_key  # before anything is raised: error reporters print local variables
         if isinstance(keys, ConfigurationError):
             raise keys
@@ -1052,14 +1054,29 @@ def _from_environment(value: T | None, variable: str) -> T | str | None:
     return value if value is not None else os.environ.get(variable) or None
 
 
+def _name_source(error: ConfigurationError, value: object, variable: str) -> ConfigurationError:
+    """Return the error about an argument. If the wrong value is the environment variable's, the error names that."""
+    if value is not None or not os.environ.get(variable):
+        return error
+    return ConfigurationError(f"${variable} is wrong: {error}", argument=error.argument)
+
+
+def _check_set(check: Callable[[str], T], value: str | None, variable: str) -> T | None:
+    """Check an argument, or the environment variable if it is None; None if neither is set."""
+    if (named := _from_environment(value, variable)) is None:
+        return None
+    try:
+        return check(named)
+    except ConfigurationError as error:
+        raise _name_source(error, value, variable) from None
+
+
 def _address(region: Region | str | None, base_url: str | None) -> tuple[Region | None, str]:
     """Return the region (None if its address is not used) and the base URL. All are checked, used or not."""
     if region is not None and base_url is not None:
         raise ConfigurationError("region and base_url must not both be given: each sets the address of the API")
-    named_region = _from_environment(region, "KEYLESS_REGION")
-    named_url = _from_environment(base_url, "KEYLESS_BASE_URL")
-    checked_region = Region.EU if named_region is None else check_region(named_region)
-    checked_url = None if named_url is None else check_base_url(named_url)
+    checked_region = _check_set(check_region, region, "KEYLESS_REGION") or Region.EU
+    checked_url = _check_set(check_base_url, base_url, "KEYLESS_BASE_URL")
     if checked_url is None or region is not None:  # an argument beats the environment
         return checked_region, protocol.address_of(checked_region)
     return None, checked_url

@@ -105,16 +105,21 @@ class TestConstruction:
     @pytest.mark.parametrize(
         ("variable", "value", "arguments"),
         [
-            ("KEYLESS_REGION", "mars", {"base_url": "https://gw.example"}),
-            ("KEYLESS_BASE_URL", "http://gw.example", {"region": "us"}),
+            ("KEYLESS_REGION", "mars", {"api_key": KEY, "base_url": "https://gw.example"}),
+            ("KEYLESS_BASE_URL", "ftp://gw.example", {"api_key": KEY, "region": "us"}),
+            ("KEYLESS_API_KEY", "k\u00e9y", {}),
         ],
     )
-    def test_what_is_not_used_is_checked_too(
+    def test_a_wrong_variable_is_named_even_if_it_is_not_used(
         self, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, arguments: dict[str, Any]
     ) -> None:
         monkeypatch.setenv(variable, value)
-        with pytest.raises(ConfigurationError, match=variable.removeprefix("KEYLESS_").lower()):
-            KeylessClient(KEY, **arguments)
+        argument = variable.removeprefix("KEYLESS_").lower()
+        with pytest.raises(ConfigurationError, match=rf"^\${variable} is wrong: {argument} must be ") as raised:
+            KeylessClient(**arguments)
+        assert raised.value.argument == argument
+        with pytest.raises(ConfigurationError, match=f"^{argument} must be "):
+            KeylessClient(**({"api_key": KEY} | {argument: value}))
 
     @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
     def test_it_cannot_be_pickled_or_copied(self, duplicate: Callable[[KeylessClient], object]) -> None:
