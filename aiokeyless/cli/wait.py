@@ -6,7 +6,7 @@ import asyncio
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from cyclopts import Parameter
@@ -59,11 +59,16 @@ _OUTCOMES: Final = (
 )
 
 
-class File(NamedTuple):
-    """The value of ``--ticket FILE``. The help shows the name of this class as the placeholder."""
+if TYPE_CHECKING:
+    _Path = Path
+else:
+    _Path = type(Path())  # before Python 3.12, Path itself has no subclasses
+
+
+class File(_Path):
+    """The value of ``--ticket FILE``: a path, which shells complete. The help shows the name of this class."""
 
     ticket: ApprovalTicket
-    name: str
 
 
 def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
@@ -80,19 +85,21 @@ def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
         if name == _STDIN:
             content = sys.stdin.buffer.read(_TICKET_LIMIT)
         else:
-            with Path(name).open("rb") as file:
-                content = file.read(_TICKET_LIMIT)
+            with Path(name).open("rb") as opened:
+                content = opened.read(_TICKET_LIMIT)
     # A null byte in the name is a ValueError.
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_CREATE}") from None
     try:
-        return File(ApprovalTicket.from_json(content), name)
+        file = File(name)
+        file.ticket = ApprovalTicket.from_json(content)
     except ConfigurationError:
         raise CommandError(
             f"{'stdin' if name == _STDIN else name} is not a ticket that aiokeyless {__version__} can read; "
             f"{_HOW_TO_CREATE}"
         ) from None
+    return file
 
 
 def _check_target(
@@ -210,8 +217,8 @@ def _format_options(
 
 def _explain_resuming(target: str | File | None, options: str) -> str:
     if isinstance(target, File):
-        where = " with the same ticket on stdin" if target.name == _STDIN else ""
-        return f"to resume{where}: aiokeyless wait{options} --ticket={quote(target.name)}"
+        where = " with the same ticket on stdin" if str(target) == _STDIN else ""
+        return f"to resume{where}: aiokeyless wait{options} --ticket={quote(str(target))}"
     assert target is not None  # noqa: S101  # see _check_target
     return f"to resume: aiokeyless wait{options} {quote_operation_id(target)}"
 

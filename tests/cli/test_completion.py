@@ -45,6 +45,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (("sandbox", "app"), ["approve"]),
         (("create", "--pay"), ["--payload"]),
         (("wait", "x", "--if-missing", ""), ["raise", "wait"]),
+        (("wait", "--ticket", __file__[:-4]), [__file__]),
     ],
     ids=" ".join,
 )
