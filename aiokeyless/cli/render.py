@@ -159,7 +159,7 @@ class Progress:
         self._budget = budget
         self.polls: int = 0
         self.next_poll_at: float | None = None
-        self.phrase: str = "Waiting for the user"
+        self.phrase: str = "Waiting for Keyless"
         self._attempts: tuple[Authentication, ...] = ()
 
     @property
