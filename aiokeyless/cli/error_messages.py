@@ -207,4 +207,4 @@ def format_count(number: int, noun: str) -> str:
 
 def describe_method(auth_type: str | None) -> str:
     """Return how a user approved, worded to follow "approved"."""
-    return {None: "", "biom": " with their face", "pin": " with their PIN"}.get(auth_type, f" by {auth_type}")
+    return {None: "", "biom": " by face", "pin": " by PIN"}.get(auth_type, f" by {auth_type}")

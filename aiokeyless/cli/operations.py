@@ -154,8 +154,6 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         "User": operation.user_id,
         "External": operation.external_user_id,
         "Created": operation.timestamp,
-        "Number": str(operation.id),
-        "Node": operation.node_id,
     }
     print_facts(console, facts, bold="State")
     return Exit.DONE

@@ -62,7 +62,7 @@ async def test_an_operation_is_listed_declined_and_approved(monkeypatch: pytest.
     assert "(30004)" in await printed(monkeypatch, "decline", "a\u202e", "--code", "30004")
     assert "declined: failed (99)" in await printed(monkeypatch, "decline", "a\u202e", "--code", "99")
     approved = await printed(monkeypatch, "approve", "a\u202e", "--auth-type", "pin")
-    assert approved == "a\\u202e is approved with their PIN.\n"
+    assert approved == "a\\u202e is approved by PIN.\n"
     table = await printed(monkeypatch, "list", "--user", "c0ffee", "--state", "approved")
     assert [word in table for word in ("a\\u202e", "approved", USER, "Pay 5", "ann")] == [True] * 5
 

@@ -44,7 +44,7 @@ async def test_wait_without_a_terminal_is_a_plain_line_a_poll(
     assert re.match(r"  Operation  txn-1\n  Time       120 s at most\n\n", text)
     assert re.search(r"\n +\d\.\d\d s  poll 1: pending, next in \d\.\d\d s\n", text)
     assert re.search(r"\n +\d\.\d\d s  poll \d: approved\n\n", text)
-    assert re.search(r"Approved   with their face, after [5-8]\.\d s and \d polls\n  User       C0FFEE\n$", text)
+    assert re.search(r"Approved   by face, after [5-8]\.\d s and \d polls\n  User       C0FFEE\n$", text)
     assert "Pay 40" not in text, "a script's log must not have it"
 
 
@@ -64,7 +64,7 @@ async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_
     assert max(len(re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", line)) for line in re.split(r"[\r\n]", text)) < 80
     assert "poll 1: pending" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
-    assert re.search(r"Approved +with their face, after [5-8]\.\d s", text)
+    assert re.search(r"Approved +by face, after [5-8]\.\d s", text)
 
 
 @pytest.mark.looptime
