@@ -230,7 +230,7 @@ def read_api_key(api_key: object) -> Secret | ConfigurationError:
     api_key = api_key.strip()
     if not api_key:
         return ConfigurationError(
-            "api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY", argument="api_key"
+            "api_key is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY", argument="api_key"
         )
     if not (api_key.isascii() and api_key.isprintable()):
         return ConfigurationError(

@@ -223,7 +223,7 @@ def new_client() -> KeylessClient:
     """
     if not os.environ.get("KEYLESS_API_KEY", "").strip():
         raise CommandError(
-            "no API key: export KEYLESS_API_KEY=... with the key of your tenant (to try it without one: "
+            "no API key: export KEYLESS_API_KEY=... with the server key of your tenant (to try it without one: "
             "aiokeyless sandbox)"
         )
     try:

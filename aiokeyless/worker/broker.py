@@ -376,11 +376,12 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
             )
         except ConfigurationError as error:
             return error.with_traceback(None)
-    shown = f"a URL of the scheme {found[1]!r:.40}" if found else type(target).__name__
-    if isinstance(target, str) and not found:
-        shown = "a text without a scheme: a SQLite file is sqlite:PATH"
+    required, shown = f"a URL ({', '.join(known)})", "a text without a scheme: a SQLite file is sqlite:PATH"
+    if not isinstance(target, str):
+        required, shown = f"a broker, {required} or a driver's connection", type(target).__name__
     return ConfigurationError(
-        f"broker must be a broker, a URL ({', '.join(known)}) or a driver's connection, not {shown}", argument="broker"
+        f"broker must be {required}, not {f'a URL of the scheme {found[1]!r:.40}' if found else shown}",
+        argument="broker",
     )
 
 

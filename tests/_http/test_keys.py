@@ -126,7 +126,7 @@ WRONG: dict[str, tuple[object, str]] = {
     "it raises": (LookupError(FIRST), "api_key must be a function that returns the key, not raises LookupError"),
     "nothing": (None, "no API key: pass api_key or set KEYLESS_API_KEY"),
     "bytes": (FIRST.encode(), "api_key must be a string, not bytes"),
-    "a blank": (" ", "api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY"),
+    "a blank": (" ", "api_key is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY"),
     "a line": (f"{FIRST}\n{SECOND}", "api_key must be printable ASCII; it contains control or non-ASCII characters"),
 }
 wrong = pytest.mark.parametrize(("key", "words"), WRONG.values(), ids=WRONG.keys())

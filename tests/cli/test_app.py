@@ -155,7 +155,7 @@ def test_a_timeout_with_an_unknown_outcome_is_exit_4(
 @pytest.mark.parametrize(
     ("command", "variables", "message"),
     [
-        ("create C0FFEE", {}, "no API key: export KEYLESS_API_KEY=..."),
+        ("create C0FFEE", {}, "no API key: export KEYLESS_API_KEY=... with the server key of your tenant "),
         ("get a", {"KEYLESS_API_KEY": " \t"}, "no API key: export KEYLESS_API_KEY=..."),
         ("pending C0FFEE", {"KEYLESS_API_KEY": "k\u00e9y"}, "KEYLESS_API_KEY must be printable ASCII"),
         ("wait a", {"KEYLESS_API_KEY": "a", "KEYLESS_REGION": "mars"}, "KEYLESS_REGION must be one of eu, us, latam"),

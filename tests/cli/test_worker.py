@@ -423,7 +423,11 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--broker", "redis://127.0.0.1"], {}, "not a URL of the scheme 'redis'"),
         (["--broker", "sqlite:///keyless.db"], {}, "without //"),
         (["--broker", "sqlite:keyless.db", "--name", "shop"], {}, "options for NATS"),
-        (["--broker", "keyless.db"], {}, "--broker must be a broker, a URL (nats:, tls:, ws:, wss:, postgresql:, "),
+        (
+            ["--broker", "keyless.db"],
+            {},
+            "--broker must be a URL (nats:, tls:, ws:, wss:, postgresql:, postgres:, sqlite:), not a text without",
+        ),
         (["--broker", "postgresql+psycopg://127.0.0.1/shop", "--schema", "public"], {}, "--schema must be one of"),
         (["--broker", "sqlite:keyless.db", "--schema", "shop"], {}, "--schema needs a broker whose URL begins with"),
         (["--broker", "postgresql://127.0.0.1/shop", "--schema", "public"], {}, "--schema must be one of its own"),
