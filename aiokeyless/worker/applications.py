@@ -154,7 +154,11 @@ async def submit_approval(
 
 def _open_side(broker: object) -> ApplicationSide:
     if isinstance(broker, Secret):  # a URL would be opened and closed for each call
-        raise ConfigurationError("broker must be an open broker or a connection, not a URL", argument="broker")
+        raise ConfigurationError(
+            "broker must be an open broker or a connection, not a URL; open it once, and pass that: async with "
+            f"{type(broker_for(broker)).__name__}(...) as broker",
+            argument="broker",
+        )
     return broker_for(broker)
 
 

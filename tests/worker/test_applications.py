@@ -112,8 +112,13 @@ async def test_a_name_that_no_broker_keeps_is_refused(memory: SqliteBroker, read
 async def test_what_is_wrong_is_refused_before_anything_is_stored(memory: SqliteBroker) -> None:
     with pytest.raises(ConfigurationError, match="not a URL"):
         await read("sqlite:keyless.db")
-    with pytest.raises(ConfigurationError, match="not a URL"):
-        await submit_approval("sqlite:keyless.db", "C0FFEE", operation_id="txn-1")
+    for url, kind in (
+        ("sqlite:keyless.db", "SqliteBroker"),
+        ("postgresql://a:pw@127.0.0.1/shop", "PostgresBroker"),
+        ("tls://127.0.0.1", "NatsBroker"),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"not a URL; .*: async with {kind}\(\.\.\.\) as broker$"):
+            await submit_approval(url, "C0FFEE", operation_id="txn-1")
     with pytest.raises(ConfigurationError, match="require_auth_type must be 'biom' for a face, 'pin'"):
         await submit_approval(memory, "C0FFEE", operation_id="txn-1", require_auth_type="face")
     with pytest.raises(ConfigurationError, match="not int"):
