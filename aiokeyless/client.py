@@ -404,7 +404,7 @@ class KeylessClient:
             expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
                 expiry: the user can still approve later.
             if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
-                the id, if it has the same content and is pending. Default: ``"raise"``.
+                the id, if it has the same content and is pending; its deadline starts anew. Default: ``"raise"``.
             require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. It is kept
                 in the ticket and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
 

@@ -54,8 +54,9 @@ TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 class ClientClosedError(KeylessError, RuntimeError):
     """The client was closed before the call or during it.
 
-    What to do: close the client only after its work is done. An interrupted create may have taken effect, and the
-    operation of a wait may be approved by now. Check with ``get_operation``.
+    What to do: close the client only after its work is done. The operation of a wait may be approved by now: wait for
+    its ticket again, with a new client. An interrupted create may have taken effect: repeat it with `operation_id` and
+    ``if_exists="resume"``.
 
     Attributes:
         operation_id: The operation of an interrupted create; None for any other call.
@@ -429,8 +430,8 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
 class ApprovalUnknownError(ApprovalTimeoutError):
     """The deadline passed, and the final poll got no answer, or could not be sent: the outcome is unknown.
 
-    What to do: refuse, and check with ``get_operation(operation_id)`` when the service answers again. Do not
-    create a second operation before you know the outcome of the first.
+    What to do: refuse, and later wait for `ticket` again; a wait for an expired ticket polls once. Do not create a
+    second operation before you know the outcome of the first.
     """
 
 
