@@ -9,6 +9,8 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeAlias
 
+import msgspec
+
 from .models import Model
 
 __all__ = [
@@ -232,7 +234,7 @@ class OutcomePublished(Model, frozen=True, kw_only=True):
     traceparent: str | None
 
 
-class Inspection(Model, frozen=True, kw_only=True):
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """The broker's figures for all its workers together, at one moment.
 
     Attributes:

@@ -111,6 +111,8 @@ def _plain(value: object) -> object:
     match value:
         case Model():
             return value.to_dict()
+        case msgspec.Struct():
+            return msgspec.structs.asdict(value)
         case tuple():
             return [_plain(each) for each in value]
         case datetime():

@@ -118,8 +118,9 @@ class TestConstruction:
         with pytest.raises(ConfigurationError, match=rf"^\${variable} is wrong: {argument} must be ") as raised:
             KeylessClient(**arguments)
         assert raised.value.argument == argument
+        alone: dict[str, Any] = {"api_key": KEY, argument: value}
         with pytest.raises(ConfigurationError, match=f"^{argument} must be "):
-            KeylessClient(**({"api_key": KEY} | {argument: value}))
+            KeylessClient(**alone)
 
     @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
     def test_it_cannot_be_pickled_or_copied(self, duplicate: Callable[[KeylessClient], object]) -> None:

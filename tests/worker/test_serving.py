@@ -404,6 +404,21 @@ async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
     assert most_at_once(sandbox.requests) == 3
 
 
+async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with SqliteBroker(":memory:") as broker, working(client, broker):
+        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
+        await until(lambda: "order-7" in sandbox.operations)
+        sandbox.approve("order-7")
+        [event] = await all_outcomes(broker)
+        assert event.outcome is Outcome.APPROVED
+    async with SqliteBroker(":memory:") as broker, working(client, broker):  # which remembers nothing
+        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
 class Remembering(wait_adaptive):
     """A schedule that remembers its observations."""
 
