@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 ONLY_BY_NAME: Final = True
 
 _NAMES: Final = ("a", "b", "c")
-_START_WITHIN: Final = 60.0  # seconds
 _FOREVER: Final = 1e6  # seconds
 _POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
 _AGAIN: Final = 0.2  # seconds
@@ -142,13 +141,13 @@ class NatsSoak(Run):
         self._operator = Operator()
         self._cluster = Cluster(folder, self._source, self._operator.configuration)
         self._login = folder / "worker.creds"
-        self._login_lasts = plan.every(20)
+        self._login_lasts = max(plan.every(20), 10.0)
         self._one_at_a_time = asyncio.Lock()
         self._outcomes: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
         """Run for the planned time, and until all orders are settled."""
-        self._operator.write_login(self._login, lasts=_START_WITHIN)
+        await self._renew_login()
         own = self._folder / "own.creds"
         self._operator.write_login(own, lasts=_FOREVER)
         async with AsyncExitStack() as stack:
@@ -166,10 +165,10 @@ class NatsSoak(Run):
             self._killed = Program(work, *arguments)
             programs = [*self.lasting_workers, self._killed]
             stack.callback(lambda: [program.kill() for program in programs])
-            renewing = repeat(self._login_lasts, self._source, self._renew_login)
             broker = await stack.enter_async_context(broker_at(self._cluster.urls, self._login))
+            await stack.enter_async_context(meanwhile(repeat(self._login_lasts / 2, self._source, self._renew_login)))
             await self._until(partial(self._prepares, broker))
-            async with meanwhile(renewing, keep_running(programs), self._read(broker)):
+            async with meanwhile(keep_running(programs), self._read(broker)):
                 await self._until(self._has_workers)
                 self.to_service.rate = self.plan.faults
                 async with meanwhile(*self._disturbances()):
@@ -231,6 +230,7 @@ class NatsSoak(Run):
             partial(self._disturb, "leader cut off from the others", self._cut_off): 6,
             partial(self._disturb, "all servers killed at once", self._cut_power): 2,
             partial(self._kill, "worker killed", self._killed): 20,
+            self._renew_late: 6,
         }
         return [repeat(self.plan.every(count), self._source, do) for do, count in times.items()]
 
@@ -264,9 +264,13 @@ class NatsSoak(Run):
         self._cluster.connect()
 
     async def _renew_login(self) -> None:
-        """Renew it, now in time and now late: `repeat` comes after 75 to 125 % of the time that it lasts."""
-        self.happened["logins that expire"] += 1
+        self.happened["logins renewed"] += 1
         self._operator.write_login(self._login, lasts=self._login_lasts)
+
+    async def _renew_late(self) -> None:
+        """Leave a login that has expired, until the next is written."""
+        self.happened["logins renewed late"] += 1
+        self._operator.write_login(self._login, lasts=0.0)
 
     # -- what is seen of it
 
