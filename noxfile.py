@@ -291,6 +291,14 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session(tags=NIGHTLY)
+def soaks(session: nox.Session) -> None:
+    """Kill, cut, fill and promote what workers depend on, some minutes each; arguments after --: --minutes 60."""
+    install(session, "-e", ".[examples,test]")
+    names = ("soak_fleet", "soak_failover", "soak_nats")
+    session.run("python", "-m", "benchmarks", *names, *(session.posargs or ["--quick"]), env=environment(session))
+
+
+@nox.session(tags=NIGHTLY)
 def fuzz(session: nox.Session) -> None:
     """Feed what reads bytes with ever new ones; arguments after --: --seconds 60, --seed 1, --target operation."""
     session.install("-q", "-e", ".[jwt,nats]")

@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
+WITHOUT_PICTURE = {"request", "waits", "weather", "fairness", "soak_failover", "soak_nats"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,10 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["request", "waits", "herd", "lateness", "limits", "weather", "fairness", "distributed", "soak", "soak_fleet"],
+    [
+        *("request", "waits", "herd", "lateness", "limits", "weather", "fairness", "distributed"),
+        *("soak", "soak_failover", "soak_fleet", "soak_nats"),
+    ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
     done = benchmarks(name, "--smoke", "--save", str(tmp_path))
@@ -38,7 +42,7 @@ def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Pat
     assert done.stdout == (tmp_path / f"{name}.txt").read_text()
     if name in {"distributed", "limits"}:  # the docs include the tables
         assert (tmp_path / f"{name}.md").read_text().count("\n| ---: |") == len(report["tables"])
-    assert (tmp_path / f"{name}.svg").exists() is (name not in {"request", "waits", "weather", "fairness"})
+    assert (tmp_path / f"{name}.svg").exists() is (name not in WITHOUT_PICTURE)
 
 
 def test_unknown_benchmark_is_refused_with_the_names_that_there_are() -> None:

@@ -395,6 +395,10 @@ def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     minutes, orders = round(fleet["seconds"] / 60), f"{fleet['orders']:,}".replace(",", " ")
     assert f"| {minutes} minutes: {orders} orders, {restarts} restarts, {kills} kills," in page
     assert (fleet["verdicts"]["lost"], fleet["verdicts"]["wrong"], fleet["verdicts"]["unexpected"]) == (0, 0, 0)
+    for name in ("soak_failover", "soak_nats"):
+        results = saved(name)
+        assert re.search(rf"{name}` \| .* {results['title'].split()[1]} orders", page), name
+        assert all(goal["figure"] <= goal["at_most"] for goal in results["goals"])
 
 
 def test_every_exception_stands_in_the_table() -> None:
