@@ -432,7 +432,8 @@ def _with_a_mishap(story: Story, rng: random.Random) -> Story:
         lasts, who = rng.choice((0.5, 1.0)), ""
         asks = tuple(replace(ask, operation_id=f"op-{ask.number}") for ask in asks)
         lost = [replace(ask, at=at + rng.uniform(0.0, lasts), earlier=rng.choice(("", "another"))) for ask in asks[::2]]
-        after = [replace(ask, at=at + lasts + rng.uniform(0.0, 0.3)) for ask in asks[1::2]]
+        soon = [replace(ask, earlier=rng.choice((ask.earlier, "the same"))) for ask in asks[1::2]]
+        after = [replace(ask, at=at + lasts + rng.uniform(0.0, 0.3)) for ask in soon]
         readers = tuple(replace(reader, trouble=max(reader.trouble, 0.5), troubles=("slow",)) for reader in readers)
         hangs = Outage(at, at + lasts, Failure("hangs"), share=0.3, methods="GET")
         story = replace(story, asks=(*lost, *after), readers=readers, faults=(hangs, *story.faults))
