@@ -136,7 +136,7 @@ def test_a_payload_beyond_the_encoding_of_stdout_is_escaped(monkeypatch: pytest.
 
 def test_the_demo_runs_on_the_real_clock() -> None:
     text = output("demo")
-    assert "Fewer requests into it: aiokeyless, by " in text
+    assert "Fewer requests during it: aiokeyless, by " in text
     assert re.search(r"aiokeyless +0 +30\n +the loop +30 +0\n", text)
     assert ESCAPE not in text
 
