@@ -26,7 +26,7 @@ async def main() -> None:
                 on_created=push,
             )
         except ApprovalTimeoutError as timeout:  # not a denial: it can still be approved later
-            print(f"Not paid. Before you ask again, check: get_operation({timeout.operation_id!r})")
+            print(f"Not paid. Before asking anew, wait for the ticket of {timeout.operation_id}")
         else:
             print(f"Approved ({operation.auth_type}): pay.")
 

@@ -12,6 +12,7 @@ from factors import ApprovingSandbox
 from aiokeyless.sandbox import Sandbox
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
+PUSHED = "push to the phone of 0123456789ABCDEF\n"
 
 
 async def run(script: Path, sandbox: Sandbox) -> tuple[int | None, str, str]:
@@ -30,7 +31,7 @@ async def run(script: Path, sandbox: Sandbox) -> tuple[int | None, str, str]:
 
 async def test_an_approval_is_reported() -> None:
     async with Sandbox(auto_approve=0.2) as sandbox:
-        assert await run(QUICKSTART, sandbox) == (0, "Approved (biom): pay.\n", "")
+        assert await run(QUICKSTART, sandbox) == (0, f"{PUSHED}Approved (biom): pay.\n", "")
         [operation] = sandbox.operations.values()
         assert operation.is_approved
 
@@ -38,7 +39,7 @@ async def test_an_approval_is_reported() -> None:
 async def test_a_pin_does_not_pay() -> None:
     async with ApprovingSandbox("pin") as sandbox:
         code, output, errors = await run(QUICKSTART, sandbox)
-        assert (code, output) == (1, "")
+        assert (code, output) == (1, PUSHED)
         assert "it must be 'biom', and the answer has 'pin'" in errors
 
 
@@ -51,4 +52,4 @@ async def test_a_timeout_is_reported_with_what_is_needed_to_check_again(tmp_path
         code, output, errors = await run(hasty, sandbox)
         [operation_id] = sandbox.operations
         assert (code, errors) == (0, "")
-        assert output == f"Not paid. Before you ask again, check: get_operation({operation_id!r})\n"
+        assert output == f"{PUSHED}Not paid. Before asking anew, wait for the ticket of {operation_id}\n"
