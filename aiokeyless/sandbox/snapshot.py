@@ -113,7 +113,7 @@ class PhoneBook:
         # By arrival.
         self._users: dict[str, None] = {}
         self._history: deque[Entry] = deque(maxlen=_MOST_HISTORY)
-        self.changed = asyncio.Event()
+        self.changed: asyncio.Event = asyncio.Event()
 
     def refresh(self) -> None:
         """Send the pages a new snapshot."""
