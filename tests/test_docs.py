@@ -643,6 +643,7 @@ def test_each_kind_of_event_is_told_to_listeners_and_tried_here() -> None:
     own = [kind for kind in vars(aiokeyless.events).values() if getattr(kind, "__module__", "") == "aiokeyless.events"]
     kinds = {kind for kind in own if isinstance(kind, type) and issubclass(kind, Model)}
     assert kinds == set(get_args(Event)) == {type(event) for event in EVENTS}
+    assert all(json.loads(json.dumps(event.to_dict())).keys() == {*event.__struct_fields__} for event in EVENTS)
     assert {kind.__name__ for kind in own if isinstance(kind, type)} <= set(aiokeyless.events.__all__)
 
 

@@ -7,7 +7,6 @@ as rich's markup.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
@@ -302,11 +301,13 @@ async def show_waiting(whom: str, *, quiet: bool) -> AsyncGenerator[None]:
 
 
 async def _count_seconds(line: StatusLine, whom: str) -> None:
+    seconds = 1
     await asyncio.sleep(1)
     with line.show():
-        for seconds in itertools.count(1):
+        while True:
             line.draw(Text(f"Waiting for an answer of {escape(whom)}: {seconds} s"))
             await asyncio.sleep(1)
+            seconds += 1
 
 
 class LiveLine(_Facts):
