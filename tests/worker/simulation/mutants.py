@@ -113,12 +113,6 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/decisions.py",
-        "isinstance(answer, NotFoundError) and not is_final(delivery, now)",
-        "isinstance(answer, NotFoundError)",
-        "a user is asked after the deadline",
-    ),
-    Mutant(
-        "worker/decisions.py",
         "was_final = is_final(delivery, polled_at)",
         "was_final = False",
         "a request has no end",
