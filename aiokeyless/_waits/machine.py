@@ -33,7 +33,6 @@ from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
 from .dispatch import Dispatcher
-from .reporting import LATE
 from .state import Poll, PolledOperation, Wait, WaitPhase
 from .timer_queue import TimerQueue
 
@@ -120,8 +119,7 @@ class Machine:
         if not isinstance(poll, Poll):
             return None
         self._polls += 1
-        if poll.lag >= LATE or self._reporter.polls_are_late:
-            self._reporter.poll_started(poll.lag, now, waiting=self._waiting)
+        self._reporter.poll_started(poll.lag, now, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1
             # By time, not by phase: if many deadlines pass at once, this one may not be handled yet.
@@ -208,8 +206,7 @@ class Machine:
             self._deadlines.schedule(wait, wait.deadline)
         if first < wait.deadline:
             self._dispatcher.schedule(polled, first)
-        if self._reporter.listens:
-            wait.number = self._reporter.wait_started(wait)
+        wait.number = self._reporter.wait_started(wait)
 
     def _polled_operation(self, operation_id: str, wait: Wait) -> PolledOperation:
         polled = self._polled.get(operation_id)
@@ -268,8 +265,7 @@ class Machine:
             self._stop_polling(polled)
         elif last is not None and not last.serves_any():  # the other waits have passed their deadlines, too
             self._dispatcher.cut_off(last)
-        if self._reporter.listens:
-            self._reporter.wait_ended(wait, now)
+        self._reporter.wait_ended(wait, now)
 
     def _stop_polling(self, polled: PolledOperation) -> None:
         """Stop the polls of an operation after its last wait."""
@@ -362,8 +358,7 @@ class Machine:
                 poll.counted_as_failure = True
                 self._failures += 1
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
-                if self._circuit.state is not self._reporter.circuit:
-                    self._report_circuit(wait.error, now)
+                self._reporter.notice_circuit(self._circuit.state, wait.error, now, waiting=self._waiting)
         self.end(wait, unknown_error(_record(wait, now), why), now)
 
     # -- events: a poll ends
@@ -379,14 +374,12 @@ class Machine:
         Returns:
             None; if an operation has very many waits, the rest of the work, for `apply_more` in the next turns.
         """
-        circuit, reporter = self._circuit, self._reporter
         poll.is_over = True
         if answer is None and poll.is_overdue:
             answer = self._no_answer(poll.polled.operation_id, now - poll.started_at)
-        if reporter.listens:
-            reporter.poll_ended(poll, answer, now)
+        self._reporter.poll_ended(poll, answer, now)
         if answer is None:  # neither good nor bad
-            circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
+            self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
             self._dispatcher.finish(poll, now)
             return None
         if isinstance(answer, KeylessError) and answer.is_transient:
@@ -394,8 +387,7 @@ class Machine:
             self._record_error(poll, answer, now)
         else:  # also a 404 about an operation that was seen: the service answers, and only this operation backs off
             self._dispatcher.record_success(poll, now)
-        if circuit.state is not reporter.circuit:
-            self._report_circuit(answer, now)
+        self._reporter.notice_circuit(self._circuit.state, answer, now, waiting=self._waiting)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             self._dispatcher.finish(poll, now)
             return None
@@ -411,10 +403,6 @@ class Machine:
             now, operation_id, error, is_probe=is_probe, is_repeated=poll.polled.failures > 0
         ):
             self._rate.record_refusal(now, started_at=poll.started_at)
-
-    def _report_circuit(self, answer: Operation | KeylessError, now: float) -> None:
-        cause = answer if isinstance(answer, KeylessError) and answer.is_transient else None
-        self._reporter.circuit_changed(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
 
     def _apply_directly(self, poll: Poll, answer: Operation, now: float) -> bool:
         """Apply the usual result: pending, for one wait before its deadline. Return False if it is another one."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aiokeyless")
 
 #: A poll that starts so many seconds after it was due is late.
-LATE: Final = 1.0
+_LATE: Final = 1.0
 #: Seconds for which all polls must be late before that is logged.
 _LATE_FOR: Final = 5.0
 #: Shared by all clients, since a listener may serve several.
@@ -44,27 +44,22 @@ class Reporter:
     """Reports for one poller.
 
     Args:
-        listeners: Receive the events; None for no events.
+        listeners: Receive the events; None for no events. No event is built then.
         now: The time.
     """
 
     def __init__(self, listeners: Listeners | None, now: float) -> None:
         self._listeners = listeners
-        self.listens: bool = listeners is not None
-        """Whether there are listeners. If not, no event is built."""
         self._transitions = Transitions(now)
-        self.circuit: CircuitState = CircuitState.CLOSED
-        """The state of the circuit that was reported last."""
-        self.polls_are_late: bool = False
-        """Whether the poll that was reported last was late."""
-        self._late_since = 0.0
+        self._late_since: float | None = None  # the first of the late polls; None: the last one was in time
         self._late_logged = False
 
     # -- events of waits and polls
 
     def wait_started(self, wait: Wait) -> int:
-        """Report a wait that starts, and return its number."""
-        assert self._listeners is not None  # noqa: S101  # callers ask `listens`
+        """Report a wait that starts, and return its number; 0 if there are no listeners."""
+        if self._listeners is None:
+            return 0
         number = next(_NUMBERS)
         left = 0.0 if wait.had_expired else wait.deadline - wait.started_at
         self._listeners.tell(
@@ -79,7 +74,8 @@ class Reporter:
 
     def wait_ended(self, wait: Wait, now: float) -> None:
         """Report a wait that has ended or whose caller is gone."""
-        assert self._listeners is not None  # noqa: S101
+        if self._listeners is None:
+            return
         error = None if wait.cancelled() else wait.result()
         self._listeners.tell(
             WaitEnded(
@@ -95,7 +91,8 @@ class Reporter:
 
     def poll_ended(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> None:
         """Report a poll; `answer` is None if it was cut off because no wait needed it any more."""
-        assert self._listeners is not None  # noqa: S101
+        if self._listeners is None:
+            return
         waits, result = poll.waits, poll_result(answer)
         self._listeners.tell(
             PollEnded(
@@ -111,16 +108,20 @@ class Reporter:
 
     # -- the circuit, and late polls
 
-    def circuit_changed(self, state: CircuitState, *, cause: KeylessError | None, waiting: int, now: float) -> None:
-        """Report another state of the circuit than the last one.
+    def notice_circuit(
+        self, state: CircuitState, answer: Operation | KeylessError, now: float, *, waiting: int
+    ) -> None:
+        """Report the state of the circuit, if it is not the one that was reported last.
 
         Args:
             state: The state.
-            cause: The failure that changed it; None if it was a good answer.
-            waiting: Waits under way.
+            answer: The answer, or the failure, after which the circuit has this state.
             now: The time.
+            waiting: Waits under way.
         """
-        self.circuit = state
+        if state is self._transitions.state:
+            return
+        cause = answer if isinstance(answer, KeylessError) and answer.is_transient else None
         change = self._transitions.notice(state, now)
         if change.is_outage:
             logger.warning(
@@ -134,8 +135,7 @@ class Reporter:
 
     def closed(self, now: float) -> None:
         """Report the circuit as closed, to listeners that count the others."""
-        if self.circuit is not CircuitState.CLOSED:
-            self.circuit = CircuitState.CLOSED
+        if self._transitions.state is not CircuitState.CLOSED:
             change = self._transitions.notice(CircuitState.CLOSED, now)
             self._tell_circuit(change, ClientClosedError, waiting=0)
 
@@ -144,15 +144,12 @@ class Reporter:
             self._listeners.tell(change.event(cause, waiting))
 
     def poll_started(self, lag: float, now: float, *, waiting: int) -> None:
-        """Log once that polls have been late for a while although the service is well, until one is in time again.
-
-        A poll in time need not be reported if the one before was in time, too.
-        """
-        if lag < LATE or self.circuit is not CircuitState.CLOSED:
-            self.polls_are_late = False
+        """Log once that polls have been late for a while although the service is well, until one is in time again."""
+        if lag < _LATE or self._transitions.state is not CircuitState.CLOSED:
+            self._late_since = None
             return
-        if not self.polls_are_late:
-            self.polls_are_late, self._late_since, self._late_logged = True, now, False
+        if self._late_since is None:
+            self._late_since, self._late_logged = now, False
         if now - self._late_since > _LATE_FOR and not self._late_logged:
             self._late_logged = True
             logger.warning(

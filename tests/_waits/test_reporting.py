@@ -13,11 +13,14 @@ from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._waits.reporting import Reporter
 from aiokeyless.errors import ServerError
 
+from .calls import operation
+
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
 USER = "C0FFEE"
 FAILURE = ServerError(status=503, method="GET", path="/v2/operations/op")
+GOOD = operation()
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
@@ -35,8 +38,7 @@ def test_an_outage_is_two_lines_however_often_the_circuit_goes_to_and_fro(
 ) -> None:
     states = (CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED)
     for now, state in enumerate(states, 11):
-        cause = FAILURE if state is CircuitState.OPEN else None
-        reporter.circuit_changed(state, cause=cause, waiting=7, now=float(now))
+        reporter.notice_circuit(state, FAILURE if state is CircuitState.OPEN else GOOD, float(now), waiting=7)
     opened, closed = lines(caplog)
     assert opened[0] == "WARNING"
     assert "503" in opened[1]
@@ -46,17 +48,16 @@ def test_an_outage_is_two_lines_however_often_the_circuit_goes_to_and_fro(
 
 def test_a_circuit_that_never_opened_is_not_logged(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     for state in (CircuitState.HALF_OPEN, CircuitState.CLOSED):
-        reporter.circuit_changed(state, cause=None, waiting=7, now=1.0)
+        reporter.notice_circuit(state, GOOD, 1.0, waiting=7)
     assert lines(caplog) == []
 
 
 def test_a_client_that_is_closed_during_an_outage_does_not_log_that_it_is_over(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporter.circuit_changed(CircuitState.OPEN, cause=FAILURE, waiting=7, now=1.0)
+    reporter.notice_circuit(CircuitState.OPEN, FAILURE, 1.0, waiting=7)
     reporter.closed(2.0)
     assert len(lines(caplog)) == 1
-    assert reporter.circuit is CircuitState.CLOSED
 
 
 def test_polls_that_are_late_for_a_while_are_one_line(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,7 +85,7 @@ def test_a_moment_is_not_a_line(reporter: Reporter, caplog: pytest.LogCaptureFix
 def test_while_the_service_fails_polls_are_late_on_purpose(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporter.circuit_changed(CircuitState.OPEN, cause=FAILURE, waiting=1, now=0.0)
+    reporter.notice_circuit(CircuitState.OPEN, FAILURE, 0.0, waiting=1)
     caplog.clear()
     for now in range(20):
         reporter.poll_started(9.0, float(now), waiting=1)
