@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from types import TracebackType
-from typing import Final, Literal, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
+from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
 
 import aiohttp
 import anyio
@@ -102,6 +102,16 @@ _OTHER_LOOP: Final = (
 )
 
 
+class _Opened(NamedTuple):
+    """The parts of a client that belong to an event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    listeners: Listeners | None
+    transport: Transport
+    poller: Poller
+    holds: Holds
+
+
 class _WaitOptions(TypedDict):
     """The checked arguments of a wait, by the names of `Poller.start`."""
 
@@ -152,8 +162,8 @@ class KeylessClient:
     """
 
     # On the class, since __del__ reads them even if __init__ was called with an unknown argument.
-    _transport: Transport | None = None
-    _closed = False
+    _opened: _Opened | None = None  # since the first use
+    _closing: asyncio.Task[None] | None = None  # since `aclose`
 
     def __init__(
         self,
@@ -169,7 +179,6 @@ class KeylessClient:
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),
     ) -> None:
-        self._closing: asyncio.Task[None] | None = None
         self._region: Region | None = None
         self._base_url: str = ""
         keys = make_api_keys(_from_environment(api_key, "KEYLESS_API_KEY"))
@@ -191,17 +200,13 @@ class KeylessClient:
         self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
         self._listeners: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
-        self._told: Listeners | None = None  # the same, once it is open
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._poller: Poller | None = None
-        self._holds: Holds | None = None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KeylessClient cannot be pickled or copied: create one where it is used")
 
     def __repr__(self) -> str:
         where = f"region={self._region.value!r}" if self._region is not None else f"base_url={self._base_url!r}"
-        return f"<KeylessClient {where}{' closed' if self._closed else ''}>"
+        return f"<KeylessClient {where}{' closed' if self._closing is not None else ''}>"
 
     @property
     def base_url(self) -> str:
@@ -241,37 +246,35 @@ class KeylessClient:
         if self._closing is not None and self._closing.done():  # even if its loop is closed by now
             return
         loop = asyncio.get_running_loop()
-        if self._loop is not None and self._loop is not loop:
+        if self._opened is not None and self._opened.loop is not loop:
             raise ConfigurationError(_OTHER_LOOP)
         if self._closing is None:
-            self._closed = True
             # A separate task, so that cancelling the caller does not cancel it; created without any task factory.
             self._closing = asyncio.Task(self._close(), loop=loop)
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        if self._opened is None:
+            return
         try:
-            if self._holds is not None:
-                self._holds.close()
-            if self._poller is not None:
-                await self._poller.aclose()
+            self._opened.holds.close()
+            await self._opened.poller.aclose()
         finally:
-            if self._transport is not None:
-                await self._transport.aclose()
+            await self._opened.transport.aclose()
 
     def __del__(self) -> None:
-        if self._transport is not None and not self._closed:
+        if self._opened is not None and self._closing is None:
             warnings.warn(
                 f"unclosed {self!r}: use 'async with' or aclose()", ResourceWarning, source=self, stacklevel=2
             )
 
-    def _open(self) -> tuple[Transport, Poller]:
-        """Return the transport and the poller; created on first use, since both belong to the running loop."""
-        if self._closed:
+    def _open(self) -> _Opened:
+        """Return the parts that belong to the running loop; made on first use."""
+        if self._closing is not None:
             raise ClientClosedError("the client is closed; create a new one, or close it later")
         loop = asyncio.get_running_loop()
-        if self._loop is None:
-            listeners = self._told = Listeners(self._listeners) if self._listeners else None
+        if self._opened is None:
+            listeners = Listeners(self._listeners) if self._listeners else None
             transport = Transport(
                 self._base_url,
                 self._api_keys,
@@ -280,21 +283,17 @@ class KeylessClient:
                 max_attempts=self._max_attempts,
                 listeners=listeners,
             )
-            self._poller = Poller(
+            poller = Poller(
                 transport,
                 schedule=self._schedule,
                 max_in_flight=self._max_in_flight,
                 max_polls_per_second=self._max_polls_per_second,
                 listeners=listeners,
             )
-            self._holds = Holds(self._poller)
-            self._transport = transport
-            self._loop = loop
-        elif self._loop is not loop:
+            self._opened = _Opened(loop, listeners, transport, poller, Holds(poller))
+        elif self._opened.loop is not loop:
             raise ConfigurationError(_OTHER_LOOP)
-        assert self._transport is not None  # noqa: S101  # both are set together with the loop
-        assert self._poller is not None  # noqa: S101
-        return self._transport, self._poller
+        return self._opened
 
     # -- single calls
 
@@ -314,8 +313,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Operations, "Get pending operations".
         """
-        transport, _ = self._open()
-        return await transport.fetch(protocol.get_pending_operations(user_id))
+        return await self._open().transport.fetch(protocol.get_pending_operations(user_id))
 
     async def get_operation(self, operation_id: str) -> Operation:
         """Return an operation in its current state.
@@ -335,8 +333,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Operations, "Get operation".
         """
-        transport, _ = self._open()
-        return await transport.fetch(protocol.get_operation(operation_id))
+        return await self._open().transport.fetch(protocol.get_operation(operation_id))
 
     async def get_authentications(
         self, *, user_id: str | None = None, external_user_id: str | None = None, operation_id: str | None = None
@@ -365,7 +362,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Telemetry, "User authentications".
         """
-        transport, _ = self._open()
+        transport = self._open().transport
         if (user_id is None) == (external_user_id is None):
             raise ConfigurationError(
                 "exactly one of user_id and external_user_id must be given: each names the user", argument="user_id"
@@ -422,7 +419,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Operations, "Create operation".
         """
-        transport, poller = self._open()
+        opened = self._open()
         _check_if_exists(if_exists)
         operation = NewOperation(
             operation_id=str(uuid.uuid4()) if operation_id is None else check_operation_id(operation_id),
@@ -432,7 +429,7 @@ class KeylessClient:
         user_id, require_auth_type = check_user_id(user_id), check_auth_type(require_auth_type)
         lifetime = _lifetime(expires_in)
         creation = OperationCreation(
-            transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
+            opened.transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
         )
         try:
             reconciled = await creation.run()
@@ -452,9 +449,9 @@ class KeylessClient:
             traceparent=current_traceparent(),
         )
         if not reconciled:
-            poller.record_creation(ticket)
-        if self._told is not None:
-            self._told.tell(OperationCreated(operation_id=ticket.operation_id, user_id=user_id))
+            opened.poller.record_creation(ticket)
+        if opened.listeners is not None:
+            opened.listeners.tell(OperationCreated(operation_id=ticket.operation_id, user_id=user_id))
         return ticket
 
     # -- users and devices
@@ -483,7 +480,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / External User ID.
         """
-        transport, _ = self._open()
+        transport = self._open().transport
         user_id, external_user_id = check_user_id(user_id), check_external_user_id(external_user_id)
         return await ExternalUserCreation(transport, user_id, external_user_id).run()
 
@@ -503,7 +500,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / External User ID.
         """
-        transport, _ = self._open()
+        transport = self._open().transport
         request = protocol.update_external_user(user_id, external_user_id)
         return confirm_external_user(await transport.fetch(request), request, user_id, external_user_id)
 
@@ -525,8 +522,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / External User ID, "Get users".
         """
-        transport, _ = self._open()
-        return await transport.fetch(protocol.find_users(external_user_id))
+        return await self._open().transport.fetch(protocol.find_users(external_user_id))
 
     async def get_user(self, external_user_id: str) -> User:
         """Return the one user who has an external user id.
@@ -541,7 +537,7 @@ class KeylessClient:
             AmbiguousUserError: Several users have it.
             KeylessError: As for `find_users`.
         """
-        transport, _ = self._open()
+        transport = self._open().transport
         request = protocol.find_users(external_user_id)
         users = await transport.fetch(request)
         if len(users) == 1:
@@ -567,8 +563,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / External User ID.
         """
-        transport, _ = self._open()
-        await Deletion(transport, protocol.delete_external_user(external_user_id)).run()
+        await Deletion(self._open().transport, protocol.delete_external_user(external_user_id)).run()
 
     async def delete_user(self, user_id: str) -> None:
         """Delete a user **permanently**, with their devices and their biometric enrolment. There is no way back.
@@ -585,8 +580,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Users.
         """
-        transport, _ = self._open()
-        await Deletion(transport, protocol.delete_user(user_id)).run()
+        await Deletion(self._open().transport, protocol.delete_user(user_id)).run()
 
     async def get_devices(self, user_id: str) -> list[Device]:
         """Return the devices of a user.
@@ -603,8 +597,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Devices.
         """
-        transport, _ = self._open()
-        return await transport.fetch(protocol.get_devices(user_id))
+        return await self._open().transport.fetch(protocol.get_devices(user_id))
 
     async def delete_device(self, user_id: str, public_signing_key: str) -> None:
         """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
@@ -622,8 +615,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Devices.
         """
-        transport, _ = self._open()
-        await Deletion(transport, protocol.delete_device(user_id, public_signing_key)).run()
+        await Deletion(self._open().transport, protocol.delete_device(user_id, public_signing_key)).run()
 
     # -- signed transactions
 
@@ -642,8 +634,7 @@ class KeylessClient:
 
         Source: Keyless documentation, "JWT verification best practice".
         """
-        transport, _ = self._open()
-        return await transport.fetch(protocol.get_key_set(tenant))
+        return await self._open().transport.fetch(protocol.get_key_set(tenant))
 
     # -- waits
 
@@ -752,9 +743,7 @@ class KeylessClient:
         check_flag(explain, "explain")
         options = self._options(target, None, schedule, if_missing)
         seconds = finite_seconds(seconds, "seconds")
-        self._open()
-        assert self._holds is not None  # noqa: S101  # set together with the loop
-        outcome = await self._holds.hold(
+        outcome = await self._open().holds.hold(
             options["operation_id"],
             ticket=options["ticket"],
             seconds=seconds,
@@ -899,7 +888,7 @@ class KeylessClient:
     @property
     def statistics(self) -> ClientStatistics:
         """The client's current waits, and its counts since it was created."""
-        if self._poller is None:
+        if self._opened is None:
             return ClientStatistics(
                 waiting=0,
                 in_flight=0,
@@ -911,7 +900,7 @@ class KeylessClient:
                 rate_limit=self._max_polls_per_second,
                 circuit=CircuitState.CLOSED.value,
             )
-        return self._poller.statistics()
+        return self._opened.poller.statistics()
 
     def _options(
         self, target: str | ApprovalTicket, timeout: WaitTimeout, schedule: wait_base | None, if_missing: IfMissing
@@ -927,7 +916,7 @@ class KeylessClient:
         )
 
     def _start(self, options: _WaitOptions) -> tuple[Poller, FutureWait]:
-        _, poller = self._open()
+        poller = self._open().poller
         return poller, poller.start(**options)
 
     async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll, *, explain: bool) -> Operation:
@@ -944,7 +933,7 @@ class KeylessClient:
         return operation
 
     async def _updates(self, options: _WaitOptions, *, explain: bool) -> AsyncGenerator[ApprovalUpdate, None]:
-        _, poller = self._open()
+        poller = self._open().poller
         newest = NewestUpdate()
         wait = poller.start(**options, updates=newest)
         explanation = poller.explain(wait) if explain else None
@@ -968,7 +957,7 @@ class KeylessClient:
         *,
         may_be_missing: bool,
     ) -> AsyncGenerator[ApprovalOutcome, None]:
-        _, poller = self._open()
+        poller = self._open().poller
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
         started: list[FutureWait] = []
         # Shared by all waits: there may be a hundred thousand, and asyncio would copy the context for each callback.
@@ -1000,14 +989,13 @@ class KeylessClient:
 
 def transport_of(client: KeylessClient) -> Transport:
     """Return the transport of a client, for a worker, which retries by itself and keeps no waits in memory."""
-    return client._open()[0]  # noqa: SLF001  # of this module
+    return client._open().transport  # noqa: SLF001  # of this module
 
 
 def for_another_process(client: KeylessClient) -> KeylessClient:
     """Return a client with the same arguments for a child process. This one's event loop runs only in the parent."""
     its_own = KeylessClient.__new__(KeylessClient)
-    unused = dict.fromkeys(("_closing", "_loop", "_transport", "_poller", "_holds"))
-    its_own.__dict__.update(client.__dict__ | unused)
+    its_own.__dict__.update(client.__dict__ | {"_opened": None, "_closing": None})
     return its_own
 
 

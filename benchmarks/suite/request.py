@@ -115,7 +115,7 @@ async def _measure(bench: Bench, server: Server) -> dict[str, dict[int, float]]:
         enter = stack.enter_async_context
         client = await enter(KeylessClient(API_KEY, base_url=server.base_url))
         bare = await enter(bare_session())
-        transport, _ = client._open()  # noqa: SLF001  # there is no public method for a single poll
+        transport = client._open().transport  # noqa: SLF001  # there is no public method for a single poll
         # Each with fast settings: as many connections as calls in flight, kept open, and no search for proxies.
         limits = {"max_connections": _IN_FLIGHT, "max_keepalive_connections": _IN_FLIGHT, "keepalive_expiry": None}
         with_httpx = httpx.AsyncClient(headers=HEADERS, limits=httpx.Limits(**limits), trust_env=False)

@@ -46,7 +46,7 @@ async def fail_all(call: Callable[[], Awaitable[object]]) -> list[KeylessError]:
 
 def use_up(client: KeylessClient) -> None:
     """Leave no token."""
-    quota = client._open()[0].quota
+    quota = client._open().transport.quota
     while quota.take(BUSY):
         pass
 

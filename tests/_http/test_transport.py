@@ -839,16 +839,16 @@ async def test_a_borrowed_session_bounds_the_polls_in_flight(
 ) -> None:
     connector = aiohttp.TCPConnector(limit=limit, limit_per_host=per_host)
     async with aiohttp.ClientSession(connector=connector) as session, sandbox.client(session=session) as client:
-        assert client._open()[0].max_connections == most
+        assert client._open().transport.max_connections == most
 
 
 async def test_a_session_without_a_connector_bounds_nothing(
     sandbox: Sandbox, session: aiohttp.ClientSession, client: KeylessClient
 ) -> None:
-    assert client._open()[0].max_connections == math.inf
+    assert client._open().transport.max_connections == math.inf
     await session.close()
     async with sandbox.client(session=session) as closed:
-        assert closed._open()[0].max_connections == math.inf
+        assert closed._open().transport.max_connections == math.inf
 
 
 async def test_borrowed_session_is_not_closed(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
@@ -1068,9 +1068,9 @@ async def test_cancellation_at_the_instant_of_closing_stays_one(
             await client.aclose()
         else:
             loop = asyncio.get_running_loop()
-            assert client._transport is not None
+            assert client._opened is not None
             # Past the client and any task factory: in one turn of the loop, and in this order.
-            closing = asyncio.Task(client._transport.aclose(), loop=loop)
+            closing = asyncio.Task(client._opened.transport.aclose(), loop=loop)
             loop.call_soon(call.cancel)
             await closing
             await client.aclose()

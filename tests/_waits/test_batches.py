@@ -48,7 +48,7 @@ def start(poller: Poller, operation_id: str, *, timeout: float = 60.0, missing: 
 
 @pytest.fixture
 async def poller(client: KeylessClient) -> Poller:
-    return client._open()[1]  # the batches are its own affair: nothing public shows turns of the loop
+    return client._open().poller  # the batches are its own affair: nothing public shows turns of the loop
 
 
 async def waiting_by_turn(poller: Poller) -> list[int]:
@@ -205,7 +205,7 @@ class TestOneAnswerForMany:
 
         async with sandbox.client(schedule=Learner()) as client:
             ticket = await client.create_operation("AB", operation_id="op")
-            poller = client._open()[1]
+            poller = client._open().poller
             waits = [
                 poller.start("op", ticket=ticket, timeout=60.0, schedule=None, may_be_missing=False)
                 for _ in range(MANY)

@@ -159,9 +159,9 @@ class TestOneHold:
         start = now()
         holding = asyncio.create_task(client.hold_for_approval("op", seconds=1, schedule=wait_fixed(60)))
         await asyncio.sleep(0.5)
-        assert client._poller is not None
-        (wait,) = client._poller._machine.waits()
-        asyncio.get_running_loop().call_at(start + 1, client._poller.stop, wait)
+        assert client._opened is not None
+        (wait,) = client._opened.poller._machine.waits()
+        asyncio.get_running_loop().call_at(start + 1, client._opened.poller.stop, wait)
         assert await holding is None
         assert now() == start + 1
 

@@ -160,7 +160,7 @@ class TestTickets:
         for number in range(10):
             await client.create_operation(USER, operation_id=f"op{number}")
             await asyncio.sleep(1)
-        assert len(client._poller._created) <= 6  # type: ignore[union-attr]
+        assert len(client._opened.poller._created) <= 6  # type: ignore[union-attr]
 
 
 class TestCancellation:
@@ -209,7 +209,7 @@ class TestCancellation:
         await settle()  # they leave in batches
         assert tasks_since(before) == set()
         assert armed_timers() == []
-        assert len(client._poller._machine._dispatcher) == len(client._poller._machine._deadlines) == 0  # type: ignore[union-attr]
+        assert len(client._opened.poller._machine._dispatcher) == len(client._opened.poller._machine._deadlines) == 0  # type: ignore[union-attr]
 
     async def test_cancelling_between_final_polls_leaves_nothing_behind(
         self, sandbox: Sandbox, client: KeylessClient
@@ -222,7 +222,7 @@ class TestCancellation:
         await cancel([wait])
         assert tasks_since(before) == set()
         assert armed_timers() == []
-        assert len(client._poller._machine._deadlines) == 0  # type: ignore[union-attr]
+        assert len(client._opened.poller._machine._deadlines) == 0  # type: ignore[union-attr]
         sandbox.requests.clear()
         await asyncio.sleep(10)
         assert sandbox.requests == []
@@ -651,8 +651,8 @@ class TestClosing:
         await client.aclose()
         assert armed_timers() == []
         assert tasks_since(before) == set()
-        assert client._transport is not None
-        assert client._transport._session.closed
+        assert client._opened is not None
+        assert client._opened.transport._session.closed
 
     async def test_a_second_closing_waits_for_the_first(self, sandbox: Sandbox) -> None:
         client = sandbox.client()
@@ -665,8 +665,8 @@ class TestClosing:
         await client.aclose()
         assert first.done()
         assert client.statistics.waiting == client.statistics.in_flight == 0
-        assert client._transport is not None
-        assert client._transport._session.closed
+        assert client._opened is not None
+        assert client._opened.transport._session.closed
         await asyncio.gather(*waits, return_exceptions=True)
 
     async def test_cancelling_all_tasks_does_not_stop_the_closing(self, sandbox: Sandbox) -> None:
@@ -689,8 +689,8 @@ class TestClosing:
             await closing
         await settle()
         assert tasks_since(before) == set()
-        assert client._transport is not None
-        assert client._transport._session.closed
+        assert client._opened is not None
+        assert client._opened.transport._session.closed
 
     async def test_each_closing_waits_for_an_exchange_that_is_slow_to_end(
         self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
@@ -706,12 +706,12 @@ class TestClosing:
         monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", slow)
         wait = asyncio.create_task(client.wait_for_approval("op"))
         await asyncio.sleep(0.5)
-        assert client._poller is not None
-        first = asyncio.create_task(client._poller.aclose())
+        assert client._opened is not None
+        first = asyncio.create_task(client._opened.poller.aclose())
         with pytest.raises(ClientClosedError):
             await wait
         assert now() == 0.5
-        await client._poller.aclose()
+        await client._opened.poller.aclose()
         await first
         assert now() == 1.5
         await client.aclose()

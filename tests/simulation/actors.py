@@ -228,8 +228,8 @@ class Application:
         waits = [wait for wait in self.history.waits if wait.client == self.name]
         if any(wait.ended_at == math.inf for wait in waits):
             return
-        if self.client._poller is not None:
-            self.observed.leftovers += leftovers(self.client._poller._machine, asyncio.get_running_loop().time())
+        if self.client._opened is not None:
+            self.observed.leftovers += leftovers(self.client._opened.poller._machine, asyncio.get_running_loop().time())
 
     # -- what actors call
 
