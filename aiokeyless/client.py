@@ -27,7 +27,7 @@ from tenacity.wait import wait_base
 
 from ._http import protocol
 from ._http.creation import ExternalUserCreation, OperationCreation, confirm_external_user
-from ._http.deletion import Deletion
+from ._http.deletion import delete
 from ._http.keys import make_api_keys
 from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
@@ -563,7 +563,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / External User ID.
         """
-        await Deletion(self._open().transport, protocol.delete_external_user(external_user_id)).run()
+        await delete(self._open().transport, protocol.delete_external_user(external_user_id))
 
     async def delete_user(self, user_id: str) -> None:
         """Delete a user **permanently**, with their devices and their biometric enrolment. There is no way back.
@@ -580,7 +580,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Users.
         """
-        await Deletion(self._open().transport, protocol.delete_user(user_id)).run()
+        await delete(self._open().transport, protocol.delete_user(user_id))
 
     async def get_devices(self, user_id: str) -> list[Device]:
         """Return the devices of a user.
@@ -615,7 +615,7 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Devices.
         """
-        await Deletion(self._open().transport, protocol.delete_device(user_id, public_signing_key)).run()
+        await delete(self._open().transport, protocol.delete_device(user_id, public_signing_key))
 
     # -- signed transactions
 

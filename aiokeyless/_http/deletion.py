@@ -12,40 +12,29 @@ if TYPE_CHECKING:
     from .transport import Transport
 
 
-class Deletion:
-    """One DELETE and its retries.
+async def delete(transport: Transport, request: protocol.Request[None]) -> None:
+    """Send a DELETE, in at most `max_attempts` attempts.
 
-    Args:
-        transport: Sends the requests.
-        request: The DELETE.
+    Raises:
+        NotFoundError: There is nothing to delete, and no earlier attempt can have deleted it.
+        KeylessError: The delete failed, but may have taken effect.
     """
+    may_be_done = False  # by an earlier attempt
 
-    def __init__(self, transport: Transport, request: protocol.Request[None]) -> None:
-        self._transport = transport
-        self._request = request
-        # Whether an earlier attempt may have taken effect.
-        self._may_be_done = False
-
-    async def run(self) -> None:
-        """Send the DELETE, in at most `max_attempts` attempts.
-
-        Raises:
-            NotFoundError: There is nothing to delete, and no earlier attempt can have deleted it.
-            KeylessError: The delete failed, but may have taken effect.
-        """
-        with self._transport.call():
-            await self._transport.retry(self._attempt)
-
-    async def _attempt(self, number: int) -> None:
+    async def attempt(number: int) -> None:
+        nonlocal may_be_done
         try:
-            await self._transport.send(self._request, attempt=number)
+            await transport.send(request, attempt=number)
             if number == 1:
-                self._transport.quota.give_back()
+                transport.quota.give_back()
         except NotFoundError:
-            if not self._may_be_done:
+            if not may_be_done:
                 raise
         except KeylessError as error:
-            self._may_be_done = self._may_be_done or may_have_taken_effect(error)
+            may_be_done = may_be_done or may_have_taken_effect(error)
             if isinstance(error, TransportError):
-                error.sent = self._may_be_done
+                error.sent = may_be_done
             raise
+
+    with transport.call():
+        await transport.retry(attempt)
