@@ -123,8 +123,8 @@ class Machine:
         for wait in poll.waits:
             wait.polls += 1
             # By time, not by phase: if many deadlines pass at once, this one may not be handled yet.
-            if wait.last_poll is None and (wait.had_expired or is_final(wait.deadline - now)):
-                wait.last_poll, wait.was_last_polled = poll, True
+            if wait.final_poll is None and (wait.had_expired or is_final(wait.deadline - now)):
+                wait.final_poll, wait.had_final_poll = poll, True
         return poll
 
     def is_settled(self, until: float) -> bool:
@@ -187,7 +187,7 @@ class Machine:
         wait.origin = now - age if age else now
         wait.deadline = now + (patience if had_expired else timeout)
         wait.had_expired = had_expired
-        wait.was_last_polled = False
+        wait.had_final_poll = False
         wait.phase = _POLLING
         wait.schedule = schedule
         wait.ticket = ticket
@@ -196,7 +196,7 @@ class Machine:
         wait.attempt = 1 + is_fresh
         wait.own_due = -math.inf
         wait.polls = wait.number = 0
-        wait.error = wait.last_poll = wait.entry = None
+        wait.error = wait.final_poll = wait.entry = None
         wait.polled = polled = self._polled_operation(operation_id, wait)
         polled.add(wait)
         self._waiting += 1
@@ -260,11 +260,11 @@ class Machine:
         self._deadlines.remove(wait)
         if wait.updates is not None:
             wait.updates.close()
-        last, wait.last_poll = wait.last_poll, None  # that poll has the wait
+        final, wait.final_poll = wait.final_poll, None  # that poll has the wait
         if not polled.live:
             self._stop_polling(polled)
-        elif last is not None and not last.serves_any():  # the other waits have passed their deadlines, too
-            self._dispatcher.cut_off(last)
+        elif final is not None and not final.serves_any():  # the other waits have passed their deadlines, too
+            self._dispatcher.cut_off(final)
         self._reporter.wait_ended(wait, now)
 
     def _stop_polling(self, polled: PolledOperation) -> None:
@@ -342,13 +342,13 @@ class Machine:
     def _queue_final_poll(self, wait: Wait, since: float) -> None:
         """Queue a final poll for a wait whose deadline has passed, unless its final poll is in flight."""
         self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)
-        if wait.last_poll is None:
+        if wait.final_poll is None:
             self._dispatcher.queue_final_poll(wait.polled, since)
 
     def _end_unknown(self, wait: Wait, now: float) -> None:
         """End a wait whose final polls were not answered in time, or could not be sent."""
-        poll, why = wait.last_poll, Unanswered.FAILED
-        if poll is None and not wait.was_last_polled:
+        poll, why = wait.final_poll, Unanswered.FAILED
+        if poll is None and not wait.had_final_poll:
             why = self._dispatcher.why_no_final_poll(wait.deadline)
         elif poll is not None:
             why = Unanswered.NO_ANSWER
@@ -411,7 +411,7 @@ class Machine:
             polled.live != 1
             or wait.done()
             or wait.phase is not _POLLING
-            or wait.last_poll is not None
+            or wait.final_poll is not None
             or wait.updates is not None
             or evaluate(answer, polled.operation_id, wait.ticket) is not _PENDING
         ):
@@ -478,7 +478,7 @@ class Machine:
         for wait in waits:
             if isinstance(answer, KeylessError):  # a 404 that counts as pending
                 wait.error = answer
-            if wait.last_poll is poll:
+            if wait.final_poll is poll:
                 _update(wait, now, answer)
                 self.end(wait, timeout_error(_record(wait, now, answer)), now)
             elif wait.phase is _POLLING:  # else it waits for its final poll
@@ -528,7 +528,7 @@ class Machine:
         backoff = max(error_delay(1), requested_pause(error))
         for wait in waits:
             wait.error = error
-            if wait.last_poll is poll:
+            if wait.final_poll is poll:
                 self._repeat_final(wait, error, backoff, now)
             else:
                 due = min(polled.due, application.retry_at)
@@ -536,7 +536,7 @@ class Machine:
 
     def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
         """Repeat a final poll that failed; if that is too late, end the wait at once."""
-        wait.last_poll = None
+        wait.final_poll = None
         if wait.had_expired and wait.phase is _POLLING:  # from now on, it has a deadline
             wait.deadline = now
             self._pass_deadline(wait)  # else the next poll would be final, too, and move the deadline again
@@ -564,8 +564,8 @@ class Machine:
                 pass
             return
         for wait in poll.waits:
-            if wait.last_poll is poll:
-                wait.last_poll = None
+            if wait.final_poll is poll:
+                wait.final_poll = None
         self._dispatcher.finish(poll, now)
         if poll.polled.needs_final_poll(now):
             self._dispatcher.queue_final_poll(poll.polled, now)

@@ -73,8 +73,8 @@ class Wait(Scheduled):
         own_due: float
         polls: int
         error: KeylessError | None  # the last one
-        last_poll: Poll | None  # in flight, and started at its deadline or later, or its ticket had expired
-        was_last_polled: bool  # there is one, or was one that failed
+        final_poll: Poll | None  # in flight, and started at its deadline or later; if it had expired, its first poll
+        had_final_poll: bool  # there is one, or was one that failed
         number: int  # for listeners, if there are any
         entry: Entry | None  # in the queue of deadlines
     else:
@@ -98,8 +98,8 @@ class Wait(Scheduled):
 
 
 WAIT_SLOTS: Final = (
-    *("attempt", "deadline", "entry", "error", "had_expired", "last_poll", "may_be_missing", "number", "origin"),
-    *("own_due", "phase", "polled", "polls", "schedule", "started_at", "ticket", "updates", "was_last_polled"),
+    *("attempt", "deadline", "entry", "error", "final_poll", "had_expired", "had_final_poll", "may_be_missing"),
+    *("number", "origin", "own_due", "phase", "polled", "polls", "schedule", "started_at", "ticket", "updates"),
 )
 
 
@@ -165,9 +165,9 @@ class PolledOperation(_Opaque, Scheduled, msgspec.Struct, eq=False):
         return [wait for wait in self.waits if not wait.done()]
 
     def needs_final_poll(self, now: float) -> bool:
-        """Return whether a wait's deadline has passed, no last poll of it is in flight, and one may still start."""
+        """Return whether a wait's deadline has passed, no final poll for it is in flight, and one may still start."""
         return any(
-            wait.phase is WaitPhase.FINAL and wait.last_poll is None and may_start(wait.deadline - now)
+            wait.phase is WaitPhase.FINAL and wait.final_poll is None and may_start(wait.deadline - now)
             for wait in self.active_waits()
         )
 
@@ -184,7 +184,7 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     is_retry: bool = False
     """Whether it is an ordinary one, of an operation that failed before."""
     final: bool = False
-    """Whether it is beside the ordinary ones, for waits whose deadline has passed."""
+    """Whether it takes no slot, for waits whose deadline has passed. An ordinary one is final to an expired wait."""
     is_over: bool = False
     """Whether it was cut off, or has ended: nothing stops it any more."""
     is_overdue: bool = False
@@ -194,8 +194,8 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     """It no longer serves so many of the first waits, and never will."""
 
     def serves(self, wait: Wait) -> bool:
-        """Return whether the answer counts for a wait. After the wait's deadline, only its last poll does."""
-        return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.last_poll is self)
+        """Return whether the answer counts for a wait. After the wait's deadline, only its final poll does."""
+        return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final_poll is self)
 
     def serves_any(self) -> bool:
         """Return whether the answer counts for any wait. Repeated calls do not check a wait again after a no."""

@@ -70,7 +70,7 @@ class TestPolls:
         wait = machine.wait(ticket=TICKET, timeout=2.0, is_fresh=True)
         poll = machine.one(2.0)
         assert poll.final
-        assert wait.last_poll is poll
+        assert wait.final_poll is poll
 
     def test_the_clock_of_the_schedule_starts_at_the_earliest_creation_that_a_wait_knows_of(self) -> None:
         asked: list[float | None] = []
@@ -305,7 +305,7 @@ class TestSlots:
             assert machine.started(1.0) == []
             assert machine.wake_at() == 1.0
         assert names(machine.started(1.0)) == ["needed"]
-        assert needed.last_poll is not None
+        assert needed.final_poll is not None
 
     def test_no_poll_starts_for_callers_that_are_gone(self) -> None:
         machine = Calls()
@@ -893,7 +893,7 @@ class TestDeadlines:
             machine._circuit.record_pause(0.0, 60.0)
         waits = [machine.wait(f"op-{number}", timeout=1.0, is_fresh=True) for number in range(21)]
         assert len(machine.started(1.0)) == (20 if circuit == "closed" else 1)
-        sent = [wait for wait in waits if wait.last_poll is not None]
+        sent = [wait for wait in waits if wait.final_poll is not None]
         machine.expire(3.0)  # then the circuit opens, if it was not open
         why = {"closed": Unanswered.NO_SLOT, "open": Unanswered.CIRCUIT_OPEN, "pause": Unanswered.PAUSE}[circuit]
         for wait in waits:
@@ -1047,7 +1047,7 @@ class TestDeadlines:
         assert list(machine.take_cut()) == [hanging]
         machine.give_up(first, 6.0)
         assert list(machine.take_cut()) == [final]
-        assert machine.one(6.0) is second.last_poll
+        assert machine.one(6.0) is second.final_poll
 
     @pytest.mark.parametrize("answer", ["pending", "approved"])
     def test_an_expired_ticket_has_one_poll_without_a_deadline(self, answer: str) -> None:

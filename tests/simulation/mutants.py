@@ -222,7 +222,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/machine.py",
-        "if wait.last_poll is poll:\n                _update(wait, now, answer)",
+        "if wait.final_poll is poll:\n                _update(wait, now, answer)",
         "if poll.final:\n                _update(wait, now, answer)",
         "the final poll of one wait ends the others",
     ),
@@ -241,7 +241,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/state.py",
-        "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.last_poll is self)",
+        "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final_poll is self)",
         "return False",
         "the deadline of one wait cuts the poll of the others off",
     ),
@@ -360,7 +360,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/machine.py",
-        "        wait.last_poll = None\n        if wait.had_expired",
+        "        wait.final_poll = None\n        if wait.had_expired",
         "        if wait.had_expired",
         "a wait whose final poll failed gets no other one",
     ),
