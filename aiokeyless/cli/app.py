@@ -14,7 +14,7 @@ import os
 import sys
 from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
@@ -153,30 +153,14 @@ def validator(check: Callable[[str], str], argument: str) -> Callable[[object, s
     return validate
 
 
-def _check_timeout(_type: object, seconds: float | None) -> None:
-    # Negated, so that NaN is refused too.
-    if seconds is not None and not seconds > 0:
-        raise ValueError("Must be more than 0 seconds.")
+def _limit(is_valid: Callable[[Any], bool], requirement: str) -> Parameter:
+    """Return the parameter of a number that must be valid, as the requirement says; an absent value passes."""
 
+    def validate(_type: object, value: object) -> None:
+        if value is not None and not is_valid(value):
+            raise ValueError(f"Must be {requirement}.")
 
-def _check_seconds(_type: object, seconds: float) -> None:
-    if not 0 < seconds < math.inf:
-        raise ValueError("Must be more than 0 seconds, and not infinite.")
-
-
-def _check_count(_type: object, count: int | None) -> None:
-    if count is not None and count < 1:
-        raise ValueError("Must be at least 1.")
-
-
-def _check_delay(_type: object, delay: float | None) -> None:
-    if delay is not None and not 0 <= delay < math.inf:
-        raise ValueError("Must be a number of seconds, at least 0.")
-
-
-def _check_port(_type: object, port: int | None) -> None:
-    if port is not None and not 0 <= port <= 65535:
-        raise ValueError("Must be from 0 to 65535.")
+    return Parameter(validator=validate)
 
 
 _check_operation_id = validator(check_operation_id, "operation_id")
@@ -185,13 +169,16 @@ UserId = Annotated[str, Parameter(name="USER_ID", validator=validator(check_user
 OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id)]
 AuthType = Literal["biom", "pin"]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
-Seconds = Annotated[float, Parameter(validator=_check_seconds)]
-Timeout = Annotated[float | None, Parameter(validator=_check_timeout)]
-Count = Annotated[int, Parameter(validator=_check_count)]
-OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
-OptionalDelay = Annotated[float | None, Parameter(validator=_check_delay)]
-Port = Annotated[int, Parameter(validator=_check_port)]
-OptionalPort = Annotated[int | None, Parameter(validator=_check_port)]
+# NaN is not more than 0.
+Seconds = Annotated[float, _limit(lambda value: 0 < value < math.inf, "more than 0 seconds, and not infinite")]
+Timeout = Annotated[float | None, _limit(lambda value: value > 0, "more than 0 seconds")]
+OptionalDelay = Annotated[float | None, _limit(lambda value: 0 <= value < math.inf, "a number of seconds, at least 0")]
+_count = _limit(lambda value: value >= 1, "at least 1")
+Count = Annotated[int, _count]
+OptionalCount = Annotated[int | None, _count]
+_port = _limit(range(65536).__contains__, "from 0 to 65535")
+Port = Annotated[int, _port]
+OptionalPort = Annotated[int | None, _port]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
 
 
