@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from .circuit import CircuitState
 from .final import RESOLUTION
@@ -34,63 +34,78 @@ def most_in_flight(slots: int, now: float, *, answered_at: float) -> int:
     return (_MOST_BESIDE_GOOD if now - answered_at <= SLOW else _MOST) * slots
 
 
-def are_held_by_failing(failing: int, limit: int) -> bool:
-    """Return whether failing operations hold over a quarter of the slots, so that the order of probes applies."""
-    return 4 * failing > limit
+class _Slot(NamedTuple):
+    since: float
+    operation: Hashable
+    is_retry: bool
 
 
 class Slots(Generic[T]):
-    """The deliveries of one worker that hold a slot: each for its first second. Times are of one clock, in seconds."""
+    """The polls of a client, or the deliveries of a worker, that hold a slot: each for its first second.
 
-    __slots__ = ("_circuit", "_failing", "_held", "_slow_probes")
+    Times are of one clock, in seconds.
+    """
+
+    __slots__ = ("_circuit", "_failed", "_held", "of_retries")
 
     def __init__(self, circuit: Circuit) -> None:
         self._circuit = circuit
-        self._held: dict[T, tuple[float, bool]] = {}  # since when, and whether its last poll failed; the oldest first
-        self._failing = 0
-        self._slow_probes: set[T] = set()
+        self._held: dict[T, _Slot] = {}  # the oldest first
+        self._failed: set[T] = set()
+        self.of_retries: int = 0
+        """Slots that are held by operations whose last poll failed, as of the last call of `held`."""
 
-    def take(self, holder: T, now: float, *, is_retry: bool) -> None:
-        """Give a slot to what starts now. `is_retry` tells whether its last poll failed."""
-        self._held[holder] = now, is_retry
-        self._failing += is_retry
+    def take(self, holder: T, now: float, *, is_retry: bool, operation: Hashable = None) -> None:
+        """Give a slot to what starts now.
+
+        Args:
+            holder: The poll or the delivery.
+            now: The time.
+            is_retry: Whether the operation's last poll failed.
+            operation: What fails if it is slow. Default: the holder.
+        """
+        self._held[holder] = _Slot(now, holder if operation is None else operation, is_retry)
+        self.of_retries += is_retry
 
     def release(self, holder: T) -> None:
         """Forget what has ended."""
-        self._slow_probes.discard(holder)
+        self._failed.discard(holder)
         self._free(holder)
 
     def held(self, now: float) -> int:
         """Return how many slots are held, without slow ones and those from before the circuit opened.
 
-        A slow probe counts as failed, once, from its start. Its answer may still be good.
+        A slow probe counts as failed, once, from its start. It is not cut off, since its answer may still be good.
         """
         circuit = self._circuit
         while self._held:
-            holder = next(iter(self._held))
-            started_at = self._held[holder][0]
-            is_from_before = not circuit.takes_room(started_at)
-            if started_at + SLOW > now + RESOLUTION and not is_from_before:
+            holder, slot = next(iter(self._held.items()))
+            is_from_before = not circuit.takes_room(slot.since)
+            if slot.since + SLOW > now + RESOLUTION and not is_from_before:
                 break
             self._free(holder)
-            if circuit.state is CircuitState.OPEN and not is_from_before:
-                self._slow_probes.add(holder)
-                circuit.record_failure(started_at, holder, started_at=started_at, is_probe=True)
+            if circuit.state is CircuitState.OPEN and not is_from_before and not self.has_failed(holder):
+                self.count_as_failed(holder)
+                circuit.record_failure(slot.since, slot.operation, started_at=slot.since, is_probe=True)
         return len(self._held)
 
     def slow_at(self) -> float:
         """Return when the oldest holder gives its slot back at the latest; infinity if there is none."""
-        return self._held[next(iter(self._held))][0] + SLOW if self._held else math.inf
+        return next(iter(self._held.values())).since + SLOW if self._held else math.inf
 
     def has_failed(self, holder: T) -> bool:
-        """Return whether it counted as a failed probe already."""
-        return holder in self._slow_probes
+        """Return whether it counted as a failure already."""
+        return holder in self._failed
+
+    def count_as_failed(self, holder: T) -> None:
+        """Let `has_failed` be true of it until its release."""
+        self._failed.add(holder)
 
     @property
     def are_held_by_failing(self) -> bool:
-        """Whether failing ones hold over a quarter of the slots."""
-        return are_held_by_failing(self._failing, self._circuit.limit)
+        """Whether failing operations hold over a quarter of the slots, so that the order of probes applies."""
+        return 4 * self.of_retries > self._circuit.limit
 
     def _free(self, holder: T) -> None:
-        if (held := self._held.pop(holder, None)) is not None:
-            self._failing -= held[1]
+        if (slot := self._held.pop(holder, None)) is not None:
+            self.of_retries -= slot.is_retry

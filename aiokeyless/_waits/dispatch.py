@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered, may_start
 from aiokeyless._rules.probes import Alternation
-from aiokeyless._rules.slots import SLOW, are_held_by_failing, most_in_flight
+from aiokeyless._rules.slots import SLOW, Slots, most_in_flight
 from aiokeyless._rules.window import Window
 
 from .state import Poll, PolledOperation
@@ -63,11 +63,11 @@ class Dispatcher:
         self._alternation = Alternation()
         self._unproven = 0  # operations in all queues but the first
         self._retries = 0  # of these, those that failed when they were polled last
-        self._slots: dict[Poll, None] = {}  # the polls that hold one, oldest first
-        self._slots_of_retries = 0
         self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # with the time since which each waits
         self.final_in_flight: dict[Poll, None] = {}
         """The final polls among those in flight."""
+        self.slots: Slots[Poll] = Slots(circuit)
+        """The slots of the ordinary polls in flight."""
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
         self.cut: list[Poll] = []
@@ -123,7 +123,9 @@ class Dispatcher:
         if isinstance(found, float):
             self.soonest = found
         else:  # perhaps it is not the only one that may start
-            self.soonest = now if self._final_polls or len(self._slots) < self._all_slots() else self._slow_at()
+            self.soonest = (
+                now if self._final_polls or self.slots.held(now) < self._all_slots() else self.slots.slow_at()
+            )
         return found
 
     def _all_slots(self) -> int:
@@ -133,11 +135,8 @@ class Dispatcher:
         """Start the next ordinary poll, or return when one may start."""
         circuit = self._circuit
         ready_at = self._rate.ready_at(now)
-        slots = self._all_slots()
-        if len(self._slots) >= slots or self._retries_wait():  # 2
-            self._free_slots(now)
-            if len(self._slots) >= slots:
-                ready_at = max(ready_at, self._slow_at())
+        if self.slots.held(now) >= self._all_slots():  # 2
+            ready_at = max(ready_at, self.slots.slow_at())
         if self._window.limit < math.inf:
             ready_at = max(ready_at, self._window.opens_at(now, self._ordinary_starts()))
         if not circuit.is_calm:
@@ -158,24 +157,6 @@ class Dispatcher:
     def _ordinary_starts(self) -> list[float]:
         """Return when the ordinary polls in flight started, in order."""
         return [poll.started_at for poll in self.in_flight if not poll.final]
-
-    def _free_slots(self, now: float) -> None:
-        """Free the slots of slow polls, and of polls that started before the circuit opened."""
-        circuit = self._circuit
-        while self._slots:
-            poll = next(iter(self._slots))
-            is_from_before = not circuit.takes_room(poll.started_at)
-            if poll.started_at + SLOW > now + RESOLUTION and not is_from_before:
-                return
-            self._free_slot(poll)
-            if circuit.state is CircuitState.OPEN and not is_from_before and not poll.counted_as_failure:
-                # It is not cut off, since its answer may still be good. The backoff counts from its start.
-                poll.counted_as_failure, at = True, poll.started_at
-                circuit.record_failure(at, poll.polled.operation_id, started_at=at, is_probe=True)
-
-    def _free_slot(self, poll: Poll) -> None:
-        del self._slots[poll]
-        self._slots_of_retries -= poll.is_retry
 
     def _has_room(self, now: float) -> bool:
         """Return whether one more ordinary poll may be in flight."""
@@ -199,13 +180,9 @@ class Dispatcher:
                     break
         return math.inf
 
-    def _slow_at(self) -> float:
-        """Return when the oldest poll that holds a slot gives it back at the latest."""
-        return next(iter(self._slots)).started_at + SLOW
-
     def _retries_wait(self) -> bool:
         """Return whether operations whose last poll failed have used up their share of the slots."""
-        return self._retries > 0 and self._slots_of_retries >= max(1, self._circuit.limit // 2)
+        return self._retries > 0 and self.slots.of_retries >= max(1, self._circuit.limit // 2)
 
     def _due_at(self, ready_at: float) -> float:
         """Return when the next ordinary poll may start; infinity if none is scheduled.
@@ -215,13 +192,12 @@ class Dispatcher:
         """
         due = min([queue.next_due() for queue in self._open_queues()])
         if self._retries_wait():
-            due = min(due, self._slow_at())
+            due = min(due, self.slots.slow_at())
         return max(due, ready_at)
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        circuit = self._circuit
-        is_fair = not circuit.is_closed or are_held_by_failing(self._slots_of_retries, circuit.limit)
+        is_fair = not self._circuit.is_closed or self.slots.are_held_by_failing
         queues = self._open_queues(by_time=not is_fair)
         if is_fair and self._alternation.untried(1):
             queues = (self._untried, *queues)
@@ -234,10 +210,10 @@ class Dispatcher:
                 if polled.rank:
                     self._count(polled.rank, -1)
                 if waits := polled.active_waits():
-                    poll = Poll(polled, now, waits, max(0.0, now - polled.due), polled.rank > 1)
+                    poll = Poll(polled, now, waits, max(0.0, now - polled.due))
                     self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
-                    self.in_flight[poll] = self._slots[poll] = None
-                    self._slots_of_retries += poll.is_retry
+                    self.in_flight[poll] = None
+                    self.slots.take(poll, now, is_retry=polled.rank > 1, operation=polled.operation_id)
                     self._rate.record_poll(now)
                     polled.poll = poll
                     polled.due = math.inf
@@ -285,14 +261,13 @@ class Dispatcher:
     def finish(self, poll: Poll, now: float) -> None:
         """Remove a poll that has ended, and schedule another one if its operation needs it."""
         del self.in_flight[poll]
+        self.slots.release(poll)
         self.soonest = now
         polled = poll.polled
         if poll.final:
             del self.final_in_flight[poll]
         else:
             polled.poll = None
-            if poll in self._slots:
-                self._free_slot(poll)
             if poll is self._giving_way:
                 self._giving_way = None
         if not polled.live or polled.poll is not None:

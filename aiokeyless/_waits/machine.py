@@ -354,8 +354,9 @@ class Machine:
             why = Unanswered.NO_ANSWER
             wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
             # Once for all waits that share it, and not if it started too late to be answered.
-            if not poll.counted_as_failure and now - poll.started_at >= SLOW - RESOLUTION:
-                poll.counted_as_failure = True
+            slots = self._dispatcher.slots
+            if not slots.has_failed(poll) and now - poll.started_at >= SLOW - RESOLUTION:
+                slots.count_as_failed(poll)
                 self._failures += 1
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
                 self._reporter.notice_circuit(self._circuit.state, wait.error, now, waiting=self._waiting)
@@ -397,7 +398,7 @@ class Machine:
     def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
         """Record a transient failure in the circuit and, if it is a 429, in the rate."""
         operation_id, is_probe = poll.polled.operation_id, not poll.final
-        if not poll.counted_as_failure:
+        if not self._dispatcher.slots.has_failed(poll):
             self._circuit.record_failure(now, operation_id, started_at=poll.started_at, is_probe=is_probe)
         if isinstance(error, RateLimitError) and self._circuit.record_refusal(
             now, operation_id, error, is_probe=is_probe, is_repeated=poll.polled.failures > 0

@@ -181,15 +181,12 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     """Those for which a pending answer counts."""
     lag: float = 0.0
     """Seconds by which it started late."""
-    is_retry: bool = False
-    """Whether it is an ordinary one, of an operation that failed before."""
     final: bool = False
     """Whether it takes no slot, for waits whose deadline has passed. An ordinary one is final to an expired wait."""
     is_over: bool = False
     """Whether it was cut off, or has ended: nothing stops it any more."""
     is_overdue: bool = False
     """Whether it was cut off because it took longer than an exchange may."""
-    counted_as_failure: bool = False
     unserved: int = 0
     """It no longer serves so many of the first waits, and never will."""
 

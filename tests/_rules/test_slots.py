@@ -88,3 +88,20 @@ def test_a_probe_that_hangs_counts_as_failed_once_and_from_its_start(circuit: Ci
     assert start + 0.5 <= circuit.retry_at() <= start + 1.0  # the backoff's second step
     slots.release("probe")
     assert not slots.has_failed("probe")
+
+
+def test_what_counted_as_failed_already_does_not_count_again(circuit: Circuit, slots: Slots[str]) -> None:
+    open_it(circuit, 10.0)
+    retry_at = circuit.retry_at()
+    slots.take("probe", retry_at, is_retry=False)
+    slots.count_as_failed("probe")
+    assert slots.held(retry_at + 1.0) == 0
+    assert circuit.retry_at() == retry_at
+
+
+def test_polls_of_one_operation_that_hang_are_one_failure(circuit: Circuit, slots: Slots[str]) -> None:
+    circuit.record_pause(10.0, 1.0)
+    for number in range(5):
+        slots.take(f"{number}", 11.0 + number, is_retry=False, operation="op")
+        assert slots.held(12.0 + number) == 0
+    assert not circuit.is_probed

@@ -253,8 +253,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "if len(self._slots) >= slots or self._retries_wait():  # 2",
-        "if len(self._slots) > slots or self._retries_wait():  # 2",
+        "if self.slots.held(now) >= self._all_slots():  # 2",
+        "if self.slots.held(now) > self._all_slots():  # 2",
         "one poll too many is in flight",
     ),
     Mutant(
@@ -418,8 +418,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "self._slots_of_retries >= max(1, self._circuit.limit // 2)",
-        "self._slots_of_retries >= self._circuit.limit",
+        "self.slots.of_retries >= max(1, self._circuit.limit // 2)",
+        "self.slots.of_retries >= self._circuit.limit",
         "operations that fail take all slots",
     ),
     Mutant(
