@@ -105,10 +105,7 @@ async def create(
     console.print()
     print_command(console, f"printf %s {quote(ticket.to_json())} | aiokeyless wait --ticket -")
     if sys.stderr.isatty():
-        wait = f"aiokeyless wait {quote_operation_id(ticket.operation_id)}"
-        sys.stderr.write(
-            f"Next, your application sends the phone a push: Keyless sends none. Then, for short: {wait}\n"
-        )
+        sys.stderr.write("Next, your application sends the phone a push: Keyless sends none.\n")
     return Exit.DONE
 
 
