@@ -57,7 +57,7 @@ AWAY: dict[str, Callable[[KeylessClient], Awaitable[object]]] = {
     "NatsBroker with options": lambda _: opened(
         NatsBroker(
             f"nats://127.0.0.1:{PORT}",
-            connect_options={"user": "worker", "password": PASSWORD, "reconnect_time_wait": 0},
+            connect_options={"user": "worker", "password": PASSWORD},
         )
     ),
     "a worker on PostgreSQL": lambda client: ApprovalWorker(client, POSTGRES).prepare(),

@@ -38,14 +38,15 @@ _OWN_OPTIONS: Final = frozenset(
         "disconnected_cb",
         "error_cb",
         "max_reconnect_attempts",
+        "reconnect_time_wait",
         "reconnect_to_server_handler",
         "reconnected_cb",
         "servers",
     }
 )
 #: Options of the first attempt to connect, and those of a connection that is made.
-_ONCE: Final = {"allow_reconnect": False, "max_reconnect_attempts": 1}
-_FOREVER: Final = {"allow_reconnect": True, "max_reconnect_attempts": -1}
+_ONCE: Final = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
+_FOREVER: Final = {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 2}
 #: The part of an address that may be shown: a host and a port, and no part of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
@@ -114,7 +115,7 @@ async def connect(
 
 
 async def _connect_once(client: Client, servers: list[str], options: dict[str, Any]) -> None:
-    """Try each server once. nats-py, if it may reconnect, would try for minutes or forever."""
+    """Try each server, twice at most. nats-py, if it may reconnect, would try for minutes or forever."""
     try:
         # nats-py limits only parts of each attempt.
         async with asyncio.timeout(_CONNECT_WITHIN * (1 + len(servers))):
