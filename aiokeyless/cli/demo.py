@@ -62,7 +62,8 @@ async def demo(*, as_json: AsJson = False) -> int:
         "aiokeyless demo",
         f"{PEOPLE} people are asked, and for each of them wait at the same time: aiokeyless, and\n"
         "a loop that polls once a second and survives errors. Real HTTP; the service is a\n"
-        "sandbox, the people are simulated, and every number is measured now.",
+        "sandbox, the people are simulated, and every number is measured now. Late is the\n"
+        "time from the approval, or the end of the outage, until the wait returned.",
     )
     await _show(
         console, f"1. All approve within {APPROVALS[1] + INTERVAL:.0f} s, at random", play_people, describe_people

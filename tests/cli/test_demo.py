@@ -27,7 +27,8 @@ TRANSCRIPT = [
         r"aiokeyless demo",
         r"30 people are asked, and for each of them wait at the same time: aiokeyless, and",
         r"a loop that polls once a second and survives errors\. Real HTTP; the service is a",
-        r"sandbox, the people are simulated, and every number is measured now\.",
+        r"sandbox, the people are simulated, and every number is measured now\. Late is the",
+        r"time from the approval, or the end of the outage, until the wait returned\.",
     ],
     [
         r"1\. All approve within 10 s, at random",
