@@ -416,8 +416,8 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
     """The deadline passed, and the final poll found the operation still pending.
 
     What to do: refuse what the user wanted to do. A timeout is not a denial: the API has no cancel, so the user can
-    still approve later. Check with ``get_operation(operation_id)`` before you repeat anything. Never treat a late
-    approval as the answer to a newer question.
+    still approve later. Before you repeat anything, wait for `ticket` again, which polls once; after a wait for an id,
+    call ``get_operation``. Never treat a late approval as the answer to a newer question.
 
     Attributes:
         attempts: The user's attempts to authenticate for this operation, oldest first, as far as a wait with

@@ -89,6 +89,11 @@ class WaitRecord(NamedTuple):
         """How long the wait was, for messages."""
         return f"{self.elapsed:.1f} s and {self.polls} {'poll' if self.polls == 1 else 'polls'}"
 
+    @property
+    def check(self) -> str:
+        """How to learn the outcome, for messages. Only a wait for a ticket compares user and payload."""
+        return "call get_operation" if self.ticket is None else "wait for its ticket again, which polls once"
+
 
 def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | None = None) -> Verdict | Rejection:
     """Evaluate one answer of ``GET /v2/operations/{operationId}``.
@@ -148,7 +153,7 @@ def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
     seen = "pending" if record.last_operation is not None else "missing"
     message = (
         f"operation {record.operation_id!r} was still {seen} after {record.length}; a timeout is not a denial: it can "
-        "still be approved, check it with get_operation"
+        f"still be approved; to check it, {record.check}"
     )
     return ApprovalTimeoutError(message, **record._asdict())
 
@@ -157,6 +162,6 @@ def unknown_error(record: WaitRecord, why: Unanswered) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer, or could not be sent."""
     message = (
         f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}; the outcome is "
-        "unknown: check it with get_operation before you repeat anything"
+        f"unknown; before you repeat anything, {record.check}"
     )
     return ApprovalUnknownError(message, **record._asdict())

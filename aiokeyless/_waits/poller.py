@@ -116,7 +116,7 @@ class Poller:
     ) -> FutureWait:
         """Start a wait; the caller must `leave` it. The arguments are those of `Machine.start`."""
         if self._is_closed:
-            raise ClientClosedError("the client is closed; check the operation with get_operation of another client")
+            raise ClientClosedError("the client is closed; wait for the operation with another one")
         now = self._loop.time()
         created = age = None
         if ticket is not None:
@@ -219,7 +219,7 @@ class Poller:
         for wait in batch:
             error = ClientClosedError(
                 f"the client was closed while operation {wait.polled.operation_id!r} was waited for; "
-                "check it with get_operation of another client"
+                "its outcome is unknown: wait for it again with another client"
             )
             self._machine.end(wait, error, now)
             self._machine.leave(wait, now)  # if its caller is gone

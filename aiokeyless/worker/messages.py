@@ -66,11 +66,11 @@ class FailureReason(StrEnum):
     """The service permanently refused to create the operation (an unknown user, a malformed request). The user was not
     asked."""
     POLL_REFUSED = "poll_refused"
-    """The service permanently refused the poll. The outcome is unknown; check it with ``get_operation``."""
+    """The service permanently refused the poll. The outcome is unknown; check the operation at Keyless."""
     UNREADABLE = "unreadable"
     """The service answered with JSON of another shape than documented. The outcome is unknown."""
     INTERNAL = "internal"
-    """The worker itself failed; its log says more. The outcome is unknown; check it with ``get_operation``."""
+    """The worker itself failed; its log says more. The outcome is unknown; check the operation at Keyless."""
 
 
 class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -119,7 +119,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             approved. None in the same case.
         auth_type: If approved, how the user approved, in at most 500 characters, or None; see `aiokeyless.AuthType`.
         answered: If expired, whether the final poll was answered: the operation was pending, or did not exist. If
-            False, the outcome is unknown; check it with ``get_operation`` before you repeat anything.
+            False, the outcome is unknown; check the operation at Keyless before you repeat anything.
         asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve.
         reason: If failed, why; see `FailureReason`.
         detail: If failed, what happened, in words.

@@ -350,17 +350,18 @@ def test_a_hostile_answer_is_not_quoted(field: str, hostile: str) -> None:
 def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
     assert str(timeout_error(record())) == (
         "operation 'txn-1' was still pending after 120.0 s and 7 polls; a timeout is not a denial: it can still be "
-        "approved, check it with get_operation"
+        "approved; to check it, wait for its ticket again, which polls once"
     )
     assert "was still missing after" in str(timeout_error(record(last_operation=None)))
     assert " and 1 poll; " in str(timeout_error(record(polls=1)))
+    assert str(timeout_error(record(ticket=None))).endswith("; to check it, call get_operation")
 
 
 @pytest.mark.parametrize("why", Unanswered)
 def test_an_unanswered_final_poll_says_why_the_outcome_is_unknown(why: Unanswered) -> None:
     assert str(unknown_error(record(), why)) == (
-        f"operation 'txn-1': time is up after 120.0 s and 7 polls, and {why.value}; the outcome is unknown: check it "
-        "with get_operation before you repeat anything"
+        f"operation 'txn-1': time is up after 120.0 s and 7 polls, and {why.value}; the outcome is unknown; before you "
+        "repeat anything, wait for its ticket again, which polls once"
     )
 
 
