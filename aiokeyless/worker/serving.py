@@ -199,6 +199,8 @@ class Serving:
         if taken.cancelled():  # the worker is about to end
             return
         messages = taken.result()
+        if self._silences:
+            log(logging.INFO, "broker.available")
         self._silences, self._reporter.take_failure = 0, None
         new = sum(message.is_untried for message in messages)
         self._alternation.record(untried=new, others=len(messages) - new)

@@ -6,6 +6,7 @@ it had in hand, and another one gets it.
 
 import asyncio
 import logging
+import time
 from hashlib import sha256
 
 import asyncpg
@@ -49,12 +50,15 @@ async def read() -> None:
 
 
 async def main() -> None:
-    """Handle outcomes; after whatever goes wrong, again in a second."""
+    """Handle outcomes; after whatever goes wrong, again in a second. A reason that stays is logged once a minute."""
+    reason, logged_at = "", 0.0
     while True:
         try:
             await read()
         except (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            log.warning("%s", error)
+            if str(error) != reason or time.monotonic() > logged_at + 60:
+                reason, logged_at = str(error), time.monotonic()
+                log.warning("%s", reason)
             await asyncio.sleep(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -178,6 +179,7 @@ class Failing(SqliteBroker):
 async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_being_ready(
     client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless.worker")
     async with Failing() as broker, ApprovalWorker(client, broker) as worker:
         await asyncio.sleep(0)
         broker.error = UnavailableError("the cable is out")
@@ -186,8 +188,11 @@ async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_bei
         assert caplog.text.count("broker.unavailable") == 1
         await broker._do(lambda store: store.repair(1.0))
         assert worker.statistics.problems == ("the broker does not answer: the cable is out",)
+        assert "broker.available" not in caplog.text
         broker.error = None
         await until(lambda: "txn-1" in sandbox.operations)
+        await asyncio.sleep(30)
+        assert caplog.text.count("broker.available") == 1
 
 
 @looptime
