@@ -20,14 +20,13 @@ from .api import Answer, error_answer
 from .attempts import CANCELLED, attempt_fields
 from .guard import refuse_driver, refuse_host
 from .page import HEADERS
+from .service import Service
 from .snapshot import Camel
 from .store import operation_fields
 from .users import device_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from .service import Service
 
 IDENTITY: Final = "X-Keyless-Sandbox"
 """Header of every answer. Without it, the command line refuses the answer as not a sandbox's."""
@@ -121,27 +120,27 @@ class _NotFoundError(Exception):
     """There is no such operation."""
 
 
-def _list(sandbox: Service, selection: Selection) -> object:
-    user = selection.user_id and selection.user_id.upper()
+def _list(sandbox: Service, user_id: str | None, state: str | None) -> object:
+    user = user_id and user_id.upper()
     return {
         "operations": [
             operation_fields(operation)
             for operation in sandbox.operations.values()
-            if user in (None, operation.user_id) and selection.state in (None, operation.state)
+            if user in (None, operation.user_id) and state in (None, operation.state)
         ]
     }
 
 
-def _approve(sandbox: Service, approval: Approval) -> object:
-    if approval.user_id is None:
-        _check_exists(sandbox, approval.operation_id)
-    return operation_fields(sandbox.approve(**msgspec.structs.asdict(approval)))
+def _approve(sandbox: Service, operation_id: str, user_id: str | None, **others: Any) -> object:
+    if user_id is None:
+        _check_exists(sandbox, operation_id)
+    return operation_fields(sandbox.approve(operation_id, user_id=user_id, **others))
 
 
-def _decline(sandbox: Service, refusal: Refusal) -> object:
-    if refusal.user_id is None:
-        _check_exists(sandbox, refusal.operation_id)
-    return attempt_fields(sandbox.fail_authentication(**msgspec.structs.asdict(refusal)))
+def _decline(sandbox: Service, operation_id: str, user_id: str | None, **others: Any) -> object:
+    if user_id is None:
+        _check_exists(sandbox, operation_id)
+    return attempt_fields(sandbox.fail_authentication(operation_id, user_id=user_id, **others))
 
 
 def _check_exists(sandbox: Service, operation_id: str) -> None:
@@ -151,33 +150,17 @@ def _check_exists(sandbox: Service, operation_id: str) -> None:
         )
 
 
-def _fail(sandbox: Service, failure: Failure) -> None:
-    sandbox.fail_next(**msgspec.structs.asdict(failure))
+def _enroll(sandbox: Service, user_id: str, external_user_id: str | None) -> object:
+    return device_fields(sandbox.enroll(user_id, external_user_id=external_user_id))
 
 
-def _drop(sandbox: Service, drop: Drop) -> None:
-    sandbox.drop_next(**msgspec.structs.asdict(drop))
+def _sign(sandbox: Service, operation_id: str, *, tampered: bool) -> object:
+    _check_exists(sandbox, operation_id)
+    return {"token": sandbox.sign(operation_id, tampered=tampered)}
 
 
-def _recover(sandbox: Service, _nothing: Nothing) -> None:
-    sandbox.recover()
-
-
-def _unlock(sandbox: Service, user: User) -> None:
-    sandbox.unlock(user.user_id)
-
-
-def _enroll(sandbox: Service, enrolment: Enrolment) -> object:
-    return device_fields(sandbox.enroll(enrolment.user_id, external_user_id=enrolment.external_user_id))
-
-
-def _sign(sandbox: Service, signature: Signature) -> object:
-    _check_exists(sandbox, signature.operation_id)
-    return {"token": sandbox.sign(signature.operation_id, tampered=signature.tampered)}
-
-
-def _rotate(sandbox: Service, rotation: Rotation) -> object:
-    return {"keyId": sandbox.rotate_keys(retire=rotation.retire)}
+def _rotate(sandbox: Service, *, retire: bool) -> object:
+    return {"keyId": sandbox.rotate_keys(retire=retire)}
 
 
 class Endpoint(NamedTuple):
@@ -186,22 +169,23 @@ class Endpoint(NamedTuple):
     Attributes:
         method: The HTTP method.
         body: The fields of the JSON body, or of the query of a GET.
-        act: Applies a request to the sandbox, and returns the body of the answer, as data for JSON. None: no fields.
+        act: Called with the sandbox, and the fields by name; returns the body of the answer, as data for JSON. None: no
+            fields.
     """
 
     method: str
-    body: type[Any]
-    act: Callable[[Service, Any], object]
+    body: type[Body]
+    act: Callable[..., object]
 
 
 ENDPOINTS: Final[Mapping[str, Endpoint]] = {
     "list": Endpoint("GET", Selection, _list),
     "approve": Endpoint("POST", Approval, _approve),
     "decline": Endpoint("POST", Refusal, _decline),
-    "fail": Endpoint("POST", Failure, _fail),
-    "drop": Endpoint("POST", Drop, _drop),
-    "recover": Endpoint("POST", Nothing, _recover),
-    "unlock": Endpoint("POST", User, _unlock),
+    "fail": Endpoint("POST", Failure, Service.fail_next),
+    "drop": Endpoint("POST", Drop, Service.drop_next),
+    "recover": Endpoint("POST", Nothing, Service.recover),
+    "unlock": Endpoint("POST", User, Service.unlock),
     "enroll": Endpoint("POST", Enrolment, _enroll),
     "sign": Endpoint("POST", Signature, _sign),
     "rotate": Endpoint("POST", Rotation, _rotate),
@@ -243,7 +227,7 @@ async def apply(request: web.Request, name: str, endpoints: Mapping[str, Endpoin
     except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
         return error_answer(HTTPStatus.BAD_REQUEST, f"the fields are not valid: {error}")
     try:
-        return Answer(HTTPStatus.OK, msgspec.json.encode(endpoint.act(sandbox, body) or {}))
+        return Answer(HTTPStatus.OK, msgspec.json.encode(endpoint.act(sandbox, **msgspec.structs.asdict(body)) or {}))
     except _NotFoundError as error:
         return error_answer(HTTPStatus.NOT_FOUND, str(error))
     # The body is valid, so the sandbox's state does not permit the request.
@@ -251,7 +235,7 @@ async def apply(request: web.Request, name: str, endpoints: Mapping[str, Endpoin
         return error_answer(HTTPStatus.CONFLICT, str(error))
 
 
-async def _read(request: web.Request, endpoint: Endpoint) -> object:
+async def _read(request: web.Request, endpoint: Endpoint) -> Body:
     if endpoint.method == "GET":
         return msgspec.convert(dict(request.query), endpoint.body)
     return msgspec.json.decode(await request.read(), type=endpoint.body)

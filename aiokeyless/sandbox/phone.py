@@ -55,11 +55,11 @@ class _FaultChoice(Body):
     fault: Fault
 
 
-def _choose_fault(sandbox: Service, choice: _FaultChoice) -> None:
+def _choose_fault(sandbox: Service, fault: Fault) -> None:
     sandbox.recover()
-    if choice.fault == "fail":
+    if fault == "fail":
         sandbox.fail_next(times=None)
-    elif choice.fault == "drop":
+    elif fault == "drop":
         sandbox.drop_next(times=None)
 
 
@@ -86,9 +86,11 @@ class Phones:
         self._streams: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._buttons = {name: ENDPOINTS[name] for name in _SHARED} | {
-            "create": Endpoint("POST", _Creation, lambda _, body: create(body.user_id.upper(), body.operation_payload)),
+            "create": Endpoint(
+                "POST", _Creation, lambda _, user_id, operation_payload: create(user_id.upper(), operation_payload)
+            ),
             "fault": Endpoint("POST", _FaultChoice, _choose_fault),
-            "remove": Endpoint("POST", _Removal, lambda _, body: book.remove_device(body.user_id, body.key)),
+            "remove": Endpoint("POST", _Removal, lambda _, user_id, key: book.remove_device(user_id, key)),
         }
 
     async def close(self) -> None:
