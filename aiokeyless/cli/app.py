@@ -96,7 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        # --help and --version return None.
+        # A command returns a code only if it has reported its error itself.
         return app(sys.argv[1:] if arguments is None else arguments) or Exit.DONE
     except CycloptsError as error:
         command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))

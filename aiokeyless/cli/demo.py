@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from rich.text import Text
 
-from .app import AsJson, Exit, app
+from .app import AsJson, app
 from .render import FRAME, StatusLine, is_terminal, new_console, print_json, print_title
 from .scenes import (
     APPROVALS,
@@ -41,7 +41,7 @@ _NEXT: Final = {
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless demo")
-async def demo(*, as_json: AsJson = False) -> int:
+async def demo(*, as_json: AsJson = False) -> None:
     """Compare waits with loops of one poll a second, without a key or a network.
 
     Both wait at the same time for the same operations of a sandbox on this machine,
@@ -56,7 +56,7 @@ async def demo(*, as_json: AsJson = False) -> int:
         scenes = {"approval": play_people, "outage": play_outage, "mismatch": play_mismatch}
         results = {name: msgspec.to_builtins(await play(_draw_nothing)) for name, play in scenes.items()}
         print_json(console, {"people": PEOPLE, "loop_interval": INTERVAL, **results})
-        return Exit.DONE
+        return
     print_title(
         console,
         "aiokeyless demo",
@@ -75,7 +75,6 @@ async def demo(*, as_json: AsJson = False) -> int:
     console.print(Text("Next", style="bold"))
     for command, purpose in _NEXT.items():
         console.print(Text.assemble(f"  {command:<20}", (purpose, "dim")))
-    return Exit.DONE
 
 
 async def _show(

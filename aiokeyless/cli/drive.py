@@ -22,7 +22,6 @@ from .app import (
     AuthType,
     CommandError,
     Count,
-    Exit,
     OperationId,
     OptionalCount,
     OptionalDelay,
@@ -30,7 +29,7 @@ from .app import (
     validator,
 )
 from .error_messages import VARIABLES, describe_argument, describe_method, format_count
-from .render import new_console, print_facts, print_json, print_line, print_table, show_waiting
+from .render import print_list, print_object, print_result, show_waiting
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ async def approve(
     payload: str | None = None,
     external_user_id: ExternalUserId = None,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Approve an operation, as its user does on the phone.
 
     Args:
@@ -103,7 +102,7 @@ async def approve(
         "externalUserId": external_user_id,
     }
     operation = await _post("approve", fields, Operation, as_json=as_json)
-    return _print_result(
+    print_result(
         {**operation.to_dict(), "is_approved": operation.is_approved},
         f"{operation.operation_id} is approved{describe_method(operation.auth_type)}.",
         as_json=as_json,
@@ -121,7 +120,7 @@ async def decline(
     auth_type: AuthType = "biom",
     user: User = None,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Let an attempt to approve an operation fail; the operation stays pending.
 
     Args:
@@ -135,13 +134,13 @@ async def decline(
     attempt = await _post("decline", fields, Authentication, as_json=as_json)
     reason = attempt.reason or "failed"
     line = f"{operation_id} is declined: {reason} ({attempt.error_code}). It stays pending."
-    return _print_result(attempt.to_dict(), line, as_json=as_json)
+    print_result(attempt.to_dict(), line, as_json=as_json)
 
 
 @sandbox.command(name="list", help_epilogue="Example:\n  aiokeyless sandbox list --state pending")
 async def list_operations(
     *, user: User = None, state: Literal["pending", "approved"] | None = None, as_json: AsJson = False
-) -> int:
+) -> None:
     """List the operations, oldest first.
 
     Args:
@@ -150,26 +149,17 @@ async def list_operations(
         as_json: Print one JSON object and nothing else.
     """
     found = (await _request("GET", "list", {"userId": user, "state": state}, _Listing, as_json=as_json)).operations
-    console = new_console()
-    if as_json:
-        print_json(console, {"operations": [operation.to_dict() for operation in found]})
-    elif found:
-        print_table(
-            console,
-            [
-                {
-                    "Operation": operation.operation_id,
-                    "State": operation.state,
-                    "User": operation.user_id,
-                    "Payload": operation.operation_payload,
-                    "External user": operation.external_user_id,
-                }
-                for operation in found
-            ],
-        )
-    else:
-        console.print("No operations.")
-    return Exit.DONE
+    rows = [
+        {
+            "Operation": operation.operation_id,
+            "State": operation.state,
+            "User": operation.user_id,
+            "Payload": operation.operation_payload,
+            "External user": operation.external_user_id,
+        }
+        for operation in found
+    ]
+    print_list({"operations": [operation.to_dict() for operation in found]}, rows, "No operations.", as_json=as_json)
 
 
 # -- faults
@@ -184,7 +174,7 @@ async def fail(
     stored: Flag = False,
     method: Method | None = None,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Let the service answer with an error.
 
     Args:
@@ -198,13 +188,13 @@ async def fail(
     fields = {"status": status, "times": times, "retryAfter": retry_after, "stored": stored, "method": method}
     await _post("fail", fields, dict[str, object], as_json=as_json)
     line = f"The service answers {status} to {_describe_requests(times, method)}."
-    return _print_result(_DONE, line, as_json=as_json)
+    print_result(_DONE, line, as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox drop --stored --method POST --times 1")
 async def drop(
     *, times: OptionalCount = None, stored: Flag = False, method: Method | None = None, as_json: AsJson = False
-) -> int:
+) -> None:
     """Let the service drop connections without an answer.
 
     Args:
@@ -215,7 +205,7 @@ async def drop(
     """
     await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object], as_json=as_json)
     line = f"The service drops the connection of {_describe_requests(times, method)}."
-    return _print_result(_DONE, line, as_json=as_json)
+    print_result(_DONE, line, as_json=as_json)
 
 
 def _describe_requests(times: int | None, method: str | None) -> str:
@@ -226,21 +216,21 @@ def _describe_requests(times: int | None, method: str | None) -> str:
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox recover")
-async def recover(*, as_json: AsJson = False) -> int:
+async def recover(*, as_json: AsJson = False) -> None:
     """End the faults of "fail" and "drop".
 
     Args:
         as_json: Print one JSON object and nothing else.
     """
     await _post("recover", {}, dict[str, object], as_json=as_json)
-    return _print_result(_DONE, "The service works.", as_json=as_json)
+    print_result(_DONE, "The service works.", as_json=as_json)
 
 
 # -- users and keys
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox unlock C0FFEE")
-async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> int:
+async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> None:
     """End the lockout of a user, which follows five failed attempts.
 
     Args:
@@ -248,11 +238,11 @@ async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     await _post("unlock", {"userId": user_id}, dict[str, object], as_json=as_json)
-    return _print_result(_DONE, f"User {user_id.upper()} is unlocked.", as_json=as_json)
+    print_result(_DONE, f"User {user_id.upper()} is unlocked.", as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox enroll C0FFEE --external-user-id account-1042")
-async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None, as_json: AsJson = False) -> int:
+async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None, as_json: AsJson = False) -> None:
     """Enroll a user, or enroll them on one more device.
 
     Args:
@@ -261,12 +251,8 @@ async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None,
         as_json: Print the device as one JSON object and nothing else.
     """
     device = await _post("enroll", {"userId": user_id, "externalUserId": external_user_id}, Device, as_json=as_json)
-    console = new_console()
-    if as_json:
-        print_json(console, device.to_dict())
-    else:
-        print_facts(console, {"Enrolled": device.user_id, "Device": device.public_signing_key}, bold="Enrolled")
-    return Exit.DONE
+    facts = {"Enrolled": device.user_id, "Device": device.public_signing_key}
+    print_object(device.to_dict(), facts, bold="Enrolled", as_json=as_json)
 
 
 @sandbox.command(
@@ -275,7 +261,7 @@ Example:
   token=$(aiokeyless sandbox sign order-7)
   aiokeyless verify "$token" --tenant sandbox --user C0FFEE --data "Pay 40\""""
 )
-async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json: AsJson = False) -> int:
+async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json: AsJson = False) -> None:
     """Print what the phone signed at an approval; needs the extra "jwt".
 
     Args:
@@ -284,11 +270,11 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
         as_json: Print one JSON object and nothing else.
     """
     token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token, as_json=as_json)).token
-    return _print_result({"token": token}, token, as_json=as_json)
+    print_result({"token": token}, token, as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox rotate --retire")
-async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> int:
+async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> None:
     """Let phones sign with a new key, and print its id; needs the extra "jwt".
 
     Args:
@@ -296,16 +282,7 @@ async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     key_id = (await _post("rotate", {"retire": retire}, _Key, as_json=as_json)).key_id
-    return _print_result({"key_id": key_id}, key_id, as_json=as_json)
-
-
-def _print_result(result: Mapping[str, object], line: str, *, as_json: bool) -> Exit:
-    console = new_console()
-    if as_json:
-        print_json(console, result)
-    else:
-        print_line(console, line)
-    return Exit.DONE
+    print_result({"key_id": key_id}, key_id, as_json=as_json)
 
 
 # -- the exchange

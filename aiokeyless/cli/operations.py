@@ -19,7 +19,6 @@ from .app import (
     AsJson,
     AuthType,
     CommandError,
-    Exit,
     OperationId,
     OptionalOperationId,
     Seconds,
@@ -29,7 +28,7 @@ from .app import (
     open_client,
 )
 from .error_messages import describe_method, quote, quote_operation_id
-from .render import new_console, print_command, print_fact, print_facts, print_json, print_table
+from .render import new_console, print_command, print_fact, print_json, print_list, print_object, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -63,7 +62,7 @@ async def create(
     if_exists: IfExists = "raise",
     require_auth_type: AuthType | None = None,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Create an operation for a user to approve.
 
     Args:
@@ -97,7 +96,7 @@ async def create(
     console = new_console()
     if as_json:
         print_json(console, json.loads(ticket.to_json()))
-        return Exit.DONE
+        return
     print_fact(console, "Pending" if ticket.reconciled else "Created", ticket.operation_id, "bold")
     print_fact(console, "User", ticket.user_id)
     console.print()
@@ -106,7 +105,6 @@ async def create(
     print_command(console, f"printf %s {quote(ticket.to_json())} | aiokeyless wait --ticket -")
     if sys.stderr.isatty():
         sys.stderr.write("Next, your application sends the phone a push: Keyless sends none.\n")
-    return Exit.DONE
 
 
 async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalTicket]]) -> ApprovalTicket:
@@ -131,7 +129,7 @@ async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalT
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless get txn-1\n  aiokeyless get txn-1 --json")
-async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
+async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> None:
     """Show an operation as it is now.
 
     Args:
@@ -140,10 +138,6 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
     """
     async with open_client(as_json=as_json) as client:
         operation = await _get(client, operation_id)
-    console = new_console()
-    if as_json:
-        print_json(console, {**operation.to_dict(), "is_approved": operation.is_approved})
-        return Exit.DONE
     facts = {
         "Operation": operation.operation_id,
         "State": _describe_state(operation),
@@ -152,8 +146,8 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         "External": operation.external_user_id,
         "Created": operation.timestamp,
     }
-    print_facts(console, facts, bold="State")
-    return Exit.DONE
+    result = {**operation.to_dict(), "is_approved": operation.is_approved}
+    print_object(result, facts, bold="State", as_json=as_json)
 
 
 async def _get(client: KeylessClient, operation_id: str) -> Operation:
@@ -175,7 +169,7 @@ def _describe_state(operation: Operation) -> str:
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless pending C0FFEE\n  aiokeyless pending C0FFEE --json")
-async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
+async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> None:
     """List the operations that wait for a user's approval.
 
     An operation that is not in the list is not necessarily approved.
@@ -186,29 +180,21 @@ async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
     """
     async with open_client(as_json=as_json) as client:
         operations = await client.get_pending_operations(user_id)
-    console = new_console()
-    if as_json:
-        print_json(console, {"user_id": user_id.upper(), "pending": [msgspec.structs.asdict(o) for o in operations]})
-    elif operations:
-        print_table(
-            console,
-            [
-                {
-                    "Operation": operation.operation_id,
-                    "Payload": operation.operation_payload,
-                    "External user": operation.external_user_id,
-                    "By": operation.auth_type,
-                }
-                for operation in operations
-            ],
-        )
-    else:
-        console.print(f"No pending operations for {user_id.upper()}.")
-    return Exit.DONE
+    result = {"user_id": user_id.upper(), "pending": [msgspec.structs.asdict(o) for o in operations]}
+    rows = [
+        {
+            "Operation": operation.operation_id,
+            "Payload": operation.operation_payload,
+            "External user": operation.external_user_id,
+            "By": operation.auth_type,
+        }
+        for operation in operations
+    ]
+    print_list(result, rows, f"No pending operations for {user_id.upper()}.", as_json=as_json)
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless attempts txn-1\n  aiokeyless attempts txn-1 --json")
-async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
+async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> None:
     """Show how the user tried to approve an operation in the last ten minutes.
 
     An attempt is never an approval: only the operation's state is.
@@ -234,7 +220,7 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
                 "truncated": answered.truncated,
             },
         )
-        return Exit.DONE
+        return
     print_fact(console, "Operation", operation_id)
     print_fact(console, "State", _describe_state(operation), "bold")
     console.print()
@@ -244,7 +230,6 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
         console.print("No attempts in the last ten minutes.")
     if answered.truncated:
         console.print("There are more, which the service does not show.")
-    return Exit.DONE
 
 
 def _to_row(attempt: Authentication) -> dict[str, str | None]:

@@ -24,7 +24,7 @@ from aiokeyless.errors import NotFoundError
 from .error_messages import format_count
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
     from aiokeyless.client import IfMissing, KeylessClient, WaitTimeout
     from aiokeyless.models import Authentication, Operation
@@ -128,7 +128,7 @@ def print_command(console: Console, command: str) -> None:
     console.print(Text(f"  {escape(command)}"), soft_wrap=True)
 
 
-def print_table(console: Console, rows: list[Mapping[str, str | None]]) -> None:
+def print_table(console: Console, rows: Sequence[Mapping[str, str | None]]) -> None:
     """Print a table of texts, without empty columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     names = [name for name in rows[0] if any(row[name] for row in rows)]
@@ -140,6 +140,37 @@ def print_table(console: Console, rows: list[Mapping[str, str | None]]) -> None:
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     console.print(table)
+
+
+# -- the result of a command: one object of JSON, or its text for people
+
+
+def print_result(result: Mapping[str, object], line: str, *, as_json: bool) -> None:
+    """Print a line."""
+    if as_json:
+        print_json(new_console(), result)
+    else:
+        print_line(new_console(), line)
+
+
+def print_object(result: Mapping[str, object], facts: Mapping[str, str | None], *, bold: str, as_json: bool) -> None:
+    """Print names and values; see `print_facts`."""
+    if as_json:
+        print_json(new_console(), result)
+    else:
+        print_facts(new_console(), facts, bold=bold)
+
+
+def print_list(
+    result: Mapping[str, object], rows: Sequence[Mapping[str, str | None]], nothing: str, *, as_json: bool
+) -> None:
+    """Print a table, or that there is nothing."""
+    if as_json:
+        print_json(new_console(), result)
+    elif rows:
+        print_table(new_console(), rows)
+    else:
+        print_line(new_console(), nothing)
 
 
 # -- the progress of a wait

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter
 
-from .app import AsJson, CommandError, Exit, OptionalDelay, Port, app
+from .app import AsJson, CommandError, OptionalDelay, Port, app
 from .render import new_console, print_command, print_fact, print_json, print_line, print_title
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ async def serve(
     host: str = _LOOPBACK,
     quiet: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Run a local Keyless service.
 
     Args:
@@ -93,7 +93,6 @@ async def serve(
             _print_request(console, request)
     finally:
         await service.aclose()
-    return Exit.DONE
 
 
 def _describe_failure(error: OSError, host: str, port: int) -> str:

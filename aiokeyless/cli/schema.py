@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Literal
 
-from .app import Exit, app
+from .app import app
 
 
 @app.command(
@@ -14,7 +14,7 @@ from .app import Exit, app
 Example:
   aiokeyless schema request > approval-request.schema.json"""
 )
-def schema(message: Literal["request", "event"], /) -> int:
+def schema(message: Literal["request", "event"], /) -> None:
     """Print the JSON Schema of a message between applications and the worker.
 
     A worker checks more than a schema can express. It answers a request that it
@@ -28,4 +28,3 @@ def schema(message: Literal["request", "event"], /) -> int:
 
     kind = ApprovalRequest if message == "request" else ApprovalEvent
     sys.stdout.write(f"{json.dumps(message_schema(kind), indent=2)}\n")
-    return Exit.DONE

@@ -12,9 +12,9 @@ from cyclopts import App, Parameter
 from aiokeyless._validation import check_external_user_id, check_public_signing_key
 from aiokeyless.errors import ConflictError, NotFoundError
 
-from .app import AsJson, CommandError, Exit, UserId, app, explain_interruption, open_client, validator
+from .app import AsJson, CommandError, UserId, app, explain_interruption, open_client, validator
 from .error_messages import quote
-from .render import new_console, print_facts, print_json, print_table
+from .render import new_console, print_facts, print_json, print_list, print_object, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +39,7 @@ ExternalId = Annotated[str, Parameter(name="EXTERNAL_ID", validator=validator(ch
 DeviceKey = Annotated[str, Parameter(name="KEY", validator=validator(check_public_signing_key, "public_signing_key"))]
 Yes = Annotated[bool, Parameter(name="--yes", negative="", show_default=False)]
 
+_DELETED: Final = {"deleted": True}
 _TAKEN: Final = (
     "the user has an external id already, or another user has this one; to give the user another id: aiokeyless users "
     "relink"
@@ -61,7 +62,7 @@ def _explain_interruption(external_id: str) -> AbstractContextManager[None]:
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users find account-1042")
-async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
     """List the users who have an external id; the search ignores case.
 
     Args:
@@ -70,20 +71,13 @@ async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
     """
     async with open_client(as_json=as_json) as client:
         found = await client.find_users(external_id)
-    console = new_console()
-    if as_json:
-        print_json(console, {"users": [user.to_dict() for user in found]})
-    elif found:
-        print_table(
-            console, [{"User": user.user_id, "Created": user.created_at, "Updated": user.updated_at} for user in found]
-        )
-    else:
-        console.print("No user has this external id.")
-    return Exit.DONE
+    rows = [{"User": user.user_id, "Created": user.created_at, "Updated": user.updated_at} for user in found]
+    nothing = "No user has this external id."
+    print_list({"users": [user.to_dict() for user in found]}, rows, nothing, as_json=as_json)
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless create $(aiokeyless users get account-1042) --payload 'Log in?'")
-async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
     """Print the id of the one user who has an external id; none, or several, is an error.
 
     Args:
@@ -93,16 +87,11 @@ async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
     async with open_client(as_json=as_json) as client:
         with _report_missing("user with this external id"):
             user: User = await client.get_user(external_id)
-    console = new_console()
-    if as_json:
-        print_json(console, user.to_dict())
-    else:
-        console.print(user.user_id, markup=False, highlight=False, soft_wrap=True)
-    return Exit.DONE
+    print_result(user.to_dict(), user.user_id, as_json=as_json)
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users link C0FFEE account-1042")
-async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
     """Give a user an external id; a user has at most one.
 
     Args:
@@ -116,11 +105,11 @@ async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson =
                 linked = await client.create_external_user(user_id, external_id)
         except ConflictError:
             raise CommandError(f"{_TAKEN} {user_id} {quote(external_id)}") from None
-    return _print_link(linked, as_json=as_json)
+    _print_link(linked, as_json=as_json)
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users relink C0FFEE account-2000")
-async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
     """Give a user another external id.
 
     Args:
@@ -131,21 +120,16 @@ async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson
     async with open_client(as_json=as_json) as client:
         with _report_missing("such user"), _explain_interruption(external_id):
             linked = await client.update_external_user(user_id, external_id)
-    return _print_link(linked, as_json=as_json)
+    _print_link(linked, as_json=as_json)
 
 
-def _print_link(linked: ExternalUser, *, as_json: bool) -> Exit:
-    console = new_console()
-    if as_json:
-        print_json(console, linked.to_dict())
-    else:
-        facts = {"User": linked.user_id, "External": linked.external_user_id, "Updated": linked.updated_at}
-        print_facts(console, facts, bold="User")
-    return Exit.DONE
+def _print_link(linked: ExternalUser, *, as_json: bool) -> None:
+    facts = {"User": linked.user_id, "External": linked.external_user_id, "Updated": linked.updated_at}
+    print_object(linked.to_dict(), facts, bold="User", as_json=as_json)
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users unlink account-1042 --yes")
-async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJson = False) -> int:
+async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete an external id, in its exact case; the user stays.
 
     Args:
@@ -156,11 +140,11 @@ async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJso
     _confirm("Delete this external id?", yes=yes)
     async with open_client(as_json=as_json) as client:
         await client.delete_external_user(external_id)
-    return _print_deletion("The external id", as_json=as_json)
+    print_result(_DELETED, "The external id is deleted.", as_json=as_json)
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users delete C0FFEE")
-async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = False) -> int:
+async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete a user permanently, with their devices and their enrolment.
 
     Args:
@@ -172,11 +156,11 @@ async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = Fals
     async with open_client(as_json=as_json) as client:
         with _report_missing("such user"):
             await client.delete_user(user_id)
-    return _print_deletion(f"User {user_id.upper()}", as_json=as_json)
+    print_result(_DELETED, f"User {user_id.upper()} is deleted.", as_json=as_json)
 
 
 @devices.command(name="list", help_epilogue="Example:\n  aiokeyless devices list C0FFEE")
-async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
+async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> None:
     """List the devices of a user.
 
     Args:
@@ -189,7 +173,7 @@ async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
     console = new_console()
     if as_json:
         print_json(console, {"devices": [device.to_dict() for device in found]})
-        return Exit.DONE
+        return
     if not found:
         console.print(f"User {user_id.upper()} has no device.")
     for device in found:
@@ -203,13 +187,12 @@ async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         }
         print_facts(console, facts, bold="Device")
         console.print()
-    return Exit.DONE
 
 
 @devices.command(help_epilogue="Example:\n  aiokeyless devices remove C0FFEE MFkwEwYHKoZIzj0CAQ== --yes")
 async def remove(
     user_id: UserId, public_signing_key: DeviceKey, /, *, yes: Yes = False, as_json: AsJson = False
-) -> int:
+) -> None:
     """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
 
     Args:
@@ -222,16 +205,7 @@ async def remove(
     async with open_client(as_json=as_json) as client:
         with _report_missing("such device or user"):
             await client.delete_device(user_id, public_signing_key)
-    return _print_deletion("The device", as_json=as_json)
-
-
-def _print_deletion(what: str, *, as_json: bool) -> Exit:
-    console = new_console()
-    if as_json:
-        print_json(console, {"deleted": True})
-    else:
-        console.print(f"{what} is deleted.")
-    return Exit.DONE
+    print_result(_DELETED, "The device is deleted.", as_json=as_json)
 
 
 def _confirm(question: str, *, yes: bool) -> None:

@@ -8,8 +8,8 @@ from cyclopts import Parameter
 
 from aiokeyless._validation import check_tenant, check_user_id
 
-from .app import AsJson, CommandError, Exit, Seconds, app, open_client, validator
-from .render import new_console, print_facts, print_json
+from .app import AsJson, CommandError, Seconds, app, open_client, validator
+from .render import print_object
 
 
 @app.command(
@@ -28,7 +28,7 @@ async def verify(
     audience: str | None = None,
     max_age: Seconds = 300.0,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Verify a transaction that a user signed on their phone.
 
     A signature is evidence beside an approval, and never replaces one. A token can be verified more than once.
@@ -50,10 +50,6 @@ async def verify(
     async with open_client(as_json=as_json) as client:
         verifier = TransactionVerifier(client, tenant=tenant, audience=audience, max_age=max_age)
         signed = await verifier.verify(token, user_id=user, transaction_data=data, external_user_id=external_user_id)
-    console = new_console()
-    if as_json:
-        print_json(console, signed.to_dict())
-        return Exit.DONE
     facts = {
         "Signed": signed.transaction_data,
         "By": signed.user_id,
@@ -62,5 +58,4 @@ async def verify(
         "Key": signed.key_id,
         "SHA-256": signed.signed_sha256,
     }
-    print_facts(console, facts, bold="Signed")
-    return Exit.DONE
+    print_object(signed.to_dict(), facts, bold="Signed", as_json=as_json)

@@ -27,7 +27,6 @@ from .app import (
     AsJson,
     AuthType,
     CommandError,
-    Exit,
     InterruptedCommandError,
     OptionalOperationId,
     Timeout,
@@ -150,7 +149,7 @@ async def wait(
     if_missing: IfMissing = "raise",
     require_auth_type: AuthType | None = None,
     as_json: AsJson = False,
-) -> int:
+) -> None:
     """Wait until an operation is approved.
 
     Args:
@@ -195,12 +194,11 @@ async def wait(
             raise InterruptedCommandError(_explain_resuming(operation_id or ticket, options)) from None
     if as_json:
         print_json(console, _compose_outcome(progress, "approved", operation=operation))
-        return Exit.DONE
+        return
     how = describe_method(operation.auth_type).strip()
     spent = f"after {elapsed:.1f} s and {format_count(progress.polls, 'poll')}"
     print_fact(console, "Approved", f"{how}, {spent}" if how else spent, "bold green")
     print_fact(console, "User", operation.user_id)
-    return Exit.DONE
 
 
 def _format_options(

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 
 from aiokeyless.errors import ConfigurationError, KeylessError
 
-from .app import AsJson, CommandError, Exit, OptionalCount, OptionalPort, UsageError, app, describe_end, new_client
+from .app import AsJson, CommandError, OptionalCount, OptionalPort, UsageError, app, describe_end, new_client
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
-def _ends_in_json(command: Callable[P, Awaitable[int]]) -> Callable[P, Awaitable[int]]:
+def _ends_in_json(command: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[int | None]]:
     """Write the error that ends a command as JSON, too, if its other lines are JSON."""
 
     @functools.wraps(command)
-    async def run(*arguments: P.args, **options: P.kwargs) -> int:
+    async def run(*arguments: P.args, **options: P.kwargs) -> int | None:
         try:
-            return await command(*arguments, **options)
+            await command(*arguments, **options)
         except (KeylessError, CommandError, OSError) as error:
             if not options.get("as_json"):
                 raise
@@ -43,6 +43,7 @@ def _ends_in_json(command: Callable[P, Awaitable[int]]) -> Callable[P, Awaitable
             message, code = describe_end(error)
             log(logging.CRITICAL, "worker.ended", {"error": message})
             return code
+        return None
 
     return run
 
@@ -85,7 +86,7 @@ async def worker(
     prepare: bool = False,
     as_json: AsJson = False,
     nats: Annotated[NatsOptions | None, Parameter(name="*", group="NATS")] = None,
-) -> int:
+) -> None:
     """Wait for approvals that applications request through a broker.
 
     Any number of workers share the requests; a request is not lost when a worker
@@ -111,7 +112,7 @@ async def worker(
         service = ApprovalWorker(client, opened)
         if prepare:
             await service.prepare()
-            return Exit.DONE
+            return
         health = None if health_port is None else await serve_health(service, health_port, health_host)
         try:
             _stop_on_signals(service)
@@ -119,7 +120,6 @@ async def worker(
         finally:
             if health is not None:
                 await health.cleanup()
-    return Exit.DONE
 
 
 def _make_unused_client() -> KeylessClient:
