@@ -165,8 +165,11 @@ def _limit(is_valid: Callable[[Any], bool], requirement: str) -> Parameter:
 
 _check_operation_id = validator(check_operation_id, "operation_id")
 
-UserId = Annotated[str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"))]
-OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id)]
+# Those with a help are described here, once, and not in the docstrings of commands.
+UserId = Annotated[
+    str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"), help="The user, in hex.")
+]
+OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id, help="The operation.")]
 AuthType = Literal["biom", "pin"]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
 # NaN is not more than 0.
@@ -179,7 +182,8 @@ OptionalCount = Annotated[int | None, _count]
 _port = _limit(range(65536).__contains__, "from 0 to 65535")
 Port = Annotated[int, _port]
 OptionalPort = Annotated[int | None, _port]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
+JsonFlag = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
+AsJson = Annotated[JsonFlag, Parameter(help="Print one JSON object and nothing else.")]
 
 
 @contextmanager

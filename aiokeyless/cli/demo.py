@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from rich.text import Text
 
-from .app import AsJson, app
+from .app import JsonFlag, app
 from .render import FRAME, StatusLine, is_terminal, new_console, print_json, print_title
 from .scenes import (
     APPROVALS,
@@ -41,7 +41,7 @@ _NEXT: Final = {
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless demo")
-async def demo(*, as_json: AsJson = False) -> None:
+async def demo(*, as_json: JsonFlag = False) -> None:
     """Compare waits with loops of one poll a second, without a key or a network.
 
     Both wait at the same time for the same operations of a sandbox on this machine,

@@ -87,12 +87,10 @@ async def approve(
     """Approve an operation, as its user does on the phone.
 
     Args:
-        operation_id: The operation.
         auth_type: With the face (biom), or with the PIN (pin).
         user: The user, in hex: needed only if the phone is to create the operation.
         payload: The approved text; if the operation exists, its payload must be the same.
         external_user_id: Your own id of the user; if the operation exists, its own must be the same.
-        as_json: Print the operation as one JSON object and nothing else.
     """
     fields = {
         "operationId": operation_id,
@@ -124,11 +122,9 @@ async def decline(
     """Let an attempt to approve an operation fail; the operation stays pending.
 
     Args:
-        operation_id: The operation.
         code: Why: 30003 the user left the scan, 30004 the face did not match, or another code of the vendor.
         auth_type: With the face (biom), or with the PIN (pin).
         user: The user, in hex: needed only if the phone is to create the operation.
-        as_json: Print the attempt as one JSON object and nothing else.
     """
     fields = {"operationId": operation_id, "errorCode": code, "authType": auth_type, "userId": user}
     attempt = await _post("decline", fields, Authentication, as_json=as_json)
@@ -146,7 +142,6 @@ async def list_operations(
     Args:
         user: Only those of this user, in hex.
         state: Only those in this state.
-        as_json: Print one JSON object and nothing else.
     """
     found = (await _request("GET", "list", {"userId": user, "state": state}, _Listing, as_json=as_json)).operations
     rows = [
@@ -183,7 +178,6 @@ async def fail(
         retry_after: Seconds in the header Retry-After.
         stored: Let each request take effect before it fails.
         method: Only requests with this method.
-        as_json: Print one JSON object and nothing else.
     """
     fields = {"status": status, "times": times, "retryAfter": retry_after, "stored": stored, "method": method}
     await _post("fail", fields, dict[str, object], as_json=as_json)
@@ -201,7 +195,6 @@ async def drop(
         times: Number of requests; if left out, all until "recover".
         stored: Let each request take effect before its connection is dropped.
         method: Only requests with this method.
-        as_json: Print one JSON object and nothing else.
     """
     await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object], as_json=as_json)
     line = f"The service drops the connection of {_describe_requests(times, method)}."
@@ -217,11 +210,7 @@ def _describe_requests(times: int | None, method: str | None) -> str:
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox recover")
 async def recover(*, as_json: AsJson = False) -> None:
-    """End the faults of "fail" and "drop".
-
-    Args:
-        as_json: Print one JSON object and nothing else.
-    """
+    """End the faults of "fail" and "drop"."""
     await _post("recover", {}, dict[str, object], as_json=as_json)
     print_result(_DONE, "The service works.", as_json=as_json)
 
@@ -231,12 +220,7 @@ async def recover(*, as_json: AsJson = False) -> None:
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox unlock C0FFEE")
 async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> None:
-    """End the lockout of a user, which follows five failed attempts.
-
-    Args:
-        user_id: The user, in hex.
-        as_json: Print one JSON object and nothing else.
-    """
+    """End the lockout of a user, which follows five failed attempts."""
     await _post("unlock", {"userId": user_id}, dict[str, object], as_json=as_json)
     print_result(_DONE, f"User {user_id.upper()} is unlocked.", as_json=as_json)
 
@@ -246,9 +230,7 @@ async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None,
     """Enroll a user, or enroll them on one more device.
 
     Args:
-        user_id: The user, in hex.
         external_user_id: Your own id of the user.
-        as_json: Print the device as one JSON object and nothing else.
     """
     device = await _post("enroll", {"userId": user_id, "externalUserId": external_user_id}, Device, as_json=as_json)
     facts = {"Enrolled": device.user_id, "Device": device.public_signing_key}
@@ -265,9 +247,7 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
     """Print what the phone signed at an approval; needs the extra "jwt".
 
     Args:
-        operation_id: The operation.
         tampered: Change the text after signing, so that the signature is wrong.
-        as_json: Print one JSON object and nothing else.
     """
     token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token, as_json=as_json)).token
     print_result({"token": token}, token, as_json=as_json)
@@ -279,7 +259,6 @@ async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> None:
 
     Args:
         retire: Do not publish the earlier keys any more.
-        as_json: Print one JSON object and nothing else.
     """
     key_id = (await _post("rotate", {"retire": retire}, _Key, as_json=as_json)).key_id
     print_result({"key_id": key_id}, key_id, as_json=as_json)

@@ -19,6 +19,7 @@ from .app import (
     AsJson,
     AuthType,
     CommandError,
+    JsonFlag,
     OperationId,
     OptionalOperationId,
     Seconds,
@@ -61,12 +62,11 @@ async def create(
     expires_in: Seconds = DEFAULT_LIFETIME,
     if_exists: IfExists = "raise",
     require_auth_type: AuthType | None = None,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Create an operation for a user to approve.
 
     Args:
-        user_id: The user, in hex.
         operation_id: The operation's id, unique in the tenant; a new UUID if left out.
         payload: What the user is asked to approve.
         external_user_id: Your own id of the user.
@@ -130,12 +130,7 @@ async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalT
 
 @app.command(help_epilogue="Example:\n  aiokeyless get txn-1\n  aiokeyless get txn-1 --json")
 async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> None:
-    """Show an operation as it is now.
-
-    Args:
-        operation_id: The operation.
-        as_json: Print one JSON object and nothing else.
-    """
+    """Show an operation as it is now."""
     async with open_client(as_json=as_json) as client:
         operation = await _get(client, operation_id)
     facts = {
@@ -173,10 +168,6 @@ async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> None:
     """List the operations that wait for a user's approval.
 
     An operation that is not in the list is not necessarily approved.
-
-    Args:
-        user_id: The user, in hex.
-        as_json: Print one JSON object and nothing else.
     """
     async with open_client(as_json=as_json) as client:
         operations = await client.get_pending_operations(user_id)
@@ -198,10 +189,6 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
     """Show how the user tried to approve an operation in the last ten minutes.
 
     An attempt is never an approval: only the operation's state is.
-
-    Args:
-        operation_id: The operation.
-        as_json: Print one JSON object and nothing else.
     """
     async with open_client(as_json=as_json) as client:
         # Telemetry needs the operation's user.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter
 
-from .app import AsJson, CommandError, OptionalDelay, Port, app
+from .app import CommandError, JsonFlag, OptionalDelay, Port, app
 from .render import new_console, print_command, print_fact, print_json, print_line, print_title
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ async def serve(
     auto_approve: OptionalDelay = None,
     host: str = _LOOPBACK,
     quiet: Annotated[bool, Parameter(negative="", show_default=False)] = False,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Run a local Keyless service.
 

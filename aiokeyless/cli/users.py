@@ -35,9 +35,16 @@ devices: Final = App(
 app.command(users)
 app.command(devices)
 
-ExternalId = Annotated[str, Parameter(name="EXTERNAL_ID", validator=validator(check_external_user_id, "external_id"))]
+ExternalId = Annotated[
+    str,
+    Parameter(
+        name="EXTERNAL_ID",
+        validator=validator(check_external_user_id, "external_id"),
+        help="Your own id of the user; no personal data, and different from others in more than case.",
+    ),
+]
 DeviceKey = Annotated[str, Parameter(name="KEY", validator=validator(check_public_signing_key, "public_signing_key"))]
-Yes = Annotated[bool, Parameter(name="--yes", negative="", show_default=False)]
+Yes = Annotated[bool, Parameter(name="--yes", negative="", show_default=False, help="Do not ask.")]
 
 _DELETED: Final = {"deleted": True}
 _TAKEN: Final = (
@@ -63,12 +70,7 @@ def _explain_interruption(external_id: str) -> AbstractContextManager[None]:
 
 @users.command(help_epilogue="Example:\n  aiokeyless users find account-1042")
 async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
-    """List the users who have an external id; the search ignores case.
-
-    Args:
-        external_id: Your own id of the user.
-        as_json: Print one JSON object and nothing else.
-    """
+    """List the users who have an external id; the search ignores case."""
     async with open_client(as_json=as_json) as client:
         found = await client.find_users(external_id)
     rows = [{"User": user.user_id, "Created": user.created_at, "Updated": user.updated_at} for user in found]
@@ -78,12 +80,7 @@ async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
 
 @users.command(help_epilogue="Example:\n  aiokeyless create $(aiokeyless users get account-1042) --payload 'Log in?'")
 async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
-    """Print the id of the one user who has an external id; none, or several, is an error.
-
-    Args:
-        external_id: Your own id of the user.
-        as_json: Print the whole user as one JSON object.
-    """
+    """Print the id of the one user who has an external id; none, or several, is an error."""
     async with open_client(as_json=as_json) as client:
         with _report_missing("user with this external id"):
             user: User = await client.get_user(external_id)
@@ -92,13 +89,7 @@ async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
 
 @users.command(help_epilogue="Example:\n  aiokeyless users link C0FFEE account-1042")
 async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
-    """Give a user an external id; a user has at most one.
-
-    Args:
-        user_id: The user, in hex.
-        external_id: Your own id of the user; no personal data, and different from others in more than case.
-        as_json: Print one JSON object and nothing else.
-    """
+    """Give a user an external id; a user has at most one."""
     async with open_client(as_json=as_json) as client:
         try:
             with _report_missing("such user"), _explain_interruption(external_id):
@@ -110,13 +101,7 @@ async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson =
 
 @users.command(help_epilogue="Example:\n  aiokeyless users relink C0FFEE account-2000")
 async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> None:
-    """Give a user another external id.
-
-    Args:
-        user_id: The user, in hex.
-        external_id: Your own id of the user.
-        as_json: Print one JSON object and nothing else.
-    """
+    """Give a user another external id."""
     async with open_client(as_json=as_json) as client:
         with _report_missing("such user"), _explain_interruption(external_id):
             linked = await client.update_external_user(user_id, external_id)
@@ -130,13 +115,7 @@ def _print_link(linked: ExternalUser, *, as_json: bool) -> None:
 
 @users.command(help_epilogue="Example:\n  aiokeyless users unlink account-1042 --yes")
 async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Delete an external id, in its exact case; the user stays.
-
-    Args:
-        external_id: Your own id of the user.
-        yes: Do not ask.
-        as_json: Print one JSON object and nothing else.
-    """
+    """Delete an external id, in its exact case; the user stays."""
     _confirm("Delete this external id?", yes=yes)
     async with open_client(as_json=as_json) as client:
         await client.delete_external_user(external_id)
@@ -145,13 +124,7 @@ async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJso
 
 @users.command(help_epilogue="Example:\n  aiokeyless users delete C0FFEE")
 async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Delete a user permanently, with their devices and their enrolment.
-
-    Args:
-        user_id: The user, in hex.
-        yes: Do not ask.
-        as_json: Print one JSON object and nothing else.
-    """
+    """Delete a user permanently, with their devices and their enrolment."""
     _confirm(f"Delete user {user_id.upper()} permanently, with all devices?", yes=yes)
     async with open_client(as_json=as_json) as client:
         with _report_missing("such user"):
@@ -161,12 +134,7 @@ async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = Fals
 
 @devices.command(name="list", help_epilogue="Example:\n  aiokeyless devices list C0FFEE")
 async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> None:
-    """List the devices of a user.
-
-    Args:
-        user_id: The user, in hex.
-        as_json: Print one JSON object and nothing else.
-    """
+    """List the devices of a user."""
     async with open_client(as_json=as_json) as client:
         with _report_missing("such user"):
             found = await client.get_devices(user_id)
@@ -196,10 +164,7 @@ async def remove(
     """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
 
     Args:
-        user_id: The user, in hex.
         public_signing_key: The device, as "devices list" shows it.
-        yes: Do not ask.
-        as_json: Print one JSON object and nothing else.
     """
     _confirm(f"Remove this device of user {user_id.upper()}?", yes=yes)
     async with open_client(as_json=as_json) as client:

@@ -41,7 +41,6 @@ async def verify(
         external_user_id: Your own id of the user that the token must name; not compared if left out.
         audience: The aud that the token must have; if left out, a token with one is refused.
         max_age: Seconds that may have passed since the user signed.
-        as_json: Print one JSON object and nothing else.
     """
     try:
         from aiokeyless.signatures import TransactionVerifier  # noqa: PLC0415  # needs an extra

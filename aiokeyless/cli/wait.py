@@ -24,10 +24,10 @@ from aiokeyless.errors import (
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket
 
 from .app import (
-    AsJson,
     AuthType,
     CommandError,
     InterruptedCommandError,
+    JsonFlag,
     OptionalOperationId,
     Timeout,
     app,
@@ -148,7 +148,7 @@ async def wait(
     timeout: Timeout = None,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
     require_auth_type: AuthType | None = None,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Wait until an operation is approved.
 

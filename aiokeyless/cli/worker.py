@@ -17,7 +17,7 @@ from cyclopts import Parameter
 
 from aiokeyless.errors import ConfigurationError, KeylessError
 
-from .app import AsJson, CommandError, OptionalCount, OptionalPort, UsageError, app, describe_end, new_client
+from .app import CommandError, JsonFlag, OptionalCount, OptionalPort, UsageError, app, describe_end, new_client
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -84,7 +84,7 @@ async def worker(
     health_port: OptionalPort = None,
     health_host: str = "127.0.0.1",
     prepare: bool = False,
-    as_json: AsJson = False,
+    as_json: JsonFlag = False,
     nats: Annotated[NatsOptions | None, Parameter(name="*", group="NATS")] = None,
 ) -> None:
     """Wait for approvals that applications request through a broker.
