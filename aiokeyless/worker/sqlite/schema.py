@@ -114,12 +114,14 @@ def _create(path: str) -> None:
 
 
 def _existing(path: str) -> list[tuple[Path, os.stat_result]]:
-    """Return the file, its log and its index; none on Windows, whose owners and modes are others."""
+    """Return the file and what SQLite reads beside it; none on Windows, whose owners and modes are others."""
     found: list[tuple[Path, os.stat_result]] = []
-    for ending in ("", "-wal", "-shm") if hasattr(os, "geteuid") else ():
-        file = Path(f"{path}{ending}")
+    real = os.path.realpath(path)  # as for SQLite: of a link, the others are beside the file that it names
+    # SQLite writes what it finds in a journal into the file, also in WAL mode.
+    for ending in ("", "-wal", "-shm", "-journal") if hasattr(os, "geteuid") else ():
+        file = Path(f"{real}{ending}")
         with suppress(FileNotFoundError):  # the last process that closes the file removes the others
-            found.append((file, file.stat()))
+            found.append((file, file.lstat()))
     return found
 
 

@@ -80,7 +80,8 @@ async def test_a_file_that_others_could_read_is_closed_to_them_and_logged(
         await submit(kept_open, "a")
         for file in files_in(path.parent):
             open_to_all(file)
-        async with SqliteBroker(path):
+        (link := path.with_name("link.db")).symlink_to(path.name)
+        async with SqliteBroker(link):
             pass
         assert {mode_of(file) for file in files_in(path.parent)} == {0o600}
     lines = [record.getMessage() for record in caplog.records if "mode_changed" in record.getMessage()]
@@ -98,13 +99,27 @@ async def test_a_file_of_another_user_is_refused_with_both_ids(path: Path, monke
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
-@pytest.mark.parametrize("ending", ["-wal", "-shm"])
-async def test_a_log_that_another_user_planted_is_refused(path: Path, ending: str) -> None:
+@pytest.mark.parametrize("named", ["keyless.db", "link.db"])
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal"])
+async def test_what_another_user_planted_beside_the_file_is_refused(path: Path, ending: str, named: str) -> None:
     async with SqliteBroker(path):
         pass
+    path.with_name("link.db").symlink_to(path.name)
     planted = path.with_name(f"{path.name}{ending}")
     overwrite(planted, b"")
     os.chown(planted, 4711, 4711)
+    with pytest.raises(BrokerError, match=f"{planted} belongs to the user 4711"):
+        async with SqliteBroker(path.with_name(named)):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
+async def test_a_link_that_another_user_planted_beside_the_file_is_refused(path: Path) -> None:
+    async with SqliteBroker(path):
+        pass
+    planted = path.with_name(f"{path.name}-journal")
+    planted.symlink_to(path.name)  # to a file of this user, in which the other one chose what stands
+    os.chown(planted, 4711, 4711, follow_symlinks=False)
     assert f"{planted} belongs to the user 4711" in await opening_fails(path)
 
 
