@@ -10,6 +10,7 @@ from django.core.asgi import get_asgi_application
 from django.core.handlers.asgi import ASGIRequest
 from django.http import JsonResponse
 from django.urls import path
+from django.views.decorators.http import require_POST
 
 from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
@@ -18,6 +19,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
+@require_POST  # type: ignore[untyped-decorator]  # Django has no types
 async def create(request: ASGIRequest) -> JsonResponse:
     """Ask the user."""
     return JsonResponse(await ask(request.scope["state"]["client"]))

@@ -61,16 +61,22 @@ async def test_structlog_shows_an_outage_as_json_beside_the_applications_lines()
     assert sorted(approved) == WAITS
 
 
-# The browser names a user of its own, who is not asked.
+# The browser names a user of its own, who is not asked. Another user learns nothing, and another site starts nothing.
 FLASK = """
 import flask_app
 flask_app.app.secret_key = "key"
-with flask_app.app.test_client() as browser:
+def browser_of(user):
+    browser = flask_app.app.test_client()
     with browser.session_transaction() as session:
-        session["user_id"] = "C0FFEE"
-    payment = browser.post("/payments", data={"user_id": "BAD"}).json["id"]
-    assert flask_app.tickets[payment].user_id == "C0FFEE"
-    print(browser.get(f"/payments/{payment}").json["state"])
+        session["user_id"] = user
+    return browser
+assert flask_app.app.config["SESSION_COOKIE_SAMESITE"] == "Lax"
+browser = browser_of("C0FFEE")
+payment = browser.post("/payments", data={"user_id": "BAD"}).json["id"]
+[ticket] = flask_app.tickets.values()
+assert ticket.user_id == "C0FFEE"
+assert browser_of("BAD").get(f"/payments/{payment}").status_code == 404
+print(browser.get(f"/payments/{payment}").json["state"])
 """
 
 DJANGO = """
@@ -87,6 +93,8 @@ session = browser.session
 session["user_id"] = "C0FFEE"
 session.save()
 browser.cookies[settings.SESSION_COOKIE_NAME] = session.session_key
+for ask in browser.get, browser.head, browser.options:
+    assert ask("/pay").status_code == 405 and "ticket" not in browser.session
 browser.post("/pay", {"user_id": "BAD"})
 assert '"user_id":"C0FFEE"' in browser.session["ticket"]
 print(browser.get("/payment").json()["state"])
@@ -141,9 +149,12 @@ def expired(operation_id: str, payload: str = "Pay 40 to Alice") -> ApprovalTick
 
 
 async def ask_of_flask(module: ModuleType, ticket: ApprovalTicket) -> str:
-    module.tickets["order-1"] = ticket
-    answer = await asyncio.to_thread(lambda: module.app.test_client().get("/payments/order-1"))
-    return str(answer.json["state"])
+    module.app.secret_key = "key"
+    module.tickets["C0FFEE", "order-1"] = ticket
+    browser = module.app.test_client()
+    with browser.session_transaction() as session:
+        session["user_id"] = "C0FFEE"
+    return str((await asyncio.to_thread(browser.get, "/payments/order-1")).json["state"])
 
 
 async def ask_of_django(module: ModuleType, ticket: ApprovalTicket) -> str:

@@ -95,6 +95,8 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
         approvals = f"http://127.0.0.1:{port}/approvals"
         async with http.get(f"{approvals}/order-1") as response:
             assert await response.json() == {"state": "unknown"}  # an id that somebody chose is not polled
+        async with http.get(approvals) as response:
+            assert response.status == 405  # a link asks nobody
         async with http.post(approvals) as response:
             operation_id = (await response.json())["operation_id"]
         assert not any(request.method == "GET" for request in sandbox.requests)
