@@ -354,7 +354,7 @@ _REASONS: Final = {
     SignatureReason.TOO_OLD: "it was signed too long ago; check max_age and the phone's clock",
     SignatureReason.NOT_YET_VALID: "it is not valid yet; check the phone's clock",
     SignatureReason.EXPIRED: "it has expired",
-    SignatureReason.KEYS_UNAVAILABLE: "the tenant's public keys could not be fetched; check its name, or try later",
+    SignatureReason.KEYS_UNAVAILABLE: "the tenant's public keys cannot be fetched now; check its name, or try later",
 }
 
 

@@ -135,9 +135,11 @@ class TransactionVerifier:
         """Return the key with a ``kid``, after a fetch if one is due.
 
         Raises:
-            SignatureError: There is no such key, or the last fetch failed.
+            SignatureError: There is no such key, or the last fetch failed, or none may be made yet.
             ClientClosedError: The client is closed, and the key is not known.
         """
+        # If not, a fetch for another unknown ``kid`` was the last one for now, and this one may be newer.
+        is_asked = self._fetching is not None or self._is_fetch_due(key_id)
         if self._find(key_id) is None:
             if self._fetching is not None:
                 await asyncio.shield(self._fetching)
@@ -153,7 +155,7 @@ class TransactionVerifier:
             return key
         if isinstance(self._failure, ClientClosedError):
             raise self._failure.with_traceback(None)
-        if self._failure is not None:
+        if self._failure is not None or not is_asked:
             raise SignatureError(SignatureReason.KEYS_UNAVAILABLE) from self._failure
         raise SignatureError(SignatureReason.UNKNOWN_KEY)
 

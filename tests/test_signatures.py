@@ -199,8 +199,25 @@ async def test_a_rotation_while_many_verifications_wait_costs_one_fetch(
     signed = await asyncio.gather(*(verify(verifier, fresh) for _ in range(50)))
     assert {each.key_id for each in signed} == {"k2"}
     assert len(service.requests) == 2
-    assert await reason_for(verifier, token()) is SignatureReason.UNKNOWN_KEY, "the old key is gone"
+    # The old key is gone. But that fetch was before this token.
+    assert await reason_for(verifier, token()) is SignatureReason.KEYS_UNAVAILABLE
     assert len(service.requests) == 2
+    await asyncio.sleep(300)
+    assert await reason_for(verifier, token()) is SignatureReason.UNKNOWN_KEY
+
+
+async def test_an_attacker_with_unknown_kids_makes_no_token_of_a_new_key_refused_for_good(
+    service: StrictService, verifier: TransactionVerifier
+) -> None:
+    await verify(verifier, token())
+    await reason_for(verifier, unknown(0))
+    service.key_set = key_set(ec_jwk(ec_key("new"), kid="k2"))
+    fresh = token(head=header(kid="k2"), sign=lambda message: sign_es256(message, ec_key("new")))
+    with pytest.raises(SignatureError) as refused:
+        await verify(verifier, fresh)
+    assert refused.value.is_transient
+    await asyncio.sleep(300)
+    assert (await verify(verifier, fresh)).key_id == "k2"
 
 
 async def test_keys_are_fetched_again_after_a_day(service: StrictService, verifier: TransactionVerifier) -> None:
