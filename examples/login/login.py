@@ -75,7 +75,14 @@ def record_of(request: Request) -> sqlite3.Connection:
 Client = Annotated[KeylessClient, Depends(client_of)]
 Record = Annotated[sqlite3.Connection, Depends(record_of)]
 log = logging.getLogger("uvicorn.error")
-app = FastAPI(lifespan=lifespan)
+
+
+async def no_store(response: Response) -> None:
+    """Keep answers out of caches: some keep any for an hour, and give it to everybody."""
+    response.headers["Cache-Control"] = "no-store"
+
+
+app = FastAPI(lifespan=lifespan, dependencies=[Depends(no_store)])
 
 
 @app.get("/")

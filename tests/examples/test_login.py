@@ -97,11 +97,13 @@ class Browser:
         """Return the state, or the status where there is none."""
         url = f"{self._server.url}/login/{login or self.login}"
         async with self._session.get(url, params={"wait": str(wait)}) as answer:
+            assert answer.status != 200 or answer.headers["Cache-Control"] == "no-store"
             return str((await answer.json())["state"]) if answer.status == 200 else answer.status
 
     async def who(self) -> str | None:
         async with self._session.get(f"{self._server.url}/me") as answer:
             email: str | None = (await answer.json()).get("email")
+            assert email is None or answer.headers["Cache-Control"] == "no-store"
             return email
 
 
