@@ -35,7 +35,7 @@ NIGHTLY: Final = ["nightly"]
 PORTABLE: Final = ["portable"]
 
 #: The second tier. Its programs have processes and loops of their own, so it runs on one loop only.
-SECOND_TIER: Final = "browser or cluster or chaos or slow or examples"
+SECOND_TIER: Final = "browser or cluster or slow or examples"
 FIRST_TIER: Final = f"not (benchmarks or {SECOND_TIER})"
 
 #: The ways in which the suite runs: arguments for pytest, and the environment.
