@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from itertools import chain
@@ -159,15 +160,6 @@ def tests(session: nox.Session, leg: str) -> None:
 FOR_CONTRIBUTORS: Final = {"test", "docs", "examples", "dev"}
 
 
-@nox.session(tags=NIGHTLY)
-def lowest(session: nox.Session) -> None:
-    """Run `pytest` on the lowest versions of the dependencies that pyproject.toml allows."""
-    session.install("-q", "-e", ".[test]")
-    # Without regard to what a tool needs, which may be newer.
-    session.install("-q", *lowest_bounds())
-    pytest(session, env=WITH_TEST)
-
-
 def lowest_bounds() -> list[str]:
     """Return the lower bounds of the runtime dependencies, those of the extras for users too, as exact versions."""
     project = nox.project.load_toml("pyproject.toml")["project"]
@@ -178,6 +170,20 @@ def lowest_bounds() -> list[str]:
     texts = chain(project["dependencies"], *(extras[name] for name in for_users), for_tests)
     needed = [need for need in map(Requirement, texts) if need.marker is None or need.marker.evaluate()]
     return [f"{need.name}=={bound.version}" for need in needed for bound in need.specifier if bound.operator == ">="]
+
+
+#: The first words of their names: OpenTelemetry's packages go together.
+DEPENDENCIES: Final = sorted({re.split("[=-]", bound)[0] for bound in lowest_bounds()})
+
+
+@nox.session
+@nox.parametrize("of", [nox.param("", id="all", tags=NIGHTLY), *(nox.param(name, id=name) for name in DEPENDENCIES)])
+def lowest(session: nox.Session, of: str) -> None:
+    """Run `pytest` on the lowest versions that pyproject.toml allows, of all or of one, with the others newest."""
+    session.install("-q", "-e", ".[test]")
+    # Without regard to what a tool needs, which may be newer.
+    session.install("-q", *(bound for bound in lowest_bounds() if bound.startswith(of)))
+    pytest(session, env=WITH_TEST)
 
 
 @nox.session(python=PYTHONS[-1:])
