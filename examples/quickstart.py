@@ -10,7 +10,7 @@ from aiokeyless import ApprovalTicket, ApprovalTimeoutError, KeylessClient
 
 
 def push(ticket: ApprovalTicket) -> None:
-    """Send your app's push notification here: Keyless sends none."""
+    """Send your app's push notification here."""
     print(f"push to the phone of {ticket.user_id}")
 
 
