@@ -364,7 +364,7 @@ class Machine:
 
     # -- events: a poll ends
 
-    def finish_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> Application | None:
+    def finish_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> BatchedResult | None:
         """Apply the result of a poll to its waits.
 
         Args:
@@ -392,8 +392,8 @@ class Machine:
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             self._dispatcher.finish(poll, now)
             return None
-        application = Application(poll, answer)
-        return application if self.apply_more(application, now) else None
+        result = BatchedResult(poll, answer)
+        return result if self.apply_more(result, now) else None
 
     def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
         """Record a transient failure in the circuit and, if it is a 429, in the rate."""
@@ -430,48 +430,48 @@ class Machine:
             self._dispatcher.schedule(polled, now + delay)
         return True
 
-    def apply_more(self, application: Application, now: float) -> bool:
+    def apply_more(self, result: BatchedResult, now: float) -> bool:
         """Apply a result to some of its waits; return whether there are more, for the next turn of the loop."""
-        batch = application.next_batch()
+        batch = result.next_batch()
         try:
-            self._apply(application, batch, now)
+            self._apply(result, batch, now)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in batch:
                 self.end(wait, error, now)
-        if application.has_more:
+        if result.has_more:
             return True
-        self._dispatcher.finish(application.poll, now)
+        self._dispatcher.finish(result.poll, now)
         return False
 
-    def _apply(self, application: Application, waits: list[Wait], now: float) -> None:
+    def _apply(self, result: BatchedResult, waits: list[Wait], now: float) -> None:
         """Apply a result to these waits."""
-        answer, polled = application.answer, application.poll.polled
+        answer, polled = result.answer, result.poll.polled
         pending: list[Wait] = []
         transient: list[Wait] = []
-        for wait, verdict in [(wait, application.verdict(wait)) for wait in waits]:
+        for wait, verdict in [(wait, result.verdict(wait)) for wait in waits]:
             if isinstance(answer, Operation) and verdict is Verdict.APPROVED:
                 self._record_observation(polled, now)
                 wait.polls = max(wait.polls, 1)  # it counts for waits that started after the poll, too
                 _update(wait, now, answer)
                 self.end(wait, answer, now)
-            elif wait not in application.served:
+            elif wait not in result.served:
                 continue
             elif isinstance(verdict, Rejection):
                 self.end(wait, rejection_error(verdict, _record(wait, now, answer)), now)
             elif verdict is Verdict.PENDING:
                 pending.append(wait)
             elif isinstance(answer, KeylessError) and verdict is Verdict.FAILED:
-                self.end(wait, copy.copy(answer) if len(application.served) > 1 else answer, now)
+                self.end(wait, copy.copy(answer) if len(result.served) > 1 else answer, now)
             else:
                 transient.append(wait)
         if pending:
-            self._after_pending(application, pending, now)
+            self._after_pending(result, pending, now)
         if isinstance(answer, KeylessError) and transient:
-            self._after_transient(application, answer, transient, now)
+            self._after_transient(result, answer, transient, now)
 
-    def _after_pending(self, application: Application, waits: list[Wait], now: float) -> None:
+    def _after_pending(self, result: BatchedResult, waits: list[Wait], now: float) -> None:
         """Schedule the next poll, and end the waits whose final poll this was."""
-        poll, polled, answer = application.poll, application.poll.polled, application.answer
+        poll, polled, answer = result.poll, result.poll.polled, result.answer
         polled.failures = 0
         polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
         polled.was_seen |= isinstance(answer, Operation)
@@ -484,12 +484,12 @@ class Machine:
                 self.end(wait, timeout_error(_record(wait, now, answer)), now)
             elif wait.phase is _POLLING:  # else it waits for its final poll
                 going_on.append(wait)
-        for wait in self._schedule_next(application, going_on, now):
+        for wait in self._schedule_next(result, going_on, now):
             _update(wait, now, answer, due=polled.due)
 
-    def _schedule_next(self, application: Application, waits: list[Wait], now: float) -> list[Wait]:
+    def _schedule_next(self, result: BatchedResult, waits: list[Wait], now: float) -> list[Wait]:
         """Ask each schedule once per attempt, and take the shortest delay. Return the waits whose schedule worked."""
-        polled, delays = application.poll.polled, application.delays
+        polled, delays = result.poll.polled, result.delays
         good: list[Wait] = []
         for wait in waits:
             key = id(wait.schedule), wait.attempt
@@ -504,35 +504,35 @@ class Machine:
             if isinstance(delay, KeylessError):
                 self.end(wait, copy.copy(delay), now)
                 continue
-            if wait.own_due <= application.poll.started_at:  # the poll was its own, not another caller's
+            if wait.own_due <= result.poll.started_at:  # the poll was its own, not another caller's
                 wait.own_due = now + delay
                 wait.attempt += 1
             self._dispatcher.schedule(polled, now + delay)
             good.append(wait)
         return good
 
-    def _after_transient(self, application: Application, error: KeylessError, waits: list[Wait], now: float) -> None:
+    def _after_transient(self, result: BatchedResult, error: KeylessError, waits: list[Wait], now: float) -> None:
         """Back off, and repeat final polls."""
-        poll, polled = application.poll, application.poll.polled
-        if not application.failed:
-            application.failed = True
+        poll, polled = result.poll, result.poll.polled
+        if not result.failed:
+            result.failed = True
             polled.failures += 1
             self._failures += not error.is_transient  # transient ones are counted already
             counted = polled.failures
             if error.is_transient and polled.pending_at is not None:  # a 404 is a fault of this operation
                 since_good, since_own = now - self._circuit.answered_at, now - polled.pending_at
                 counted = failures_that_count(counted, since_good=since_good, since_own=since_own)
-            application.retry_at = now + max(error_delay(counted), requested_pause(error))
+            result.retry_at = now + max(error_delay(counted), requested_pause(error))
             # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
             if polled.before_deadline and polled.poll in (None, poll):
-                self._dispatcher.schedule(polled, application.retry_at)
+                self._dispatcher.schedule(polled, result.retry_at)
         backoff = max(error_delay(1), requested_pause(error))
         for wait in waits:
             wait.error = error
             if wait.final_poll is poll:
                 self._repeat_final(wait, error, backoff, now)
             else:
-                due = min(polled.due, application.retry_at)
+                due = min(polled.due, result.retry_at)
                 _update(wait, now, error, due=max(due, self._circuit.retry_at()))
 
     def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
@@ -597,8 +597,8 @@ class Machine:
         )
 
 
-class Application:
-    """The result of one poll, and the state that all batches of its waits share."""
+class BatchedResult:
+    """The result of one poll, which is applied to its waits in batches, and the state that all batches share."""
 
     __slots__ = ("_left", "_verdicts", "answer", "delays", "failed", "poll", "retry_at", "served", "was_seen")
 

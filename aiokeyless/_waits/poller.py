@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aiokeyless.reports import ClientStatistics
     from aiokeyless.ticket import ApprovalTicket
 
-    from .machine import Application
+    from .machine import BatchedResult
     from .state import Poll, Updates
 
 #: Seconds until the timer fires again after it raised. A bug must not become a hot loop.
@@ -281,7 +281,7 @@ class Poller:
         assert worker is not None  # noqa: S101  # it runs this
         machine, clock, send = self._machine, self._loop.time, self._transport.poll
         while poll is not None:
-            more: Application | None = None
+            more: BatchedResult | None = None
             answer: Operation | KeylessError | None = None
             try:
                 if not poll.is_over:  # else the last wait left before it started
@@ -327,11 +327,11 @@ class Poller:
         path = operation_path(operation_id)
         return RequestTimeoutError(f"GET {path} got no answer within {seconds:.3g} s", method="GET", path=path)
 
-    def _apply_more(self, application: Application) -> None:
+    def _apply_more(self, result: BatchedResult) -> None:
         """Apply a result to the next of very many waits, in callbacks, which no caller can cancel."""
         now = self._loop.time()
-        if self._machine.apply_more(application, now):
-            self._loop.call_soon(self._apply_more, application, context=self._context)
+        if self._machine.apply_more(result, now):
+            self._loop.call_soon(self._apply_more, result, context=self._context)
         self._arm(now)
 
     def _worker_ended(self, first: Poll, worker: asyncio.Task[None]) -> None:

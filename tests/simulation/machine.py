@@ -41,7 +41,7 @@ from .world import EPOCH, StuckError, Timeline, cancel, seeded
 
 if TYPE_CHECKING:
     from aiokeyless import ApprovalUpdate
-    from aiokeyless._waits.machine import Application as Rest
+    from aiokeyless._waits.machine import BatchedResult
     from aiokeyless._waits.state import Poll, WaitResult
 
     from .actors import Actor, Leg, Process
@@ -302,7 +302,7 @@ class Client:
             self._timeline.at(self._timeline.now, self._apply_more, more)
         self._dispatch()
 
-    def _apply_more(self, rest: Rest) -> None:
+    def _apply_more(self, rest: BatchedResult) -> None:
         if self._machine.apply_more(rest, self._timeline.now):
             self._timeline.at(self._timeline.now, self._apply_more, rest)
         self._arm()

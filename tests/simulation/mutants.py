@@ -343,7 +343,7 @@ MUTANTS: Final = (
     Mutant(
         "_waits/machine.py",
         "if isinstance(answer, Operation) and verdict is Verdict.APPROVED:",
-        "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in application.served:",
+        "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in result.served:",
         "an approval counts only for waits that its poll was sent for",
     ),
     Mutant(
@@ -387,7 +387,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/machine.py",
-        "            elif wait not in application.served:\n                continue\n",
+        "            elif wait not in result.served:\n                continue\n",
         "",
         "a pending answer counts for waits that came after its poll",
     ),
