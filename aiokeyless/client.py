@@ -31,7 +31,6 @@ from ._http.deletion import delete
 from ._http.keys import make_api_keys
 from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
-from ._rules.circuit import CircuitState
 from ._tracing import current_traceparent
 from ._validation import (
     are_operation_ids,
@@ -307,9 +306,7 @@ class KeylessClient:
 
         Raises:
             InvalidIdentifierError: The user id is not hex.
-            StatusError: The service answered with an error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
+            KeylessError: Any other error of `get_operation`.
 
         Source: Keyless documentation, Server API / Operations, "Get pending operations".
         """
@@ -356,9 +353,7 @@ class KeylessClient:
             ConfigurationError: Neither or both of the two ids are given.
             InvalidIdentifierError: An id cannot be sent.
             NotFoundError: There is no such user.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
+            KeylessError: Any other error of `get_operation`.
 
         Source: Keyless documentation, Server API / Telemetry, "User authentications".
         """
@@ -494,9 +489,8 @@ class KeylessClient:
         Raises:
             InvalidIdentifierError: An id cannot be sent.
             NotFoundError: There is no such user.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape, or is about another user.
+            DecodeError: The answer is about another user, or does not have the documented shape.
+            KeylessError: Any other error of `get_operation`.
 
         Source: Keyless documentation, Server API / External User ID.
         """
@@ -516,9 +510,7 @@ class KeylessClient:
 
         Raises:
             InvalidIdentifierError: The id cannot be sent.
-            StatusError: The service answered with an error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
+            KeylessError: Any other error of `get_operation`.
 
         Source: Keyless documentation, Server API / External User ID, "Get users".
         """
@@ -591,9 +583,7 @@ class KeylessClient:
         Raises:
             InvalidIdentifierError: The user id is not hex.
             NotFoundError: There is no such user.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
+            KeylessError: Any other error of `get_operation`.
 
         Source: Keyless documentation, Server API / Devices.
         """
@@ -889,17 +879,7 @@ class KeylessClient:
     def statistics(self) -> ClientStatistics:
         """The client's current waits, and its counts since it was created."""
         if self._opened is None:
-            return ClientStatistics(
-                waiting=0,
-                in_flight=0,
-                polls=0,
-                approvals=0,
-                timeouts=0,
-                transient_failures=0,
-                lag=0.0,
-                rate_limit=self._max_polls_per_second,
-                circuit=CircuitState.CLOSED.value,
-            )
+            return ClientStatistics(rate_limit=self._max_polls_per_second)
         return self._opened.poller.statistics()
 
     def _options(

@@ -81,12 +81,12 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
             gets one poll at a time or none. ``"half_open"``: it answers again, and gets more polls step by step.
     """
 
-    waiting: int
-    in_flight: int
-    polls: int
-    approvals: int
-    timeouts: int
-    transient_failures: int
-    lag: float
+    waiting: int = 0
+    in_flight: int = 0
+    polls: int = 0
+    approvals: int = 0
+    timeouts: int = 0
+    transient_failures: int = 0
+    lag: float = 0.0
     rate_limit: float | None
-    circuit: str
+    circuit: str = "closed"
