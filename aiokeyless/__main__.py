@@ -6,26 +6,10 @@ It checks that the extra ``cli`` is installed. ``aiokeyless/cli/`` has the comma
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-#: The exit code that shells use for an interrupted command.
-_INTERRUPTED: Final = 130
 
 
 def main() -> int:
     """Run the command line, and return its exit code."""
-    try:
-        return _load_command_line()()
-    # Only during the import: later, the command line handles Ctrl-C.
-    except KeyboardInterrupt:
-        sys.stderr.write("aiokeyless: interrupted\n")
-        return _INTERRUPTED
-
-
-def _load_command_line() -> Callable[[], int]:
     try:
         from aiokeyless.cli import run  # noqa: PLC0415  # needs the extra
     except ModuleNotFoundError as error:
@@ -33,8 +17,8 @@ def _load_command_line() -> Callable[[], int]:
         if missing not in {"cyclopts", "rich"}:
             raise
         sys.stderr.write(f'aiokeyless: the command line needs {missing}: install the extra "cli"\n')
-        return lambda: 1
-    return run
+        return 1
+    return run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Ctrl-C while the command ``aiokeyless`` starts: one line, and not the traceback of an import.
 
-The package imports this module first. What it imports next is most of the start, and comes before ``__main__`` can
-catch anything. Any other program keeps Python's own report.
+The package imports this module first, since what it imports next takes long. Once the command line is loaded, that
+handles Ctrl-C. Any other program keeps Python's own report.
 """
 
 from __future__ import annotations
