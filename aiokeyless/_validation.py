@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 MAX_IDENTIFIER: Final = 512
 
 
+def _wrong(argument: str, requirement: str) -> ConfigurationError:
+    return ConfigurationError(f"{argument} {requirement}", argument=argument)
+
+
+def _wrong_identifier(argument: str, requirement: str) -> InvalidIdentifierError:
+    return InvalidIdentifierError(f"{argument} {requirement}", argument=argument)
+
+
 def check_operation_id(operation_id: str) -> str:
     """Return the operation id unchanged, if it can be sent as one path segment.
 
@@ -36,9 +44,8 @@ def check_operation_id(operation_id: str) -> str:
     """
     # Before the length, since many tickets are too long for an id.
     if _is_ticket(operation_id):
-        raise InvalidIdentifierError(
-            "operation_id must be an id, not the text of a ticket; pass ApprovalTicket.from_json(...) of that text",
-            argument="operation_id",
+        raise _wrong_identifier(
+            "operation_id", "must be an id, not the text of a ticket; pass ApprovalTicket.from_json(...) of that text"
         )
     return _check_segment(operation_id, "operation_id")
 
@@ -91,18 +98,15 @@ def check_tenant(tenant: str) -> str:
 
 def _check_segment(text: str, name: str, *, shows: bool = True) -> str:
     if not isinstance(text, str):
-        raise InvalidIdentifierError(f"{name} must be a string, not {type(text).__name__}", argument=name)
+        raise _wrong_identifier(name, f"must be a string, not {type(text).__name__}")
     if not 1 <= len(text) <= MAX_IDENTIFIER:
-        raise InvalidIdentifierError(
-            f"{name} must have 1 to {MAX_IDENTIFIER} characters, not {len(text)}", argument=name
-        )
+        raise _wrong_identifier(name, f"must have 1 to {MAX_IDENTIFIER} characters, not {len(text)}")
     if text in {".", ".."}:
-        raise InvalidIdentifierError(f"{name} must not be {text!r}: a URL path cannot carry it", argument=name)
+        raise _wrong_identifier(name, f"must not be {text!r}: a URL path cannot carry it")
     # A printable string contains neither of these, and isprintable() is much faster.
     if not text.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in text):
-        raise InvalidIdentifierError(
-            f"{name} must not contain control characters or lone surrogates{f': {text[:80]!r}' if shows else ''}",
-            argument=name,
+        raise _wrong_identifier(
+            name, f"must not contain control characters or lone surrogates{f': {text[:80]!r}' if shows else ''}"
         )
     return text
 
@@ -117,13 +121,10 @@ def check_user_id(user_id: str) -> str:
         InvalidIdentifierError: It is not a string of 1 to 512 hex digits.
     """
     if not isinstance(user_id, str):
-        raise InvalidIdentifierError(
-            f"user_id must be a string of hex digits, not {type(user_id).__name__}", argument="user_id"
-        )
+        raise _wrong_identifier("user_id", f"must be a string of hex digits, not {type(user_id).__name__}")
     if _HEX.fullmatch(user_id) is None:
-        raise InvalidIdentifierError(
-            f"user_id must be 1 to {MAX_IDENTIFIER} hex digits, such as '0123456789ABCDEF', not {user_id[:80]!r}",
-            argument="user_id",
+        raise _wrong_identifier(
+            "user_id", f"must be 1 to {MAX_IDENTIFIER} hex digits, such as '0123456789ABCDEF', not {user_id[:80]!r}"
         )
     return user_id.upper()
 
@@ -137,13 +138,11 @@ def check_text(text: str | None, name: str) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise ConfigurationError(f"{name} must be a string or None, not {type(text).__name__}", argument=name)
+        raise _wrong(name, f"must be a string or None, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(
-            f"{name} must be text that UTF-8 can encode; it contains a lone surrogate", argument=name
-        ) from None
+        raise _wrong(name, "must be text that UTF-8 can encode; it contains a lone surrogate") from None
     return text
 
 
@@ -156,10 +155,7 @@ def check_auth_type(auth_type: object) -> str | None:
     if auth_type is None:
         return None
     if not isinstance(auth_type, str) or auth_type not in tuple(AuthType):
-        raise ConfigurationError(
-            f"require_auth_type must be 'biom' for a face, 'pin', or None for any, not {auth_type!r:.80}",
-            argument="require_auth_type",
-        )
+        raise _wrong("require_auth_type", f"must be 'biom' for a face, 'pin', or None for any, not {auth_type!r:.80}")
     return str.__str__(auth_type)  # without the name of an enum
 
 
@@ -171,7 +167,7 @@ def check_required_text(text: str, name: str) -> str:
     """
     checked = check_text(text, name)
     if checked is None:
-        raise ConfigurationError(f"{name} must be a string, not None", argument=name)
+        raise _wrong(name, "must be a string, not None")
     return checked
 
 
@@ -197,15 +193,11 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
     try:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
-        raise ConfigurationError(
-            f"{name} must be a number of seconds, not an integer too large for a float", argument=name
-        ) from None
+        raise _wrong(name, "must be a number of seconds, not an integer too large for a float") from None
     if math.isnan(number):
-        raise ConfigurationError(f"{name} must be a number of seconds, not {value!r}", argument=name)
+        raise _wrong(name, f"must be a number of seconds, not {value!r}")
     if number < 0 or (number == 0 and not zero):
-        raise ConfigurationError(
-            f"{name} must be {'at least 0' if zero else 'more than 0'} seconds, not {value!r}", argument=name
-        )
+        raise _wrong(name, f"must be {'at least 0' if zero else 'more than 0'} seconds, not {value!r}")
     return number
 
 
@@ -213,7 +205,7 @@ def finite_seconds(value: object, name: str, *, zero: bool = False) -> float:
     """Return an argument that is a finite number of seconds; see `seconds`."""
     number = seconds(value, name, zero=zero)
     if math.isinf(number):
-        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}", argument=name)
+        raise _wrong(name, f"must be a finite number of seconds, not {value!r}")
     return number
 
 
@@ -226,16 +218,13 @@ def read_api_key(api_key: object) -> Secret | ConfigurationError:
     if api_key is None:
         return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY", argument="api_key")
     if not isinstance(api_key, str):
-        return ConfigurationError(f"api_key must be a string, not {type(api_key).__name__}", argument="api_key")
+        return _wrong("api_key", f"must be a string, not {type(api_key).__name__}")
     api_key = api_key.strip()
     if not api_key:
-        return ConfigurationError(
-            "api_key is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY", argument="api_key"
-        )
+        return _wrong("api_key", "is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY")
     if not (api_key.isascii() and api_key.isprintable()):
-        return ConfigurationError(
-            "api_key must be printable ASCII; it contains control or non-ASCII characters, often from copy and paste",
-            argument="api_key",
+        return _wrong(
+            "api_key", "must be printable ASCII; it contains control or non-ASCII characters, often from copy and paste"
         )
     return Secret(api_key)
 
@@ -249,9 +238,8 @@ def check_region(region: Region | str) -> Region:
     try:
         return Region(region)
     except ValueError:
-        raise ConfigurationError(
-            f"region must be one of {', '.join(Region)}, not {region!r}; for another address pass base_url",
-            argument="region",
+        raise _wrong(
+            "region", f"must be one of {', '.join(Region)}, not {region!r}; for another address pass base_url"
         ) from None
 
 
@@ -275,12 +263,10 @@ def check_base_url(base_url: str) -> str:
             query or a fragment. Its host is ambiguous. Or it ends in the API's own ``/v2``.
     """
     if not isinstance(base_url, str):
-        raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}", argument="base_url")
+        raise _wrong("base_url", f"must be a string, not {type(base_url).__name__}")
     base_url = base_url.strip()
     if any(c.isspace() or not c.isprintable() or c == "\\" for c in base_url):
-        raise ConfigurationError(
-            "base_url must not contain blanks, control characters or backslashes", argument="base_url"
-        )
+        raise _wrong("base_url", "must not contain blanks, control characters or backslashes")
     try:
         parts = urlsplit(base_url)
         # Raises for an invalid port, even if yarl does not.
@@ -292,40 +278,37 @@ def check_base_url(base_url: str) -> str:
         _ = url.host
     # Its text may quote userinfo.
     except ValueError:
-        raise ConfigurationError(
-            "base_url is not a valid URL; an example is https://api.keyless.io", argument="base_url"
-        ) from None
+        raise _wrong("base_url", "is not a valid URL; an example is https://api.keyless.io") from None
     if parts.scheme not in {"https", "http"} or not host:
-        raise ConfigurationError("base_url must be an absolute URL such as https://api.keyless.io", argument="base_url")
+        raise _wrong("base_url", "must be an absolute URL such as https://api.keyless.io")
     if "@" in parts.netloc:
-        raise ConfigurationError("base_url must not contain userinfo; pass the key as api_key", argument="base_url")
+        raise _wrong("base_url", "must not contain userinfo; pass the key as api_key")
     if "?" in base_url or "#" in base_url:
-        raise ConfigurationError("base_url must not contain a query or a fragment", argument="base_url")
+        raise _wrong("base_url", "must not contain a query or a fragment")
     if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
-        raise ConfigurationError("base_url must not contain '.' or '..' segments", argument="base_url")
+        raise _wrong("base_url", "must not contain '.' or '..' segments")
     _check_host(parts.scheme, parts.netloc, host)
     base_url = base_url.rstrip("/")
     if base_url.endswith(API_VERSION):
-        raise ConfigurationError(
-            f"base_url must not end in {API_VERSION}, since each path of the API begins with it; write "
+        raise _wrong(
+            "base_url",
+            f"must not end in {API_VERSION}, since each path of the API begins with it; write "
             f"{base_url.removesuffix(API_VERSION)}",
-            argument="base_url",
         )
     return base_url
 
 
 def _check_host(scheme: str, authority: str, host: str) -> None:
     if _AUTHORITY.fullmatch(authority) is None:
-        raise ConfigurationError(
-            "base_url must have an unambiguous host: a name in ASCII (xn--... for an international one) or an IP "
+        raise _wrong(
+            "base_url",
+            "must have an unambiguous host: a name in ASCII (xn--... for an international one) or an IP "
             "address (IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
-            argument="base_url",
         )
     if scheme == "http" and not _is_loopback(host):
-        raise ConfigurationError(
-            "base_url must be https: http would send the API key unencrypted (http is for loopback hosts, such as a "
-            "sandbox)",
-            argument="base_url",
+        raise _wrong(
+            "base_url",
+            "must be https: http would send the API key unencrypted (http is for loopback hosts, such as a sandbox)",
         )
 
 
@@ -340,7 +323,7 @@ def whole_number(value: object, name: str, least: int = 1, most: float = math.in
     """Return an argument that is a whole number of this range."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ConfigurationError(f"{name} must be a whole number, {limits}, not {value!r}", argument=name)
+        raise _wrong(name, f"must be a whole number, {limits}, not {value!r}")
     return value
 
 
@@ -357,22 +340,19 @@ def check_rate(rate: object, name: str) -> float | None:
     except OverflowError:
         number = math.inf
     if not 0 < number < math.inf:
-        raise ConfigurationError(
-            f"{name} must be a finite number of polls above 0, or None for no limit, not {rate!r:.80}", argument=name
-        )
+        raise _wrong(name, f"must be a finite number of polls above 0, or None for no limit, not {rate!r:.80}")
     return number
 
 
 def check_flag(value: object, name: str) -> None:
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be True or False, not {value!r}", argument=name)
+        raise _wrong(name, f"must be True or False, not {value!r}")
 
 
 def check_schedule(schedule: wait_base | None) -> wait_base | None:
     if schedule is not None and not isinstance(schedule, wait_base):
-        raise ConfigurationError(
-            f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}",
-            argument="schedule",
+        raise _wrong(
+            "schedule", f"must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}"
         )
     return schedule
 
@@ -380,23 +360,19 @@ def check_schedule(schedule: wait_base | None) -> wait_base | None:
 def check_handler(handler: object, name: str, *, is_plain: bool = False) -> None:
     """Check a function that is called back, or None: no generator function and, if it must be plain, no async one."""
     if handler is not None and not callable(handler):
-        raise ConfigurationError(f"{name} must be callable or None, not {type(handler).__name__}", argument=name)
+        raise _wrong(name, f"must be callable or None, not {type(handler).__name__}")
     functions = (handler, type(handler).__call__)
     if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in functions):
-        raise ConfigurationError(f"{name} must not be a generator function: a call runs none of it", argument=name)
+        raise _wrong(name, "must not be a generator function: a call runs none of it")
     if is_plain and any(map(inspect.iscoroutinefunction, functions)):
-        raise ConfigurationError(
-            f"{name} must be a plain function: an async one would never be awaited; or use aiokeyless.KeylessClient",
-            argument=name,
+        raise _wrong(
+            name, "must be a plain function: an async one would never be awaited; or use aiokeyless.KeylessClient"
         )
 
 
 def check_listeners(listeners: object) -> tuple[Listener, ...]:
     if not isinstance(listeners, Iterable) or isinstance(listeners, str | bytes):
-        raise ConfigurationError(
-            f"listeners must be an iterable of functions, such as a list, not {type(listeners).__name__}",
-            argument="listeners",
-        )
+        raise _wrong("listeners", f"must be an iterable of functions, such as a list, not {type(listeners).__name__}")
     checked = tuple(listeners)
     for listener in checked:
         if not callable(listener):
