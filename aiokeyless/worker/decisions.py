@@ -257,7 +257,7 @@ def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float
 
 def _scheduled_delay(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
     age = max(0.0, (now - delivery.ticket.created_at).total_seconds())
-    attempt = attempt_at(pacing.schedule, age, most=delivery.number)
+    attempt = attempt_at(pacing.schedule, age, most=delivery.message.number)
     delay = next_delay(pacing.schedule, attempt_number=attempt, since_start=age)
     return _cut_to_deadline(delivery, now, delay)
 
@@ -303,7 +303,7 @@ def _decide(
         detail=None if detail is None else detail[:_LONGEST_TEXT],
         requested_at=ticket.created_at,
         decided_at=now,
-        deliveries=delivery.number,
+        deliveries=delivery.message.number,
         context=delivery.request.context,
     )
     return Decided(event)

@@ -207,13 +207,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     ticket: ApprovalTicket
     refusal: str | None = None
 
-    @property
-    def number(self) -> int:
-        """Number of this delivery, from 1."""
-        return self.message.number
-
     def __repr__(self) -> str:  # as above
-        return f"<Delivery {self.number} of operation {self.ticket.operation_id!r}>"
+        return f"<Delivery {self.message.number} of operation {self.ticket.operation_id!r}>"
 
 
 def read_request(message: Message, *, longest_wait: float, largest_request: int) -> Delivery:

@@ -233,7 +233,7 @@ def test_the_schedule_sees_the_age_of_the_request_and_the_number_of_the_delivery
 
     delivery = numbered(1 if age < 1 else 7)
     polled(operation(), age - 0.25, took=0.25, schedule=Noting(1), delivery=delivery)
-    assert seen[-1] == (delivery.number, age)
+    assert seen[-1] == (delivery.message.number, age)
 
 
 def test_failed_polls_do_not_advance_an_exponential_schedule() -> None:

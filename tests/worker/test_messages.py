@@ -250,7 +250,7 @@ def test_a_request_with_nothing_but_a_user_and_an_id_has_two_minutes() -> None:
     assert (ticket.user_id, ticket.operation_id) == ("C0FFEE", "txn-1")
     assert (ticket.created_at, ticket.expires_at) == (STORED_AT, STORED_AT + timedelta(seconds=120))
     assert (ticket.external_user_id, ticket.payload_sha256) == (None, payload_digest(None))
-    assert (delivery.request.operation_payload, delivery.number) == (None, 3)
+    assert (delivery.request.operation_payload, delivery.message.number) == (None, 3)
     assert bytes(delivery.request.context) == b"null"
 
 

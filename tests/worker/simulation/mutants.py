@@ -133,7 +133,7 @@ MUTANTS: Final = (
     Mutant(
         "worker/exchanges.py",
         "claim, token = await self._broker.claim(delivery.message)",
-        "claim, token = Claim.NEW, delivery.number",
+        "claim, token = Claim.NEW, delivery.message.number",
         "the user is asked without a claim",
     ),
     Mutant(
