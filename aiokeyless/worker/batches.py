@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+#: Most calls in one batch, since others wait for it.
+LARGEST: Final = 500
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -21,12 +24,10 @@ class Batches(Generic[Call, Result]):
     Args:
         execute: Executes calls, and returns their results in the same order. If it raises, all callers of the batch get
             the error.
-        most: Most calls in one batch.
     """
 
-    def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result]]], most: int) -> None:
+    def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result]]]) -> None:
         self._execute = execute
-        self._most = most
         self._pending: list[tuple[Call, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
 
@@ -60,7 +61,7 @@ class Batches(Generic[Call, Result]):
 
     async def _run(self) -> None:
         while self._pending:
-            batch, self._pending = self._pending[: self._most], self._pending[self._most :]
+            batch, self._pending = self._pending[:LARGEST], self._pending[LARGEST:]
             await self._settle(batch)
 
     async def _settle(self, batch: list[tuple[Call, asyncio.Future[Result]]]) -> None:

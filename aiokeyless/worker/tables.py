@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 LARGEST_REQUEST: Final = 1 << 20
 #: Longest wait for a request, in seconds. Its row is kept for as long.
 LONGEST_WAIT: Final = 400 * 24 * 3600.0
-#: Most calls in one transaction, since others wait for it.
-LARGEST_BATCH: Final = 500
 
 
 class Row(NamedTuple):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aiokeyless.worker import batches as module
 from aiokeyless.worker.batches import Batches
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Executed:
 @pytest.mark.looptime
 async def test_calls_of_one_turn_are_one_batch_and_each_gets_its_own_result() -> None:
     executed = Executed()
-    batches = Batches(executed, most=100)
+    batches = Batches(executed)
     assert await asyncio.gather(*(batches.call(number) for number in range(5))) == [0, 2, 4, 6, 8]
     assert executed.batches == [[0, 1, 2, 3, 4]]
 
@@ -38,7 +39,7 @@ async def test_calls_of_one_turn_are_one_batch_and_each_gets_its_own_result() ->
 @pytest.mark.looptime
 async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
     executed = Executed()
-    batches = Batches(executed, most=100)
+    batches = Batches(executed)
     first = asyncio.create_task(batches.call(1))
     await asyncio.sleep(0.5)
     later = [asyncio.create_task(batches.call(number)) for number in (2, 3)]
@@ -47,9 +48,10 @@ async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
 
 
 @pytest.mark.looptime
-async def test_a_batch_has_a_largest_size() -> None:
+async def test_a_batch_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 2)
     executed = Executed()
-    batches = Batches(executed, most=2)
+    batches = Batches(executed)
     await asyncio.gather(*(batches.call(number) for number in range(5)))
     assert executed.batches == [[0, 1], [2, 3], [4]]
 
@@ -57,7 +59,7 @@ async def test_a_batch_has_a_largest_size() -> None:
 @pytest.mark.looptime
 async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> None:
     executed = Executed(OSError("the disk is away"))
-    batches = Batches(executed, most=100)
+    batches = Batches(executed)
     calls = [asyncio.create_task(batches.call(number)) for number in (0, 1, 2)]
     await asyncio.sleep(0.5)
     calls[0].cancel()
@@ -70,7 +72,7 @@ async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> N
 @pytest.mark.looptime
 async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others() -> None:
     executed = Executed()
-    batches = Batches(executed, most=100)
+    batches = Batches(executed)
     calls = [asyncio.create_task(batches.call(number)) for number in (1, 2)]
     await asyncio.sleep(0.5)
     calls[0].cancel()
@@ -79,8 +81,9 @@ async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others() -> Non
 
 
 @pytest.mark.looptime
-async def test_closing_waits_until_all_calls_have_their_results() -> None:
-    batches = Batches(Executed(), most=1)
+async def test_closing_waits_until_all_calls_have_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 1)
+    batches = Batches(Executed())
     calls = [asyncio.create_task(batches.call(number)) for number in (1, 2)]
     await asyncio.sleep(0)
     await batches.aclose()
@@ -97,7 +100,7 @@ def cancel_all(*first: asyncio.Task[int]) -> None:
 @pytest.mark.looptime
 @pytest.mark.parametrize("turns", [1, 2], ids=["before the batch begins", "during the batch"])
 async def test_a_call_of_a_clean_up_gets_its_result_if_all_tasks_are_cancelled(turns: int) -> None:
-    batches = Batches(Executed(), most=100)
+    batches = Batches(Executed())
 
     async def clean_up() -> int:
         with suppress(asyncio.CancelledError):
@@ -116,7 +119,7 @@ async def test_a_call_of_a_clean_up_gets_its_result_if_all_tasks_are_cancelled(t
 
 @pytest.mark.looptime
 async def test_a_call_whose_batch_is_cancelled_is_cancelled_too() -> None:
-    batches = Batches(Executed(), most=100)
+    batches = Batches(Executed())
     calling = asyncio.create_task(batches.call(1))
     await asyncio.sleep(0.5)
     (running,) = asyncio.all_tasks() - {asyncio.current_task(), calling}

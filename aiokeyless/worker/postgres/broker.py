@@ -27,7 +27,7 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import LARGEST_BATCH, Row, TableBroker, TableMessage, row_of, time_of
+from aiokeyless.worker.tables import Row, TableBroker, TableMessage, row_of, time_of
 
 from .adapters.asyncpg import ERRORS, Adapter
 from .failures import broker_errors
@@ -101,13 +101,10 @@ class PostgresBroker(TableBroker):
         self._take_from = 0.0  # of the loop's clock
         self._floor = Floor()  # of takes
         self._floors: defaultdict[tuple[str, str], Floor] = defaultdict(Floor)  # of readers
-        self._put_offs = self._batches(self._put_off)
-        self._decisions = self._batches(self._decide)
-        self._claims = self._batches(self._claim)
-        self._held = self._batches(self._fetch_asked)
-
-    def _batches(self, execute: Callable[[list[Any]], Awaitable[list[Any]]]) -> Batches[Any, Any]:
-        return Batches(execute, LARGEST_BATCH)
+        self._put_offs = Batches(self._put_off)
+        self._decisions = Batches(self._decide)
+        self._claims = Batches(self._claim)
+        self._held = Batches(self._fetch_asked)
 
     def __repr__(self) -> str:
         return f"<PostgresBroker, schema {self._schema!r}>"
@@ -245,8 +242,7 @@ class PostgresBroker(TableBroker):
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         body = msgspec.json.encode(event).decode()
-        is_stored: bool = await self._decisions.call((*row_of(message), event.outcome.value, body))
-        return is_stored
+        return await self._decisions.call((*row_of(message), event.outcome.value, body))
 
     async def _decide(self, calls: list[tuple[Any, ...]]) -> list[bool]:
         decided = await self._fetch_rows("SELECT id, name FROM {}.decide($1, $2, $3, $4)", calls)
@@ -262,8 +258,7 @@ class PostgresBroker(TableBroker):
         return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 
     async def has_claim(self, message: Message) -> bool:
-        is_held: bool = await self._held.call(row_of(message))
-        return is_held
+        return await self._held.call(row_of(message))
 
     async def _fetch_asked(self, rows: list[Row]) -> list[bool]:
         asked = await self._fetch_rows("SELECT id, name FROM {}.were_asked($1, $2)", rows)

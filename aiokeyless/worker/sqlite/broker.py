@@ -20,7 +20,7 @@ from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, row_of
+from aiokeyless.worker.tables import TableBroker, row_of
 
 from .schema import MEMORY
 from .store import Call, PutOff, Store, Unread
@@ -69,7 +69,7 @@ class SqliteBroker(TableBroker):
         self._store: Store
         self._clock: Callable[[], datetime]
         self._thread: ThreadPoolExecutor | None = None  # none for a broker in memory
-        self._batches: Batches[Call | PutOff, Any] = Batches(self._execute, LARGEST_BATCH)
+        self._batches: Batches[Call | PutOff, Any] = Batches(self._execute)
         self._due = _Changes()  # of requests
         self._decided = _Changes()  # of outcomes
         self._take_from = 0.0
