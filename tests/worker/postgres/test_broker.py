@@ -425,12 +425,11 @@ async def test_a_transaction_that_met_another_one_is_repeated(
     await admin.execute(
         """
         CREATE SEQUENCE attempts;
-        CREATE OR REPLACE FUNCTION keyless.restore() RETURNS bigint LANGUAGE plpgsql AS $$
+        CREATE OR REPLACE FUNCTION keyless.restore() RETURNS void LANGUAGE plpgsql AS $$
         BEGIN
             IF nextval('public.attempts') < 4 THEN
                 RAISE 'deadlock detected' USING ERRCODE = 'deadlock_detected';
             END IF;
-            RETURN 0;
         END $$
         """
     )

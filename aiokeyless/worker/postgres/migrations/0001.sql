@@ -544,11 +544,9 @@ $function$;
 
 -- After a crash, a failover or a restored backup, the table of waiting requests is empty. The numbers of deliveries go
 -- on after the last one that may have asked the user.
-CREATE FUNCTION {schema}.restore() RETURNS bigint
+CREATE FUNCTION {schema}.restore() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET jit = off AS $function$
-DECLARE
-    restored bigint;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered)
@@ -556,8 +554,6 @@ BEGIN
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
     FOR SHARE OF r SKIP LOCKED -- requests that are being decided
     ON CONFLICT DO NOTHING;
-    GET DIAGNOSTICS restored = ROW_COUNT;
-    RETURN restored;
 END
 $function$;
 
