@@ -32,6 +32,7 @@ from aiokeyless.worker.nats import broker as nats_broker
 from aiokeyless.worker.nats.event_keys import MESSAGE_ID
 from aiokeyless.worker.nats.fleet import KEYLESS
 
+from ..conformance.brokers import new_request  # noqa: TID252
 from ..reading import a_message, outcomes  # noqa: TID252
 
 if TYPE_CHECKING:
@@ -246,6 +247,16 @@ async def test_a_different_request_under_a_used_id_is_never_swallowed(
     assert second == first
     assert not second.duplicate
     assert await stored(stream) == 2
+
+
+async def test_who_knows_a_whole_request_beforehand_can_make_it_count_as_submitted(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    ours: dict[str, Any] = {"operation_id": "order-7", "operation_payload": "Pay 40"}
+    name = new_request(**ours).digest
+    await stream.publish(KEYLESS.request_subject, b"no request", headers={MESSAGE_ID: name})
+    assert (await submit_approval(connection, "C0FFEE", **ours)).duplicate  # a limit: nobody will be asked
+    assert not (await submit_approval(connection, "C0FFEE", context="what nobody can guess", **ours)).duplicate
 
 
 async def test_when_it_was_asked_can_be_told_and_makes_it_no_other_request(
