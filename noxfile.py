@@ -35,8 +35,10 @@ CI: Final = ["ci"]
 NIGHTLY: Final = ["nightly"]
 PORTABLE: Final = ["portable"]
 
+#: What needs the extra "examples", whose frameworks take longer to import than all other tests.
+WITH_EXAMPLES: Final = "browser or examples"
 #: The second tier. Its programs have processes and loops of their own, so it runs on one loop only.
-SECOND_TIER: Final = "browser or cluster or slow or examples"
+SECOND_TIER: Final = f"cluster or slow or {WITH_EXAMPLES}"
 FIRST_TIER: Final = f"not (benchmarks or {SECOND_TIER})"
 
 #: The ways in which the suite runs: arguments for pytest, and the environment.
@@ -94,6 +96,11 @@ def pytest(session: nox.Session, *arguments: str, env: dict[str, str], run_by: t
     session.run(*command, env=environment(session) | left | env)
 
 
+def files_with(mark: str) -> list[str]:
+    """Return the files that have tests with a mark. Each process of pytest-xdist imports all files that it is given."""
+    return sorted(str(path) for path in Path("tests").rglob("test_*.py") if f"mark.{mark}" in path.read_text("utf-8"))
+
+
 #: With these extras nothing that the tests need is missing, so a test that is skipped fails the run: tests/conftest.py.
 WITH_TEST: Final = {"TESTS_RUN_WITH": "test"}
 WITH_DEV: Final = {"TESTS_RUN_WITH": "dev"}
@@ -129,14 +136,15 @@ def public_types(session: nox.Session) -> None:
 
 @nox.session(tags=CI)
 def coverage(session: nox.Session) -> None:
-    """Run `pytest` as in the README, then the second tier; together they must cover every branch."""
+    """Run all tests, those that need the extra "examples" apart; together they must cover every branch."""
     data = {"COVERAGE_FILE": str(scratch(session, "coverage") / "data")}
     # Not by pytest --cov: our own pytest plugin loads the package before that starts to measure.
     measured = ("coverage", "run")
     install(session, "-e", ".[test]")
-    pytest(session, env=data | WITH_TEST, run_by=measured)
+    pytest(session, "-m", f"not (benchmarks or {WITH_EXAMPLES})", env=data | WITH_TEST, run_by=measured)
     install(session, "-e", ".[dev]")
-    pytest(session, "-m", SECOND_TIER, env=data | WITH_DEV, run_by=measured)
+    files = ("tests/examples", *files_with("browser"))
+    pytest(session, "-m", WITH_EXAMPLES, *files, env=data | WITH_DEV, run_by=measured)
     session.run("coverage", "combine", "-q", env=data)
     session.run("coverage", "report", env=data)
 
@@ -205,7 +213,8 @@ def wheel(session: nox.Session, part: str) -> None:
             return
         for leg in ("eager" if Version(str(session.python)) >= Version("3.12") else "plain", "uvloop", "real_clock"):
             *arguments, selection = LEGS[leg][0]
-            pytest(session, *arguments, f"platform and {selection}", env=LEGS[leg][1] | WITH_TEST)
+            arguments += [f"platform and {selection}", *files_with("platform")]
+            pytest(session, *arguments, env=LEGS[leg][1] | WITH_TEST)
 
 
 #: Tests of the library itself, and what they need that is not in an extra for users.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -69,11 +70,11 @@ MAY_BE_MISSING = ("eager tasks need Python 3.12", "this machine has no IPv6 loop
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import no framework in the first tier, unless a test of the examples is named on the command line."""
+    """Import no framework for tests that are left out, unless a test of the examples is named on the command line."""
     if collection_path.parent != EXAMPLES or not collection_path.name.startswith("test_"):
         return None
-    is_first_tier = f"-m={config.getoption('markexpr')}" in config.getini("addopts")
-    if is_first_tier and not any("examples" in argument for argument in config.args):
+    is_left_out = re.search(r"\bnot \([^)]*\bexamples\b", config.getoption("markexpr"))
+    if is_left_out and not any("examples" in argument for argument in config.args):
         return True
     pytest.importorskip("temporalio", reason=NEEDS_EXAMPLES)
     return None
