@@ -229,6 +229,11 @@ class _Process:
     def background(self) -> _Background:
         """Return the loop; the caller has the lock."""
         if self._background is None:
+            if threading.get_ident.__module__ != "_thread":  # its threads would be tasks of the caller's own thread
+                raise ConfigurationError(
+                    "gevent or eventlet has replaced threads, which this client needs: "
+                    "run real ones, such as gunicorn's worker class gthread or Celery's pool threads"
+                )
             self._background = _Background()
         if self._background.ended:
             raise ClientClosedError("the process is ending: its clients are closed")

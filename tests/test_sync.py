@@ -455,6 +455,19 @@ async def test_an_iterator_is_refused_in_a_thread_that_runs_an_event_loop(keyles
         next(updates)
 
 
+async def test_threads_that_gevent_has_replaced_are_refused_before_anything_is_sent(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = KeylessClient(sandbox.api_key, base_url=sandbox.url)
+    monkeypatch.setattr(sync, "_process", sync._Process())  # a process that has not started its loop
+    get_ident = threading.get_ident
+    monkeypatch.setattr(threading, "get_ident", lambda: get_ident())  # noqa: PLW0108  # as gevent replaces it
+    with pytest.raises(ConfigurationError, match="gevent or eventlet"):
+        await asyncio.to_thread(client.get_operation, "op-1")
+    assert not sandbox.requests
+    client.close()
+
+
 # -- closing
 
 
