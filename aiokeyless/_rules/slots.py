@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from .circuit import CircuitState
 from .final import RESOLUTION
@@ -34,12 +34,6 @@ def most_in_flight(slots: int, now: float, *, answered_at: float) -> int:
     return (_MOST_BESIDE_GOOD if now - answered_at <= SLOW else _MOST) * slots
 
 
-class _Slot(NamedTuple):
-    since: float
-    operation: Hashable
-    is_retry: bool
-
-
 class Slots(Generic[T]):
     """The polls of a client, or the deliveries of a worker, that hold a slot: each for its first second.
 
@@ -50,10 +44,14 @@ class Slots(Generic[T]):
 
     def __init__(self, circuit: Circuit) -> None:
         self._circuit = circuit
-        self._held: dict[T, _Slot] = {}  # the oldest first
+        self._held: dict[T, tuple[float, Hashable, bool]] = {}  # since when, see `take`; the oldest first
         self._failed: set[T] = set()
         self.of_retries: int = 0
         """Slots that are held by operations whose last poll failed, as of the last call of `held`."""
+
+    def __len__(self) -> int:
+        """Return how many slots are held, as of the last call of `held`."""
+        return len(self._held)
 
     def take(self, holder: T, now: float, *, is_retry: bool, operation: Hashable = None) -> None:
         """Give a slot to what starts now.
@@ -64,7 +62,7 @@ class Slots(Generic[T]):
             is_retry: Whether the operation's last poll failed.
             operation: What fails if it is slow. Default: the holder.
         """
-        self._held[holder] = _Slot(now, holder if operation is None else operation, is_retry)
+        self._held[holder] = now, holder if operation is None else operation, is_retry
         self.of_retries += is_retry
 
     def release(self, holder: T) -> None:
@@ -79,19 +77,19 @@ class Slots(Generic[T]):
         """
         circuit = self._circuit
         while self._held:
-            holder, slot = next(iter(self._held.items()))
-            is_from_before = not circuit.takes_room(slot.since)
-            if slot.since + SLOW > now + RESOLUTION and not is_from_before:
+            holder, (since, operation, _) = next(iter(self._held.items()))
+            is_from_before = not (circuit.is_calm or circuit.takes_room(since))
+            if since + SLOW > now + RESOLUTION and not is_from_before:
                 break
             self._free(holder)
             if circuit.state is CircuitState.OPEN and not is_from_before and not self.has_failed(holder):
                 self.count_as_failed(holder)
-                circuit.record_failure(slot.since, slot.operation, started_at=slot.since, is_probe=True)
+                circuit.record_failure(since, operation, started_at=since, is_probe=True)
         return len(self._held)
 
     def slow_at(self) -> float:
         """Return when the oldest holder gives its slot back at the latest; infinity if there is none."""
-        return next(iter(self._held.values())).since + SLOW if self._held else math.inf
+        return next(iter(self._held.values()))[0] + SLOW if self._held else math.inf
 
     def has_failed(self, holder: T) -> bool:
         """Return whether it counted as a failure already."""
@@ -108,4 +106,4 @@ class Slots(Generic[T]):
 
     def _free(self, holder: T) -> None:
         if (slot := self._held.pop(holder, None)) is not None:
-            self.of_retries -= slot.is_retry
+            self.of_retries -= slot[2]

@@ -123,9 +123,7 @@ class Dispatcher:
         if isinstance(found, float):
             self.soonest = found
         else:  # perhaps it is not the only one that may start
-            self.soonest = (
-                now if self._final_polls or self.slots.held(now) < self._all_slots() else self.slots.slow_at()
-            )
+            self.soonest = now if self._final_polls or len(self.slots) < self._all_slots() else self.slots.slow_at()
         return found
 
     def _all_slots(self) -> int:
