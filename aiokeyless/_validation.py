@@ -9,6 +9,7 @@ import inspect
 import ipaddress
 import math
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,9 @@ from .models import AuthType, Region, Secret
 if TYPE_CHECKING:
     from .events import Listener
 
+#: The smallest positive and the largest float, as bounds of "above 0" and "finite".
+ABOVE_ZERO: Final = math.ulp(0.0)
+FINITE: Final = sys.float_info.max
 #: Characters: more than the ids in use have, and within the URL limits of gateways.
 MAX_IDENTIFIER: Final = 512
 
@@ -179,34 +183,38 @@ def is_traceparent(value: object) -> bool:
     return isinstance(value, str) and _TRACEPARENT.fullmatch(value) is not None
 
 
-def seconds(value: object, name: str, *, zero: bool = False) -> float:
-    """Return an argument that is a number of seconds, perhaps infinite.
+def check_number(value: object, name: str, right: str, *, least: float = ABOVE_ZERO, most: float = FINITE) -> float:
+    """Return an argument that is a number from `least` to `most`.
 
     Args:
         value: The argument.
         name: The argument's name, for the message.
-        zero: Whether 0 is valid.
+        right: What it must be, likewise.
+        least: The smallest valid number. Default: any above 0.
+        most: The largest valid number. Default: any but infinity.
 
     Raises:
-        ConfigurationError: It is not a number, is NaN, is negative, or is 0 without `zero`.
+        ConfigurationError: It is not a number, or not in this range.
     """
     try:
-        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        raise _wrong(name, "must be a number of seconds, not an integer too large for a float") from None
-    if math.isnan(number):
-        raise _wrong(name, f"must be a number of seconds, not {value!r}")
-    if number < 0 or (number == 0 and not zero):
-        raise _wrong(name, f"must be {'at least 0' if zero else 'more than 0'} seconds, not {value!r}")
-    return number
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+            return float(value)
+        shown = f"{value!r:.80}"
+    except (OverflowError, ValueError):  # of an integer with hundreds or thousands of digits
+        shown = "an integer too large for a float"
+    raise _wrong(name, f"must be {right}, not {shown}")
+
+
+def seconds(value: object, name: str, *, zero: bool = False) -> float:
+    """Return an argument that is a number of seconds above 0, or at least 0 if `zero`; perhaps infinite."""
+    right = f"a number of seconds{', at least 0' if zero else ' above 0'}"
+    return check_number(value, name, right, least=0.0 if zero else ABOVE_ZERO, most=math.inf)
 
 
 def finite_seconds(value: object, name: str, *, zero: bool = False) -> float:
-    """Return an argument that is a finite number of seconds; see `seconds`."""
-    number = seconds(value, name, zero=zero)
-    if math.isinf(number):
-        raise _wrong(name, f"must be a finite number of seconds, not {value!r}")
-    return number
+    """Return an argument that is a finite number of seconds above 0, or at least 0 if `zero`."""
+    right = f"a finite number of seconds{', at least 0' if zero else ' above 0'}"
+    return check_number(value, name, right, least=0.0 if zero else ABOVE_ZERO)
 
 
 def read_api_key(api_key: object) -> Secret | ConfigurationError:
@@ -328,20 +336,8 @@ def whole_number(value: object, name: str, least: int = 1, most: float = math.in
 
 
 def check_rate(rate: object, name: str) -> float | None:
-    """Return a number of polls a second, or None for no limit.
-
-    Raises:
-        ConfigurationError: It is neither None nor a positive, finite number.
-    """
-    if rate is None:
-        return None
-    try:
-        number = float(rate) if isinstance(rate, int | float) and not isinstance(rate, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not 0 < number < math.inf:
-        raise _wrong(name, f"must be a finite number of polls above 0, or None for no limit, not {rate!r:.80}")
-    return number
+    """Return a number of polls a second, or None for no limit."""
+    return None if rate is None else check_number(rate, name, "a finite number of polls above 0, or None for no limit")
 
 
 def check_flag(value: object, name: str) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -31,6 +30,7 @@ import msgspec
 from tenacity import RetryCallState, Retrying
 from tenacity.wait import wait_base
 
+from ._validation import check_number
 from .errors import ConfigurationError
 
 __all__ = ["next_delay", "wait_adaptive"]
@@ -71,10 +71,6 @@ _KERNEL: Final = ((-2, 1 / 16), (-1, 4 / 16), (0, 6 / 16), (1, 4 / 16), (2, 1 / 
 _INSTANT: Final = 0.001
 #: Density (waits per second) that is added everywhere, so that an interval without density is filled evenly.
 _NO_OPINION: Final = 1e-6
-
-#: The smallest positive and the largest float, as bounds of "above zero" and "finite".
-_ABOVE_ZERO: Final = math.ulp(0.0)
-_FINITE: Final = sys.float_info.max
 
 #: Bisection steps of `previous_poll`: hours, halved 24 times, give a thousandth of a second.
 _HALVINGS: Final = 24
@@ -139,14 +135,12 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         max_interval: float = 20.0,
         jitter: float = 0.1,
     ) -> None:
-        self._poll_cost = _check_number("poll_cost", poll_cost, _ABOVE_ZERO, _FINITE, "a number of seconds above 0")
-        self._min_interval = _check_number(
-            "min_interval", min_interval, _ABOVE_ZERO, _FINITE, "a number of seconds above 0"
+        self._poll_cost = check_number(poll_cost, "poll_cost", "a finite number of seconds above 0")
+        self._min_interval = check_number(min_interval, "min_interval", "a finite number of seconds above 0")
+        self._max_interval = check_number(
+            max_interval, "max_interval", "a finite number of seconds, at least min_interval", least=self._min_interval
         )
-        self._max_interval = _check_number(
-            "max_interval", max_interval, self._min_interval, _FINITE, "a number of seconds, at least min_interval"
-        )
-        self._jitter = _check_number("jitter", jitter, 0.0, 1.0, "a fraction from 0 to 1")
+        self._jitter = check_number(jitter, "jitter", "a fraction from 0 to 1", least=0.0, most=1.0)
         self._observed = _Histogram([0.0] * _BINS, [0.0] * (_BINS + 1))
         # The curve of `_observed`; None: to be computed.
         self._curve: _Curve | None = None
@@ -216,9 +210,9 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         Raises:
             ConfigurationError: A time is not a number, negative or not finite, or ``until`` is before ``after``.
         """
-        after = _check_number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
+        after = check_number(after, "after", "a finite number of seconds, at least 0", least=0.0)
         if until is not None:
-            until = _check_number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
+            until = check_number(until, "until", "a finite number of seconds, at least after, or None", least=after)
         # Beyond the last bin, an approval shows only that it came later.
         if until is not None and after < _END:
             self._observed.age()
@@ -520,9 +514,3 @@ def _decode_state(text: str | bytes) -> _State:
         "wait_adaptive(), or use the release of aiokeyless that wrote it",
         argument="text",
     )
-
-
-def _check_number(name: str, value: object, least: float, most: float, right: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ConfigurationError(f"{name} must be {right}, and finite, not {value!r:.80}", argument=name)
-    return float(value)

@@ -412,7 +412,7 @@ def test_an_option_out_of_its_range_is_refused(options: dict[str, float]) -> Non
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, -1e-9])
 def test_a_wrong_last_pending_poll_is_refused_and_changes_nothing(value: Any) -> None:
     schedule = wait_adaptive()
-    with pytest.raises(ConfigurationError, match=r"after must be a number of seconds, at least 0, and finite, not "):
+    with pytest.raises(ConfigurationError, match="after must be a finite number of seconds, at least 0, not "):
         schedule.observe(value, 5.0)
     assert schedule.to_json() == wait_adaptive().to_json()
 
@@ -421,7 +421,7 @@ def test_a_wrong_last_pending_poll_is_refused_and_changes_nothing(value: Any) ->
 def test_a_wrong_approving_poll_is_refused_and_changes_nothing(value: Any) -> None:
     schedule = wait_adaptive()
     with pytest.raises(
-        ConfigurationError, match=r"until must be a number of seconds, at least after, or None, and finite, not "
+        ConfigurationError, match="until must be a finite number of seconds, at least after, or None, not "
     ):
         schedule.observe(3.0, value)
     assert schedule.to_json() == wait_adaptive().to_json()

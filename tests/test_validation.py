@@ -43,16 +43,16 @@ def test_an_operation_id_may_resemble_a_ticket(operation_id: str) -> None:
     [None, "1", True, False, math.nan, 1j, Decimal(1), timedelta(seconds=1), [1.0], pytest.param(10**5000, id="huge")],
 )
 def test_what_is_no_number_of_seconds_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds, not .+") as caught:
+    with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds, at least 0, not .+") as caught:
         seconds(value, "timeout", zero=True)
     assert str(caught.value).isprintable()
 
 
 def test_seconds_are_more_than_nothing() -> None:
     for value in (0, 0.0, -0.0, -1, -math.inf):
-        with pytest.raises(ConfigurationError, match=r"^timeout must be more than 0 seconds, not "):
+        with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds above 0, not "):
             seconds(value, "timeout")
-    with pytest.raises(ConfigurationError, match=r"^timeout must be at least 0 seconds, not -1$"):
+    with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds, at least 0, not -1$"):
         seconds(-1, "timeout", zero=True)
 
 
