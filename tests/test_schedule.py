@@ -37,7 +37,7 @@ Observation = tuple[float, float | None]  # after, until
 
 NOT_NUMBERS = [None, "1", True, 1j, Decimal(1), timedelta(seconds=1), [1.0]]
 HUGE = 10**400  # beyond any float
-NOT_FINITE = [math.nan, math.inf, -math.inf, pytest.param(HUGE, id="huge")]
+NOT_FINITE = [math.nan, math.inf, -math.inf, pytest.param(HUGE, id="huge"), pytest.param(10**5000, id="digits")]
 
 seconds = st.one_of(
     st.floats(0, 1e9), st.floats(0, 200), st.sampled_from([0.0, 5e-324, 0.5, 1.0, 120.0, 4096.0, 1e308])
