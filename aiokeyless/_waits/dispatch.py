@@ -123,17 +123,14 @@ class Dispatcher:
         if isinstance(found, float):
             self.soonest = found
         else:  # perhaps it is not the only one that may start
-            self.soonest = now if self._final_polls or len(self.slots) < self._all_slots() else self.slots.slow_at()
+            self.soonest = now if self._final_polls or len(self.slots) < self._circuit.limit else self.slots.slow_at()
         return found
-
-    def _all_slots(self) -> int:
-        return self._max_in_flight if self._circuit.is_calm else self._circuit.limit
 
     def _next_ordinary(self, now: float) -> Poll | float:
         """Start the next ordinary poll, or return when one may start."""
         circuit = self._circuit
         ready_at = self._rate.ready_at(now)
-        if self.slots.held(now) >= self._all_slots():  # 2
+        if self.slots.held(now) >= circuit.limit:  # 2
             ready_at = max(ready_at, self.slots.slow_at())
         if self._window.limit < math.inf:
             ready_at = max(ready_at, self._window.opens_at(now, self._ordinary_starts()))

@@ -253,8 +253,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "if self.slots.held(now) >= self._all_slots():  # 2",
-        "if self.slots.held(now) > self._all_slots():  # 2",
+        "if self.slots.held(now) >= circuit.limit:  # 2",
+        "if self.slots.held(now) > circuit.limit:  # 2",
         "one poll too many is in flight",
     ),
     Mutant(
