@@ -19,6 +19,7 @@ import msgspec
 
 from aiokeyless._http.protocol import get_authentications
 from aiokeyless._rules.backoff import requested_pause
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT
 from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -84,13 +85,8 @@ class Explainer:
         self._requests: set[asyncio.Task[None]] = set()
         self._not_before = -math.inf  # after a refusal, or by Retry-After
 
-    def start(self, wait: Wait, until: float) -> Explanation:
-        """Explain a wait; the caller must `Explanation.leave` it.
-
-        Args:
-            wait: The wait.
-            until: When it must have ended, by the loop's clock.
-        """
+    def start(self, wait: Wait) -> Explanation:
+        """Explain a wait; the caller must `Explanation.leave` it."""
         operation_id = wait.polled.operation_id
         subject = self._subjects.get(operation_id)
         if subject is None:
@@ -99,7 +95,7 @@ class Explainer:
         if wait.ticket is not None:
             subject.user_id = wait.ticket.user_id
         subject.pending_since = min(subject.pending_since, wait.origin)
-        return Explanation(self, subject, wait.deadline, until)
+        return Explanation(self, subject, wait.deadline)
 
     def leave(self, subject: _Subject) -> None:
         """Forget a wait. After the last wait for an operation, cancel its request."""
@@ -125,18 +121,14 @@ class Explainer:
         while self._requests:
             await asyncio.wait(self._requests)
 
-    async def ask_at_the_end(self, subject: _Subject, until: float) -> None:
-        """Send a last request, or wait for the one in flight, for at most `AT_THE_END` seconds.
-
-        Args:
-            subject: The operation.
-            until: When the wait must have ended, by the loop's clock.
-        """
+    async def ask_at_the_end(self, subject: _Subject, deadline: float) -> None:
+        """Send a last request, or wait for the one in flight: for a second, but not past the end of the wait."""
         now = self._loop.time()
         if subject.request is None and may_ask(now, asked_at=subject.asked_at):
             self._ask(subject)
-        if subject.request is not None and until > now:
-            await asyncio.wait([subject.request], timeout=min(AT_THE_END, until - now))
+        left = deadline + FINAL_POLL_TIMEOUT - now
+        if subject.request is not None and left > 0:
+            await asyncio.wait([subject.request], timeout=min(AT_THE_END, left))
 
     def _ask(self, subject: _Subject) -> None:
         if subject.user_id is None or subject.request is not None or self._loop.time() < self._not_before:
@@ -171,13 +163,12 @@ class Explainer:
 class Explanation:
     """The known attempts at one wait's operation."""
 
-    __slots__ = ("_deadline", "_explainer", "_subject", "_until")
+    __slots__ = ("_deadline", "_explainer", "_subject")
 
-    def __init__(self, explainer: Explainer, subject: _Subject, deadline: float, until: float) -> None:
+    def __init__(self, explainer: Explainer, subject: _Subject, deadline: float) -> None:
         self._explainer = explainer
         self._subject = subject
         self._deadline = deadline
-        self._until = until
 
     def add_to(self, update: ApprovalUpdate) -> ApprovalUpdate:
         """Return an update with the known attempts. If the operation is pending, ask for more."""
@@ -193,7 +184,7 @@ class Explanation:
             return
         if not isinstance(outcome, ApprovalUnknownError):  # else the service does not answer
             self._learn_user(outcome.last_operation)
-            await self._explainer.ask_at_the_end(self._subject, self._until)
+            await self._explainer.ask_at_the_end(self._subject, self._deadline)
         explain(outcome, self._subject.attempts)
 
     def leave(self) -> None:

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.protocol import operation_path
-from aiokeyless._rules.final import FINAL_POLL_TIMEOUT
 from aiokeyless._rules.outcome import YOUNG
 from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import ClientClosedError, KeylessError, RequestTimeoutError, TransportError
@@ -141,7 +140,7 @@ class Poller:
 
     def explain(self, wait: Wait) -> Explanation:
         """Explain a wait; the caller must `Explanation.leave` it."""
-        return self._explainer.start(wait, until=wait.deadline + FINAL_POLL_TIMEOUT)
+        return self._explainer.start(wait)
 
     def stop(self, wait: Wait) -> None:
         """End a held wait with None, since its lease has expired; harmless after it has ended."""
