@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from aiokeyless._waits.explanation import describe_failures
-from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 
 from .error_messages import format_count
@@ -180,10 +180,10 @@ class Progress:
     """The progress of a wait. Times are seconds by the loop's clock, since this object was created.
 
     Args:
-        budget: Seconds that the wait may last; None: no limit is shown.
+        budget: Seconds that the wait may last; if infinite, no limit is shown.
     """
 
-    def __init__(self, budget: float | None = None) -> None:
+    def __init__(self, budget: float = math.inf) -> None:
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._budget = budget
@@ -198,9 +198,9 @@ class Progress:
         return self._loop.time() - self._started_at
 
     @property
-    def left(self) -> float | None:
-        """Seconds left of the budget; None if there is none."""
-        return None if self._budget is None else max(0.0, self._budget - self.elapsed)
+    def left(self) -> float:
+        """Seconds left of the budget."""
+        return max(0.0, self._budget - self.elapsed)
 
     def add(self, update: ApprovalUpdate) -> None:
         """Record the result of a poll."""
@@ -222,13 +222,19 @@ class Progress:
 
 
 class Display:
-    """Shows the progress of a wait. This base class shows nothing."""
+    """Shows the progress of a wait. This base class shows the facts of the wait only."""
 
     frame: float | None = None
     """Seconds between two calls of `draw`; None: no calls between polls."""
 
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
     def begin(self, facts: Mapping[str, str]) -> None:
         """Show the facts of the wait."""
+        for name, value in facts.items():
+            print_fact(self._console, name, value)
+        self._console.print()
 
     @contextmanager
     def show(self) -> Iterator[None]:
@@ -245,20 +251,7 @@ class Display:
         """Show the result of a poll."""
 
 
-class _Facts(Display):
-    """Prints the facts of a wait."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def begin(self, facts: Mapping[str, str]) -> None:
-        """Print the facts."""
-        for name, value in facts.items():
-            print_fact(self._console, name, value)
-        self._console.print()
-
-
-class PlainLines(_Facts):
+class PlainLines(Display):
     """A line for each poll, for files, pipes and dumb terminals."""
 
     @contextmanager
@@ -341,7 +334,7 @@ async def _count_seconds(line: StatusLine, whom: str) -> None:
             seconds += 1
 
 
-class LiveLine(_Facts):
+class LiveLine(Display):
     """A line that is redrawn during the wait, and disappears at its end."""
 
     frame: float | None = FRAME
@@ -369,7 +362,7 @@ def _compose_line(progress: Progress) -> Text:
     text.append(f"  {format_count(progress.polls, 'poll')}")
     if progress.next_poll_at is not None:
         text.append(f"  next in {max(0.0, progress.next_poll_at - elapsed):.1f} s", style="dim")
-    if progress.left is not None:
+    if progress.left < math.inf:
         text.append(f"  {progress.left:.0f} s left", style="dim")
     return text
 
@@ -385,9 +378,8 @@ async def follow(
     progress: Progress,
     display: Display,
     *,
-    timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,  # noqa: ASYNC109  # the client's own
-    if_missing: IfMissing = "raise",
-    explain: bool = False,
+    timeout: WaitTimeout,  # noqa: ASYNC109  # the client's own
+    if_missing: IfMissing,
 ) -> tuple[Operation, float]:
     """Wait for an approval while the display shows the progress.
 
@@ -405,7 +397,7 @@ async def follow(
 
     async def wait() -> tuple[Operation, float]:
         operation = await client.wait_for_approval(
-            target, timeout=timeout, if_missing=if_missing, on_poll=on_poll, explain=explain
+            target, timeout=timeout, if_missing=if_missing, on_poll=on_poll, explain=True
         )
         return operation, progress.elapsed
 

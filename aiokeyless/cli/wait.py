@@ -37,10 +37,9 @@ from .error_messages import describe, describe_method, format_count, quote, quot
 from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from cyclopts import Token
-    from rich.console import Console
 
     from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
@@ -167,7 +166,7 @@ async def wait(
     budget = timeout or (DEFAULT_LIFETIME if isinstance(target, str) else target.remaining())
     console = new_console()
     async with new_client() as client:
-        progress = Progress(None if math.isinf(budget) else budget)
+        progress = Progress(budget)
         display = _JsonLines(console) if as_json else display_for(console)
         display.begin(_list_facts(target, budget))
         try:
@@ -178,7 +177,6 @@ async def wait(
                 display,
                 timeout=DefaultTimeout.FROM_TARGET if timeout is None else timeout,
                 if_missing=if_missing,
-                explain=True,
             )
         except KeylessError as error:
             if as_json:
@@ -231,8 +229,8 @@ def _list_facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
 class _JsonLines(Display):
     """A line of JSON for each poll and each attempt to authenticate."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def begin(self, facts: Mapping[str, str]) -> None:
+        """Print nothing."""
 
     def attempt(self, progress: Progress, attempt: Authentication) -> None:
         """Print an attempt to authenticate, failed or not."""
