@@ -15,7 +15,7 @@ DEFAULT_LISTENERS: Final[list[Listener]] = []
 
 
 class Listeners:
-    """The listeners of one client, at least one. A client without listeners has None instead, and builds no events.
+    """The listeners of one client. A client without listeners has None instead, and builds no events.
 
     Args:
         listeners: The listeners, in the order in which they are called.

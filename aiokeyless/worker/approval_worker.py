@@ -233,7 +233,7 @@ class ApprovalWorker:
             longest_wait=longest_wait,
             on_fatal=self._fail,
             on_created=self._on_created,
-            listeners=Listeners(self._client.listeners) if self._client.listeners else None,
+            listeners=Listeners(self._client.listeners),
         )
         if self._stopping:
             self._serving.stop()

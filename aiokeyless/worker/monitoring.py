@@ -102,7 +102,7 @@ class Reporter:
         circuit: Circuit,
         deliveries: Sized,
         *,
-        listeners: Listeners | None,
+        listeners: Listeners,
         on_loss: Callable[[BrokerError], None],
     ) -> None:
         self._broker = broker
@@ -189,22 +189,21 @@ class Reporter:
         self._delivered = 0
 
     def _publish_inspection(self, *, has_ended: bool = False) -> None:
-        if self._listeners is not None:
-            statistics = self.statistics()
-            self._listeners.tell(
-                WorkerInspected(
-                    worker=self._worker,
-                    system=self._broker.system,
-                    destination=self._broker.destination,
-                    has_ended=has_ended,
-                    is_ready=statistics.is_ready,
-                    in_flight=statistics.in_flight,
-                    fleet=statistics.fleet,
-                    lateness=statistics.lateness,
-                    duplicates=statistics.duplicates,
-                    unsettled=statistics.unsettled,
-                )
+        statistics = self.statistics()
+        self._listeners.tell(
+            WorkerInspected(
+                worker=self._worker,
+                system=self._broker.system,
+                destination=self._broker.destination,
+                has_ended=has_ended,
+                is_ready=statistics.is_ready,
+                in_flight=statistics.in_flight,
+                fleet=statistics.fleet,
+                lateness=statistics.lateness,
+                duplicates=statistics.duplicates,
+                unsettled=statistics.unsettled,
             )
+        )
 
     def report_end(self) -> None:
         """Report the end to listeners, which may count workers and circuits that are not closed."""
@@ -222,25 +221,23 @@ class Reporter:
         self, operation_id: str, answer: Operation | KeylessError, *, is_final: bool, started_at: float
     ) -> None:
         """Report a poll."""
-        if self._listeners is not None:
-            result = poll_result(answer)
-            self._listeners.tell(
-                PollEnded(
-                    waits=(),
-                    operation_id=operation_id,
-                    result=result,
-                    error=type(answer).__name__ if result is PollResult.FAILED else None,
-                    is_final=is_final,
-                    seconds=self._now() - started_at,
-                    lag=None,
-                )
+        result = poll_result(answer)
+        self._listeners.tell(
+            PollEnded(
+                waits=(),
+                operation_id=operation_id,
+                result=result,
+                error=type(answer).__name__ if result is PollResult.FAILED else None,
+                is_final=is_final,
+                seconds=self._now() - started_at,
+                lag=None,
             )
+        )
 
     def report_creation(self, request: ApprovalRequest) -> None:
         """Report that the operation of a request is there."""
-        if self._listeners is not None:
-            created = OperationCreated(operation_id=request.operation_id, user_id=request.user_id.upper())
-            self._listeners.tell(created)
+        created = OperationCreated(operation_id=request.operation_id, user_id=request.user_id.upper())
+        self._listeners.tell(created)
 
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report the circuit's state after an exchange that was answered or failed transiently, if it has changed."""
@@ -255,8 +252,7 @@ class Reporter:
         self._publish_circuit(change, None if failure is None else type(failure))
 
     def _publish_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
-        if self._listeners is not None:
-            self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
+        self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
 
     # -- deliveries
 
@@ -276,16 +272,15 @@ class Reporter:
             if isinstance(failure, RefusedError):
                 self._refusal, self._refused_until = str(failure), self._now() + _REFUSED_FOR
             failure = BrokerError(str(failure))  # `UnavailableError` is internal
-        if self._listeners is not None:
-            self._listeners.tell(
-                DeliveryEnded(
-                    system=self._broker.system,
-                    destination=self._broker.destination,
-                    number=number,
-                    error=None if failure is None else type(failure).__name__,
-                    seconds=self._now() - started_at,
-                )
+        self._listeners.tell(
+            DeliveryEnded(
+                system=self._broker.system,
+                destination=self._broker.destination,
+                number=number,
+                error=None if failure is None else type(failure).__name__,
+                seconds=self._now() - started_at,
             )
+        )
 
     def report_outcome(self, event: ApprovalEvent, *, is_new: bool) -> None:
         """Report an outcome, which is new unless the broker had one already."""
@@ -295,19 +290,18 @@ class Reporter:
             return
         self.count(event.outcome)
         _log_outcome(event)
-        if self._listeners is not None:
-            self._listeners.tell(
-                OutcomePublished(
-                    system=self._broker.system,
-                    destination=self._broker.destination,
-                    operation_id=event.operation_id,
-                    outcome=_outcome(event),
-                    reason=event.reason,
-                    deliveries=event.deliveries,
-                    age=(event.decided_at - event.requested_at).total_seconds(),
-                    traceparent=event.traceparent,
-                )
+        self._listeners.tell(
+            OutcomePublished(
+                system=self._broker.system,
+                destination=self._broker.destination,
+                operation_id=event.operation_id,
+                outcome=_outcome(event),
+                reason=event.reason,
+                deliveries=event.deliveries,
+                age=(event.decided_at - event.requested_at).total_seconds(),
+                traceparent=event.traceparent,
             )
+        )
 
 
 def _log_outcome(event: ApprovalEvent) -> None:

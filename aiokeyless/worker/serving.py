@@ -95,7 +95,7 @@ class Serving:
         longest_wait: float,
         on_fatal: Callable[[KeylessError], None],
         on_created: Callable[[ApprovalRequest], object] | None,
-        listeners: Listeners | None,
+        listeners: Listeners,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._broker = broker

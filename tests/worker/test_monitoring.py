@@ -281,6 +281,8 @@ NOW = datetime(2026, 11, 27, tzinfo=UTC)
 class FakeBroker:
     """The broker, as it is inspected."""
 
+    system = destination = "fake"
+
     def __init__(self) -> None:
         self.losses: list[BrokerError] = []
         self.told: Inspection | UnavailableError | BrokerError = Inspection()
@@ -309,7 +311,7 @@ def circuit() -> Circuit:
 @asynccontextmanager
 async def reporting(broker: FakeBroker, circuit: Circuit) -> AsyncGenerator[Reporter]:
     """Run a reporter; the body starts between two inspections."""
-    reporter = Reporter(cast("Broker", broker), circuit, (), listeners=None, on_loss=broker.losses.append)
+    reporter = Reporter(cast("Broker", broker), circuit, (), listeners=Listeners(()), on_loss=broker.losses.append)
     watching = asyncio.create_task(reporter.watch())
     await asyncio.sleep(1)
     yield reporter
