@@ -372,40 +372,30 @@ class Transport:
         connection at its next use. If a new connection is lost, the service has failed. Repetitions have new ones.
         """
         response: aiohttp.ClientResponse | None = None
+        options = {"timeout": timeouts, "data": body, **self._options}
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key:
             try:
                 response = await self._session.request(
-                    endpoint.method,
-                    url,
-                    timeout=timeouts,
-                    data=body,
-                    headers=self._add_headers(None if self._sends_key else key, body),
-                    **self._options,
+                    endpoint.method, url, headers=self._add_headers(None if self._sends_key else key, body), **options
                 )
             except _ConnectionLostError as error:
                 if endpoint.method != "GET" or error.had_begun:
                     raise
         if response is None:
             response = await self._session_of_new_connections.request(
-                endpoint.method,
-                url,
-                timeout=timeouts,
-                data=body,
-                headers=self._add_headers(key if endpoint.sends_key else None, body),
-                **self._options,
+                endpoint.method, url, headers=self._add_headers(key if endpoint.sends_key else None, body), **options
             )
-        headers = response.headers
         try:
             content = await _read(response, endpoint.max_body)
         # After a cancellation, too, the rest of the answer must not reach the next request.
         except BaseException:
             response.close()
             raise
-        if _CONTENT_ENCODING in headers:
-            encoding = key.redaction.redact(", ".join(headers.getall(_CONTENT_ENCODING)))
+        if _CONTENT_ENCODING in response.headers:
+            encoding = key.redaction.redact(", ".join(response.headers.getall(_CONTENT_ENCODING)))
             content = decode_content(content, encoding or "", endpoint.max_body)
-        return protocol.Answer(response.status, headers, content)
+        return protocol.Answer(response.status, response.headers, content)
 
     def _add_headers(self, key: ApiKey | None, body: bytes | None) -> dict[str, str] | None:
         """Return the headers that the session does not send already, for most requests none."""
