@@ -514,10 +514,14 @@ class _Response(aiohttp.ClientResponse):
     """An answer on one of our own sessions.
 
     By itself, aiohttp repeats a GET or a DELETE if the connection is lost, on the next one of its pool, which may be as
-    dead. The 404 of a second DELETE would look like an answer to the first.
+    dead. The 404 of a second DELETE would look like an answer to the first. It also takes what arrived on a connection
+    while that was idle for the answer to the next request, whose own answer then goes to the one after it.
     """
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        # The loop has not read since this request was written.
+        if getattr(connection.protocol, "should_close", False):
+            raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
         try:
             return await super().start(connection)
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:

@@ -201,3 +201,42 @@ async def test_waits_whose_connections_serve_one_request_are_in_time(events: lis
         late = await after_failover(sandbox, client, 20, schedule=wait_fixed(1))
         assert statistics.mean(late) < 0.7
         assert client.statistics.transient_failures == 0
+
+
+# -- answers that nobody asked for
+
+
+async def answer_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer the first request, and once more a moment later; then the others about the operation that they name."""
+    writer.write(kept_open("a"))
+    await asyncio.sleep(1)
+    writer.write(kept_open("a"))
+    while head := await reader.readuntil(b"\r\n\r\n"):
+        writer.write(kept_open(head.split()[1].rpartition(b"/")[2].decode()))
+
+
+def kept_open(name: str) -> bytes:
+    body = operation(operationId=name)
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def test_an_answer_that_came_before_a_request_is_no_answer_to_it() -> None:
+    async with (
+        RawServer(answer_twice, answer(operation(operationId="b"))) as server,
+        KeylessClient("key", base_url=server.url, max_attempts=1) as client,
+    ):
+        await client.get_operation("a")
+        await asyncio.sleep(2)
+        assert (await client.get_operation("b")).operation_id == "b"
+
+
+async def test_a_request_that_is_not_repeated_fails_if_an_answer_came_before_it() -> None:
+    async with (
+        RawServer(answer_twice) as server,
+        KeylessClient("key", base_url=server.url, max_attempts=1) as client,
+    ):
+        await client.get_operation("a")
+        await asyncio.sleep(2)
+        with pytest.raises(TransportError) as caught:
+            await client.delete_user(USER)
+        assert caught.value.sent
