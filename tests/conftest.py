@@ -114,12 +114,8 @@ async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
     """A real broker of the test's own."""
-    server = NatsServer(tmp_path)
-    await server.start()
-    try:
+    async with NatsServer(tmp_path) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture

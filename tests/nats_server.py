@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from ports import hold_port
 from waiting import PATIENCE
@@ -57,10 +57,22 @@ async def change_consumer(connection: Client, **settings: object) -> None:
 class NatsServer(broker.NatsServer):
     """One server, which has its port for itself from the first start to the last, and what may befall it."""
 
-    def __init__(self, folder: Path, *options: str, jetstream: bool = True) -> None:
+    def __init__(self, folder: Path, *options: str, configuration: str = "", jetstream: bool = True) -> None:
+        if configuration:
+            folder.mkdir(exist_ok=True)
+            file = folder / "nats.conf"
+            file.write_text(configuration)
+            options = ("-c", str(file), *options)
         super().__init__(folder, *options, jetstream=jetstream)
         self._port, held = hold_port()
         weakref.finalize(self, os.close, held)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self.stop()
 
     def kill(self) -> None:
         """End it at once, as a power cut does."""

@@ -45,12 +45,8 @@ CONFIGURATION = f'authorization {{ users = [ {{ user: {USER}, password: "{PASSWO
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
     """A broker that asks for a password."""
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(CONFIGURATION)
-    server = NatsServer(tmp_path, "-c", str(configuration))
-    await server.start()
-    yield server
-    server.stop()
+    async with NatsServer(tmp_path, configuration=CONFIGURATION) as server:
+        yield server
 
 
 @pytest.fixture

@@ -24,11 +24,8 @@ USERS = """authorization { users = [
 
 
 async def test_a_worker_that_a_program_starts_has_the_settings_of_the_program(tmp_path: Path) -> None:
-    (tmp_path / "nats.conf").write_text(USERS)
-    server = NatsServer(tmp_path, "-c", str(tmp_path / "nats.conf"))
-    await server.start()
-    variables = {"KEYLESS_BROKER": server.url.replace("//", "//worker:pass@"), "KEYLESS_EVENT_KEY": KEY}
-    try:
+    async with NatsServer(tmp_path, configuration=USERS) as server:
+        variables = {"KEYLESS_BROKER": server.url.replace("//", "//worker:pass@"), "KEYLESS_EVENT_KEY": KEY}
         async with (
             asyncio.timeout(PATIENCE),
             Sandbox(auto_approve=0.1) as sandbox,
@@ -44,6 +41,4 @@ async def test_a_worker_that_a_program_starts_has_the_settings_of_the_program(tm
             config = (await jetstream(connection).stream_info("STAGING_REQUESTS")).config
             process.send_signal(signal.SIGTERM)
             await process.communicate()
-    finally:
-        server.stop()
     assert (process.returncode, config.duplicate_window) == (0, 6 * 3600)

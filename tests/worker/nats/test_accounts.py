@@ -59,23 +59,6 @@ accounts: { KEYLESS: {
 """
 
 
-def stored(folder: Path, configuration: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    file = folder / "nats.conf"
-    file.write_text(configuration)
-    return file
-
-
-@asynccontextmanager
-async def serving(folder: Path, configuration: str, *, jetstream: bool = True) -> AsyncGenerator[NatsServer]:
-    server = NatsServer(folder, "-c", str(stored(folder, configuration)), jetstream=jetstream)
-    await server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 @pytest.fixture(autouse=True)
 def _passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     for user in ("OPERATOR", "WORKER", "SHOP"):
@@ -140,7 +123,7 @@ async def test_an_application_in_an_account_of_its_own_asks_and_reads(
     tmp_path: Path, client: KeylessClient, sandbox: Sandbox, flags: str
 ) -> None:
     async with (
-        serving(tmp_path, flags + ACCOUNTS) as server,
+        NatsServer(tmp_path, configuration=flags + ACCOUNTS) as server,
         new_worker(client, server),
         connected(server, "shop") as shop,
         connected(server, "operator") as operator,
@@ -150,7 +133,7 @@ async def test_an_application_in_an_account_of_its_own_asks_and_reads(
 
 async def test_a_reader_whose_consumer_is_missing_is_told_who_makes_it(tmp_path: Path, client: KeylessClient) -> None:
     async with (
-        serving(tmp_path, ACCOUNTS) as server,
+        NatsServer(tmp_path, configuration=ACCOUNTS) as server,
         new_worker(client, server),
         connected(server, "shop") as shop,
     ):
@@ -171,7 +154,7 @@ async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_pr
     streams = f"users: [{{ user: operator, password: {PASSWORD} }}], exports: [{exports}]"
     others = f"users: [{{ user: worker, password: {PASSWORD} }}], imports: [{imports}]"
     configuration = f"accounts: {{ KEYLESS: {{ jetstream: enabled, {streams} }}\n OTHERS: {{ {others} }} }}"
-    async with serving(tmp_path, configuration) as server:
+    async with NatsServer(tmp_path, configuration=configuration) as server:
         options = {"user": "worker", "password": PASSWORD}
         worker = worker_on(client, NatsBroker(server.url, fleet=IMPORTED, event_keys=KEYS, connect_options=options))
         async with worker, connected(server, "worker") as shop, connected(server, "operator") as operator:
@@ -220,7 +203,7 @@ async def counts(operator: Client) -> dict[str, int | None]:
 @asynccontextmanager
 async def with_messages(folder: Path, configuration: str) -> AsyncGenerator[tuple[NatsServer, Client]]:
     """Run a server whose streams have messages, and a consumer for the reader."""
-    async with serving(folder, configuration) as server, connected(server, "operator") as operator:
+    async with NatsServer(folder, configuration=configuration) as server, connected(server, "operator") as operator:
         stream = jetstream(operator)
         await prepare(stream, ack_wait=60)
         for subject in (REQUEST_SUBJECT, "keyless.approvals.approved", "keyless.claims.taken"):
@@ -335,7 +318,10 @@ async def test_a_reader_without_permission_is_told_what_to_permit(
         refused.append(error)
 
     options = {"user": "shop", "password": PASSWORD, "inbox_prefix": "_INBOX_shop", "error_cb": on_error}
-    async with serving(tmp_path, ONE_ACCOUNT) as server, await nats.connect(server.url, **options) as reader:
+    async with (
+        NatsServer(tmp_path, configuration=ONE_ACCOUNT) as server,
+        await nats.connect(server.url, **options) as reader,
+    ):
         with pytest.raises(
             BrokerError, match=r"may this user publish to \$JS\.API\.CONSUMER\.INFO\.KEYLESS_OUTCOMES\.bank "
         ):
@@ -350,7 +336,7 @@ async def test_a_reader_without_permission_is_told_what_to_permit(
 async def test_a_worker_without_a_permission_is_told_which(
     tmp_path: Path, client: KeylessClient, prefix: str, what: str
 ) -> None:
-    async with serving(tmp_path, ONE_ACCOUNT) as server:
+    async with NatsServer(tmp_path, configuration=ONE_ACCOUNT) as server:
         with pytest.raises(BrokerError, match=f"does not permit .*{what}"):
             await new_worker(client, server, user="shop", inbox_prefix=prefix).run()
 
@@ -378,7 +364,7 @@ accounts: { SHOP: { users: [{ user: shop, password: $SHOP_PASSWORD, permissions:
 async def hub(folder: Path, configuration: str) -> AsyncGenerator[tuple[NatsServer, str]]:
     """Run a server to which leaf nodes connect; yields the port for them."""
     log = folder / "hub.log"
-    async with serving(folder / "hub", LEAF_PORT.format(log=log) + configuration) as server:
+    async with NatsServer(folder / "hub", configuration=LEAF_PORT.format(log=log) + configuration) as server:
         [port] = re.findall(r"leafnode connections on 127.0.0.1:(\d+)", log.read_text())
         yield server, port
 
@@ -398,7 +384,7 @@ async def test_an_application_at_a_leaf_node_asks_and_reads_by_its_account_at_th
 ) -> None:
     async with (
         hub(tmp_path, flags + ACCOUNTS) as (server, port),
-        serving(tmp_path / "leaf", SHOPS_LEAF % (PASSWORD, port)) as leaf,
+        NatsServer(tmp_path / "leaf", configuration=SHOPS_LEAF % (PASSWORD, port)) as leaf,
         new_worker(client, server),
         connected(leaf, "shop") as shop,
         connected(server, "operator") as operator,
@@ -432,7 +418,7 @@ async def test_a_reader_at_a_leaf_node_removes_no_request_unless_it_may_acknowle
     async with (
         hub(tmp_path, flags + "jetstream: enabled") as (server, port),
         await nats.connect(server.url) as operator,
-        serving(tmp_path / "leaf", STREAMS_LEAF.format(port=port, acks=acks), jetstream=False) as leaf,
+        NatsServer(tmp_path / "leaf", configuration=STREAMS_LEAF.format(port=port, acks=acks), jetstream=False) as leaf,
         await nats.connect(leaf.url, **options) as shop,
     ):
         await prepare(jetstream(operator), ack_wait=60)
@@ -458,7 +444,7 @@ async def test_a_worker_and_an_application_at_a_leaf_node_of_the_workers_account
     link = 'jetstream: {{ domain: leaf }}\nleafnodes: {{ remotes: [{{ url: "nats-leaf://127.0.0.1:{port}" }}] }}'
     async with (
         hub(tmp_path, "jetstream: { domain: hub }") as (server, port),
-        serving(tmp_path / "leaf", link.format(port=port)) as leaf,
+        NatsServer(tmp_path / "leaf", configuration=link.format(port=port)) as leaf,
         await nats.connect(leaf.url) as shop,
     ):
 

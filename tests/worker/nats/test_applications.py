@@ -675,12 +675,8 @@ authorization {
 
 @pytest.fixture
 async def guarded_broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(USERS)
-    server = NatsServer(tmp_path, "-c", str(configuration))
-    await server.start()
-    yield server
-    server.stop()
+    async with NatsServer(tmp_path, configuration=USERS) as server:
+        yield server
 
 
 @pytest.fixture

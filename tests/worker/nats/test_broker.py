@@ -132,12 +132,9 @@ async def test_a_consumer_that_is_changed_into_one_that_refuses_pulls_ends_the_w
 
 @pytest.mark.slow
 async def test_a_login_that_expires_stops_neither_a_worker_nor_an_application(tmp_path: Path) -> None:
-    operator, credentials, configuration = Operator(), tmp_path / "app.creds", tmp_path / "nats.conf"
-    configuration.write_text(operator.configuration)
-    server = NatsServer(tmp_path, "-c", str(configuration))
-    await server.start()
-    operator.write_login(credentials, lasts=3)
-    try:
+    operator, credentials = Operator(), tmp_path / "app.creds"
+    async with NatsServer(tmp_path, configuration=operator.configuration) as server:
+        operator.write_login(credentials, lasts=3)
         async with NatsBroker(server.url, connect_options={"user_credentials": str(credentials)}) as opened:
             await opened.prepare(lease=30.0, service=SERVICE)
             connection = opened._connection
@@ -150,8 +147,6 @@ async def test_a_login_that_expires_stops_neither_a_worker_nor_an_application(tm
             await decide(opened, message)
             async with asyncio.timeout(PATIENCE):
                 [event] = await reading
-    finally:
-        server.stop()
     assert event.operation_id == "txn-1"
 
 

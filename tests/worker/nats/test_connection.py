@@ -36,12 +36,8 @@ CONFIGURATION = 'authorization { users = [ { user: worker, password: "s3cret" } 
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncGenerator[NatsServer]:
     """A broker that asks for a password."""
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(CONFIGURATION)
-    server = NatsServer(tmp_path, "-c", str(configuration), jetstream=False)
-    await server.start()
-    yield server
-    server.stop()
+    async with NatsServer(tmp_path, configuration=CONFIGURATION, jetstream=False) as server:
+        yield server
 
 
 def host_of(server: NatsServer) -> str:
@@ -73,10 +69,8 @@ async def secured(tmp_path: Path, certificate: tuple[Path, Path]) -> AsyncGenera
     """A broker that speaks TLS only, and asks for a certificate too."""
     files = [str(file) for file in certificate]
     tls = ("--tlsverify", "--tlscert", files[0], "--tlskey", files[1], "--tlscacert", files[0])
-    server = NatsServer(tmp_path, *tls, jetstream=False)
-    await server.start()
-    yield server
-    server.stop()
+    async with NatsServer(tmp_path, *tls, jetstream=False) as server:
+        yield server
 
 
 @pytest.mark.slow
@@ -337,9 +331,7 @@ async def test_a_login_that_expires_comes_back_once_its_file_is_renewed(
 ) -> None:
     """nats-py closes the connection for good."""
     operator, credentials, losses, back = Operator(), tmp_path / "worker.creds", list[BrokerError](), asyncio.Event()
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(operator.configuration)
-    server = NatsServer(tmp_path, "-c", str(configuration), jetstream=False)
+    server = NatsServer(tmp_path, configuration=operator.configuration, jetstream=False)
     await server.start()
     operator.write_login(credentials, lasts=2)
     options = {"user_credentials": str(credentials)}
@@ -389,11 +381,8 @@ async def test_an_end_with_something_unsent_is_told_of_too(
 
 
 async def test_what_is_not_permitted_is_told_of_and_named(tmp_path: Path) -> None:
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(
-        'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "secrets.>" } } } ] }'
-    )
-    server = NatsServer(tmp_path, "-c", str(configuration), jetstream=False)
+    users = 'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "secrets.>" } } } ] }'
+    server = NatsServer(tmp_path, configuration=users, jetstream=False)
     await server.start()
     losses: list[BrokerError] = []
     connection = await connect(server.url, {"user": "u", "password": "p"}, on_reconnect=nothing, on_loss=losses.append)

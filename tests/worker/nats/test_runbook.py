@@ -73,27 +73,21 @@ async def fill(connection: Client) -> None:
 async def test_a_broker_that_is_full_takes_no_request_and_loses_none_that_it_has(
     tmp_path: Path, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text("jetstream: { max_file_store: 4MB }")
-    broker = NatsServer(tmp_path, "-c", str(configuration))
-    await broker.start()
-    try:
-        # With this timeout, what could not be decided is delivered again after 13 s, not 40.
-        async with (
-            sandbox.client(request_timeout=1) as client,
-            await nats.connect(broker.url) as connection,
-            with_a_request_that_waits(client, broker, connection, sandbox),
-        ):
-            await fill(connection)
-            with pytest.raises(BrokerError, match="not stored, as far as is known"):
-                await submit_approval(connection, USER, operation_id="txn-2")
-            sandbox.approve("txn-1")
-            await until(lambda: "delivery.unsettled" in caplog.text)
-            await jetstream(connection).delete_stream("FILLER")
-            await ask(connection, sandbox, "txn-2")
-            [event] = await outcomes(connection, 1)
-    finally:
-        broker.stop()
+    # With this timeout, what could not be decided is delivered again after 13 s, not 40.
+    async with (
+        NatsServer(tmp_path, configuration="jetstream: { max_file_store: 4MB }") as broker,
+        sandbox.client(request_timeout=1) as client,
+        await nats.connect(broker.url) as connection,
+        with_a_request_that_waits(client, broker, connection, sandbox),
+    ):
+        await fill(connection)
+        with pytest.raises(BrokerError, match="not stored, as far as is known"):
+            await submit_approval(connection, USER, operation_id="txn-2")
+        sandbox.approve("txn-1")
+        await until(lambda: "delivery.unsettled" in caplog.text)
+        await jetstream(connection).delete_stream("FILLER")
+        await ask(connection, sandbox, "txn-2")
+        [event] = await outcomes(connection, 1)
     assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
 
 
@@ -101,30 +95,26 @@ async def test_a_broker_that_is_full_takes_no_request_and_loses_none_that_it_has
 async def test_a_full_disk_is_a_problem_and_nothing_is_lost_once_there_is_room_and_the_broker_was_restarted(
     tmp_path: Path, disk: Path, sandbox: Sandbox
 ) -> None:
-    broker = NatsServer(tmp_path, "-js", "-sd", str(disk / "store"), jetstream=False)
-    await broker.start()
-    try:
-        async with (
-            sandbox.client(request_timeout=1) as client,
-            await nats.connect(broker.url) as connection,
-            new_worker(client, broker) as worker,
-        ):
-            await ask(connection, sandbox, "txn-1")
-            with full(disk):
-                sandbox.approve("txn-1")
-                problem = "the broker does not store outcomes or claims: no answer in time: the broker is away, or its"
-                await until(lambda: any(found.startswith(problem) for found in worker.statistics.problems))
-                with pytest.raises(BrokerError, match=r"not stored, as far as is known .*its disk is full"):
-                    await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
-            stored = worker.statistics.approved
-            broker.stop()
-            await broker.start()
-            await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
-            await until(lambda: "txn-2" in sandbox.operations)
-            [event] = await outcomes(connection, 1)
-            await until(lambda: worker.statistics.is_ready)
-    finally:
+    async with (
+        NatsServer(tmp_path, "-js", "-sd", str(disk / "store"), jetstream=False) as broker,
+        sandbox.client(request_timeout=1) as client,
+        await nats.connect(broker.url) as connection,
+        new_worker(client, broker) as worker,
+    ):
+        await ask(connection, sandbox, "txn-1")
+        with full(disk):
+            sandbox.approve("txn-1")
+            problem = "the broker does not store outcomes or claims: no answer in time: the broker is away, or its"
+            await until(lambda: any(found.startswith(problem) for found in worker.statistics.problems))
+            with pytest.raises(BrokerError, match=r"not stored, as far as is known .*its disk is full"):
+                await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
+        stored = worker.statistics.approved
         broker.stop()
+        await broker.start()
+        await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
+        await until(lambda: "txn-2" in sandbox.operations)
+        [event] = await outcomes(connection, 1)
+        await until(lambda: worker.statistics.is_ready)
     assert stored == 0
     assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
 

@@ -342,12 +342,8 @@ authorization {
 
 @pytest.fixture
 async def strict_broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(CONFIGURATION)
-    server = NatsServer(tmp_path, "-c", str(configuration))
-    await server.start()
-    yield server
-    server.stop()
+    async with NatsServer(tmp_path, configuration=CONFIGURATION) as server:
+        yield server
 
 
 async def silent(_error: Exception) -> None:

@@ -691,19 +691,12 @@ async def test_connection_that_the_broker_ends_for_good_ends_the_worker(
 async def test_worker_that_may_not_acknowledge_ends_and_names_what_it_may_not(
     client: KeylessClient, tmp_path: Path, sandbox: Sandbox
 ) -> None:
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(
-        'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "$JS.ACK.>" } } } ] }'
-    )
-    broker = NatsServer(tmp_path, "-c", str(configuration))
-    await broker.start()
-    sandbox.approve("txn-1", user_id="C0")
-    try:
+    users = 'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "$JS.ACK.>" } } } ] }'
+    async with NatsServer(tmp_path, configuration=users) as broker:
+        sandbox.approve("txn-1", user_id="C0")
         async with NatsBroker(broker.url, connect_options={"user": "u", "password": "p"}) as opened:
             worker = ApprovalWorker(client, opened)
             error = await end_after(worker, lambda: publish(connection_of(worker), {"operation_id": "txn-1"}))
-    finally:
-        broker.stop()
     assert "does not permit" in error
     assert "$JS.ACK" in error.upper()
 
@@ -793,46 +786,41 @@ async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no
     tmp_path: Path, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A user who may not publish outcomes has the broker do it."""
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(
+    users = (
         "authorization { users = [ { user: worker, password: p }, { user: mallory, password: p, permissions: { "
         'publish: { allow: ["$JS.API.>", "mine", "_INBOX.>"] }, subscribe: ["_INBOX.>"] } } ] }'
     )
-    broker = NatsServer(tmp_path, "-c", str(configuration))
-    await broker.start()
-    try:
-        async with (
-            sandbox.client() as client,
-            await nats.connect(broker.url, user="worker", password="p") as ours,
-            await nats.connect(broker.url, user="mallory", password="p") as mallory,
-            working(client, broker, event_keys=EVENT_KEYS, connect_options={"user": "worker", "password": "p"}),
-        ):
-            theirs = jetstream(mallory)
-            # The broker publishes what is republished by itself, and asks no permissions.
-            republish = RePublish(src="mine", dest="keyless.approvals.approved")
-            await theirs.add_stream(name="MINE", subjects=["mine"], republish=republish)
-            moment = datetime.now(UTC)
-            forged = ApprovalEvent(
-                version=1,
-                outcome=Outcome.APPROVED,
-                operation_id="forged",
-                requested_at=moment,
-                decided_at=moment,
-                deliveries=2,
-            )
-            await theirs.publish("mine", msgspec.json.encode(forged))
+    async with (
+        NatsServer(tmp_path, configuration=users) as broker,
+        sandbox.client() as client,
+        await nats.connect(broker.url, user="worker", password="p") as ours,
+        await nats.connect(broker.url, user="mallory", password="p") as mallory,
+        working(client, broker, event_keys=EVENT_KEYS, connect_options={"user": "worker", "password": "p"}),
+    ):
+        theirs = jetstream(mallory)
+        # The broker publishes what is republished by itself, and asks no permissions.
+        republish = RePublish(src="mine", dest="keyless.approvals.approved")
+        await theirs.add_stream(name="MINE", subjects=["mine"], republish=republish)
+        moment = datetime.now(UTC)
+        forged = ApprovalEvent(
+            version=1,
+            outcome=Outcome.APPROVED,
+            operation_id="forged",
+            requested_at=moment,
+            decided_at=moment,
+            deliveries=2,
+        )
+        await theirs.publish("mine", msgspec.json.encode(forged))
 
-            async def is_stored() -> bool:
-                return (await jetstream(ours).stream_info(OUTCOMES)).state.messages == 1
+        async def is_stored() -> bool:
+            return (await jetstream(ours).stream_info(OUTCOMES)).state.messages == 1
 
-            await until(is_stored)  # the broker's permissions did not keep it out
-            assert [event.operation_id for event in await outcomes(ours, 1, "trusting")] == ["forged"]
-            operation_id = await submit(ours, "C0FFEE")
-            await until(lambda: operation_id in sandbox.operations)
-            sandbox.approve(operation_id)
-            async with asyncio.timeout(PATIENCE):
-                [event] = await read(NatsBroker(ours, event_keys=EVENT_KEYS), reader="careful")
-            assert event.operation_id == operation_id
-    finally:
-        broker.stop()
+        await until(is_stored)  # the broker's permissions did not keep it out
+        assert [event.operation_id for event in await outcomes(ours, 1, "trusting")] == ["forged"]
+        operation_id = await submit(ours, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        async with asyncio.timeout(PATIENCE):
+            [event] = await read(NatsBroker(ours, event_keys=EVENT_KEYS), reader="careful")
+        assert event.operation_id == operation_id
     assert "outcome.unsigned sequence=1 count=1" in caplog.text
