@@ -476,8 +476,12 @@ async def read_and_taken(broker: SqliteBroker, decided: str, waiting: str) -> tu
 
 
 def test_what_is_wrong_for_good_is_not_tried_again() -> None:
-    with pytest.raises(BrokerError, match="no such table"), failures.broker_errors("keyless.db"):
-        sqlite3.connect(":memory:").execute("SELECT * FROM missing")
+    with (
+        closing(sqlite3.connect(":memory:")) as connection,
+        pytest.raises(BrokerError, match="no such table"),
+        failures.broker_errors("keyless.db"),
+    ):
+        connection.execute("SELECT * FROM missing")
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
     with pytest.raises(UnavailableError, match="disk I/O"), failures.broker_errors("keyless.db"):
