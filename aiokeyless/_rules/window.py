@@ -22,6 +22,8 @@ _GROWS: Final = 1.2
 #: What is left of the polls in flight if answers are late.
 _LEFT: Final = 0.7
 _LEAST: Final = 2.0
+#: A fall helps, the first one aside, if the quickest answer then takes less than so many times as long as before.
+_HELPS: Final = 0.9
 #: A limit of so many times the polls in flight is not needed.
 _UNUSED: Final = 4.0
 #: A poll in flight for so many times a round trip, and for a second, hangs.
@@ -32,7 +34,7 @@ _SECONDS: Final = 1.0
 class Window:
     """How many polls may be in flight, by how long good answers take. It starts without a limit."""
 
-    __slots__ = ("_answers", "_hangs_after", "_quickest", "_since", "limit")
+    __slots__ = ("_answers", "_fell_at", "_fell_with", "_hangs_after", "_quickest", "_since", "limit")
 
     def __init__(self) -> None:
         self.limit: float = math.inf
@@ -40,6 +42,8 @@ class Window:
         self._quickest = math.inf  # seconds of an answer
         self._answers: list[tuple[float, float]] = []  # of this round: when the poll started, and when the answer came
         self._since = -math.inf  # when the limit fell last
+        self._fell_at = math.inf  # seconds of the quickest answer then, if it was a second fall in a row or a later one
+        self._fell_with = 0.0  # the limit before that fall
         self._hangs_after = _SECONDS
 
     def opens_at(self, now: float, started: Sequence[float]) -> float:
@@ -76,16 +80,18 @@ class Window:
         grows = answers[-1][1] - answers[0][1] > _GROWS * (max(starts) - min(starts))
         grows &= max(starts[: _ROUND // 2]) <= min(starts[_ROUND // 2 :])  # a queue keeps the order
         if not self._is_late(quickest):
+            self._fell_at = math.inf
             self.limit += _ROUND / self.limit
             if self.limit > _UNUSED * self._counted(now, started):
                 self.limit = math.inf
         elif self.limit == math.inf:
             if grows:  # else all answers take longer, by whatever cause
                 self._fall(now, started)
-        elif self.limit > _LEAST:
+        elif self.limit > _LEAST and (quickest < _HELPS * self._fell_at or self.limit > _HELPS * self._fell_with):
+            self._fell_at, self._fell_with = quickest, self.limit
             self._fall(now, started)
-        else:  # so few polls are not the cause: this is how long the service takes
-            self._quickest, self.limit = quickest, math.inf
+        else:  # fewer polls are no help: this is how long the service takes
+            self._quickest, self._fell_at, self.limit = quickest, math.inf, math.inf
 
     def _is_late(self, seconds: float) -> bool:
         return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE

@@ -84,6 +84,14 @@ def test_a_service_whose_answers_begin_to_take_longer_at_any_load_has_no_limit(s
     assert set(service.limits) == {math.inf}
 
 
+@pytest.mark.parametrize("seconds", [1.0, 3.0, 6.0])
+def test_a_service_that_becomes_slower_and_slower_at_any_load_gets_nearly_all_polls(seconds: float) -> None:
+    service = Service(lambda now: now + 0.05 + seconds * min(1.0, max(0.0, (now - 30.0) / 10.0)), 20.0)
+    service.run(120.0)
+    assert len(service.limits) > 0.85 * 20.0 * (120.0 - seconds)
+    assert service.limits[-1] == math.inf
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_answers_that_take_any_time_are_no_queue(seed: int) -> None:
     source = seeded_random(seed)
