@@ -170,7 +170,7 @@ FOR_CONTRIBUTORS: Final = {"test", "docs", "examples", "dev"}
 
 def lowest_bounds() -> list[str]:
     """Return the lower bounds of the runtime dependencies, those of the extras for users too, as exact versions."""
-    project = nox.project.load_toml("pyproject.toml")["project"]
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
     # OpenTelemetry's SDK works with the API of its own version only.
     for_tests = [text for text in extras["test"] if text.startswith("opentelemetry-")]
