@@ -271,7 +271,10 @@ class KeylessClient:
         """Return the parts that belong to the running loop; made on first use."""
         if self._closing is not None:
             raise ClientClosedError("the client is closed; create a new one, or close it later")
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError("the client runs on asyncio, whose event loop does not run here") from None
         if self._opened is None:
             listeners = Listeners(self._listeners) if self._listeners else None
             transport = Transport(

@@ -173,6 +173,10 @@ class TestOpeningAndClosing:
         finally:
             first.close()
 
+    def test_it_is_refused_on_another_library_than_asyncio(self) -> None:
+        with pytest.raises(ConfigurationError, match="runs on asyncio"):
+            KeylessClient(KEY).get_operation("op").send(None)  # as trio runs a coroutine
+
     def test_one_that_was_never_made_prints_nothing_when_it_is_dropped(self) -> None:
         unraisable: list[object] = []
         with pytest.MonkeyPatch.context() as patch:
