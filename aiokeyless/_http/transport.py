@@ -166,18 +166,9 @@ class Transport:
         """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
         return _Call(self._calls)
 
-    def url(self, request: protocol.Request[Any]) -> URL:
-        """Return the URL of a request, whose path and query are encoded already."""
-        url = self._base.with_path(self._base_path + request.path, encoded=True)
-        return URL(f"{url}?{request.query}", encoded=True) if request.query else url
-
-    def path(self, url: URL) -> str:
-        """Return the path of such a URL without the base path, for messages."""
-        return url.raw_path.removeprefix(self._base_path)
-
     def _shown_path(self, endpoint: protocol.Endpoint[Any], url: URL) -> str:
         """Return the path for messages; an external user id may be personal, so then it is the documented route."""
-        return endpoint.route if endpoint.is_personal else self.path(url)
+        return endpoint.route if endpoint.is_personal else url.raw_path.removeprefix(self._base_path)
 
     def send(self, request: protocol.Request[T], *, attempt: int = 1) -> Coroutine[Any, Any, T]:
         """Send a request once and read its answer.
@@ -188,9 +179,10 @@ class Transport:
             request: The request.
             attempt: Which attempt of its call this is, for the listeners.
         """
-        return self._exchange(
-            request.endpoint, self.url(request), timeouts=self._call_timeout, body=request.body, attempt=attempt
-        )
+        url = self._base.with_path(self._base_path + request.path, encoded=True)
+        if request.query:
+            url = URL(f"{url}?{request.query}", encoded=True)
+        return self._exchange(request.endpoint, url, timeouts=self._call_timeout, body=request.body, attempt=attempt)
 
     def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long."""
