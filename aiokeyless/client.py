@@ -261,11 +261,9 @@ class KeylessClient:
         finally:
             await self._opened.transport.aclose()
 
-    def __del__(self) -> None:
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:  # at exit, the module's own may be gone
         if self._opened is not None and self._closing is None:
-            warnings.warn(
-                f"unclosed {self!r}: use 'async with' or aclose()", ResourceWarning, source=self, stacklevel=2
-            )
+            warn(f"unclosed {self!r}: use 'async with' or aclose()", ResourceWarning, source=self, stacklevel=2)
 
     def _open(self) -> _Opened:
         """Return the parts that belong to the running loop; made on first use."""

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import pickle
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -176,6 +177,16 @@ class TestOpeningAndClosing:
     def test_it_is_refused_on_another_library_than_asyncio(self) -> None:
         with pytest.raises(ConfigurationError, match="runs on asyncio"):
             KeylessClient(KEY).get_operation("op").send(None)  # as trio runs a coroutine
+
+    def test_one_that_outlives_the_modules_at_exit_prints_no_error(self) -> None:
+        program = """
+import asyncio, os
+from aiokeyless import KeylessClient
+os.client = KeylessClient("key", base_url="http://127.0.0.1:9")  # as in a function that Django caches
+asyncio.run(os.client.__aenter__())
+"""
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert "TypeError" not in ended.stderr
 
     def test_one_that_was_never_made_prints_nothing_when_it_is_dropped(self) -> None:
         unraisable: list[object] = []
