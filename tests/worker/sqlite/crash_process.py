@@ -1,4 +1,8 @@
-"""A worker, or an application, that is killed with -9 at a statement of its own choice. Run by `test_crashes`."""
+"""Workers and applications that are killed with -9 at a statement of their own choice. Run by `test_crashes`.
+
+For each line of its input, such as ``worker 7``, the program forks one, which is killed before its seventh statement,
+and prints how it ended. What they import is imported once.
+"""
 
 from __future__ import annotations
 
@@ -90,5 +94,10 @@ async def main(role: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    kill_at(int(sys.argv[3]))
-    asyncio.run(main(sys.argv[1], sys.argv[2]))
+    for line in sys.stdin:
+        role, number = line.split()
+        if not os.fork():
+            kill_at(int(number))
+            asyncio.run(main(role, sys.argv[1]))
+            os._exit(0)
+        say("ended", os.wait()[1])

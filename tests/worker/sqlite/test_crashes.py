@@ -16,13 +16,18 @@ PROGRAM = Path(__file__).parent / "crash_process.py"
 STEP = 5  # statements by which each run gets further than the one before; five tests meet all of them together
 
 
-def run(role: str, path: Path, kill_at: int) -> tuple[bool, list[str]]:
+def run(program: subprocess.Popen[str], role: str, kill_at: int) -> tuple[bool, list[str]]:
     """Run a role; return whether it was killed, and what it said."""
-    result = subprocess.run(
-        [sys.executable, str(PROGRAM), role, str(path), str(kill_at)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode in {0, -signal.SIGKILL}, result.stderr
-    return result.returncode != 0, result.stdout.splitlines()
+    assert program.stdin is not None
+    assert program.stdout is not None
+    print(role, kill_at, file=program.stdin, flush=True)
+    said = []
+    while not (line := program.stdout.readline()).startswith("ended "):
+        assert line, "the program ended"
+        said.append(line.strip())
+    status = int(line.removeprefix("ended "))
+    assert status in {0, signal.SIGKILL}
+    return status != 0, said
 
 
 @pytest.mark.slow
@@ -31,13 +36,15 @@ def test_a_worker_and_an_application_may_be_killed_at_any_statement(tmp_path: Pa
     path = tmp_path / "keyless.db"
     said: list[str] = []
     kill_at, was_killed = first, True
-    while was_killed:
-        was_killed = False
-        for role in ("application", "worker"):
-            at_a_statement, lines = run(role, path, kill_at)
-            was_killed |= at_a_statement
-            said += lines
-        kill_at += STEP
+    command = (sys.executable, str(PROGRAM), str(path))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        while was_killed:
+            was_killed = False
+            for role in ("application", "worker"):
+                at_a_statement, lines = run(program, role, kill_at)
+                was_killed |= at_a_statement
+                said += lines
+            kill_at += STEP
     counts = Counter(said)
     for number in range(3):
         assert counts[f"asked payment-{number}"] <= 1
