@@ -16,7 +16,7 @@ from simulation.people import Person
 
 from aiokeyless.worker.sqlite import store
 
-from .__main__ import breaks, known_seeds, main, minimize, simulate
+from .__main__ import breaks, main, minimize, simulate
 from .mutants import MUTANTS, is_found
 from .promises import check
 from .story import MISHAPS, Ask, Reader, Story, make_up, run
@@ -63,11 +63,6 @@ def test_a_process_may_die_at_any_of_its_steps(who: str, is_cancelled: bool) -> 
 def test_a_request_may_be_with_two_workers_at_once(at: float) -> None:
     story = replace(SHORT, faults=(RoundTrips(0.1, 0.4),), duplicates=(at,))
     assert check(story, run(story)) == []
-
-
-@pytest.mark.slow
-def test_no_story_that_has_ever_failed_fails_again() -> None:
-    assert simulate(known_seeds())[1:] == (None, [])
 
 
 def test_stories_of_one_seed_are_identical() -> None:
