@@ -54,6 +54,8 @@ _ANSWER_WITHIN: Final = 10.0  # seconds
 _TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
+#: What asyncpg raises in a transaction whose connection is gone. Its text is about asyncpg, and hides the cause.
+_LOST: Final = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
@@ -314,8 +316,10 @@ class PostgresBroker(TableBroker):
                     except _PASSING:
                         if attempt == _ATTEMPTS:
                             raise
-                    except ERRORS:
+                    except ERRORS as error:
                         if loop.time() < giving_up.when():
+                            if type(error) in _LOST:
+                                raise ConnectionError("the connection was lost") from None
                             raise
                         raise TimeoutError(f"no answer within {patience:g} s") from None
                     finally:

@@ -625,6 +625,18 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     assert len(await take_n(broker, 1)) == 1
 
 
+async def test_a_connection_that_the_server_ends_is_said_to_be_lost(broker: PostgresBroker, admin: Connection) -> None:
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE keyless.waiting")
+        inspecting = asyncio.create_task(broker.inspect())
+        waits = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        async with asyncio.timeout(PATIENCE):
+            while not await admin.fetch(f"SELECT pg_terminate_backend(pid) {waits}"):  # noqa: ASYNC110  # no event of ours
+                await asyncio.sleep(0.01)
+        with pytest.raises(UnavailableError, match=r"^the connection was lost$"):
+            await inspecting
+
+
 @pytest.mark.parametrize(
     ("code", "error"),
     [("53100", "RefusedError"), ("53300", "UnavailableError"), ("25006", "UnavailableError"), ("42501", "BrokerError")],
