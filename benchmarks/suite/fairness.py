@@ -95,8 +95,9 @@ class PartlyFailing:
         self.created: dict[str, tuple[float, str]] = {}  # when, with its payload
         self.seen: dict[str, float] = {}  # when it was first answered as approved
 
-    def _open(self) -> tuple[PartlyFailing, None]:
-        return self, None
+    def _open(self) -> PartlyFailing:
+        self.transport = self
+        return self
 
     def with_max_attempts(self, _attempts: int) -> PartlyFailing:
         """Return what sends each call once."""
