@@ -48,7 +48,7 @@ async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
 
 # The benchmark `fairness` does it in full.
 @pytest.mark.slow
-@weathers("500", "500, at once", "hang", "503 with Retry-After")
+@weathers("500, at once", "hang")
 @pytest.mark.parametrize("storage_of", [FILE, NATS, POSTGRES])
 async def test_they_are_so_on_the_real_clock(storage_of: type[Storage], tmp_path: Path, weather: Weather) -> None:
     await check(storage_of(tmp_path), weather, before=20, after=40, quiet=6.0)
