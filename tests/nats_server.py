@@ -74,6 +74,11 @@ class NatsServer(broker.NatsServer):
     async def __aexit__(self, *_error: object) -> None:
         self.stop()
 
+    def configure(self, configuration: str) -> None:
+        """Give it another configuration while it runs, in place of the one that it was started with."""
+        (self._folder / "nats.conf").write_text(configuration)
+        os.kill(self.pid, signal.SIGHUP)
+
     def kill(self) -> None:
         """End it at once, as a power cut does."""
         self._running.kill()

@@ -352,6 +352,31 @@ async def test_a_login_that_expires_comes_back_once_its_file_is_renewed(
         server.stop()
 
 
+@pytest.mark.parametrize(
+    ("configuration", "reason"),
+    [
+        ("accounts { A { limits: { max_connections: 0 }, users: [ { user: u, password: p } ] } }", "exceeded"),
+        ("accounts { A { users: [ { user: u, password: another } ] } }", "authorization violation"),
+    ],
+    ids=["a limit of the account's connections", "a login that is gone"],
+)
+async def test_a_mistake_in_the_configuration_ends_a_connection_until_it_is_corrected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, configuration: str, reason: str
+) -> None:
+    """nats-py closes the connection for good, and an application that uses it would need a restart."""
+    right, losses, back = "accounts { A { users: [ { user: u, password: p } ] } }", list[BrokerError](), asyncio.Event()
+    async with NatsServer(tmp_path, configuration=right, jetstream=False) as server:
+        options = {"user": "u", "password": "p"}
+        client = await connect(server.url, options, on_reconnect=back.set, on_loss=losses.append)
+        server.configure(configuration)
+        await until(lambda: reason in caplog.text.lower())
+        server.configure(right)
+        await asyncio.wait_for(back.wait(), PATIENCE)
+        await client.flush(int(PATIENCE))
+        assert losses == []
+        await disconnect(client)
+
+
 @pytest.mark.parametrize("told", [True, False])
 async def test_an_end_with_something_unsent_is_told_of_too(
     guarded: NatsServer, monkeypatch: pytest.MonkeyPatch, *, told: bool
