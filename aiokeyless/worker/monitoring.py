@@ -28,7 +28,7 @@ from aiokeyless.events import (
 from aiokeyless.models import Operation
 
 from .broker import Broker, RefusedError, UnavailableError
-from .logs import log
+from .logs import RateLimitedLog, log
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome
 
 _EVERY: Final = 5.0  # seconds between two inspections
@@ -116,6 +116,7 @@ class Reporter:
         self._counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self._fleet = Inspection()
         self._silence: str | None = None  # why the last inspection failed; None if it did not
+        self._unsettled = RateLimitedLog(logging.WARNING, "delivery.unsettled")  # of each request, if a disk is full
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._delivered = 0  # deliveries since the last inspection
@@ -268,7 +269,7 @@ class Reporter:
         """Report that a delivery was settled, or what kept it from being settled."""
         if isinstance(failure, UnavailableError):
             self.count("unsettled")
-            log(logging.WARNING, "delivery.unsettled", {"error": str(failure)})
+            self._unsettled.log({"error": str(failure)})
             if isinstance(failure, RefusedError):
                 self._refusal, self._refused_until = str(failure), self._now() + _REFUSED_FOR
             failure = BrokerError(str(failure))  # `UnavailableError` is internal

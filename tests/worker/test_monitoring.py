@@ -212,6 +212,16 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
     assert [delivery.error for delivery in told.of(DeliveryEnded)] == ["BrokerError", None]
 
 
+async def test_a_thousand_deliveries_that_the_broker_does_not_settle_are_one_line_of_the_log(
+    memory: SqliteBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    reporter = Reporter(memory, Circuit(64), (), listeners=Listeners(()), on_loss=print)
+    for _ in range(1000):
+        reporter.report_settlement(2, RefusedError("the disk is full"), started_at=0.0)
+    assert [record.getMessage() for record in caplog.records] == ['delivery.unsettled error="the disk is full" count=1']
+    assert reporter.statistics().unsettled == 1000
+
+
 async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_error(
     sandbox: Sandbox, memory: SqliteBroker
 ) -> None:

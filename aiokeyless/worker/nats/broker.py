@@ -183,7 +183,9 @@ class NatsBroker(Broker):
                 return bool(stored.duplicate)
             except NoStreamError:  # raised at once, and also while the stream has no leader
                 if loop.time() >= give_up_at:
-                    raise BrokerError("no stream took it; start a worker first, it makes the stream") from None
+                    raise BrokerError(
+                        "no stream took it; start a worker first, it makes the stream, or JetStream is off"
+                    ) from None
             except UnavailableError:
                 failures += 1
                 if failures == _SUBMISSIONS:

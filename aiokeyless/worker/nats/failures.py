@@ -59,5 +59,5 @@ def raise_lost_cancellations() -> Iterator[None]:
 def reason(error: nats.errors.Error) -> str:
     """Return what an error says, in words."""
     if isinstance(error, nats.js.errors.APIError):
-        return error.description or "no responders"
+        return error.description or "JetStream does not answer: it is off, or not for this account"
     return str(error) or type(error).__name__

@@ -28,7 +28,7 @@ from nats.aio.msg import Msg  # msgspec reads the annotations
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.probes import Rank, Standing, choose
 from aiokeyless.worker.broker import Exchange, UnavailableError
-from aiokeyless.worker.logs import RateLimitedLog, log
+from aiokeyless.worker.logs import RateLimitedLog
 from aiokeyless.worker.messages import Message, deadline
 
 from .event_keys import TRACEPARENT
@@ -59,6 +59,7 @@ _UNKNOWN: Final = (0, Standing.UNTRIED)
 _MANY: Final = 15  # failures after which the backoff no longer grows
 _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
 _LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer
+_NO_REASON: Final = "the consumer has no leader, or is gone"  # if the broker names none
 _TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
 _REFUSALS: Final = 5  # of pulls in a row that are a problem
 _LONGEST_DELAY: Final = 2  # failures whose delay is the longest between two pulls: an election lasts only seconds
@@ -159,6 +160,8 @@ class Intake:
         self._pending = 0  # new requests at the broker, as the last delivery said
         self._moved = asyncio.Event()
         self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
+        self._refused = RateLimitedLog(logging.WARNING, "broker.refused")
+        self._unsettled = RateLimitedLog(logging.WARNING, "broker.unsettled")
         self.failures: Failures = Failures()
         self.load_shedding: LoadShedding = LoadShedding(now)
 
@@ -268,7 +271,10 @@ class Intake:
         with broker_errors():
             await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._reply)
         if self._refusals:  # in an election it takes a second, in which deliveries may come
-            await self._restore()
+            try:
+                await self._restore()
+            except UnavailableError as error:
+                self._unsettled.log({"error": str(error)})
 
     def _choose(self, up_to: int, untried: int | None, *, is_last: bool) -> list[NatsMessage]:
         taken = self._arrived[:up_to]
@@ -342,10 +348,11 @@ class Intake:
         if status == _EXPIRED:
             self._refusals = 0
             return
-        # The consumer has no leader just now, or is gone. nats-py may find a description although there is none.
-        self._refusal = (f"{status} {description}" if description.isprintable() else status).strip()
+        # nats-py may find a description although there is none.
+        has_reason = bool(description) and description.isprintable()
+        self._refusal = f"{status} {description if has_reason else _NO_REASON}".strip()
         if (limit := _TOO_LARGE.fullmatch(description)) is not None:
             self._largest = int(limit[1])
         self._refusals += 1
         self._pulls_from = self._now() + error_delay(min(self._refusals, _LONGEST_DELAY))
-        log(logging.WARNING, "broker.refused", {"reason": self._refusal})
+        self._refused.log({"reason": self._refusal})

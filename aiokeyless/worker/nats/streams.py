@@ -6,7 +6,6 @@ that is up to the operator of the broker.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
@@ -15,8 +14,9 @@ import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
+
+from .failures import broker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,17 +121,17 @@ def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
 
 
 async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:
-    """Make the consumer again if it was deleted; while the broker has no leader for it, do nothing.
+    """Make the consumer again if it was deleted.
 
     Raises:
         BrokerError: It has other settings now, or its stream is gone.
+        UnavailableError: The broker has no leader for it just now.
     """
-    try:
-        await _consumer(stream, fleet, ack_wait)
-    except nats.js.errors.NotFoundError:
-        raise BrokerError(f"the stream {fleet.requests} is gone, and the requests in it") from None
-    except nats.errors.Error as error:
-        log(logging.WARNING, "broker.unsettled", {"error": f"{type(error).__name__}: {error}"})
+    with broker_errors():
+        try:
+            await _consumer(stream, fleet, ack_wait)
+        except nats.js.errors.NotFoundError:
+            raise BrokerError(f"the stream {fleet.requests} is gone, and the requests in it") from None
 
 
 def _requests(fleet: Fleet, settings: StreamSettings, service: str) -> StreamConfig:

@@ -104,7 +104,7 @@ async def test_a_consumer_that_is_paused_is_named(connection: Client, stream: Je
 
 @pytest.mark.usefixtures("stream")
 async def test_a_broker_without_jetstream_for_the_fleet_does_not_answer(connection: Client) -> None:
-    with pytest.raises(UnavailableError, match="no responders"):
+    with pytest.raises(UnavailableError, match="JetStream does not answer: it is off, or not for this account"):
         await inspected(connection, Fleet(prefix="another.account"))
 
 

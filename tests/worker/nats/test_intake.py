@@ -203,6 +203,7 @@ async def test_where_there_is_no_consumer_the_end_of_a_pull_says_so(hand: Hand) 
     await hand.intake.ask(5)
     await until(lambda: hand.ends == 1)
     assert (hand.intake.expected(), hand.intake._refusals) == (0, 1)
+    assert hand.intake._refusal == "503 the consumer has no leader, or is gone"
 
 
 async def test_an_end_without_headers_is_one(hand: Hand) -> None:
@@ -296,6 +297,21 @@ async def test_the_pull_after_a_refused_one_waits_for_no_answer_about_the_consum
     await hand.delivered(1)
     answered.set()
     await asking
+
+
+async def test_a_broker_that_refuses_each_pull_for_long_fills_no_log(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def restored() -> None:
+        raise UnavailableError("JetStream is off")
+
+    monkeypatch.setattr(hand.intake, "_restore", restored)
+    for number in range(20):
+        await hand.intake.ask(1)
+        await hand.answer("503")
+        await until(lambda count=number + 1: hand.ends == count)  # type: ignore[misc]  # a default binds it
+    events = [record.getMessage().partition(" ")[0] for record in caplog.records]
+    assert events == ["broker.refused", "broker.unsettled"]
 
 
 # -- slow deliveries, and lost ones
