@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import os
+import signal
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks import postgres
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class PostgresServer(postgres.PostgresServer):
@@ -15,6 +23,21 @@ class PostgresServer(postgres.PostgresServer):
         if not postgres.is_installed():
             pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql pgbouncer)")
         super().__init__(primary, None, **settings)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Have it say nothing, and keep its connections."""
+        stopped = [self.pid]
+        try:
+            os.kill(self.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED)  # from now on it has no new children
+            stopped += map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
 
 
 @cache

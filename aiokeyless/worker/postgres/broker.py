@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
 
 import asyncpg
@@ -51,11 +54,10 @@ T = TypeVar("T")
 _SQLALCHEMYS: Final = re.compile(r"^(\w+)\+\w+(?=:)")
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
+_CLOSES_WITHIN: Final = 5.0  # seconds until what is still asked of the database is cut
 _TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
-#: What asyncpg raises in a transaction whose connection is gone. Its text is about asyncpg, and hides the cause.
-_LOST: Final = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
@@ -99,6 +101,8 @@ class PostgresBroker(TableBroker):
         self._pool: Pool | None = None  # None while it is not open
         self._outcomes: asyncio.Semaphore  # connections for outcomes in progress
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
+        self._closed_by = math.inf  # of the loop's clock: nothing is asked of the database for longer
+        self._cuts: set[Callable[[], None]] = set()  # of what is asked of it now
         self._clock = BrokerClock()
         self._take_from = 0.0  # of the loop's clock
         self._floor = Floor()  # of takes
@@ -118,7 +122,7 @@ class PostgresBroker(TableBroker):
         pool = database if isinstance(database, asyncpg.Pool) else await without_frames(self._connect(database))
         half = pool.get_max_size() // 2
         self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
-        self._pool = pool
+        self._pool, self._closed_by = pool, math.inf
 
     async def _connect(self, url: Secret) -> Pool:
         try:
@@ -135,8 +139,8 @@ class PostgresBroker(TableBroker):
                     reset=_reset_nothing,
                     server_settings={"application_name": "aiokeyless"},
                 )
-                async with pool.acquire():  # checks that the database lets this user in
-                    return pool
+                await pool.release(await self._acquire(pool))  # checks that the database lets this user in
+                return pool
         except UnavailableError as error:
             raise BrokerError(f"the database cannot be reached: {error}") from None
         except ValueError:  # its text may quote a part of the password
@@ -148,9 +152,15 @@ class PostgresBroker(TableBroker):
     async def aclose(self) -> None:
         if self._pool is None:
             return
-        await self._end_tasks()
-        for batches in (self._put_offs, self._decisions, self._claims, self._held):
-            await batches.aclose()
+        loop = asyncio.get_running_loop()
+        self._closed_by = loop.time() + _CLOSES_WITHIN
+        cutting = loop.call_at(self._closed_by, self._cut_all)
+        try:
+            await self._end_tasks()
+            for batches in (self._put_offs, self._decisions, self._claims, self._held):
+                await batches.aclose()
+        finally:
+            cutting.cancel()
         pool, self._pool = self._pool, None
         if pool is not self._database:
             pool.terminate()  # calls that wait for an outcome or hold one fail
@@ -186,7 +196,7 @@ class PostgresBroker(TableBroker):
         await self._outcomes.acquire()
         try:
             with broker_errors(self._schema, ERRORS):
-                connection = await without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
+                connection = await self._acquire(pool)
                 driver = _PooledDriver(pool, connection, self._schema, self._outcomes)
         except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
@@ -307,25 +317,41 @@ class PostgresBroker(TableBroker):
         while True:
             with broker_errors(self._schema, ERRORS):
                 async with self._calls:
-                    connection = await without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
-                    giving_up = loop.call_later(patience, connection.terminate)
-                    try:
-                        # Not the database's default: a function must see what was committed while it waited for a lock.
-                        async with connection.transaction(isolation="read_committed"):
-                            return await do(connection)
-                    except _PASSING:
-                        if attempt == _ATTEMPTS:
-                            raise
-                    except ERRORS as error:
-                        if loop.time() < giving_up.when():
-                            if type(error) in _LOST:
-                                raise ConnectionError("the connection was lost") from None
-                            raise
-                        raise TimeoutError(f"no answer within {patience:g} s") from None
-                    finally:
-                        giving_up.cancel()
-                        await pool.release(connection)
+                    connection = await self._acquire(pool)
+                    with self._limit(patience, partial(_cut, connection)) as giving_up:
+                        try:
+                            return await _transact(connection, do)
+                        except _PASSING:
+                            if attempt == _ATTEMPTS:
+                                raise
+                        except ERRORS:
+                            if loop.time() < giving_up.when():
+                                raise
+                            raise TimeoutError(f"no answer within {patience:g} s") from None
+                        finally:
+                            await pool.release(connection)
             attempt += 1
+
+    async def _acquire(self, pool: Pool) -> PoolConnectionProxy[Any]:
+        async with asyncio.timeout(None) as limit:
+            with self._limit(_ANSWER_WITHIN, lambda: limit.reschedule(0.0)):
+                return await without_frames(pool.acquire())
+
+    @contextmanager
+    def _limit(self, patience: float, cut: Callable[[], None]) -> Iterator[asyncio.TimerHandle]:
+        """Cut what takes longer than its patience, or than the broker takes to close."""
+        loop = asyncio.get_running_loop()
+        giving_up = loop.call_at(min(loop.time() + patience, self._closed_by), cut)
+        self._cuts.add(cut)
+        try:
+            yield giving_up
+        finally:
+            giving_up.cancel()
+            self._cuts.discard(cut)
+
+    def _cut_all(self) -> None:
+        for cut in self._cuts:
+            cut()
 
     async def _measure_time(self) -> None:
         asked_at = self._clock.now()
@@ -357,6 +383,25 @@ class _PooledDriver(Adapter):
     async def release(self) -> None:
         self._slots.release()
         await self._pool.release(self._pooled)
+
+
+async def _transact(connection: PoolConnectionProxy[Any], do: Callable[[Connection], Awaitable[T]]) -> T:
+    failure: Exception | asyncio.CancelledError | None = None
+    try:
+        # Not the database's default: a function must see what was committed while it waited for a lock.
+        async with connection.transaction(isolation="read_committed"):
+            try:
+                return await do(connection)
+            except (Exception, asyncio.CancelledError) as error:
+                failure = error
+                raise
+    except ERRORS as error:  # of a rollback, perhaps: a cancellation stays one, even if the connection is lost
+        raise (failure or error) from None
+
+
+def _cut(connection: PoolConnectionProxy[Any]) -> None:
+    with suppress(asyncpg.InterfaceError):  # it was released just now
+        connection.terminate()
 
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:

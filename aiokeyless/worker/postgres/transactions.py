@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
@@ -55,7 +56,9 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
             is_new_reader = True
         finally:
             if row is None:
-                await driver.complete(driver.roll_back())
+                # A cancellation stays one, and a connection that is lost says so at its next use.
+                with driver.limit(), suppress(*driver.errors):
+                    await driver.complete(driver.roll_back())
         if is_new_reader:
             await driver.complete(driver.execute_alone("SELECT {}.add_reader($1)", reader))
     return None if row is None else Outcome(driver, reader, row)

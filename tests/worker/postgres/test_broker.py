@@ -625,15 +625,18 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     assert len(await take_n(broker, 1)) == 1
 
 
-async def test_a_connection_that_the_server_ends_is_said_to_be_lost(broker: PostgresBroker, admin: Connection) -> None:
+async def test_an_error_says_why_the_server_ended_a_connection(broker: PostgresBroker, admin: Connection) -> None:
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
         inspecting = asyncio.create_task(broker.inspect())
-        waits = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        async with asyncio.timeout(PATIENCE):
-            while not await admin.fetch(f"SELECT pg_terminate_backend(pid) {waits}"):  # noqa: ASYNC110  # no event of ours
-                await asyncio.sleep(0.01)
-        with pytest.raises(UnavailableError, match=r"^the connection was lost$"):
+        waits = "FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'inspect'"
+
+        async def is_ended() -> bool:
+            await admin.execute("SELECT pg_stat_clear_snapshot()")
+            return bool(await admin.fetch(f"SELECT pg_terminate_backend(pid) {waits}"))
+
+        await until(is_ended)
+        with pytest.raises(UnavailableError, match="terminating connection due to administrator command"):
             await inspecting
 
 
@@ -701,6 +704,35 @@ async def test_closing_waits_until_what_was_taken_is_handed_back(url: str, admin
             assert not closing.done()
         await closing
     assert await admin.fetchval("SELECT deliveries FROM keyless.waiting") == 0
+
+
+@pytest.mark.parametrize("is_owner", [True, False], ids=["a pool of its own", "the application's pool"])
+async def test_closing_cuts_what_is_asked_of_a_database_that_answers_nothing(
+    server: PostgresServer,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    is_owner: bool,
+) -> None:
+    monkeypatch.setattr(module, "_CLOSES_WITHIN", 0.5)
+    monkeypatch.setattr(PostgresBroker, "_TIDIES_EVERY", 0.01)
+    before = asyncio.all_tasks()
+    pool = await asyncpg.create_pool(url, min_size=0, max_size=10)
+    broker = PostgresBroker(url if is_owner else pool)
+    await broker.open()
+    await broker.prepare(lease=LEASE, service="")
+    with server.paused():
+        # Connections are made for some of them; others wait for one.
+        asked = [asyncio.create_task(broker.inspect()) for _ in range(20)]
+        taking = asyncio.create_task(broker.take(1, PATIENCE))
+        await asyncio.sleep(0.2)
+        taking.cancel()
+        async with asyncio.timeout(5):
+            await broker.aclose()
+            errors = await asyncio.gather(*asked, return_exceptions=True)
+            await until(lambda: asyncio.all_tasks() <= {*before, asyncio.current_task()})
+        pool.terminate()
+    assert taking.cancelled()
+    assert {isinstance(error, UnavailableError) for error in errors} == {True}
 
 
 async def test_of_two_decisions_in_one_turn_the_first_is_stored(broker: PostgresBroker, admin: Connection) -> None:

@@ -25,6 +25,8 @@ from worker.conformance.brokers import LEASE
 from .shop import decide_all, pay, payments, unread
 
 if TYPE_CHECKING:
+    from postgres_server import PostgresServer
+
     from .shop import Connection
 
 
@@ -192,6 +194,34 @@ async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_conn
         await locking
         assert connection.is_closed()
     assert await unread(admin) == {"a": 0}
+
+
+async def test_a_cancellation_is_one_even_if_the_server_answers_nothing(
+    server: PostgresServer,
+    broker: PostgresBroker,
+    admin: Connection,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_ENDS_WITHIN", 0.2)
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE keyless.unread")
+        reading = [asyncio.create_task(side.next_outcome("shop")) for side in (broker, PostgresConnection(connection))]
+
+        async def are_locked_out() -> bool:
+            await admin.execute("SELECT pg_stat_clear_snapshot()")
+            locked_out = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'next_outcome'"
+            )
+            return bool(await admin.fetchval(locked_out) == len(reading))
+
+        await until(are_locked_out)
+        with server.paused():
+            for task in reading:
+                task.cancel()
+            async with asyncio.timeout(5):
+                await asyncio.wait(reading)
+    assert all(task.cancelled() for task in reading)
 
 
 async def test_a_backend_that_is_killed_while_it_waits_is_an_error(admin: Connection, connection: Connection) -> None:
