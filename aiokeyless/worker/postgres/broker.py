@@ -333,9 +333,12 @@ class PostgresBroker(TableBroker):
             attempt += 1
 
     async def _acquire(self, pool: Pool) -> PoolConnectionProxy[Any]:
-        async with asyncio.timeout(None) as limit:
-            with self._limit(_ANSWER_WITHIN, lambda: limit.reschedule(0.0)):
-                return await without_frames(pool.acquire())
+        try:
+            async with asyncio.timeout(None) as limit:
+                with self._limit(_ANSWER_WITHIN, lambda: limit.reschedule(0.0)):
+                    return await without_frames(pool.acquire())
+        except TimeoutError:  # nothing was asked, so nothing was refused
+            raise ConnectionError(f"no connection to the database within {_ANSWER_WITHIN:g} s") from None
 
     @contextmanager
     def _limit(self, patience: float, cut: Callable[[], None]) -> Iterator[asyncio.TimerHandle]:

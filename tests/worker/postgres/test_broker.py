@@ -625,6 +625,19 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     assert len(await take_n(broker, 1)) == 1
 
 
+async def test_a_database_that_gives_no_connection_is_away_and_refuses_nothing(
+    server: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ANSWER_WITHIN", 0.2)
+    async with asyncpg.create_pool(url, min_size=0) as pool, PostgresBroker(pool) as broker:
+        with server.paused():
+            with pytest.raises(UnavailableError, match=r"^no connection to the database within 0\.2 s$") as caught:
+                await broker.inspect()
+            with pytest.raises(BrokerError, match=r"^the database cannot be reached: no connection to the database"):
+                await PostgresBroker(url).open()
+    assert not isinstance(caught.value, RefusedError)
+
+
 async def test_an_error_says_why_the_server_ended_a_connection(broker: PostgresBroker, admin: Connection) -> None:
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
