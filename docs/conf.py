@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     # Names of the standard library and of other packages, whose inventories would have to be fetched.
     ("py:.*", r"(aiohttp|anyio|asyncio|collections|datetime|enum|logging|msgspec)(\..*)?"),
     ("py:.*", r"(asyncpg|nats|opentelemetry|pathlib|ssl|tenacity|types|typing)(\..*)?"),
-    ("py:.*", r"wait_base|Client|Connection|Broker|Path|web\.AppRunner"),
+    ("py:.*", r"wait_base|Client|Connection|Broker|Path|web\.BaseRunner"),
     ("py:.*", r"TracerProvider|MeterProvider"),
     # A type variable and names that users need in no other place.
     ("py:class", r"aiokeyless\.worker\.messages\.T|Broker|HealthServer|aiokeyless\.sandbox\.server\.ClientOptions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Final
 
@@ -12,11 +13,16 @@ from aiokeyless.errors import BrokerError
 
 from .approval_worker import ApprovalWorker
 
+#: Seconds after which a connection is closed. aiohttp keeps one that sends no request forever, and each takes one of
+#: the descriptors that the worker's polls need.
+_LASTS: Final = 10.0
+#: Connections that may wait to be accepted. asyncio logs this many tracebacks at once if there is no descriptor left.
+_BACKLOG: Final = 4
 #: aiohttp logs a traceback for each malformed request, and any client can send one.
 _SILENT: Final = logging.Logger(__name__, logging.CRITICAL)  # noqa: LOG001  # of this server alone
 
 
-async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> web.AppRunner:
+async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> web.BaseRunner:
     """Serve an orchestrator's probes, by GET.
 
     ``/livez`` answers 200 while the event loop of the process runs. ``/readyz`` answers 200 while the worker takes
@@ -37,35 +43,40 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
         BrokerError: The port cannot be bound.
     """
 
-    async def livez(_request: web.Request) -> web.Response:
-        return _close_after(web.Response(text="ok\n"))
+    async def answer(request: web.BaseRequest) -> web.Response:
+        response = _answer(worker, request)
+        response.force_close()  # ends the connection after it
+        return response
 
-    async def readyz(_request: web.Request) -> web.Response:
-        problems = worker.statistics.problems
-        lines = problems or ("ok",)
-        return _close_after(web.Response(text="".join(f"{line}\n" for line in lines), status=503 if problems else 200))
-
-    async def healthz(_request: web.Request) -> web.Response:
-        statistics = worker.statistics
-        status, text = (200, "ok") if statistics.is_ready else (503, "unavailable")
-        body = msgspec.json.encode({"status": text, **msgspec.to_builtins(statistics)})
-        return _close_after(web.Response(body=body, status=status, content_type="application/json"))
-
-    app = web.Application()
-    app.router.add_get("/livez", livez)
-    app.router.add_get("/readyz", readyz)
-    app.router.add_get("/healthz", healthz)
-    runner = web.AppRunner(app, access_log=None, logger=_SILENT)
+    runner = web.ServerRunner(_Server(answer, access_log=None, logger=_SILENT))
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, backlog=_BACKLOG).start()
     except OSError as error:
         await runner.cleanup()
         raise BrokerError(f"cannot serve the probes on {host} port {port}: {error.strerror}") from None
     return runner
 
 
-def _close_after(response: web.Response) -> web.Response:
-    """Let a response close its connection."""
-    response.force_close()
-    return response
+class _Server(web.Server):
+    """A server whose connections end after `_LASTS`."""
+
+    def __call__(self) -> web.RequestHandler:
+        connection = super().__call__()
+        asyncio.get_running_loop().call_later(_LASTS, connection.force_close)
+        return connection
+
+
+def _answer(worker: ApprovalWorker, request: web.BaseRequest) -> web.Response:
+    if request.path not in {"/livez", "/readyz", "/healthz"}:
+        return web.Response(text="not found\n", status=404)
+    if request.method not in {"GET", "HEAD"}:
+        return web.Response(text="use GET\n", status=405, headers={"Allow": "GET, HEAD"})
+    if request.path == "/livez":
+        return web.Response(text="ok\n")
+    statistics = worker.statistics
+    status, text = (200, "ok") if statistics.is_ready else (503, "unavailable")
+    if request.path == "/readyz":
+        return web.Response(text="".join(f"{line}\n" for line in statistics.problems or ("ok",)), status=status)
+    body = msgspec.json.encode({"status": text, **msgspec.to_builtins(statistics)})
+    return web.Response(body=body, status=status, content_type="application/json")

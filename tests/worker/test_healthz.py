@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,13 +54,13 @@ def worker() -> Worker:
 
 
 @pytest.fixture
-async def served(worker: Worker) -> AsyncGenerator[web.AppRunner]:
+async def served(worker: Worker) -> AsyncGenerator[web.BaseRunner]:
     server = await serve_health(cast("ApprovalWorker", worker), 0)
     yield server
     await server.cleanup()
 
 
-async def asked(server: web.AppRunner, method: str = "GET", path: str = "/healthz") -> tuple[int, str, Any]:
+async def asked(server: web.BaseRunner, method: str = "GET", path: str = "/healthz") -> tuple[int, str, Any]:
     host, port = server.addresses[0]
     async with (
         aiohttp.ClientSession() as session,
@@ -69,14 +70,14 @@ async def asked(server: web.AppRunner, method: str = "GET", path: str = "/health
         return response.status, response.content_type, await response.json() if is_json else None
 
 
-async def asked_for_text(server: web.AppRunner, path: str) -> tuple[int, str]:
+async def asked_for_text(server: web.BaseRunner, path: str) -> tuple[int, str]:
     host, port = server.addresses[0]
     async with aiohttp.ClientSession() as session, session.get(f"http://{host}:{port}{path}") as response:
         assert response.content_type == "text/plain"
         return response.status, await response.text()
 
 
-async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: web.AppRunner) -> None:
+async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: web.BaseRunner) -> None:
     status, content_type, body = await asked(served)
     assert (status, content_type) == (200, "application/json")
     assert body["status"] == "ok"
@@ -84,7 +85,7 @@ async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(serve
     assert body == msgspec.json.decode(msgspec.json.encode(STATISTICS))
 
 
-async def test_a_worker_that_takes_none_is_unavailable(served: web.AppRunner, worker: Worker) -> None:
+async def test_a_worker_that_takes_none_is_unavailable(served: web.BaseRunner, worker: Worker) -> None:
     worker.statistics = UNREADY
     status, content_type, body = await asked(served)
     assert (status, content_type) == (503, "application/json")
@@ -92,24 +93,24 @@ async def test_a_worker_that_takes_none_is_unavailable(served: web.AppRunner, wo
 
 
 async def test_it_is_ready_while_it_takes_requests_and_else_says_why_not_a_line_each(
-    served: web.AppRunner, worker: Worker
+    served: web.BaseRunner, worker: Worker
 ) -> None:
     assert await asked_for_text(served, "/readyz") == (200, "ok\n")
     worker.statistics = UNREADY
     assert await asked_for_text(served, "/readyz") == (503, "a stream is full\na key is refused\n")
 
 
-async def test_it_is_alive_whatever_keeps_it_from_being_ready(served: web.AppRunner, worker: Worker) -> None:
+async def test_it_is_alive_whatever_keeps_it_from_being_ready(served: web.BaseRunner, worker: Worker) -> None:
     worker.statistics = UNREADY
     assert await asked_for_text(served, "/livez") == (200, "ok\n")
 
 
-async def test_it_listens_on_this_machine_only(served: web.AppRunner) -> None:
+async def test_it_listens_on_this_machine_only(served: web.BaseRunner) -> None:
     assert [address[0] for address in served.addresses] == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("POST", "/healthz", 405)])
-async def test_there_is_nothing_else(served: web.AppRunner, method: str, path: str, status: int) -> None:
+async def test_there_is_nothing_else(served: web.BaseRunner, method: str, path: str, status: int) -> None:
     assert (await asked(served, method, path))[0] == status
 
 
@@ -128,7 +129,7 @@ async def test_an_address_of_another_machine_is_one_line(worker: Worker) -> None
 # -- a worker
 
 
-async def until_it_answers(server: web.AppRunner, start: str) -> None:
+async def until_it_answers(server: web.BaseRunner, start: str) -> None:
     """Wait until the only line starts so."""
 
     async def answers() -> bool:
@@ -160,7 +161,7 @@ async def test_while_the_key_is_refused_it_is_not_ready(
 
 @pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 8192 + b"\r\n\r\n", b"\0\r\n\r\n"], ids=repr)
 async def test_what_is_no_request_is_refused_and_fills_no_log(
-    served: web.AppRunner, caplog: pytest.LogCaptureFixture, head: bytes
+    served: web.BaseRunner, caplog: pytest.LogCaptureFixture, head: bytes
 ) -> None:
     for _ in range(2):
         reader, writer = await asyncio.open_connection(*served.addresses[0])
@@ -170,8 +171,31 @@ async def test_what_is_no_request_is_refused_and_fills_no_log(
     assert not caplog.records
 
 
-async def test_an_answer_ends_its_connection(served: web.AppRunner) -> None:
+async def test_an_answer_ends_its_connection(served: web.BaseRunner) -> None:
     reader, writer = await asyncio.open_connection(*served.addresses[0])
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
     assert (await asyncio.wait_for(reader.read(), PATIENCE)).startswith(b"HTTP/1.1 200 OK")
     writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /readyz HTTP/1.1\r\nHo"], ids=repr)
+@pytest.mark.looptime
+async def test_a_connection_that_asks_for_nothing_is_closed_in_time(served: web.BaseRunner, sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection(*served.addresses[0])
+    writer.write(sent)
+    async with asyncio.timeout(11):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_worker_without_a_descriptor_left_fills_no_log(
+    served: web.BaseRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_socket: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", refuse)
+    monkeypatch.setattr("asyncio.constants.ACCEPT_RETRY_DELAY", 3600)
+    with socket.create_connection(served.addresses[0]):
+        await until(lambda: bool(caplog.records))
+    assert len(caplog.records) < 6
