@@ -55,6 +55,19 @@ def row_of(message: Message) -> Row:
     return message.row
 
 
+def check_service(stored: str, service: str, place: str) -> None:
+    """Refuse a worker of another service than that of the first worker: it would ask each user once more.
+
+    Raises:
+        BrokerError: It is another one.
+    """
+    if stored != service:
+        raise BrokerError(
+            f"{place} belongs to {stored}, and this worker to {service}: name another one, or delete the row of its "
+            "table service"
+        )
+
+
 class TableBroker(Broker):
     """A broker in a SQL database."""
 

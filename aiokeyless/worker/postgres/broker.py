@@ -30,7 +30,7 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import Row, TableBroker, TableMessage, row_of, time_of
+from aiokeyless.worker.tables import Row, TableBroker, TableMessage, check_service, row_of, time_of
 
 from .adapters.asyncpg import ERRORS, Adapter
 from .failures import broker_errors
@@ -206,10 +206,13 @@ class PostgresBroker(TableBroker):
 
     # -- for workers
 
-    async def prepare(self, *, lease: float, service: str) -> float:  # noqa: ARG002  # one service's or another's
+    async def prepare(self, *, lease: float, service: str) -> float:
         try:
             await self._in_transaction(lambda connection: prepare(connection, self._schema), patience=_TIDIES_WITHIN)
             await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
+            if service:
+                ((stored,),) = await self._fetch("SELECT {}.serve($1)", service)
+                check_service(stored, service, f"the schema {self._schema!r}")
             await self._measure_time()
         except UnavailableError as error:
             raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None

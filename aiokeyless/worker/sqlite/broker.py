@@ -20,7 +20,7 @@ from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import TableBroker, row_of
+from aiokeyless.worker.tables import TableBroker, check_service, row_of
 
 from .schema import MEMORY
 from .store import Call, PutOff, Store, Unread
@@ -145,8 +145,14 @@ class SqliteBroker(TableBroker):
 
     # -- for workers
 
-    async def prepare(self, *, lease: float, service: str) -> float:  # noqa: ARG002  # one service's or another's
+    async def prepare(self, *, lease: float, service: str) -> float:
         self._check_open()
+        if service:
+            try:
+                stored = await self._do(lambda store: store.serve(service))
+            except UnavailableError as error:
+                raise BrokerError(str(error)) from None
+            check_service(stored, service, self._path)
         if self._housekeeping is None and self._path != MEMORY:
             log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
         return self._keep_house(lease)

@@ -24,6 +24,10 @@ VERSION: Final = 1
 #: One transaction runs each migration once, in this order, and records it.
 _MIGRATIONS: Final = (
     """
+    CREATE TABLE service (
+        id INTEGER PRIMARY KEY CHECK (id = 1),
+        base_url TEXT NOT NULL
+    );
     CREATE TABLE request (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         name INTEGER NOT NULL DEFAULT (random()),

@@ -336,6 +336,12 @@ class Store:
 
     # -- housekeeping
 
+    def serve(self, service: str) -> str:
+        """Record the service of the first worker that names one, and return it."""
+        self._connection.execute("INSERT OR IGNORE INTO service VALUES (1, ?)", (service,))
+        stored: str = self._one("SELECT base_url FROM service")[0]
+        return stored
+
     def repair(self, lease: float) -> None:
         """Make requests and outcomes due that are put off for too long, because the clock was set back."""
         now = self._now()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from waiting import PATIENCE
 
-from aiokeyless.errors import InvalidRequestError
+from aiokeyless.errors import BrokerError, InvalidRequestError
 from aiokeyless.worker.broker import Exchange
 
 from .brokers import (
@@ -240,6 +240,14 @@ async def test_what_is_stored_is_there_for_the_next_process(storage: Storage) ->
         await broker.prepare(lease=LEASE, service="https://keyless.test")
         assert [operation_of(message) for message in await take_n(broker, 1)] == ["a"]
         assert await broker.submit(new_request("a"))
+
+
+async def test_a_worker_of_another_service_is_refused_and_asks_nobody(broker: Broker, storage: Storage) -> None:
+    ours, theirs = "https://keyless.test", "https://staging.test"
+    async with storage.broker() as other:
+        with pytest.raises(BrokerError, match=f"belongs to {ours}, and this worker to {theirs}: "):
+            await other.prepare(lease=LEASE, service=theirs)
+    await broker.prepare(lease=LEASE, service=ours)
 
 
 async def test_the_fleet_is_told_how_it_fares(broker: Broker, storage: Storage) -> None:

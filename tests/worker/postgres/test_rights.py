@@ -67,6 +67,7 @@ WORKER = (
     "SELECT * FROM keyless.decide('{}', '{}', '{}', '{}')",
     "SELECT * FROM keyless.inspect()",
     "SELECT keyless.restore()",
+    "SELECT keyless.serve('https://keyless.test')",
     "SELECT keyless.welcome_readers()",
     "SELECT keyless.clean(0)",
 )
@@ -82,7 +83,7 @@ NOBODY = (
     "SET ROLE keyless_owner",
     *(
         statement.format(table)
-        for table in ("request", "waiting", "outcome", "reader", "login", "unread", "welcome")
+        for table in ("request", "waiting", "outcome", "reader", "login", "unread", "welcome", "service")
         for statement in (
             "SELECT * FROM keyless.{}",
             "DELETE FROM keyless.{}",

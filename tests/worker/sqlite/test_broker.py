@@ -400,6 +400,8 @@ async def test_a_file_that_is_held_for_long_is_unavailable(
             await submit(broker, "b")
         with pytest.raises(UnavailableError, match="locked"):
             await outcome.mark_handled()
+        with pytest.raises(BrokerError, match="locked"):  # when a worker starts
+            await broker.prepare(lease=30.0, service="https://keyless.test")
         other.execute("COMMIT")
     await outcome.mark_handled()
 

@@ -75,6 +75,12 @@ CREATE TABLE {schema}.unread (
 CREATE INDEX unread_due ON {schema}.unread (reader, due_at);
 COMMENT ON TABLE {schema}.unread IS 'Which reader has not handled which outcome.';
 
+CREATE TABLE {schema}.service (
+    is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    base_url text NOT NULL
+);
+COMMENT ON TABLE {schema}.service IS 'The service that all workers of the schema ask: that of the first one.';
+
 -- Not an advisory lock: whoever may connect can take any of those, and hold up all outcomes.
 CREATE TABLE {schema}.welcome ();
 COMMENT ON TABLE {schema}.welcome IS 'Empty; a lock between outcomes that are stored and readers that are made ready.';
@@ -554,6 +560,15 @@ BEGIN
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
     FOR SHARE OF r SKIP LOCKED -- requests that are being decided
     ON CONFLICT DO NOTHING;
+END
+$function$;
+
+-- Record the service of the first worker that names one, and return it.
+CREATE FUNCTION {schema}.serve(service text) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s' AS $function$
+BEGIN
+    INSERT INTO {schema}.service (base_url) VALUES (service) ON CONFLICT DO NOTHING;
+    RETURN (SELECT s.base_url FROM {schema}.service s);
 END
 $function$;
 

@@ -34,6 +34,7 @@ _ROLES: Final = {
         "decide",
         "inspect",
         "restore",
+        "serve",
         "welcome_readers",
         "clean",
     ),
