@@ -242,7 +242,7 @@ async def _work(story: Story, process: Process) -> None:
             async with worker:
                 await stopped.wait()
     except BrokerError as error:
-        if not process.is_dead:
+        if not process.is_dead and worker._serving is not None:  # one that could not start is started again
             process.world.history.problems.append(f"{process.name} gave its broker up: {error}")
     except KeylessError:
         pass  # the key was refused: another process starts
