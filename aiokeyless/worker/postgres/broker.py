@@ -63,7 +63,7 @@ _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all 
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
 _RESTORES_EVERY: Final = 10  # turns of the housekeeping
 _CLEANS_EVERY: Final = 3600  # turns
-_TABLES: Final = ("request", "waiting", "outcome", "unread", "reader")
+_TABLES: Final = ("request", "waiting", "outcome", "unread", "reader", "service")
 _EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2, Exchange.CREATED: 3}
 
 
@@ -169,7 +169,7 @@ class PostgresBroker(TableBroker):
         return self._clock.now()
 
     async def empty_for_tests(self) -> None:
-        """Remove all requests, outcomes and readers, if there is a schema. For tests alone: nothing asks back."""
+        """Remove all rows, if there is a schema. For tests alone: nothing asks back."""
         if await self._fetch("SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1", self._schema):
             await self._fetch("TRUNCATE " + ", ".join(f"{{0}}.{name}" for name in _TABLES))
 
