@@ -138,7 +138,7 @@ class TransactionVerifier:
             SignatureError: There is no such key, or the last fetch failed, or none may be made yet.
             ClientClosedError: The client is closed, and the key is not known.
         """
-        # If not, a fetch for another unknown ``kid`` was the last one for now, and this one may be newer.
+        # Whether a fetch tells if there is such a key. If the last one was too recent, the key may be newer than it.
         is_asked = self._fetching is not None or self._is_fetch_due(key_id)
         if self._find(key_id) is None:
             if self._fetching is not None:
