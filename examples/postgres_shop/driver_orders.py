@@ -5,7 +5,6 @@ import psycopg
 from aiokeyless import sync, worker
 from aiokeyless.worker import ApprovalEvent, Outcome
 
-STATES = {Outcome.APPROVED: "paid", Outcome.EXPIRED: "expired", Outcome.FAILED: "refused"}
 #: Settles the order that an event is about, if it is open, and of the same user and text; and pays for a face alone.
 SETTLE = """
     WITH settled AS (
@@ -22,7 +21,7 @@ SETTLE = """
 def values(event: ApprovalEvent) -> dict[str, str | None]:
     """Return what `SETTLE` needs of an event."""
     return {
-        "state": STATES[event.outcome],
+        "state": "paid" if event.outcome is Outcome.APPROVED else "not paid",
         "operation_id": event.operation_id,
         "user_id": event.user_id,
         "payload_sha256": event.payload_sha256,

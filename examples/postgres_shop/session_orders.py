@@ -13,7 +13,6 @@ from tables import Order, Payment
 from aiokeyless import BrokerError, sync, worker
 from aiokeyless.worker import ApprovalEvent, Outcome
 
-STATES = {Outcome.APPROVED: "paid", Outcome.EXPIRED: "expired", Outcome.FAILED: "refused"}
 log = logging.getLogger("settle")
 
 
@@ -29,8 +28,9 @@ def settle(session: Session, event: ApprovalEvent) -> None:
     elif event.outcome is Outcome.APPROVED and event.auth_type != "biom":
         log.warning("%s is no face's: somebody submitted a request that requires none", event)
     else:
-        order.state = STATES[event.outcome]
+        order.state = "not paid"
         if event.outcome is Outcome.APPROVED:
+            order.state = "paid"
             session.add(Payment(order_id=order.id))
 
 

@@ -14,7 +14,6 @@ from tables import DATABASE_URL
 
 from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, next_outcome
 
-STATES = {Outcome.APPROVED: "paid", Outcome.EXPIRED: "expired", Outcome.FAILED: "refused"}
 log = logging.getLogger("settle")
 
 
@@ -32,8 +31,9 @@ async def settle(connection: asyncpg.Connection, event: ApprovalEvent) -> None:
     if event.outcome is Outcome.APPROVED and event.auth_type != "biom":
         log.warning("%s is no face's: somebody submitted a request that requires none", event)
         return
-    await connection.execute("UPDATE orders SET state = $2 WHERE id = $1", order["id"], STATES[event.outcome])
-    if event.outcome is Outcome.APPROVED:
+    state = "paid" if event.outcome is Outcome.APPROVED else "not paid"
+    await connection.execute("UPDATE orders SET state = $2 WHERE id = $1", order["id"], state)
+    if state == "paid":
         await connection.execute("INSERT INTO payments (order_id) VALUES ($1)", order["id"])
     log.info("order %s: %s", order["id"], event.outcome)
 

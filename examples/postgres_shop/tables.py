@@ -20,7 +20,7 @@ class Order(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[str]  # who must approve, in Keyless: a real shop has it from the customer's enrolment
     text: Mapped[str]  # what the customer is asked to approve
-    state: Mapped[str] = mapped_column(default="asked")  # then paid, expired or refused
+    state: Mapped[str] = mapped_column(default="asked")  # then paid or not paid
 
 
 class Payment(Table):

@@ -146,7 +146,7 @@ async def test_a_pin_pays_nothing_whoever_submitted_the_request(server: Postgres
                 await until(lambda: "is no face's" in programs[1].log.read_text(), 60)
                 await until(lambda: "order order-1: failed" in programs[1].log.read_text(), 60)
                 states = server.execute("SELECT state FROM orders ORDER BY id", database)
-                assert [state for (state,) in states] == ["refused", "asked"]
+                assert [state for (state,) in states] == ["not paid", "asked"]
                 assert not server.execute("SELECT * FROM payments", database)
         finally:
             for program in programs:

@@ -176,7 +176,7 @@ async def orders(admin: Connection) -> dict[str, str]:
     return {row[0]: row[1] for row in rows}
 
 
-SETTLED = {"paid": "paid", "of paid": "payment", "of another text": "asked", "by a PIN": "asked", "late": "expired"}
+SETTLED = {"paid": "paid", "of paid": "payment", "of another text": "asked", "by a PIN": "asked", "late": "not paid"}
 
 
 @pytest.mark.parametrize("read", [session_orders.read, session_orders.read_async])
