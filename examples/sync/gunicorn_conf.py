@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-workers = 2  # one answers while the other one is recycled
+workers = 1  # flask_app keeps its tickets in the process: for more, keep them in a database
 threads = 32  # each wait occupies one
 
 
