@@ -22,7 +22,7 @@ async def ask(client: KeylessClient) -> dict[str, str]:
 async def state(client: KeylessClient, operation_id: str) -> dict[str, str]:
     """Answer once the user has approved, or after 25 seconds that it is pending: the caller then asks again."""
     if (ticket := tickets.get(operation_id)) is None:  # an id out of a URL names a ticket, and is not waited for
-        return {"state": "unknown"}
+        return {"state": "not asked"}
     try:
         operation = await client.hold_for_approval(ticket, seconds=25)
     except ApprovalUnknownError:  # perhaps approved: the caller asks again in a while, which polls once more

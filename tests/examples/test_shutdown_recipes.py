@@ -94,7 +94,7 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
         port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
         approvals = f"http://127.0.0.1:{port}/approvals"
         async with http.get(f"{approvals}/order-1") as response:
-            assert await response.json() == {"state": "unknown"}  # an id that somebody chose is not polled
+            assert await response.json() == {"state": "not asked"}  # an id that somebody chose is not polled
         async with http.get(approvals) as response:
             assert response.status == 405  # a link asks nobody
         async with http.post(approvals) as response:
