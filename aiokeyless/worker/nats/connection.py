@@ -48,8 +48,8 @@ _OWN_OPTIONS: Final = frozenset(
 _ONCE: Final = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
 _FOREVER: Final = {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 2}
 #: Errors of the server's about a login or a limit, and not about what was sent. An operator may correct them, so the
-#: connection is made again. nats-py would close it for good.
-_CORRECTABLE: Final = re.compile("authori[sz]ation|authentication|connections exceeded", re.IGNORECASE)
+#: connection is made again. nats-py would close it for good. A subject, in quotes, may hold any word.
+_CORRECTABLE: Final = re.compile('[^"]*(authori[sz]ation|authentication|connections exceeded)', re.IGNORECASE)
 #: The part of an address that may be shown: a host and a port, and no part of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
@@ -174,7 +174,7 @@ class _Client(Client):
             self._lose(BrokerError(f"the broker ended the connection for good: {reason}"))
 
     async def _process_err(self, err_msg: str) -> None:
-        if _CORRECTABLE.search(err_msg):
+        if _CORRECTABLE.match(err_msg):
             await self.on_error(nats.errors.Error(f"nats: {err_msg}"))
             await self._process_op_err(nats.errors.StaleConnectionError())
         else:

@@ -405,20 +405,23 @@ async def test_an_end_with_something_unsent_is_told_of_too(
     await until(lambda: asyncio.all_tasks() == tasks)
 
 
-async def test_what_is_not_permitted_is_told_of_and_named(tmp_path: Path) -> None:
-    users = 'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "secrets.>" } } } ] }'
+async def test_what_is_not_permitted_is_told_of_and_named_on_a_connection_that_stays(tmp_path: Path) -> None:
+    """The subject sounds like a refused login, after which the connection is made again."""
+    permissions = 'permissions: { publish: { deny: "authentication.>" } }'
+    users = f"authorization {{ users = [ {{ user: u, password: p, {permissions} }} ] }}"
     server = NatsServer(tmp_path, configuration=users, jetstream=False)
     await server.start()
     losses: list[BrokerError] = []
     connection = await connect(server.url, {"user": "u", "password": "p"}, on_reconnect=nothing, on_loss=losses.append)
     try:
-        await connection.publish("secrets.all", b"")
+        await connection.publish("authentication.all", b"")
         await until(lambda: bool(losses))
+        assert connection.is_connected
     finally:
         await connection.close()
         server.stop()
     assert "does not permit" in str(losses[0])
-    assert "secrets.all" in str(losses[0])
+    assert "authentication.all" in str(losses[0])
 
 
 async def ignore(_message: object) -> None:
