@@ -55,6 +55,7 @@ _SQLALCHEMYS: Final = re.compile(r"^(\w+)\+\w+(?=:)")
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _CLOSES_WITHIN: Final = 5.0  # seconds until what is still asked of the database is cut
+_ENDS_WITHIN: Final = 1.0  # seconds until a cancellation is repeated
 _TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
@@ -336,9 +337,17 @@ class PostgresBroker(TableBroker):
             attempt += 1
 
     async def _acquire(self, pool: Pool) -> PoolConnectionProxy[Any]:
+        loop = asyncio.get_running_loop()
+
+        def cut() -> None:
+            with suppress(RuntimeError):  # it is cut already
+                first.reschedule(0.0)
+                last.reschedule(loop.time() + _ENDS_WITHIN)
+
         try:
-            async with asyncio.timeout(None) as limit:
-                with self._limit(_ANSWER_WITHIN, lambda: limit.reschedule(0.0)):
+            # If the pool's own setup is cancelled, asyncpg waits for the server again; a second cancellation ends that.
+            async with asyncio.timeout(None) as last, asyncio.timeout(None) as first:
+                with self._limit(_ANSWER_WITHIN, cut):
                     return await without_frames(pool.acquire())
         except TimeoutError:  # nothing was asked, so nothing was refused
             raise ConnectionError(f"no connection to the database within {_ANSWER_WITHIN:g} s") from None

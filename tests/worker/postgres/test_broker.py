@@ -748,6 +748,33 @@ async def test_closing_cuts_what_is_asked_of_a_database_that_answers_nothing(
     assert {isinstance(error, UnavailableError) for error in errors} == {True}
 
 
+async def test_a_pool_whose_setup_hangs_delays_no_call_and_no_closing(
+    server: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If it is cancelled, asyncpg closes the connection, and waits for the server."""
+    monkeypatch.setattr(module, "_ANSWER_WITHIN", 0.2)
+    monkeypatch.setattr(module, "_CLOSES_WITHIN", 0.1)
+
+    async def setup(connection: PoolConnectionProxy[Any]) -> None:
+        await connection.execute("SELECT 1")
+
+    pool = await asyncpg.create_pool(url, min_size=4, max_size=4, setup=setup)
+    broker = PostgresBroker(pool)
+    await broker.open()
+    await broker.prepare(lease=LEASE, service="")
+    await submit(broker, "a")
+    (message,) = await take_n(broker, 1)
+    with server.paused():
+        putting_off = asyncio.create_task(broker.put_off(message, 1, Exchange.NONE))
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(PATIENCE):
+            await broker.aclose()
+        with pytest.raises(UnavailableError, match="no connection to the database within"):
+            await putting_off
+        pool.terminate()
+    assert "Exception in callback" not in caplog.text
+
+
 async def test_of_two_decisions_in_one_turn_the_first_is_stored(broker: PostgresBroker, admin: Connection) -> None:
     await submit(broker, "a")
     (message,) = await take_n(broker, 1)
