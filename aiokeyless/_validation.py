@@ -264,7 +264,7 @@ API_VERSION: Final = "/v2"
 
 
 def check_base_url(base_url: str) -> str:
-    """Return the base URL without a trailing slash.
+    """Return the base URL without a trailing slash or a default port, its host in lower case.
 
     Raises:
         ConfigurationError: It is not an absolute https URL (http is for loopback hosts only). It contains userinfo, a
@@ -296,7 +296,9 @@ def check_base_url(base_url: str) -> str:
     if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
         raise _wrong("base_url", "must not contain '.' or '..' segments")
     _check_host(parts.scheme, parts.netloc, host)
-    base_url = base_url.rstrip("/")
+    # One service has one base URL: brokers compare it.
+    authority = parts.netloc.lower().removesuffix(":443" if parts.scheme == "https" else ":80")
+    base_url = f"{parts.scheme}://{authority}{parts.path}".rstrip("/")
     if base_url.endswith(API_VERSION):
         raise _wrong(
             "base_url",

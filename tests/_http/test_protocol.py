@@ -444,7 +444,7 @@ def test_every_region_has_an_address_that_is_good_as_a_base_url(region: Region) 
         ("https://api.keyless.io/", "https://api.keyless.io"),
         ("https://api.keyless.io//", "https://api.keyless.io"),
         (" https://api.keyless.io\n", "https://api.keyless.io"),
-        ("HTTPS://API.keyless.io", "HTTPS://API.keyless.io"),
+        ("HTTPS://API.keyless.io:443/X", "https://api.keyless.io/X"),
         ("https://gw.example/keyless", "https://gw.example/keyless"),
         ("https://gw.example/keyless/", "https://gw.example/keyless"),
         ("https://gw.example:8443/a/b...c/.hidden", "https://gw.example:8443/a/b...c/.hidden"),
@@ -453,14 +453,14 @@ def test_every_region_has_an_address_that_is_good_as_a_base_url(region: Region) 
         ("https://gw.example/keyless-v2", "https://gw.example/keyless-v2"),
         ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443"),
         ("http://localhost:8080", "http://localhost:8080"),
-        ("http://LOCALHOST", "http://LOCALHOST"),
+        ("http://LOCALHOST:80", "http://localhost"),
         ("http://127.0.0.1:8080/x", "http://127.0.0.1:8080/x"),
         ("http://127.8.8.8", "http://127.8.8.8"),
         ("http://[::1]:8080", "http://[::1]:8080"),
     ],
     ids=plain,
 )
-def test_a_good_base_url_loses_its_last_slash_and_keeps_its_path(url: str, good: str) -> None:
+def test_a_good_base_url_is_written_in_one_way_and_keeps_its_path(url: str, good: str) -> None:
     assert check_base_url(url) == good
 
 
