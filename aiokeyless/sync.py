@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import os
+import selectors
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
@@ -229,9 +230,10 @@ class _Process:
     def background(self) -> _Background:
         """Return the loop; the caller has the lock."""
         if self._background is None:
-            if threading.get_ident.__module__ != "_thread":  # its threads would be tasks of the caller's own thread
+            # Its threads would be tasks of the caller's own thread; and in a real one, its selectors end at once.
+            if (threading.get_ident.__module__, selectors.DefaultSelector.__module__) != ("_thread", "selectors"):
                 raise ConfigurationError(
-                    "gevent or eventlet has replaced threads, which this client needs: "
+                    "gevent or eventlet has replaced threads or selectors, which this client needs: "
                     "run real ones, such as gunicorn's worker class gthread or Celery's pool threads"
                 )
             self._background = _Background()

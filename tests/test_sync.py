@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import pickle
+import selectors
 import signal
 import sqlite3
 import sys
@@ -43,6 +44,7 @@ from aiokeyless.worker.sqlite import SqliteBroker
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import ModuleType
 
     from aiokeyless import ApprovalUpdate, Operation
     from aiokeyless.events import Event
@@ -455,13 +457,14 @@ async def test_an_iterator_is_refused_in_a_thread_that_runs_an_event_loop(keyles
         next(updates)
 
 
-async def test_threads_that_gevent_has_replaced_are_refused_before_anything_is_sent(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "name"), [(threading, "get_ident"), (selectors, "DefaultSelector")])
+async def test_what_gevent_has_replaced_is_refused_before_anything_is_sent(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
     client = KeylessClient(sandbox.api_key, base_url=sandbox.url)
     monkeypatch.setattr(sync, "_process", sync._Process())  # a process that has not started its loop
-    get_ident = threading.get_ident
-    monkeypatch.setattr(threading, "get_ident", lambda: get_ident())  # noqa: PLW0108  # as gevent replaces it
+    replaced = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda: replaced())  # noqa: PLW0108  # as gevent replaces it
     with pytest.raises(ConfigurationError, match="gevent or eventlet"):
         await asyncio.to_thread(client.get_operation, "op-1")
     assert not sandbox.requests
