@@ -93,7 +93,9 @@ def connect(path: str, *, now: float) -> sqlite3.Connection:
         _create(path)
         _check_owner(path)
     with broker_errors(path):
-        connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
+        # An absolute path is no URI, which some builds of SQLite read; the file that is opened is the one checked.
+        place = path if path == MEMORY else os.path.abspath(path)  # noqa: PTH100  # keeps links
+        connection = sqlite3.connect(place, timeout=0.0, isolation_level=None, check_same_thread=False)
         with ExitStack() as unprepared:
             unprepared.callback(connection.close)
             retry_while_busy(lambda: _prepare(connection, path, now))

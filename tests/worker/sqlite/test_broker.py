@@ -320,6 +320,13 @@ async def test_a_file_of_another_machine_is_refused(
         pass
 
 
+async def test_a_name_is_no_uri_even_if_sqlite_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner and its mode would be those of another file."""
+    monkeypatch.chdir(tmp_path)
+    async with SqliteBroker("file:a.db"):
+        assert set(files_in(tmp_path)) == {tmp_path / f"file:a.db{ending}" for ending in ("", "-wal", "-shm")}
+
+
 def test_a_file_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "MEMORY", "another name")
     with (
