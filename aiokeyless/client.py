@@ -917,17 +917,18 @@ class KeylessClient:
         poller = self._open().poller
         newest = NewestUpdate()
         wait = poller.start(**options, updates=newest)
-        explanation = poller.explain(wait) if explain else None
+        if explain:
+            poller.explainer.start(wait)
         try:
             async for update in newest:
-                yield update if explanation is None else explanation.add_to(update)
-            if explanation is not None:
-                await explanation.complete(wait.result())
+                yield poller.explainer.add_to(update, wait) if explain else update
+            if explain:
+                await poller.explainer.complete(wait.result(), wait)
             _result(wait.result())
         finally:
             poller.leave(wait)
-            if explanation is not None:
-                explanation.leave()
+            if explain:
+                poller.explainer.leave(wait)
             del wait  # it has the error whose traceback has this frame
 
     async def _outcomes(

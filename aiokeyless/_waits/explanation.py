@@ -69,9 +69,14 @@ class _Subject:
         self.request: asyncio.Task[None] | None = None
         self.waits = 0
 
+    def learn_user(self, operation: Operation | None) -> None:
+        """Take the user from an answer, if they are not known."""
+        if self.user_id is None and operation is not None:
+            self.user_id = operation.user_id
+
 
 class Explainer:
-    """The explanations of one client's waits.
+    """Explains the waits of one client, from `start` to `leave`.
 
     Args:
         transport: Sends the requests. As with single calls, the circuit neither delays nor counts them.
@@ -85,8 +90,8 @@ class Explainer:
         self._requests: set[asyncio.Task[None]] = set()
         self._not_before = -math.inf  # after a refusal, or by Retry-After
 
-    def start(self, wait: Wait) -> Explanation:
-        """Explain a wait; the caller must `Explanation.leave` it."""
+    def start(self, wait: Wait) -> None:
+        """Explain a wait; the caller must `leave` it."""
         operation_id = wait.polled.operation_id
         subject = self._subjects.get(operation_id)
         if subject is None:
@@ -95,24 +100,47 @@ class Explainer:
         if wait.ticket is not None:
             subject.user_id = wait.ticket.user_id
         subject.pending_since = min(subject.pending_since, wait.origin)
-        return Explanation(self, subject, wait.deadline)
 
-    def leave(self, subject: _Subject) -> None:
+    def add_to(self, update: ApprovalUpdate, wait: Wait) -> ApprovalUpdate:
+        """Return an update with the known attempts. If the operation is pending, ask for more in the background.
+
+        Not if it is too early, or if too many requests are in flight.
+        """
+        subject, operation = self._subjects[wait.polled.operation_id], update.operation
+        subject.learn_user(operation)
+        if isinstance(update.error, NotFoundError) if operation is None else not operation.is_approved:
+            since, now = subject.pending_since, self._loop.time()
+            may = may_ask(now, asked_at=subject.asked_at, pending_since=since, deadline=wait.deadline)
+            if may and not self._slots.locked():
+                self._ask(subject)
+        return msgspec.structs.replace(update, attempts=subject.attempts)
+
+    async def complete(self, outcome: WaitResult, wait: Wait) -> None:
+        """If the outcome is a timeout, add the attempts to it.
+
+        A last request is sent before, or the one in flight awaited: for a second, but not past the end of the wait.
+        """
+        if not isinstance(outcome, ApprovalTimeoutError):
+            return
+        subject = self._subjects[wait.polled.operation_id]
+        if not isinstance(outcome, ApprovalUnknownError):  # else the service does not answer
+            subject.learn_user(outcome.last_operation)
+            now = self._loop.time()
+            if may_ask(now, asked_at=subject.asked_at):
+                self._ask(subject)
+            left = wait.deadline + FINAL_POLL_TIMEOUT - now
+            if subject.request is not None and left > 0:
+                await asyncio.wait([subject.request], timeout=min(AT_THE_END, left))
+        explain(outcome, subject.attempts)
+
+    def leave(self, wait: Wait) -> None:
         """Forget a wait. After the last wait for an operation, cancel its request."""
+        subject = self._subjects[wait.polled.operation_id]
         subject.waits -= 1
-        if subject.waits:
-            return
-        del self._subjects[subject.operation_id]
-        if subject.request is not None:
-            subject.request.cancel()
-
-    def ask_if_due(self, subject: _Subject, deadline: float) -> None:
-        """Ask in the background, unless it is too early or too many requests are in flight."""
-        if self._slots.locked() or not may_ask(
-            self._loop.time(), asked_at=subject.asked_at, pending_since=subject.pending_since, deadline=deadline
-        ):
-            return
-        self._ask(subject)
+        if not subject.waits:
+            del self._subjects[subject.operation_id]
+            if subject.request is not None:
+                subject.request.cancel()
 
     async def aclose(self) -> None:
         """Cancel the requests in flight."""
@@ -120,15 +148,6 @@ class Explainer:
             request.cancel()
         while self._requests:
             await asyncio.wait(self._requests)
-
-    async def ask_at_the_end(self, subject: _Subject, deadline: float) -> None:
-        """Send a last request, or wait for the one in flight: for a second, but not past the end of the wait."""
-        now = self._loop.time()
-        if subject.request is None and may_ask(now, asked_at=subject.asked_at):
-            self._ask(subject)
-        left = deadline + FINAL_POLL_TIMEOUT - now
-        if subject.request is not None and left > 0:
-            await asyncio.wait([subject.request], timeout=min(AT_THE_END, left))
 
     def _ask(self, subject: _Subject) -> None:
         if subject.user_id is None or subject.request is not None or self._loop.time() < self._not_before:
@@ -158,42 +177,6 @@ class Explainer:
             self._not_before = max(self._not_before, self._loop.time() + pause)
         else:
             subject.attempts = merge_attempts(subject.attempts, answer, subject.operation_id)
-
-
-class Explanation:
-    """The known attempts at one wait's operation."""
-
-    __slots__ = ("_deadline", "_explainer", "_subject")
-
-    def __init__(self, explainer: Explainer, subject: _Subject, deadline: float) -> None:
-        self._explainer = explainer
-        self._subject = subject
-        self._deadline = deadline
-
-    def add_to(self, update: ApprovalUpdate) -> ApprovalUpdate:
-        """Return an update with the known attempts. If the operation is pending, ask for more."""
-        self._learn_user(update.operation)
-        operation = update.operation
-        if isinstance(update.error, NotFoundError) if operation is None else not operation.is_approved:
-            self._explainer.ask_if_due(self._subject, self._deadline)
-        return msgspec.structs.replace(update, attempts=self._subject.attempts)
-
-    async def complete(self, outcome: WaitResult) -> None:
-        """If the outcome is a timeout, add the attempts to it, after a last request."""
-        if not isinstance(outcome, ApprovalTimeoutError):
-            return
-        if not isinstance(outcome, ApprovalUnknownError):  # else the service does not answer
-            self._learn_user(outcome.last_operation)
-            await self._explainer.ask_at_the_end(self._subject, self._deadline)
-        explain(outcome, self._subject.attempts)
-
-    def leave(self) -> None:
-        """Forget the wait."""
-        self._explainer.leave(self._subject)
-
-    def _learn_user(self, operation: Operation | None) -> None:
-        if self._subject.user_id is None and operation is not None:
-            self._subject.user_id = operation.user_id
 
 
 def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, deadline: float = math.inf) -> bool:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from aiokeyless.ticket import ApprovalTicket
 
-    from .explanation import Explanation
     from .poller import FutureWait, Poller
     from .state import WaitResult
 
@@ -31,11 +30,11 @@ _Target = tuple[str, "ApprovalTicket | None", bool]
 class _Lease:
     """A wait that one or more callers hold, or held a moment ago."""
 
-    __slots__ = ("expiry", "explanation", "holders", "wait")
+    __slots__ = ("expiry", "holders", "is_explained", "wait")
 
-    def __init__(self, wait: FutureWait, explanation: Explanation | None) -> None:
+    def __init__(self, wait: FutureWait, *, is_explained: bool) -> None:
         self.wait = wait
-        self.explanation = explanation
+        self.is_explained = is_explained
         self.holders = 0
         self.expiry: asyncio.TimerHandle | None = None  # set while there are no holders
 
@@ -87,7 +86,9 @@ class Holds:
                 may_be_missing=may_be_missing,
                 patience=seconds,
             )
-            lease = self._leases[target] = _Lease(wait, self._poller.explain(wait) if explain else None)
+            lease = self._leases[target] = _Lease(wait, is_explained=explain)
+            if explain:
+                self._poller.explainer.start(wait)
         lease.holders += 1
         if lease.expiry is not None:
             lease.expiry.cancel()
@@ -101,8 +102,8 @@ class Holds:
             if self._leases.get(target) is lease:  # the next hold starts anew
                 del self._leases[target]
             outcome = copy.copy(lease.wait.result())  # each caller raises an error of its own
-            if lease.explanation is not None:
-                await lease.explanation.complete(outcome)
+            if lease.is_explained:
+                await self._poller.explainer.complete(outcome, lease.wait)
             return outcome
         finally:
             self._release(target, lease)
@@ -115,22 +116,23 @@ class Holds:
             return
         if self._leases.get(target) is lease:
             lease.expiry = self._loop.call_later(LEASE, self._expire, target, lease, context=self._context)
-        elif lease.explanation is not None:
-            lease.explanation.leave()
+        else:
+            self._end(lease)
 
     def _expire(self, target: _Target, lease: _Lease) -> None:
         del self._leases[target]
         lease.expiry = None
         self._poller.stop(lease.wait)
-        if lease.explanation is not None:
-            lease.explanation.leave()
+        self._end(lease)
 
     def close(self) -> None:
         """Forget the waits without holders. The poller ends them."""
         leases, self._leases = self._leases, {}
         for lease in leases.values():
-            if lease.expiry is None:  # its holders get the error, and leave it
-                continue
-            lease.expiry.cancel()
-            if lease.explanation is not None:
-                lease.explanation.leave()
+            if lease.expiry is not None:  # else its holders get the error, and leave it
+                lease.expiry.cancel()
+                self._end(lease)
+
+    def _end(self, lease: _Lease) -> None:
+        if lease.is_explained:
+            self._poller.explainer.leave(lease.wait)

@@ -19,7 +19,7 @@ from aiokeyless._rules.outcome import YOUNG
 from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import ClientClosedError, KeylessError, RequestTimeoutError, TransportError
 
-from .explanation import Explainer, Explanation
+from .explanation import Explainer
 from .machine import BATCH, EXPIRED_PATIENCE, FRESH, Machine
 from .reporting import Reporter
 from .state import WAIT_SLOTS, Wait, WaitPhase, WaitResult
@@ -82,7 +82,8 @@ class Poller:
             request_timeout=transport.request_timeout,
             no_answer=self._no_answer,
         )
-        self._explainer = Explainer(transport)
+        self.explainer: Explainer = Explainer(transport)
+        """Explains those waits that are to be explained."""
         self._created: dict[tuple[str, datetime], float] = {}  # by id and `created_at`: a later ticket has a later one
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handle of a callback due at once lacks it
@@ -137,10 +138,6 @@ class Poller:
         )
         self._arm(now)
         return wait
-
-    def explain(self, wait: Wait) -> Explanation:
-        """Explain a wait; the caller must `Explanation.leave` it."""
-        return self._explainer.start(wait)
 
     def stop(self, wait: Wait) -> None:
         """End a held wait with None, since its lease has expired; harmless after it has ended."""
@@ -205,7 +202,7 @@ class Poller:
         while self._workers:
             await asyncio.wait(self._workers)
         self._reporter.closed(self._loop.time())
-        await self._explainer.aclose()
+        await self.explainer.aclose()
 
     def _close_batch(self, waits: Iterator[Wait]) -> None:
         """End some of the waits, and the rest in callbacks, which no caller can cancel."""

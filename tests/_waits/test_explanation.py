@@ -300,7 +300,7 @@ class TestWhatItCosts:
 
     async def test_an_operation_is_forgotten_with_its_last_wait(self, client: KeylessClient) -> None:
         await timed_out(client, await created(client), timeout=0.5)
-        assert client._open().poller._explainer._subjects == {}
+        assert client._open().poller.explainer._subjects == {}
 
 
 class TestTrouble:
