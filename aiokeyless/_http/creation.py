@@ -20,7 +20,7 @@ from aiokeyless.errors import (
     NotFoundError,
     TransportError,
 )
-from aiokeyless.models import ExternalUser, Operation, OperationState, SuccessAnswer, User
+from aiokeyless.models import ExternalUser, Operation, OperationState
 
 from . import protocol
 
@@ -30,15 +30,13 @@ if TYPE_CHECKING:
     from .transport import Transport
 
 T = TypeVar("T")
-Sent = TypeVar("Sent")
-Found = TypeVar("Found")
 Result = TypeVar("Result")
 
 #: Seconds between searches after a 409, while a lagging replica does not have the object yet: 5 in all.
 _LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
 
 
-class Creation(ABC, Generic[Sent, Found, Result]):
+class Creation(ABC, Generic[Result]):
     """A POST that is repeated only if it had no effect.
 
     After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
@@ -46,36 +44,31 @@ class Creation(ABC, Generic[Sent, Found, Result]):
 
     Args:
         transport: Sends the requests.
-        post: The POST.
         resumes: Whether the client also searches after a 409 on the first attempt.
     """
 
-    def __init__(self, transport: Transport, post: protocol.Request[Sent], *, resumes: bool = False) -> None:
+    def __init__(self, transport: Transport, *, resumes: bool = False) -> None:
         self._transport = transport
-        self._post = post
         self._resumes = resumes
         # The last failure of an attempt that may have taken effect.
         self._ambiguous: KeylessError | None = None
         self._is_final = False
 
     @abstractmethod
-    def _confirm(self, answer: Sent) -> Result:
-        """Return the result of a POST that succeeded.
+    async def _create(self, number: int) -> Result:
+        """Send the POST, and return its result.
 
         Raises:
             DecodeError: The answer proves nothing.
+            KeylessError: The POST failed.
         """
 
     @abstractmethod
-    async def _search(self) -> Found | None:
-        """Return the object, or None if there is none."""
-
-    @abstractmethod
-    def _accept(self, found: Found) -> Result:
-        """Return the result for an object that was found.
+    async def _search(self) -> Result | None:
+        """Return the result for the object that exists; None if there is none.
 
         Raises:
-            KeylessError: It is not what this call was to create, or it is approved already.
+            KeylessError: It is not what this call was to create, or it is approved already. Or see `_fetch`.
         """
 
     async def run(self) -> Result:
@@ -100,7 +93,7 @@ class Creation(ABC, Generic[Sent, Found, Result]):
 
     async def _attempt(self, number: int) -> Result:
         try:
-            result = self._confirm(await self._transport.send(self._post, attempt=number))
+            result = await self._create(number)
         except KeylessError as error:
             failure = error.with_traceback(None)
         else:
@@ -121,7 +114,7 @@ class Creation(ABC, Generic[Sent, Found, Result]):
         """Return the result for the object that exists; None if there is none.
 
         Raises:
-            KeylessError: The search failed, or may not be made; the ambiguous failure is then final. Or see `_accept`.
+            KeylessError: The search may not be made; the ambiguous failure is then final. Or see `_search`.
         """
         if self._ambiguous is not None and not self._transport.take_tokens(
             self._ambiguous, "whether it took effect was not checked"
@@ -133,28 +126,32 @@ class Creation(ABC, Generic[Sent, Found, Result]):
         pauses = iter(_LAG if conflicts else ())
         while True:
             try:
-                found = await self._search()
-            except KeylessError as error:
+                result = await self._search()
+            except KeylessError:
                 self._is_final = True
-                # The object existed before this call, which had no effect.
-                if self._ambiguous is None:
-                    raise
-                raise self._ambiguous from error.with_traceback(None)
-            if found is not None:
-                break
-            pause = next(pauses, None)
-            if pause is None:
-                return None
+                raise
+            if result is not None or (pause := next(pauses, None)) is None:
+                return result
             await asyncio.sleep(pause)
-        try:
-            return self._accept(found)
-        except KeylessError:
-            self._is_final = True
-            raise
 
-    async def _fetch(self, request: protocol.Request[T]) -> T:
-        """Send a GET as `Transport.fetch` does, but give no token back: it is part of a call that has failed."""
-        return await self._transport.retry(lambda number: self._transport.send(request, attempt=number))
+    async def _fetch(self, request: protocol.Request[T], *, may_be_missing: bool = False) -> T | None:
+        """Send a GET as `Transport.fetch` does, but give no token back: it is part of a call that has failed.
+
+        Returns:
+            The answer; None for a 404 if it may be missing.
+
+        Raises:
+            KeylessError: The GET failed. After an ambiguous failure, it is that one, and the GET's is its cause.
+        """
+        try:
+            return await self._transport.retry(lambda number: self._transport.send(request, attempt=number))
+        except KeylessError as error:
+            if may_be_missing and isinstance(error, NotFoundError):
+                return None
+            # The object existed before this call, which had no effect.
+            if self._ambiguous is None:
+                raise
+            raise self._ambiguous from error.with_traceback(None)
 
     def _may_repeat(self, error: KeylessError) -> bool:
         # After an ambiguous failure or a conflict, the search found nothing: otherwise `_is_final` is set.
@@ -165,7 +162,7 @@ class Creation(ABC, Generic[Sent, Found, Result]):
         )
 
 
-class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
+class OperationCreation(Creation[bool]):
     """The creation of one operation. The result is whether the operation is reconciled.
 
     A reconciled operation was not confirmed by this call's POST, but found under its id with this content:
@@ -189,13 +186,15 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
     def __init__(
         self, transport: Transport, user_id: str, operation: NewOperation, *, id_is_new: bool, resumes: bool
     ) -> None:
-        super().__init__(transport, protocol.create_operation(user_id, operation), resumes=resumes)
+        super().__init__(transport, resumes=resumes)
+        self._post = protocol.create_operation(user_id, operation)
         self._user_id = user_id
         self._operation = operation
         self._id_is_new = id_is_new
         self._get = protocol.get_operation(operation.operation_id)
 
-    def _confirm(self, answer: SuccessAnswer) -> bool:
+    async def _create(self, number: int) -> bool:
+        answer = await self._transport.send(self._post, attempt=number)
         # The documentation knows no false, so its meaning is unknown.
         if not answer.success:
             raise _make_error(self._post, "without success")
@@ -206,13 +205,10 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
             return True
         return await super()._resolve(conflicts=conflicts)
 
-    async def _search(self) -> Operation | None:
-        try:
-            return await self._fetch(self._get)
-        except NotFoundError:
+    async def _search(self) -> bool | None:
+        found = await self._fetch(self._get, may_be_missing=True)
+        if found is None:
             return None
-
-    def _accept(self, found: Operation) -> bool:
         # An answer about another operation proves nothing.
         if found.operation_id != self._operation.operation_id:
             raise self._ambiguous or ConflictError(status=409, method="POST", path=self._post.path)
@@ -231,7 +227,7 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
         )
 
 
-class ExternalUserCreation(Creation[ExternalUser, User, ExternalUser]):
+class ExternalUserCreation(Creation[ExternalUser]):
     """The creation of one external user, which is the result.
 
     If the search finds the user under the external user id, this call or an equal earlier one has linked them.
@@ -243,25 +239,26 @@ class ExternalUserCreation(Creation[ExternalUser, User, ExternalUser]):
     """
 
     def __init__(self, transport: Transport, user_id: str, external_user_id: str) -> None:
-        super().__init__(transport, protocol.create_external_user(user_id, external_user_id))
+        super().__init__(transport)
+        self._post = protocol.create_external_user(user_id, external_user_id)
         self._user_id = user_id
         self._external_user_id = external_user_id
         self._get = protocol.find_users(external_user_id)
 
-    def _confirm(self, answer: ExternalUser) -> ExternalUser:
+    async def _create(self, number: int) -> ExternalUser:
+        answer = await self._transport.send(self._post, attempt=number)
         return confirm_external_user(answer, self._post, self._user_id, self._external_user_id)
 
-    async def _search(self) -> User | None:
-        users = await self._fetch(self._get)
-        return next((user for user in users if is_same_user(user.user_id, self._user_id)), None)
-
-    def _accept(self, found: User) -> ExternalUser:
-        return ExternalUser(
-            user_id=found.user_id,
-            external_user_id=self._external_user_id,
-            created_at=found.created_at,
-            updated_at=found.updated_at,
-        )
+    async def _search(self) -> ExternalUser | None:
+        for user in await self._fetch(self._get) or ():
+            if is_same_user(user.user_id, self._user_id):
+                return ExternalUser(
+                    user_id=user.user_id,
+                    external_user_id=self._external_user_id,
+                    created_at=user.created_at,
+                    updated_at=user.updated_at,
+                )
+        return None
 
 
 def confirm_external_user(
@@ -277,6 +274,6 @@ def confirm_external_user(
     raise _make_error(request, "about another user or another external user id")
 
 
-def _make_error(request: protocol.Request[Sent], what: str) -> DecodeError:
+def _make_error(request: protocol.Request[T], what: str) -> DecodeError:
     method, path = request.endpoint.method, request.path
     return DecodeError(f"{method} {path} answered {what}", status=200, method=method, path=path)
