@@ -365,32 +365,39 @@ class Machine:
     # -- events: a poll ends
 
     def finish_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> BatchedResult | None:
-        """Apply the result of a poll to its waits.
+        """Apply the result of a poll to its waits; harmless after it has ended.
 
         Args:
             poll: The poll.
-            answer: The operation, or the failure; None if the exchange was cut off.
+            answer: The operation, or the failure; None if it was cut off, or its task was cancelled.
             now: The time.
 
         Returns:
             None; if an operation has very many waits, the rest of the work, for `apply_more` in the next turns.
         """
+        dispatcher = self._dispatcher
+        if poll not in dispatcher.in_flight:
+            return None
         poll.is_over = True
         if answer is None and poll.is_overdue:
             answer = self._no_answer(poll.polled.operation_id, now - poll.started_at)
         self._reporter.poll_ended(poll, answer, now)
         if answer is None:  # neither good nor bad
             self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
-            self._dispatcher.finish(poll, now)
+            dispatcher.finish(poll, now)
+            for wait in poll.waits:
+                if wait.final_poll is poll:  # it still needs one
+                    wait.final_poll = None
+                    dispatcher.queue_final_poll(poll.polled, now)
             return None
         if isinstance(answer, KeylessError) and answer.is_transient:
             self._failures += 1
             self._record_error(poll, answer, now)
         else:  # also a 404 about an operation that was seen: the service answers, and only this operation backs off
-            self._dispatcher.record_success(poll, now)
+            dispatcher.record_success(poll, now)
         self._reporter.notice_circuit(self._circuit.state, answer, now, waiting=self._waiting)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
-            self._dispatcher.finish(poll, now)
+            dispatcher.finish(poll, now)
             return None
         result = BatchedResult(poll, answer)
         return result if self.apply_more(result, now) else None
@@ -548,28 +555,6 @@ class Machine:
         else:
             _update(wait, now, error)
             self.end(wait, unknown_error(_record(wait, now), Unanswered.FAILED), now)
-
-    def abandon_poll(self, poll: Poll, now: float, *, backs_off: bool) -> None:
-        """Free the slot of a poll whose exchange ended without an answer and without a `KeylessError`; harmless twice.
-
-        Args:
-            poll: The poll.
-            now: The time.
-            backs_off: Whether it counts as a failure. If not, it is repeated at once, and waits keep their final poll.
-        """
-        if poll not in self._dispatcher.in_flight:
-            return
-        if backs_off:
-            more = self.finish_poll(poll, self._no_answer(poll.polled.operation_id, now - poll.started_at), now)
-            while more is not None and self.apply_more(more, now):
-                pass
-            return
-        for wait in poll.waits:
-            if wait.final_poll is poll:
-                wait.final_poll = None
-        self._dispatcher.finish(poll, now)
-        if poll.polled.needs_final_poll(now):
-            self._dispatcher.queue_final_poll(poll.polled, now)
 
     def fail_poll(self, poll: Poll, error: Exception, now: float) -> None:
         """End the waits of a poll with an error that no exchange should raise: a bug."""

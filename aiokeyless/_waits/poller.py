@@ -296,8 +296,9 @@ class Poller:
                 now = clock()
                 machine.fail_poll(poll, error, now)
             except BaseException as error:  # this task was cancelled from outside, or a hook raised GeneratorExit
-                machine.abandon_poll(poll, clock(), backs_off=not isinstance(error, asyncio.CancelledError))
-                self._arm(clock())
+                is_failure = not isinstance(error, asyncio.CancelledError)
+                seconds = clock() - poll.started_at
+                self._finish(poll, self._no_answer(poll.polled.operation_id, seconds) if is_failure else None)
                 raise
             if more is not None:
                 self._loop.call_soon(self._apply_more, more, context=self._context)
@@ -333,9 +334,15 @@ class Poller:
     def _worker_ended(self, first: Poll, worker: asyncio.Task[None]) -> None:
         self._workers.discard(worker)
         if worker.cancelled():  # from outside, perhaps before it started its first poll
-            now = self._loop.time()
-            self._machine.abandon_poll(first, now, backs_off=False)
-            self._arm(now)
+            self._finish(first, None)
+
+    def _finish(self, poll: Poll, answer: KeylessError | None) -> None:
+        """End a poll without an answer, in a worker that ends; harmless after it has ended."""
+        now = self._loop.time()
+        more = self._machine.finish_poll(poll, answer, now)
+        if more is not None:
+            self._loop.call_soon(self._apply_more, more, context=self._context)
+        self._arm(now)
 
 
 def _strip_frames(error: KeylessError) -> KeylessError:

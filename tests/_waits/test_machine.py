@@ -411,33 +411,21 @@ class TestSlots:
         assert machine.wake_at() == TIMEOUT + 0.5
         assert not second.is_over
 
-    @pytest.mark.parametrize("answer", [None, "abandoned"])
-    def test_a_poll_that_brought_nothing_is_repeated_at_once(self, answer: str | None) -> None:
+    def test_a_poll_that_brought_nothing_is_repeated_at_once(self) -> None:
         machine = Calls()
         wait = machine.wait()
         poll = machine.one(1.0)
-        if answer is None:
-            machine.answer(poll, 2.0, None)
-        else:
-            machine.abandon_poll(poll, 2.0, backs_off=False)
+        machine.answer(poll, 2.0, None)
+        machine.answer(poll, 2.0, None)
         assert names(machine.started(2.0)) == ["op"]
         assert wait.outcome == ""
 
-    def test_a_poll_that_a_hook_ended_is_a_failure(self) -> None:
-        machine = Calls()
-        waits = [machine.wait() for _ in range(3 * BATCH)]
-        machine.abandon_poll(machine.one(1.0), 2.0, backs_off=True)
-        assert machine.statistics(2.0).transient_failures == 1
-        assert machine.started(2.4) == []
-        assert names(machine.started(2.5)) == ["op"]
-        assert {wait.polls for wait in waits} == {2}
-
-    def test_an_abandoned_final_poll_is_made_again(self) -> None:
+    def test_a_final_poll_that_brought_nothing_is_made_again(self) -> None:
         machine = Calls()
         wait = machine.wait(timeout=1.0)
         machine.answer(machine.one(0.0), 0.5)
         poll = machine.one(1.0)
-        machine.abandon_poll(poll, 1.2, backs_off=False)
+        machine.answer(poll, 1.2, None)
         again = machine.one(1.2)
         assert again.final
         machine.answer(again, 1.3, "approved")
@@ -1447,20 +1435,13 @@ class TestRecords:
         assert not machine.take_cut()
         assert machine.started(2.5) == []
 
-    def test_an_abandoned_poll_is_not_cut_off(self) -> None:
+    def test_a_poll_that_brought_nothing_is_not_cut_off(self) -> None:
         machine, _ = self.watched()
         wait = machine.wait()
         poll = machine.one(0.0)
-        machine.abandon_poll(poll, 1.0, backs_off=False)
+        machine.answer(poll, 1.0, None)
         machine.give_up(wait, 1.0)
         assert not machine.take_cut()
-
-    def test_a_poll_that_a_hook_ended_says_how_long_it_took(self) -> None:
-        machine, _ = self.watched()
-        updates = Updates()
-        machine.wait(updates=updates)
-        machine.abandon_poll(machine.one(1.0), 2.5, backs_off=True)
-        assert str(updates[0].error) == "GET /v2/operations/op got no answer within 1.5 s"
 
     def test_a_poll_that_was_cut_off_is_no_failure(self) -> None:
         machine, events = self.watched()
