@@ -53,32 +53,31 @@ class Updates(Protocol):
 
 
 class Wait(Scheduled):
-    """One wait. It has no slots of its own, so that it can be a future: see `WAIT_SLOTS`."""
+    """One wait. Its attributes are the slots of a subclass, see `WAIT_SLOTS`, so that this can be a future."""
 
-    if TYPE_CHECKING:  # with empty slots, mypy would allow no assignment
-        polled: PolledOperation
-        ticket: ApprovalTicket | None
-        schedule: wait_base
-        updates: Updates | None
-        phase: WaitPhase
-        started_at: float
-        origin: float  # when the operation was created, as far as this wait knows
-        deadline: float
-        had_expired: bool  # before it began: its first poll is the final one, and has no deadline
-        may_be_missing: bool
-        attempt: int  # for the schedule: the delays it was asked for, plus one; failures ask for none
+    __slots__ = tuple[str, ...]()  # if it were a plain (), mypy would allow no assignment
 
-        # When its own schedule would poll, if other waits share its polls. This is in the past while the wait is alone,
-        # and before its first pending answer.
-        own_due: float
-        polls: int
-        error: KeylessError | None  # the last one
-        final_poll: Poll | None  # in flight, and started at its deadline or later; if it had expired, its first poll
-        had_final_poll: bool  # there is one, or was one that failed
-        number: int  # for listeners, if there are any
-        entry: Entry | None  # in the queue of deadlines
-    else:
-        __slots__ = ()
+    polled: PolledOperation
+    ticket: ApprovalTicket | None
+    schedule: wait_base
+    updates: Updates | None
+    phase: WaitPhase
+    started_at: float
+    origin: float  # when the operation was created, as far as this wait knows
+    deadline: float
+    had_expired: bool  # before it began: its first poll is the final one, and has no deadline
+    may_be_missing: bool
+    attempt: int  # for the schedule: the delays it was asked for, plus one; failures ask for none
+
+    # When its own schedule would poll, if other waits share its polls. This is in the past while the wait is alone,
+    # and before its first pending answer.
+    own_due: float
+    polls: int
+    error: KeylessError | None  # the last one
+    final_poll: Poll | None  # in flight, and started at its deadline or later; if it had expired, its first poll
+    had_final_poll: bool  # there is one, or was one that failed
+    number: int  # for listeners, if there are any
+    entry: Entry | None  # in the queue of deadlines
 
     @abstractmethod
     def done(self) -> bool:
@@ -97,10 +96,7 @@ class Wait(Scheduled):
         """Give it its result, once."""
 
 
-WAIT_SLOTS: Final = (
-    *("attempt", "deadline", "entry", "error", "final_poll", "had_expired", "had_final_poll", "may_be_missing"),
-    *("number", "origin", "own_due", "phase", "polled", "polls", "schedule", "started_at", "ticket", "updates"),
-)
+WAIT_SLOTS: Final = tuple(Wait.__annotations__)
 
 
 class _Opaque:
