@@ -144,7 +144,7 @@ class PollResult(StrEnum):
     FAILED = "failed"
     """Another error; a wait goes on if it is transient."""
     CUT_OFF = "cut_off"
-    """It was cut off, since no wait needed it any more."""
+    """It was cut off: no wait needed it any more, or its task was cancelled from outside."""
 
 
 class PollEnded(Model, frozen=True, kw_only=True):
