@@ -51,6 +51,7 @@ from ._validation import (
     whole_number,
 )
 from ._waits.holds import Holds
+from ._waits.machine import BATCH
 from ._waits.poller import FutureWait, Poller
 from ._waits.state import WaitResult
 from ._waits.updates import NewestUpdate
@@ -92,9 +93,6 @@ OnCreated: TypeAlias = Callable[[ApprovalTicket], Awaitable[object] | object]
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 """Called for each poll of a wait: a plain function, or an async one."""
 T = TypeVar("T")
-
-#: Waits that start between two yields to the event loop.
-_BATCH: Final = 128
 
 _OTHER_LOOP: Final = (
     "the client belongs to the event loop of its first use, and this is another one: create one client per event loop"
@@ -961,7 +959,7 @@ class KeylessClient:
                         continue
                     started.append(wait)
                     wait.add_done_callback(report, context=context)
-                    if count % _BATCH == 0:
+                    if count % BATCH == 0:
                         await asyncio.sleep(0)
                 for _ in targets:
                     yield _outcome(*await receive.receive())

@@ -445,7 +445,7 @@ class Machine:
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in batch:
                 self.end(wait, error, now)
-        if result.has_more:
+        if result.left:
             return True
         self._dispatcher.finish(result.poll, now)
         return False
@@ -585,12 +585,12 @@ class Machine:
 class BatchedResult:
     """The result of one poll, which is applied to its waits in batches, and the state that all batches share."""
 
-    __slots__ = ("_left", "_verdicts", "answer", "delays", "failed", "poll", "retry_at", "served", "was_seen")
+    __slots__ = ("_verdicts", "answer", "delays", "failed", "left", "poll", "retry_at", "served", "was_seen")
 
     def __init__(self, poll: Poll, answer: Operation | KeylessError) -> None:
         self.poll = poll
         self.answer = answer
-        self._left = poll.polled.active_waits()
+        self.left = poll.polled.active_waits()  # to which it was not applied yet
         self._verdicts: dict[tuple[ApprovalTicket | None, bool], Verdict | Rejection] = {}
         self.was_seen = poll.polled.was_seen  # before this poll
         # The waits that the poll is for.
@@ -599,14 +599,9 @@ class BatchedResult:
         self.failed = False  # it was counted as a failure of the operation
         self.retry_at = math.inf  # the end of the backoff after that
 
-    @property
-    def has_more(self) -> bool:
-        """Whether the result must still be applied to some waits."""
-        return bool(self._left)
-
     def next_batch(self) -> list[Wait]:
         """Take the waits for this turn of the loop."""
-        batch, self._left = self._left[:BATCH], self._left[BATCH:]
+        batch, self.left = self.left[:BATCH], self.left[BATCH:]
         return [wait for wait in batch if not wait.done()]
 
     def verdict(self, wait: Wait) -> Verdict | Rejection:
