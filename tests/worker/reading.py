@@ -1,13 +1,13 @@
-"""What tests of workers share: a delivery made up, and how outcomes are read."""
+"""What tests of workers share: a delivery and an event made up, and how outcomes are read."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from waiting import until
 
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, next_outcome
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outcome
 from aiokeyless.worker.messages import Message
 
 if TYPE_CHECKING:
@@ -54,6 +54,12 @@ EXTREME_NUMBERS = (
 def a_message(body: bytes = b"", **changed: Any) -> Message:
     facts: dict[str, Any] = {"stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1}
     return Message(body=body, **facts | changed)
+
+
+def an_event(**changed: Any) -> ApprovalEvent:
+    asked_at = datetime(2026, 1, 1, tzinfo=UTC)
+    times = {"requested_at": asked_at, "decided_at": asked_at + timedelta(seconds=9)}
+    return ApprovalEvent(**{"version": 1, "outcome": Outcome.APPROVED, "deliveries": 3, **times, **changed})
 
 
 async def created(sandbox: Sandbox, count: int) -> None:

@@ -27,13 +27,13 @@ from aiokeyless.events import (
     WaitStarted,
     WorkerInspected,
 )
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import Broker, RefusedError, UnavailableError
 from aiokeyless.worker.monitoring import Reporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import created, read
+from .reading import an_event, created, read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -62,12 +62,6 @@ class Told:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-def an_event(**facts: Any) -> ApprovalEvent:
-    asked_at = datetime(2026, 1, 1, tzinfo=UTC)
-    times = {"requested_at": asked_at, "decided_at": asked_at + timedelta(seconds=9)}
-    return ApprovalEvent(**{"version": 1, "outcome": Outcome.EXPIRED, "deliveries": 3, **times, **facts})
-
-
 @asynccontextmanager
 async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> AsyncGenerator[SqliteBroker]:
     async with (
@@ -76,10 +70,6 @@ async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> Async
         ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}),
     ):
         yield broker
-
-
-async def next_events(broker: SqliteBroker, count: int = 1) -> list[ApprovalEvent]:
-    return await read(broker, count)
 
 
 async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandbox: Sandbox) -> None:
@@ -125,7 +115,7 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
         await created(sandbox, 1)
         asyncio.get_running_loop().call_later(4.5, sandbox.approve, "txn-1")
-        [event] = await next_events(broker)
+        [event] = await read(broker)
         await asyncio.sleep(1)
     deliveries = told.of(DeliveryEnded)
     assert [delivery.number for delivery in deliveries] == [*range(1, event.deliveries + 1)]
@@ -156,7 +146,7 @@ async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: S
     told = Told()
     async with working(sandbox, told) as broker:
         await broker.submit(new_request("txn-1", TRACEPARENT, expires_in=5.0))
-        await next_events(broker)
+        await read(broker)
         await asyncio.sleep(1)
     assert [poll.is_final for poll in told.of(PollEnded)][-2:] == [False, True]
     [outcome] = told.of(OutcomePublished)
@@ -207,7 +197,7 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await created(sandbox, 1)
         sandbox.approve("txn-1")
-        await next_events(broker)
+        await read(broker)
         await asyncio.sleep(1)
     assert [delivery.error for delivery in told.of(DeliveryEnded)] == ["BrokerError", None]
 
@@ -255,7 +245,7 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
         await asyncio.sleep(60)
         for number in range(20):
             sandbox.approve(f"txn-{number}")
-        assert {event.outcome for event in await next_events(broker, 20)} == {Outcome.APPROVED}
+        assert {event.outcome for event in await read(broker, 20)} == {Outcome.APPROVED}
     changes = told.of(CircuitChanged)
     first, last = changes[0], changes[-1]
     assert (first.previous, first.state, first.cause) == ("closed", "open", "ServerError")

@@ -8,7 +8,6 @@ import sys
 import time
 import uuid
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.load_shedding import LoadShedding
 
 from ..conformance.brokers import new_request  # noqa: TID252
-from ..reading import read  # noqa: TID252
+from ..reading import an_event, read  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -62,7 +61,6 @@ AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is t
 #: Of a request for "txn-1" as `publish` makes it.
 REQUEST = ApprovalRequest(version=1, user_id="C0", operation_id="txn-1")
 EVENT_KEYS = EventKeys("a-key-of-the-workers-and-readers-only")
-LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 _OF_THE_BROKER = ("fleet", "event_keys", "settings", "connect_options")
@@ -386,15 +384,7 @@ async def test_an_event_that_a_worker_signed_for_another_request_does_not_keep_t
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     """A user who may read outcomes has signed events, and may have one stored again under another name."""
-    event = ApprovalEvent(
-        version=1,
-        outcome=Outcome.FAILED,
-        operation_id="txn-0",
-        requested_at=LONG_AGO,
-        decided_at=LONG_AGO,
-        deliveries=1,
-    )
-    data = msgspec.json.encode(event)
+    data = msgspec.json.encode(an_event(outcome=Outcome.FAILED, operation_id="txn-0"))
     headers = {MESSAGE_ID: request_name(REQUEST), SIGNATURE: EVENT_KEYS.sign(data, fleet="keyless")}
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
         await jetstream(connection).publish(KEYLESS.outcome_subject(Outcome.FAILED), data, headers=headers)
@@ -801,16 +791,7 @@ async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no
         # The broker publishes what is republished by itself, and asks no permissions.
         republish = RePublish(src="mine", dest="keyless.approvals.approved")
         await theirs.add_stream(name="MINE", subjects=["mine"], republish=republish)
-        moment = datetime.now(UTC)
-        forged = ApprovalEvent(
-            version=1,
-            outcome=Outcome.APPROVED,
-            operation_id="forged",
-            requested_at=moment,
-            decided_at=moment,
-            deliveries=2,
-        )
-        await theirs.publish("mine", msgspec.json.encode(forged))
+        await theirs.publish("mine", msgspec.json.encode(an_event(operation_id="forged")))
 
         async def is_stored() -> bool:
             return (await jetstream(ours).stream_info(OUTCOMES)).state.messages == 1
