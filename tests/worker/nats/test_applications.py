@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import aclosing, suppress
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,17 +13,15 @@ import nats
 import nats.errors
 import pytest
 from nats.js.api import AckPolicy, ConsumerConfig
-from nats.js.errors import NotFoundError
 from nats_server import OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
 from waiting import PATIENCE, until
 
 from aiokeyless import ApprovalTicket, ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
-from aiokeyless.worker import ApprovalEvent, ApprovalRequest, BrokerError, Submission, applications, submit_approval
+from aiokeyless.worker import ApprovalEvent, ApprovalRequest, BrokerError, Submission, submit_approval
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
     MAX_DEPTH,
-    VERSION,
     Outcome,
     read_names,
 )
@@ -33,7 +31,7 @@ from aiokeyless.worker.nats.event_keys import MESSAGE_ID
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 from ..conformance.brokers import new_request  # noqa: TID252
-from ..reading import a_message, outcomes  # noqa: TID252
+from ..reading import a_message, an_event, outcomes  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -65,29 +63,13 @@ async def request_in(stream: JetStreamContext, number: int = 1) -> tuple[Approva
 async def publish(stream: JetStreamContext, *names: str) -> None:
     """Publish events as a worker does."""
     for name in names:
-        event = ApprovalEvent(
-            version=VERSION,
-            outcome=Outcome.APPROVED,
-            operation_id=name,
-            requested_at=datetime.now(UTC),
-            decided_at=datetime.now(UTC),
-            deliveries=1,
-        )
+        event = an_event(operation_id=name)
         await stream.publish(
             KEYLESS.outcome_subject(event.outcome), msgspec.json.encode(event), headers={MESSAGE_ID: name}
         )
 
 
-FORGED = msgspec.json.encode(
-    ApprovalEvent(
-        version=VERSION,
-        outcome=Outcome.APPROVED,
-        operation_id="forged",
-        requested_at=datetime.now(UTC),
-        decided_at=datetime.now(UTC),
-        deliveries=2,
-    )
-)
+FORGED = msgspec.json.encode(an_event(operation_id="forged"))
 
 
 def deep_event(depth: int = 930) -> bytes:
@@ -123,6 +105,9 @@ def nested(depth: int) -> list[Any]:
     return value
 
 
+ENDLESS: list[object] = []
+ENDLESS.append(ENDLESS)
+
 #: The first day of the calendar begins in the year before it, in UTC.
 TOO_EARLY = timezone(timedelta(hours=14))
 
@@ -143,6 +128,7 @@ TOO_EARLY = timezone(timedelta(hours=14))
         ({"external_user_id": "\ud800"}, "external_user_id"),
         *(({"expires_in": value}, "expires_in") for value in (0, -1, float("nan"), float("inf"), True, "120", 10**400)),
         pytest.param({"context": object()}, "context", id="context"),
+        ({"context": ENDLESS}, "context cannot be written as JSON"),
         ({"context": "\ud800"}, "context"),
         ({"context": {1.5: {2}, (1, 2): 3}}, "context"),
         ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes"),
@@ -160,14 +146,6 @@ async def test_a_wrong_argument_is_refused_by_name_and_nothing_is_published(
 ) -> None:
     with pytest.raises(ConfigurationError, match=named):
         await submit_approval(connection, **{"user_id": "c0ffee", "operation_id": "txn-1", **wrong})
-    assert await stored(stream) == 0
-
-
-async def test_a_context_without_end_is_refused(connection: Client, stream: JetStreamContext) -> None:
-    endless: list[object] = []
-    endless.append(endless)
-    with pytest.raises(ConfigurationError, match="context cannot be written as JSON"):
-        await submit_approval(connection, "c0ffee", operation_id="txn-1", context=endless)
     assert await stored(stream) == 0
 
 
@@ -211,44 +189,6 @@ async def test_the_name_is_that_which_a_worker_reads(connection: Client, stream:
     assert read_names(a_message(message.data or b"")) == ("\u00e9 / ", name)
 
 
-async def test_submitted_again_under_the_same_id_it_is_the_same_request_and_says_so(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    first = await submit_approval(connection, "c0ffee", operation_id="order-7")
-    again = await submit_approval(connection, "C0FFEE", operation_id="order-7")
-    assert again == msgspec.structs.replace(first, duplicate=True)
-    assert await stored(stream) == 1
-
-
-@pytest.mark.parametrize(
-    "different",
-    [
-        {"user_id": "c0ffef"},
-        {"operation_payload": "Pay 4000 to Mallory"},
-        {"external_user_id": "mallory"},
-        {"context": {"order": 8}},
-        {"expires_in": 61},
-    ],
-    ids=repr,
-)
-async def test_a_different_request_under_a_used_id_is_never_swallowed(
-    connection: Client, stream: JetStreamContext, different: dict[str, Any]
-) -> None:
-    ours: dict[str, Any] = {
-        "user_id": "c0ffee",
-        "operation_payload": "Pay 40",
-        "external_user_id": "eve",
-        "context": {"order": 7},
-        "expires_in": 60,
-        "operation_id": "order-7",
-    }
-    first = await submit_approval(connection, **ours)
-    second = await submit_approval(connection, **{**ours, **different})
-    assert second == first
-    assert not second.duplicate
-    assert await stored(stream) == 2
-
-
 async def test_who_knows_a_whole_request_beforehand_can_make_it_count_as_submitted(
     connection: Client, stream: JetStreamContext
 ) -> None:
@@ -257,25 +197,6 @@ async def test_who_knows_a_whole_request_beforehand_can_make_it_count_as_submitt
     await stream.publish(KEYLESS.request_subject, b"no request", headers={MESSAGE_ID: name})
     assert (await submit_approval(connection, "C0FFEE", **ours)).duplicate  # a limit: nobody will be asked
     assert not (await submit_approval(connection, "C0FFEE", context="what nobody can guess", **ours)).duplicate
-
-
-async def test_when_it_was_asked_can_be_told_and_makes_it_no_other_request(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    asked_at = datetime(2026, 11, 24, 14, tzinfo=timezone(timedelta(hours=2)))
-    for created_at in (asked_at, asked_at + timedelta(seconds=1)):
-        await submit_approval(connection, "c0ffee", operation_id="txn-1", created_at=created_at)
-    assert await stored(stream) == 1
-    request, _ = await request_in(stream)
-    assert request.created_at == asked_at
-
-
-async def test_operation_ids_that_a_header_would_make_alike_are_different_requests(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    for operation_id in ("a", "a ", " a", "A"):
-        await submit_approval(connection, "c0ffee", operation_id=operation_id)
-    assert await stored(stream) == 4
 
 
 async def test_asking_before_any_worker_ever_ran_says_to_start_one_and_is_not_repeated(
@@ -350,11 +271,6 @@ def _short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_READ_FOR", 0.1)
 
 
-@pytest.fixture
-def _short_acks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_ACK_WAIT", 0.2)
-
-
 def reading(connection: Client, durable: str = "shop") -> aclosing[AsyncGenerator[ApprovalEvent]]:
     return aclosing(outcomes(connection, durable))
 
@@ -371,73 +287,6 @@ async def test_events_come_from_the_oldest_on_in_order(connection: Client, strea
         assert await name_of_next(events) == "c"
 
 
-async def test_an_event_is_acknowledged_when_the_next_one_is_asked_for_and_not_before(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    await publish(stream, "a", "b", "c")
-    async with reading(connection) as events:
-        await name_of_next(events)
-        assert await unacknowledged(stream, "shop") == (1, 2)
-        await name_of_next(events)
-        await become_unacknowledged(stream, "shop", (1, 1))
-
-
-async def test_an_application_that_comes_back_goes_on_where_it_was(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    await publish(stream, "a", "b", "c")
-    async with reading(connection) as events:
-        assert [await name_of_next(events) for _ in range(2)] == ["a", "b"]  # b is not dealt with
-    async with reading(connection) as events:
-        assert await name_of_next(events) == "c"
-    await become_unacknowledged(stream, "shop", (2, 0))
-
-
-@pytest.mark.usefixtures("_short_acks")
-async def test_an_event_whose_handling_raised_comes_again(connection: Client, stream: JetStreamContext) -> None:
-    await publish(stream, "a")
-
-    async def handle_one(broken: bool) -> str | None:
-        async with reading(connection) as events:
-            async for event in events:
-                if broken:
-                    raise ZeroDivisionError
-                return event.operation_id
-        return None
-
-    with pytest.raises(ZeroDivisionError):
-        await handle_one(broken=True)
-    assert await asyncio.wait_for(handle_one(broken=False), PATIENCE) == "a"
-
-
-async def test_processes_that_share_a_name_share_the_events(stream: JetStreamContext, broker: NatsServer) -> None:
-    names = {str(number) for number in range(20)}
-    read: dict[int, list[str]] = {1: [], 2: []}
-
-    async def process(number: int) -> None:
-        async with await nats.connect(broker.url) as connection, reading(connection) as events:
-            async for event in events:
-                assert event.operation_id is not None
-                read[number].append(event.operation_id)
-
-    async def both_wait() -> bool:
-        with suppress(NotFoundError):
-            waiting: int | None = (await stream.consumer_info(OUTCOMES, "shop")).num_waiting
-            return waiting == 2
-        return False
-
-    tasks = [asyncio.create_task(process(number)) for number in read]
-    await until(both_wait)
-    await publish(stream, *names)
-    await until(lambda: len(read[1] + read[2]) >= len(names))
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert read[1]
-    assert read[2]
-    assert sorted(read[1] + read[2]) == sorted(names)
-
-
 async def test_an_application_that_is_slow_with_one_event_holds_no_other(
     connection: Client, stream: JetStreamContext
 ) -> None:
@@ -445,14 +294,6 @@ async def test_an_application_that_is_slow_with_one_event_holds_no_other(
     async with reading(connection) as slow, reading(connection) as quick:
         assert await name_of_next(slow) == "a"
         assert [await name_of_next(quick) for _ in range(2)] == ["b", "c"]
-
-
-async def test_applications_of_different_names_get_all_events_each(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    await publish(stream, "a")
-    async with reading(connection, "shop") as shop, reading(connection, "audit") as audit:
-        assert [await name_of_next(events) for events in (shop, audit)] == ["a", "a"]
 
 
 @pytest.mark.usefixtures("_short_pulls")
@@ -515,12 +356,6 @@ async def test_a_cancelled_reader_leaves_no_task_and_one_subscription_of_the_con
         async with asyncio.timeout(0.1):
             await name_of_next(outcomes(connection, "shop"))
     assert len(connection._subs) == subscriptions + 1
-
-
-@pytest.mark.parametrize("durable", ["", "a.b", "a b", "*", ">", "\u00e9", "a\n", "x" * 129], ids=ascii)
-async def test_a_name_that_cannot_be_kept_is_refused(connection: Client, durable: str) -> None:
-    with pytest.raises(ConfigurationError, match="reader must be 1 to 128 letters"):
-        await anext(outcomes(connection, durable))
 
 
 async def test_reading_before_any_worker_ever_ran_says_to_start_one(connection: Client) -> None:
@@ -589,37 +424,6 @@ async def test_a_message_that_is_no_event_is_skipped_for_good_and_logged(
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert "outcome.unreadable sequence=2" in record.getMessage()
-
-
-async def test_an_event_of_a_later_version_is_left_to_a_later_reader_and_logged(
-    connection: Client, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
-) -> None:
-    await stream.publish(KEYLESS.outcome_subject(Outcome.FAILED), b'{"version": 2}')
-    await publish(stream, "b")
-    async with reading(connection) as events:
-        assert await name_of_next(events) == "b"
-        await become_unacknowledged(stream, "shop", (2, 0))
-    assert 'outcome.newer place="1"' in caplog.text
-
-
-@pytest.mark.usefixtures("_short_acks")
-async def test_an_event_of_a_later_version_comes_again(
-    connection: Client, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(applications, "_UPGRADED_IN", 0.05)
-    await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b'{"version": 2}')
-    async with reading(connection) as events:
-        coming = asyncio.create_task(name_of_next(events))
-
-        async def has_come_again() -> bool:
-            return bool((await stream.consumer_info(OUTCOMES, "shop")).num_redelivered)
-
-        with suppress(NotFoundError):
-            await until(lambda: len(connection._subs) > 1)
-        await until(has_come_again)
-        coming.cancel()
-        with suppress(asyncio.CancelledError):
-            await coming
 
 
 @pytest.mark.slow
@@ -696,16 +500,7 @@ async def test_an_outcome_under_the_subject_of_another_one_is_not_believed(
     stream: JetStreamContext, connection: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A user who is permitted to say failed must not say approved."""
-    now = datetime.now(UTC)
-    forged = ApprovalEvent(
-        version=1,
-        outcome=Outcome.APPROVED,
-        operation_id="forged",
-        requested_at=now,
-        decided_at=now,
-        deliveries=1,
-    )
-    await stream.publish(KEYLESS.outcome_subject(Outcome.FAILED), msgspec.json.encode(forged))
+    await stream.publish(KEYLESS.outcome_subject(Outcome.FAILED), FORGED)
     await publish(stream, "genuine")
     async with aclosing(outcomes(connection, "reader")) as events:
         assert (await anext(events)).operation_id == "genuine"
