@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-import msgspec
 import pytest
-from nats.js.api import RePublish
-from nats_server import CLAIMS, NatsServer, jetstream, prepare
-from tenacity import wait_fixed
-from waiting import PATIENCE, until
+from nats_server import CLAIMS, jetstream, prepare
+from waiting import PATIENCE
 
-from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import Claim, UnavailableError
-from aiokeyless.worker.messages import ApprovalRequest, request_name
-from aiokeyless.worker.nats import EventKeys, NatsBroker, StreamSettings
+from aiokeyless.worker.nats import EventKeys, StreamSettings
 from aiokeyless.worker.nats.claims import NatsClaims
 from aiokeyless.worker.nats.event_keys import CLAIM, EVENT, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
 
-from ..reading import read  # noqa: TID252
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from nats.aio.client import Client
     from nats.js import JetStreamContext
 
-    from aiokeyless import KeylessClient
-    from aiokeyless.sandbox import Sandbox
 
 ID = "txn 1 \u00e9 > *"
 OURS, THEIRS = "request-1", "request-2"
@@ -64,29 +51,12 @@ async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
     assert sorted(claim.name for claim, _ in taken) == ["ANOTHERS"] * 19 + ["NEW"]
 
 
-async def test_an_id_that_was_never_taken_is_not_held(claims: NatsClaims) -> None:
-    assert not await claims.holds(ID, OURS)
-
-
-async def test_ids_are_taken_one_by_one(claims: NatsClaims) -> None:
-    assert (await claims.claim(ID, OURS)).claim is Claim.NEW
-    assert (await claims.claim("txn 2", THEIRS)).claim is Claim.NEW
-
-
 async def test_what_is_released_can_be_taken_by_another_one(claims: NatsClaims) -> None:
     _, token = await claims.claim(ID, OURS)
     assert await claims.unclaim(ID, token)
     assert not await claims.holds(ID, OURS)
     assert (await claims.claim(ID, THEIRS)).claim is Claim.NEW
     assert (await claims.claim(ID, OURS)).claim is Claim.ANOTHERS
-
-
-async def test_an_id_that_another_delivery_took_meanwhile_is_not_given_back(claims: NatsClaims) -> None:
-    _, token = await claims.claim(ID, OURS)
-    _, later = await claims.claim(ID, OURS)
-    assert not await claims.unclaim(ID, token)
-    assert await claims.holds(ID, OURS)
-    assert await claims.unclaim(ID, later)
 
 
 async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:
@@ -171,51 +141,3 @@ async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stre
     rotated = NatsClaims(stream, KEYLESS, EventKeys(NEW, OLD))
     assert await is_ours(rotated)  # which stores it again, under the new key
     assert await is_ours(NatsClaims(stream, KEYLESS, EventKeys(NEW)))
-
-
-async def test_a_user_who_may_make_streams_makes_one_tap_count_for_no_second_request(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
-) -> None:
-    """The broker publishes what a stream of theirs is to republish: a change of the stream of claims, and a claim."""
-    theirs = jetstream(connection)
-
-    async def publish_as_the_broker(subject: str, data: bytes) -> None:
-        await theirs.add_stream(name="MINE", subjects=["mine"], republish=RePublish(src="mine", dest=subject))
-        await theirs.publish("mine", data)
-        await theirs.delete_stream("MINE")
-
-    async with working(client, broker):
-        await submit_approval(connection, "C0", operation_id=ID, context={"order": 7})
-        await until(lambda: ID in sandbox.operations)
-        sandbox.approve(ID)
-        await read(connection, 1)
-    config = (await theirs.stream_info(CLAIMS)).config.as_dict() | {"metadata": {"changed": "by them"}}
-    await publish_as_the_broker(f"$JS.API.STREAM.UPDATE.{CLAIMS}", json.dumps(config).encode())
-
-    async def is_changed() -> bool:
-        return "changed" in ((await theirs.stream_info(CLAIMS)).config.metadata or {})
-
-    await until(is_changed)
-    second = request_name(
-        ApprovalRequest(version=1, user_id="C0", operation_id=ID, context=msgspec.Raw(b'{"order":8}'))
-    )
-    await publish_as_the_broker(SUBJECT, second.encode())
-
-    async def is_claimed() -> bool:
-        return (await theirs.get_last_msg(CLAIMS, SUBJECT)).data == second.encode()
-
-    await until(is_claimed)
-    async with working(client, broker):  # a restart, as in a deploy
-        await submit_approval(connection, "C0", operation_id=ID, context={"order": 8})
-        [first, other] = await read(connection, 2, "another")
-    assert (first.outcome, first.read_context(dict)["order"]) == (Outcome.APPROVED, 7)
-    assert (other.outcome, other.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
-
-
-@asynccontextmanager
-async def working(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[None]:
-    async with (
-        NatsBroker(broker.url, event_keys=KEYS) as opened,
-        ApprovalWorker(client, opened, schedule=wait_fixed(0.05)),
-    ):
-        yield

@@ -40,6 +40,13 @@ async def guarded(tmp_path: Path) -> AsyncGenerator[NatsServer]:
         yield server
 
 
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    """A broker that asks for nothing."""
+    async with NatsServer(tmp_path, jetstream=False) as server:
+        yield server
+
+
 def host_of(server: NatsServer) -> str:
     return server.url.removeprefix("nats://")
 
@@ -268,23 +275,19 @@ async def test_options_that_the_worker_sets_itself_are_refused() -> None:
 
 
 async def test_a_broker_that_is_killed_and_started_again_is_found_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "aiokeyless.worker")
-    server, back = NatsServer(tmp_path, jetstream=False), asyncio.Event()
-    await server.start()
+    back = asyncio.Event()
     connection = await connect(server.url, {}, on_reconnect=back.set, on_loss=nothing)
-    try:
-        server.kill()
-        await until(lambda: not connection.is_connected)
-        await until(lambda: any(record.getMessage().startswith("broker.error") for record in caplog.records))
-        await server.start()
-        await asyncio.wait_for(back.wait(), PATIENCE)
-        assert connection.is_connected
-        await connection.flush(int(PATIENCE))
-    finally:
-        await connection.close()
-        server.stop()
+    server.kill()
+    await until(lambda: not connection.is_connected)
+    await until(lambda: any(record.getMessage().startswith("broker.error") for record in caplog.records))
+    await server.start()
+    await asyncio.wait_for(back.wait(), PATIENCE)
+    assert connection.is_connected
+    await connection.flush(int(PATIENCE))
+    await connection.close()
     events = [record.getMessage() for record in caplog.records]
     assert events.count("broker.disconnected") == 1
     assert {record.levelname for record in caplog.records} == {"WARNING"}
@@ -297,9 +300,7 @@ async def test_a_connection_that_the_worker_closes_is_not_reported_as_lost(
     assert caplog.records == []
 
 
-async def test_a_connection_can_be_ended_while_the_broker_is_away_with_something_unsent(tmp_path: Path) -> None:
-    server = NatsServer(tmp_path, jetstream=False)
-    await server.start()
+async def test_a_connection_can_be_ended_while_the_broker_is_away_with_something_unsent(server: NatsServer) -> None:
     tasks = asyncio.all_tasks()
     connection = await connected(server.url)
     await connection.subscribe("somewhere", cb=ignore)
@@ -311,45 +312,24 @@ async def test_a_connection_can_be_ended_while_the_broker_is_away_with_something
     await until(lambda: asyncio.all_tasks() == tasks)
 
 
-async def test_a_connection_that_the_broker_ends_for_good_is_told_of(guarded: NatsServer) -> None:
-    losses: list[BrokerError] = []
-    url = f"nats://worker:s3cret@{host_of(guarded)}"
-    connection = await connect(url, {}, on_reconnect=nothing, on_loss=losses.append)
-    transport = connection._transport
-    assert transport is not None
-    transport.write(b"NONSENSE\r\n")  # and not a payload that is too large: it is reset before all of that is sent
-    await until(lambda: bool(losses))
-    assert [str(loss) for loss in losses] == [
-        "the broker ended the connection for good: nats: unknown protocol operation"
-    ]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("renewed", ["in time", "late, after a moment in which the file was empty"])
-async def test_a_login_that_expires_comes_back_once_its_file_is_renewed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, renewed: str
+async def test_a_login_that_expires_comes_back_once_its_file_is_renewed_after_a_moment_in_which_it_was_empty(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """nats-py closes the connection for good."""
     operator, credentials, losses, back = Operator(), tmp_path / "worker.creds", list[BrokerError](), asyncio.Event()
-    server = NatsServer(tmp_path, configuration=operator.configuration, jetstream=False)
-    await server.start()
-    operator.write_login(credentials, lasts=2)
     options = {"user_credentials": str(credentials)}
-    client = await connect(server.url, options, on_reconnect=back.set, on_loss=losses.append)
-    try:
-        if renewed == "in time":
-            operator.write_login(credentials, lasts=3600)
-        else:
-            credentials.write_text("")
-            await until(lambda: "the credentials cannot be used" in caplog.text)
-            operator.write_login(credentials, lasts=3600)
+    async with NatsServer(tmp_path, configuration=operator.configuration, jetstream=False) as server:
+        operator.write_login(credentials, lasts=2)
+        client = await connect(server.url, options, on_reconnect=back.set, on_loss=losses.append)
+        credentials.write_text("")
+        await until(lambda: "the credentials cannot be used" in caplog.text)
+        operator.write_login(credentials, lasts=3600)
         await asyncio.wait_for(back.wait(), PATIENCE)
         await client.flush(int(PATIENCE))
         assert losses == []
         assert "user authentication expired" in caplog.text
-    finally:
         await disconnect(client)
-        server.stop()
 
 
 @pytest.mark.parametrize(
@@ -430,10 +410,8 @@ async def ignore(_message: object) -> None:
 
 @pytest.mark.slow
 async def test_a_broker_that_falls_silent_is_noticed_in_seconds_and_not_in_minutes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = NatsServer(tmp_path, jetstream=False)
-    await server.start()
     client = await connected(server.url)
     try:
         server.pause()
@@ -441,12 +419,9 @@ async def test_a_broker_that_falls_silent_is_noticed_in_seconds_and_not_in_minut
     finally:
         server.resume()
     await disconnect(client)
-    server.stop()
 
 
-async def test_a_connection_whose_end_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = NatsServer(tmp_path, jetstream=False)
-    await server.start()
+async def test_a_connection_whose_end_hangs_is_given_up(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await connected(server.url)
     close = client.close
 
@@ -457,4 +432,3 @@ async def test_a_connection_whose_end_hangs_is_given_up(tmp_path: Path, monkeypa
     monkeypatch.setattr(connection, "_CLOSE_WITHIN", 0.05)
     await disconnect(client)
     await close()
-    server.stop()

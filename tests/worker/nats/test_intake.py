@@ -247,12 +247,6 @@ async def test_after_a_pull_was_forgotten_the_next_one_counts_alone(hand: Hand) 
     assert hand.intake.expected() == 2
 
 
-async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
-    await hand.intake.ask(5)
-    hand.intake.forget()
-    assert hand.intake.expected() == 0
-
-
 # -- refusals
 
 
@@ -410,14 +404,6 @@ async def test_a_put_off_on_a_connection_that_is_closed_is_unsettled(hand: Hand)
 
 
 # -- what a worker takes
-
-
-async def test_what_was_pulled_is_taken_in_order_and_up_to_what_there_is_room_for(hand: Hand) -> None:
-    await hand.publish(*"abc")
-    taken = [message.body for message in await hand.intake.take(2, 5.0, untried=None)]
-    while len(taken) < 3:
-        taken += [message.body for message in await hand.intake.take(3 - len(taken), 5.0, untried=None)]
-    assert taken == [b"a", b"b", b"c"]
 
 
 async def test_while_keyless_fails_the_best_of_what_was_pulled_is_taken_first(hand: Hand) -> None:

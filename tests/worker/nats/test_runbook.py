@@ -130,7 +130,7 @@ async def test_requests_that_were_deleted_go_on_once_they_are_submitted_again(
     await until(lambda: worker.statistics.is_ready)
     await ask(connection, sandbox, "txn-1")
     await jetstream(connection).delete_stream(REQUESTS)
-    with pytest.raises(BrokerError, match="is gone, and the requests in it"):
+    with pytest.raises(BrokerError, match=f"^the stream {REQUESTS} is gone, and the requests in it$"):
         await asyncio.wait_for(working, PATIENCE)
     async with new_worker(client, broker):  # makes the stream
         assert not (await submit_approval(connection, USER, operation_id="txn-1")).duplicate

@@ -363,22 +363,6 @@ async def test_a_user_without_permission_is_told_within_seconds(strict_broker: N
 # -- the consumer, again
 
 
-async def test_a_consumer_that_was_deleted_is_made_again(stream: JetStreamContext) -> None:
-    await prepared(stream)
-    await stream.delete_consumer(REQUESTS, CONSUMER)
-    await restore_consumer(stream, KEYLESS, ack_wait=ACK_WAIT)
-    assert (await stream.consumer_info(REQUESTS, CONSUMER)).config.max_ack_pending == -1
-
-
-async def test_a_stream_that_was_deleted_is_not_made_again_since_its_requests_are_gone(
-    stream: JetStreamContext,
-) -> None:
-    await prepared(stream)
-    await stream.delete_stream(REQUESTS)
-    with pytest.raises(BrokerError, match=f"^the stream {REQUESTS} is gone"):
-        await restore_consumer(stream, KEYLESS, ack_wait=ACK_WAIT)
-
-
 async def test_where_the_consumer_has_no_leader_the_broker_is_unavailable(strict_broker: NatsServer) -> None:
     async with await nats.connect(strict_broker.url, user="nobody", password="pass", error_cb=silent) as connection:
         began = time.monotonic()
@@ -423,17 +407,6 @@ async def made(stream: JetStreamContext, fleet: Fleet, service: str) -> float:
     return await streams.prepare(stream, fleet, StreamSettings(), ack_wait=ACK_WAIT, service=service)
 
 
-async def test_a_worker_of_another_service_is_refused_in_one_line(stream: JetStreamContext) -> None:
-    await made(stream, KEYLESS, OURS)
-    await made(stream, KEYLESS, OURS)
-    with pytest.raises(BrokerError) as caught:
-        await made(stream, KEYLESS, THEIRS)
-    assert str(caught.value) == (
-        f"the fleet 'keyless' on this broker belongs to {OURS}, and this worker to {THEIRS}: give it another name, or "
-        f"set the metadata aiokeyless-service of the stream {REQUESTS}"
-    )
-
-
 async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_fleet_is(
     stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,16 +428,3 @@ async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_flee
 async def test_streams_that_say_nothing_of_their_service_are_used(stream: JetStreamContext) -> None:
     await prepared(stream)
     await made(stream, KEYLESS, OURS)
-
-
-async def test_fleets_of_different_names_have_streams_of_their_own(stream: JetStreamContext) -> None:
-    await made(stream, KEYLESS, OURS)
-    await made(stream, Fleet(name="staging-2"), THEIRS)
-    assert sorted(info.config.name or "" for info in await stream.streams_info()) == [
-        "KEYLESS_CLAIMS",
-        "KEYLESS_OUTCOMES",
-        "KEYLESS_REQUESTS",
-        "STAGING-2_CLAIMS",
-        "STAGING-2_OUTCOMES",
-        "STAGING-2_REQUESTS",
-    ]
