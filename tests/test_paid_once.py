@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.looptime
+
 SHOP = (Path(__file__).parents[1] / "examples" / "paid_once.py").read_text()
 
 Pay = Callable[[str], Coroutine[None, None, bool]]
@@ -50,7 +52,6 @@ async def approve_when_asked(sandbox: Sandbox, order: str = "order-1") -> None:
 
 @faults
 @pytest.mark.parametrize("stored", [False, True], ids=["lost", "stored"])
-@pytest.mark.looptime
 async def test_one_tap_pays_one_order_once(
     sandbox: Sandbox, tmp_path: Path, fault: Callable[[Sandbox, bool], None], *, stored: bool
 ) -> None:
@@ -68,7 +69,6 @@ async def test_one_tap_pays_one_order_once(
 
 
 @faults
-@pytest.mark.looptime
 async def test_approval_that_came_while_the_process_was_down_pays_once(
     sandbox: Sandbox, tmp_path: Path, fault: Callable[[Sandbox, bool], None]
 ) -> None:
@@ -86,7 +86,6 @@ async def test_approval_that_came_while_the_process_was_down_pays_once(
         assert not sandbox.requests  # where the record says paid, there is nothing to ask
 
 
-@pytest.mark.looptime
 async def test_slow_answer_pays_once(sandbox: Sandbox, tmp_path: Path) -> None:
     async with shop(sandbox, tmp_path) as pay:
         sandbox.latency = 60
@@ -97,7 +96,6 @@ async def test_slow_answer_pays_once(sandbox: Sandbox, tmp_path: Path) -> None:
         assert not await pay("order-1")
 
 
-@pytest.mark.looptime
 async def test_unapproved_order_is_asked_about_once_and_can_still_be_paid(
     sandbox: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +108,6 @@ async def test_unapproved_order_is_asked_about_once_and_can_still_be_paid(
     assert len(sandbox.operations) == 1
 
 
-@pytest.mark.looptime
 async def test_a_pin_pays_nothing_now_or_later(sandbox: Sandbox, tmp_path: Path) -> None:
     async with shop(sandbox, tmp_path) as pay:
         call = asyncio.create_task(pay("order-1"))
@@ -121,7 +118,6 @@ async def test_a_pin_pays_nothing_now_or_later(sandbox: Sandbox, tmp_path: Path)
 
 
 @pytest.mark.parametrize("approved", [False, True], ids=["pending", "approved"])
-@pytest.mark.looptime
 async def test_operation_of_other_content_under_the_orders_id_pays_nothing(
     sandbox: Sandbox, client: KeylessClient, tmp_path: Path, *, approved: bool
 ) -> None:
@@ -132,7 +128,6 @@ async def test_operation_of_other_content_under_the_orders_id_pays_nothing(
         assert not await pay("order-1")
 
 
-@pytest.mark.looptime
 async def test_unreachable_keyless_pays_nothing_and_the_next_call_continues(
     sandbox: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +142,6 @@ async def test_unreachable_keyless_pays_nothing_and_the_next_call_continues(
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.looptime
 async def test_any_calls_under_any_faults_pay_once(sandbox: Sandbox, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311  # of faults, not of secrets
     paid = 0

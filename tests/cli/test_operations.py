@@ -26,8 +26,9 @@ from .terminal import Terminal, lines_of_json, output_of
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.looptime
 
-@pytest.mark.looptime
+
 async def test_create_prints_the_operation_and_how_to_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -39,7 +40,6 @@ async def test_create_prints_the_operation_and_how_to_wait_for_it(
     assert service.operations["txn 1"].operation_payload == "Pay 40 to Alice"
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize(
     ("stream", "options", "is_said"),
     [(Terminal(), (), True), (io.StringIO(), (), False), (Terminal(), ("--json",), False)],
@@ -56,14 +56,12 @@ async def test_create_says_at_a_terminal_that_the_application_sends_the_push(
     assert stream.getvalue() == (said if is_said else "")
 
 
-@pytest.mark.looptime
 async def test_create_without_an_id_generates_one(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE")
     [operation_id] = service.operations
     assert printed_ticket(text).operation_id == operation_id
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("operation_id", ["--json", "-5", "$(id)", "a\u202eb'c"], ids=ascii)
 async def test_the_command_that_create_prints_works_for_any_id(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, operation_id: str
@@ -76,7 +74,6 @@ async def test_the_command_that_create_prints_works_for_any_id(
     assert "Approved" in await output_of(monkeypatch, io.StringIO(), "wait", "--ticket", "-")
 
 
-@pytest.mark.looptime
 async def test_the_command_that_create_prints_accepts_no_other_payload(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -88,7 +85,6 @@ async def test_the_command_that_create_prints_accepts_no_other_payload(
         await app.run_async(["wait", "--ticket", "-"])
 
 
-@pytest.mark.looptime
 async def test_the_command_that_create_prints_takes_no_pin_for_a_face(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -108,7 +104,6 @@ def printed_ticket(text: str) -> ApprovalTicket:
     return ApprovalTicket.from_json(subprocess.check_output(shell))
 
 
-@pytest.mark.looptime
 async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -128,7 +123,6 @@ async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(
     assert list(service.operations) == ["txn-1"]
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("stored", [True, False])
 async def test_a_create_that_may_have_taken_effect_says_how_to_check(service: Sandbox, stored: bool) -> None:
     service.fail_next(times=None, stored=stored)
@@ -137,7 +131,6 @@ async def test_a_create_that_may_have_taken_effect_says_how_to_check(service: Sa
     assert describe(error.value).endswith("; the operation may exist nevertheless, to check: aiokeyless get -- -5")
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -168,7 +161,6 @@ async def test_a_command_that_is_interrupted_once_its_request_was_sent_says_how_
     assert str(interruption.value) == message.format(id=sent.get("operationId"))
 
 
-@pytest.mark.looptime
 async def test_an_operation_that_was_in_the_way_and_is_gone_is_created(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -178,7 +170,6 @@ async def test_an_operation_that_was_in_the_way_and_is_gone_is_created(
     assert "txn-1" in service.operations
 
 
-@pytest.mark.looptime
 async def test_create_as_json_is_the_ticket(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     text = await output_of(
         monkeypatch,
@@ -199,7 +190,6 @@ async def test_create_as_json_is_the_ticket(monkeypatch: pytest.MonkeyPatch, ser
     assert text.isascii()
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize(("auth_type", "state"), [("biom", "approved by face"), ("pin", "approved by PIN")])
 async def test_get_shows_an_operation_but_not_its_key(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, auth_type: str, state: str
@@ -215,7 +205,6 @@ async def test_get_shows_an_operation_but_not_its_key(
     )
 
 
-@pytest.mark.looptime
 async def test_get_as_json_is_the_operation_without_its_key(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     operation = service.approve("txn-1", user_id="C0FFEE")
     text = await output_of(monkeypatch, io.StringIO(), "get", "txn-1", "--json")
@@ -225,7 +214,6 @@ async def test_get_as_json_is_the_operation_without_its_key(monkeypatch: pytest.
     assert "api_key" not in text
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize(
     ("lie", "state"),
     [
@@ -246,7 +234,6 @@ async def test_get_says_approved_only_of_an_approved_operation(
     assert re.search(rf"State +{re.escape(state)}", text)
 
 
-@pytest.mark.looptime
 async def test_get_refuses_an_answer_about_another_operation(service: Sandbox) -> None:
     service.approve("txn-1", user_id="C0FFEE")
     service.tamper("txn-1", operation_id="txn-2")
@@ -254,7 +241,6 @@ async def test_get_refuses_an_answer_about_another_operation(service: Sandbox) -
         await app.run_async(["get", "txn-1"])
 
 
-@pytest.mark.looptime
 async def test_pending_is_a_table_of_the_pending_operations(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1", operation_payload="Pay 40 to Alice")
@@ -268,7 +254,6 @@ async def test_pending_is_a_table_of_the_pending_operations(monkeypatch: pytest.
     ]
 
 
-@pytest.mark.looptime
 async def test_pending_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1", external_user_id="alice")
@@ -287,7 +272,6 @@ async def test_pending_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, se
     ]
 
 
-@pytest.mark.looptime
 @pytest.mark.usefixtures("service")
 async def test_pending_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert await output_of(monkeypatch, io.StringIO(), "pending", "c0ffee") == "No pending operations for C0FFEE.\n"
@@ -296,7 +280,6 @@ async def test_pending_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-@pytest.mark.looptime
 async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_approval(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -316,7 +299,6 @@ async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_a
     assert re.search(r" APPROVED +", text)
 
 
-@pytest.mark.looptime
 @pytest.mark.usefixtures("service")
 async def test_attempts_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
@@ -324,7 +306,6 @@ async def test_attempts_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch
     assert text.endswith("\nNo attempts in the last ten minutes.\n")
 
 
-@pytest.mark.looptime
 async def test_attempts_says_that_there_are_more(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
     for _ in range(21):
@@ -333,7 +314,6 @@ async def test_attempts_says_that_there_are_more(monkeypatch: pytest.MonkeyPatch
     assert text.endswith("\nThere are more, which the service does not show.\n")
 
 
-@pytest.mark.looptime
 async def test_attempts_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
     failed = service.fail_authentication("txn-1", 30003)
@@ -347,7 +327,6 @@ async def test_attempts_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, s
     }
 
 
-@pytest.mark.looptime
 async def test_attempts_of_an_answer_about_another_operation_are_not_asked_for(service: Sandbox) -> None:
     service.approve("txn-1", user_id="C0FFEE")
     service.tamper("txn-1", operation_id="txn-2")

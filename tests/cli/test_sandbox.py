@@ -22,6 +22,8 @@ from .terminal import Pipe, lines_of_json
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+pytestmark = pytest.mark.looptime
+
 
 @contextlib.asynccontextmanager
 async def serving(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> AsyncIterator[Pipe]:
@@ -35,7 +37,6 @@ async def serving(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> AsyncIter
     assert await command is None
 
 
-@pytest.mark.looptime
 async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -50,7 +51,6 @@ async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(
             assert await client.get_pending_operations("C0FFEE") == []
 
 
-@pytest.mark.looptime
 async def test_the_sandbox_as_json_prints_one_object_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch, "--json") as stdout:
         [data] = lines_of_json(stdout.getvalue())
@@ -63,7 +63,6 @@ async def test_the_sandbox_as_json_prints_one_object_and_nothing_else(monkeypatc
     assert stdout.getvalue().count("\n") == 1
 
 
-@pytest.mark.looptime
 async def test_the_sandboxs_simulated_user_approves_after_the_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch, "--auto-approve", "2.5") as stdout:
         assert "approves each operation after 2.5 s" in stdout.getvalue()
@@ -75,7 +74,6 @@ async def test_the_sandboxs_simulated_user_approves_after_the_delay(monkeypatch:
         assert loop.time() - began >= 2.5
 
 
-@pytest.mark.looptime
 async def test_the_sandbox_prints_a_line_for_each_request_of_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch) as stdout:
         url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
@@ -94,7 +92,6 @@ async def test_the_sandbox_prints_a_line_for_each_request_of_the_api(monkeypatch
     )
 
 
-@pytest.mark.looptime
 async def test_a_request_that_got_no_answer_has_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch) as stdout:
         url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
@@ -108,7 +105,6 @@ async def test_a_request_that_got_no_answer_has_no_status(monkeypatch: pytest.Mo
         await stdout.until(r"  -    POST /v2/users/C0FFEE/operations\n")
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("option", ["--quiet", "--json"])
 async def test_requests_are_not_printed_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     async with serving(monkeypatch, option) as stdout:
@@ -119,7 +115,6 @@ async def test_requests_are_not_printed_where_that_is_not_wanted(monkeypatch: py
     assert stdout.getvalue() == before
 
 
-@pytest.mark.looptime
 async def test_the_sandbox_warns_that_others_can_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch, "--host", "0.0.0.0") as stdout:  # noqa: S104  # for a moment
         assert "on 0.0.0.0: anyone who can reach it can approve" in stdout.getvalue()

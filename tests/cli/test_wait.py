@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.looptime
 
-@pytest.mark.looptime
+
 async def test_wait_without_a_terminal_is_a_plain_line_a_poll(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -48,7 +49,6 @@ async def test_wait_without_a_terminal_is_a_plain_line_a_poll(
     assert "Pay 40" not in text, "a script's log must not have it"
 
 
-@pytest.mark.looptime
 async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_left(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -67,7 +67,6 @@ async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_
     assert re.search(r"Approved +by face, after [5-8]\.\d s", text)
 
 
-@pytest.mark.looptime
 async def test_wait_shows_that_there_is_no_answer_or_no_operation(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -87,7 +86,6 @@ async def test_wait_shows_that_there_is_no_answer_or_no_operation(
         later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
 
 
-@pytest.mark.looptime
 async def test_wait_can_have_no_time_limit(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     async with service.client() as client:
@@ -98,7 +96,6 @@ async def test_wait_can_have_no_time_limit(monkeypatch: pytest.MonkeyPatch, serv
     assert "left" not in text
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("arguments", [["--timeout", "3"], ["--timeout", "3", "--json"]], ids=repr)
 async def test_wait_ends_at_its_timeout(service: Sandbox, arguments: list[str]) -> None:
     async with service.client() as client:
@@ -111,7 +108,6 @@ async def test_wait_ends_at_its_timeout(service: Sandbox, arguments: list[str]) 
     assert "still pending after 3.0 s" in describe(end.value)
 
 
-@pytest.mark.looptime
 async def test_wait_as_json_is_a_line_a_poll_and_the_outcome(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1")
@@ -141,7 +137,6 @@ async def test_wait_as_json_is_a_line_a_poll_and_the_outcome(monkeypatch: pytest
     }
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize(
     ("lie", "error", "outcome"),
     [
@@ -176,7 +171,6 @@ async def test_the_last_line_of_json_names_every_outcome(
     assert last["error"] == {"type": error.__name__, "message": describe(end.value)}
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [
@@ -220,7 +214,6 @@ async def test_a_wait_that_is_interrupted_says_how_to_resume_it(
     assert service.operations["a"].state == "pending"
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("source", ["file", "stdin"])
 async def test_wait_resumes_a_ticket(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, source: str
@@ -291,7 +284,6 @@ def test_a_factor_is_compared_with_a_ticket_and_not_with_an_id(capsys: pytest.Ca
     assert "--require-auth-type needs --ticket FILE" in capsys.readouterr().err
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("factor", ["biom", "pin"])
 async def test_wait_takes_no_other_factor_than_the_required_one(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, factor: str
@@ -308,7 +300,6 @@ async def test_wait_takes_no_other_factor_than_the_required_one(
             await app.run_async(list(command))
 
 
-@pytest.mark.looptime
 async def test_wait_shows_attempts_that_failed(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     async with service.client() as client:
@@ -322,7 +313,6 @@ async def test_wait_shows_attempts_that_failed(monkeypatch: pytest.MonkeyPatch, 
     assert text.count("attempt failed") == 2
 
 
-@pytest.mark.looptime
 async def test_wait_on_a_terminal_counts_attempts_that_failed(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
@@ -335,7 +325,6 @@ async def test_wait_on_a_terminal_counts_attempts_that_failed(
     assert "1 attempt failed " in re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
-@pytest.mark.looptime
 async def test_wait_as_json_is_a_line_an_attempt_too(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1")
@@ -347,7 +336,6 @@ async def test_wait_as_json_is_a_line_an_attempt_too(monkeypatch: pytest.MonkeyP
     assert 5 < attempt["elapsed"] < 20
 
 
-@pytest.mark.looptime
 async def test_wait_that_times_out_says_what_failed(service: Sandbox) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1")

@@ -12,6 +12,8 @@ from aiokeyless.worker.batches import Batches
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+pytestmark = pytest.mark.looptime
+
 
 class Executed:
     """Records each batch, and doubles numbers."""
@@ -28,7 +30,6 @@ class Executed:
         return [2 * call for call in calls]
 
 
-@pytest.mark.looptime
 async def test_calls_of_one_turn_are_one_batch_and_each_gets_its_own_result() -> None:
     executed = Executed()
     batches = Batches(executed)
@@ -36,7 +37,6 @@ async def test_calls_of_one_turn_are_one_batch_and_each_gets_its_own_result() ->
     assert executed.batches == [[0, 1, 2, 3, 4]]
 
 
-@pytest.mark.looptime
 async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
     executed = Executed()
     batches = Batches(executed)
@@ -47,7 +47,6 @@ async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
     assert executed.batches == [[1], [2, 3]]
 
 
-@pytest.mark.looptime
 async def test_a_batch_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 2)
     executed = Executed()
@@ -56,7 +55,6 @@ async def test_a_batch_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> No
     assert executed.batches == [[0, 1], [2, 3], [4]]
 
 
-@pytest.mark.looptime
 async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> None:
     executed = Executed(OSError("the disk is away"))
     batches = Batches(executed)
@@ -69,7 +67,6 @@ async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> N
     assert await batches.call(3) == 6
 
 
-@pytest.mark.looptime
 async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others() -> None:
     executed = Executed()
     batches = Batches(executed)
@@ -80,7 +77,6 @@ async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others() -> Non
     assert calls[0].cancelled()
 
 
-@pytest.mark.looptime
 async def test_closing_waits_until_all_calls_have_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 1)
     batches = Batches(Executed())
@@ -97,7 +93,6 @@ def cancel_all(*first: asyncio.Task[int]) -> None:
         task.cancel()
 
 
-@pytest.mark.looptime
 @pytest.mark.parametrize("turns", [1, 2], ids=["before the batch begins", "during the batch"])
 async def test_a_call_of_a_clean_up_gets_its_result_if_all_tasks_are_cancelled(turns: int) -> None:
     batches = Batches(Executed())
@@ -117,7 +112,6 @@ async def test_a_call_of_a_clean_up_gets_its_result_if_all_tasks_are_cancelled(t
     assert calling.cancelled()
 
 
-@pytest.mark.looptime
 async def test_a_call_whose_batch_is_cancelled_is_cancelled_too() -> None:
     batches = Batches(Executed())
     calling = asyncio.create_task(batches.call(1))
