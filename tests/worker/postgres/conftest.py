@@ -6,20 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from postgres_server import shared_server
+from postgres_server import PostgresServer, shared_server
 
 from aiokeyless.worker.postgres import PostgresBroker
 from worker.conformance.brokers import LEASE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
-    from postgres_server import PostgresServer
+    from collections.abc import AsyncGenerator, Iterator
 
 
 @pytest.fixture
 def server() -> PostgresServer:
     return shared_server()
+
+
+@pytest.fixture
+def own_server() -> Iterator[PostgresServer]:
+    """A server that a test may kill, and whose roles are its own."""
+    server = PostgresServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

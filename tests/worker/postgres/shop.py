@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[Any]
 
 
+class RefusalError(Exception):
+    """What a body raises."""
+
+
+async def operations(admin: Connection) -> set[str]:
+    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
+
+
 async def decide_all(broker: PostgresBroker, *operation_ids: str) -> None:
     await submit(broker, *operation_ids)
     for message in await take_n(broker, len(operation_ids)):

@@ -15,9 +15,9 @@ from psycopg.rows import dict_row
 from waiting import until
 
 from aiokeyless import sync
-from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.errors import BrokerError, ConfigurationError
 
-from .shop import decide_all, payments, unread
+from .shop import decide_all, operations, payments, unread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from .shop import Connection
 
     Psycopg = psycopg.Connection[Any]
-
-
-class RefusalError(Exception):
-    """What a body raises."""
 
 
 @pytest.fixture(params=[False, True], ids=["", "autocommit"])
@@ -66,29 +62,7 @@ async def handle(psycopg_url: tuple[str, bool], body: Callable[[Psycopg, Approva
     await asyncio.to_thread(program)
 
 
-async def operations(admin: Connection) -> set[str]:
-    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
-
-
 # -- submitting
-
-
-async def test_a_request_is_stored_if_and_only_if_the_transaction_commits(
-    psycopg_url: tuple[str, bool], admin: Connection
-) -> None:
-    def program() -> list[bool]:
-        with connected(psycopg_url) as connection:
-            stored = []
-            with contextlib.suppress(RefusalError), connection.transaction():
-                sync.submit_approval(connection, "C0FFEE", operation_id="rolled-back")
-                raise RefusalError
-            for _ in range(2):
-                with connection.transaction():
-                    stored.append(sync.submit_approval(connection, "C0FFEE", operation_id="a").duplicate)
-            return stored
-
-    assert await asyncio.to_thread(program) == [False, True]
-    assert await operations(admin) == {"a"}
 
 
 async def test_a_transaction_that_the_driver_begins_is_the_callers_to_commit(admin: Connection, url: str) -> None:
@@ -103,19 +77,6 @@ async def test_a_transaction_that_the_driver_begins_is_the_callers_to_commit(adm
 
     await asyncio.to_thread(program)
     assert await operations(admin) == {"a"}
-
-
-async def test_a_different_request_under_a_used_operation_id_is_refused(admin: Connection, url: str) -> None:
-    def program() -> None:
-        with connected((url, False)) as connection:
-            sync.submit_approval(connection, "C0FFEE", operation_id="a")
-            with pytest.raises(InvalidRequestError, match="choose a new one"):
-                sync.submit_approval(connection, "BEEF", operation_id="a")
-            with pytest.raises(psycopg.errors.InFailedSqlTransaction):
-                sync.submit_approval(connection, "C0FFEE", operation_id="b")
-
-    await asyncio.to_thread(program)
-    assert await operations(admin) == set()
 
 
 # -- reading
@@ -170,25 +131,6 @@ async def test_an_interruption_of_a_statement_leaves_no_transaction_behind(
     monkeypatch.setattr("aiokeyless.worker.postgres.adapters.psycopg.in_schema", interrupt)
     with pytest.raises(KeyboardInterrupt):
         await handle(psycopg_url, pay)
-
-
-async def test_a_connection_in_a_transaction_is_refused(admin: Connection, url: str) -> None:  # noqa: ARG001  # as above
-    def program() -> None:
-        with connected((url, False)) as connection:
-            connection.execute("SELECT 1")
-            with pytest.raises(ConfigurationError, match="in no transaction"), sync.next_outcome(connection, "shop"):
-                pass
-
-    await asyncio.to_thread(program)
-
-
-async def test_a_schema_that_is_missing_is_named(server: PostgresServer) -> None:
-    def program() -> None:
-        empty = server.url(server.new_database())
-        with connected((empty, True)) as connection, pytest.raises(BrokerError, match="--prepare"):
-            sync.next_outcome(connection, "shop").__enter__()
-
-    await asyncio.to_thread(program)
 
 
 @pytest.mark.parametrize("target", [sqlite3.connect(":memory:"), object(), None], ids=["sqlite3", "object", "None"])

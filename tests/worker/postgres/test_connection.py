@@ -22,16 +22,12 @@ from aiokeyless.worker.postgres.adapters import adapter_for
 from aiokeyless.worker.postgres.adapters import driver as module
 from worker.conformance.brokers import LEASE
 
-from .shop import decide_all, pay, payments, unread
+from .shop import RefusalError, decide_all, pay, payments, unread
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
 
     from .shop import Connection
-
-
-class RefusalError(Exception):
-    """What a body raises."""
 
 
 # -- bodies that end well
@@ -75,24 +71,6 @@ async def test_a_schema_of_another_name_is_read_by_naming_it(url: str, connectio
 # -- bodies that end badly
 
 
-async def test_an_exception_rolls_back_and_puts_the_outcome_off(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    began = None
-    for failures in (1, 2):
-        began = await admin.fetchval("SELECT clock_timestamp()")
-        with pytest.raises(RefusalError):
-            async with next_outcome(connection, "shop") as event:
-                await pay(connection, event)
-                raise RefusalError
-        assert await payments(admin) == set()
-        assert await unread(admin) == {"a": failures}
-        assert not connection.is_in_transaction()
-    by_two_seconds = "SELECT due_at - interval '2 s' BETWEEN $1 AND clock_timestamp() FROM keyless.unread"
-    assert await admin.fetchval(by_two_seconds, began)
-
-
 async def test_a_scope_that_cancels_each_await_leaves_no_transaction_behind(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
@@ -105,19 +83,6 @@ async def test_a_scope_that_cancels_each_await_leaves_no_transaction_behind(
     assert await payments(admin) == set()
     assert await unread(admin) == {"a": 1}
     assert not connection.is_in_transaction()
-
-
-async def test_a_cancellation_while_it_waits_leaves_no_transaction_behind(connection: Connection) -> None:
-    for turns in range(0, 40, 3):
-        waiting = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert not connection.is_in_transaction()
-        async with connection.transaction():
-            await connection.execute("SELECT 1")
 
 
 async def test_an_error_of_sql_that_the_body_swallowed_is_raised(
@@ -152,47 +117,26 @@ async def test_a_body_that_begins_a_transaction_of_its_own_loses_it(
 # -- connections that end
 
 
-async def test_the_bodys_own_exception_counts_also_if_the_connection_is_lost(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(RefusalError):
-        async with next_outcome(connection, "shop"):
-            await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
-            raise RefusalError
-    assert await unread(admin) == {"a": 0}
-
-
-async def test_a_body_that_closes_its_connection_has_stored_nothing(
-    broker: PostgresBroker, admin: Connection, connection: Connection, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("is_closed", [False, True], ids=["lost", "closed by the body"])
+async def test_the_bodys_own_exception_counts_also_if_the_connection_is_gone(
+    broker: PostgresBroker,
+    admin: Connection,
+    connection: Connection,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    is_closed: bool,
 ) -> None:
     await decide_all(broker, "a")
     with pytest.raises(RefusalError):
         async with next_outcome(connection, "shop") as event:
             await pay(connection, event)
-            await connection.close()
+            if is_closed:
+                await connection.close()
+            else:
+                await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
             raise RefusalError
     assert "outcome.not_put_off" in caplog.text
     assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 0}
-
-
-async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_connection(
-    broker: PostgresBroker, admin: Connection, connection: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_ENDS_WITHIN", 0.2)
-    await decide_all(broker, "a")
-    async with admin.transaction():
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(None) as limit, next_outcome(connection, "shop"):
-                # Queued until this transaction ends; then putting the outcome off waits for it.
-                locking = asyncio.create_task(admin.execute("LOCK TABLE keyless.reader"))
-                while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                    pass
-                limit.reschedule(asyncio.get_running_loop().time())
-                await asyncio.sleep(60)
-        await locking
-        assert connection.is_closed()
     assert await unread(admin) == {"a": 0}
 
 
@@ -233,19 +177,6 @@ async def test_a_backend_that_is_killed_while_it_waits_is_an_error(admin: Connec
     with pytest.raises(BrokerError, match="cannot be read"):
         async with next_outcome(connection, "shop"):
             pass
-
-
-async def test_a_body_that_is_slower_than_the_server_allows_has_stored_nothing(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError, match="comes again"):
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            await connection.execute("SET idle_in_transaction_session_timeout = '50ms'")
-            await until(connection.is_closed)
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 0}
 
 
 # -- who has it

@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
+
 _LOST = 40  # a sequence logs a record for 32 values, so a standby knows of some that were not given out
 
 
 @pytest.fixture
-def primary() -> Iterator[PostgresServer]:
-    server = PostgresServer()
-    yield server
-    server.close()
+def primary(own_server: PostgresServer) -> PostgresServer:
+    return own_server
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from worker.conformance.brokers import decide, outcome_of, submit, take_n
 
 from . import families
 from .families import FAMILIES, Family, RefusalError, ask, handle
-from .shop import decide_all, payments, unread
+from .shop import decide_all, operations, payments, unread
 
 sys.path.append(str(Path(__file__).parents[3] / "examples" / "postgres_shop"))
 
@@ -92,10 +92,6 @@ async def run(shop: Family, act: Any, *names: str) -> Any:
     output, _ = await process.communicate()
     assert process.returncode == 0
     return json.loads(output)
-
-
-async def operations(admin: Connection) -> set[str]:
-    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
 
 
 async def test_however_a_body_ends_its_writes_and_the_outcome_are_committed_together_or_neither(
@@ -343,32 +339,32 @@ async def read(target: Any) -> None:
 # -- cancellation
 
 
-async def test_a_cancellation_while_it_waits_leaves_no_transaction_behind(admin: Connection, url: str) -> None:
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+@pytest.mark.usefixtures("admin")
+@pytest.mark.parametrize("shop", ["Asyncpg", "PsycopgAsync"], indirect=True)
+async def test_a_cancellation_while_it_waits_leaves_no_transaction_behind(shop: Family) -> None:
+    async with shop.connected() as connection:
         for turns in range(0, 40, 3):
-            waiting = asyncio.create_task(read(connection))
+            waiting = asyncio.create_task(read(connection))  # which would be refused in a transaction
             for _ in range(turns):
                 await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            assert connection.info.transaction_status == 0
 
 
+@pytest.mark.parametrize("shop", ["Asyncpg", "SqlalchemyAsyncPsycopg"], indirect=True)
 async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_connection(
-    broker: PostgresBroker, admin: Connection, async_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, shop: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "_ENDS_WITHIN", 0.2)
     await decide_all(broker, "a")
-    async with AsyncSession(async_engine) as session, admin.transaction():
+    async with shop.connected(), admin.transaction():
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(None) as limit, worker.next_outcome(session, "shop"):
+            async with asyncio.timeout(None) as limit, shop.next_outcome():
                 # Queued until this transaction ends; then putting the outcome off waits for it.
                 locking = asyncio.create_task(admin.execute("LOCK TABLE keyless.reader"))
-                while not await session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
-                    pass
+                await until(lambda: server.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") != [["0"]])
                 limit.reschedule(asyncio.get_running_loop().time())
                 await asyncio.sleep(60)
         await locking
-        assert not session.in_transaction()
     assert await unread(admin) == {"a": 0}

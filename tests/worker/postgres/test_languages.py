@@ -5,20 +5,17 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import asyncpg
 import psycopg
 import pytest
-from jsonschema import Draft202012Validator
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.worker import ApprovalEvent, ApprovalRequest, approval_request, next_outcome, submit_approval
-from aiokeyless.worker.schema import message_schema
+from aiokeyless.worker import approval_request, next_outcome, submit_approval
 
-from .shop import decide_all, pay, payments, unread
+from .shop import RefusalError, decide_all, operations, pay, payments, unread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -34,31 +31,8 @@ SUBMIT = "SELECT keyless.submit(%s)"
 NEXT = "SELECT operation_id, outcome, event FROM keyless.next_outcome('shop')"
 
 
-class RefusalError(Exception):
-    """What a body raises."""
-
-
-async def operations(admin: Connection) -> set[str]:
-    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
-
-
 def request(operation_id: str) -> str:
     return approval_request("C0FFEE", operation_id=operation_id, operation_payload="Pay 40 EUR", context={"order": 7})
-
-
-async def test_the_texts_are_those_of_the_json_schemas(broker: PostgresBroker, admin: Connection) -> None:
-    Draft202012Validator(message_schema(ApprovalRequest)).validate(json.loads(request("a")))
-    await decide_all(broker, "a")
-    event = await admin.fetchval("SELECT event FROM keyless.next_outcome('shop')")
-    Draft202012Validator(message_schema(ApprovalEvent)).validate(json.loads(event))
-
-
-@pytest.mark.parametrize("fields", [{"operation_id": 7}, {"version": 2}, {"operation_id": ""}, {"payload": "Pay"}])
-async def test_what_the_schema_refuses_the_database_refuses(connection: Connection, fields: dict[str, Any]) -> None:
-    wrong = {**json.loads(request("a")), **fields}
-    assert not Draft202012Validator(message_schema(ApprovalRequest)).is_valid(wrong)
-    with pytest.raises(asyncpg.InvalidParameterValueError):
-        await connection.fetchval("SELECT keyless.submit($1)", json.dumps(wrong))
 
 
 # -- psycopg
@@ -99,13 +73,6 @@ async def test_psycopg_with_autocommit_stores_at_once(broker: PostgresBroker, ad
         assert await unread(admin) == {"c": 0}
         assert await (await connection.execute(NEXT)).fetchone()  # handled, whatever becomes of it
         assert await unread(admin) == {}
-
-
-async def test_a_different_request_is_a_unique_violation_for_any_driver(connection: Connection, url: str) -> None:
-    await connection.fetchval("SELECT keyless.submit($1)", request("a"))
-    async with await psycopg.AsyncConnection.connect(url) as other:
-        with pytest.raises(psycopg.errors.UniqueViolation, match="choose a new one"):
-            await other.execute(SUBMIT, [approval_request("C0FFEE", operation_id="a")])
 
 
 async def test_a_reader_adds_itself_once_and_puts_off_what_it_could_not_handle(

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
@@ -21,9 +20,6 @@ from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
 from worker.conformance.brokers import LEASE, decide, operation_of, submit, take_n
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 HOWTO = Path(__file__).parents[3] / "docs" / "howto"
 PAGE = HOWTO / "operating-postgres.md"
 GRANTS = (HOWTO.parents[1] / "examples" / "postgres_shop" / "grants.sql").read_text()
@@ -34,13 +30,6 @@ APART, ROLES, TEAM, FIGURES, REMOVED_READER, REMOVED = re.findall(
 
 #: Each test starts a server of its own, and programs.
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def own_server() -> Iterator[PostgresServer]:
-    server = PostgresServer()
-    yield server
-    server.close()
 
 
 async def prepare(url: str, *options: str) -> tuple[int | None, str]:

@@ -21,7 +21,7 @@ from worker.conformance.brokers import LEASE, decide, operation_of
 from .shop import decide_all, pay, payments, unread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from postgres_server import PostgresServer
@@ -72,18 +72,12 @@ def accepts(path: Path) -> bool:
         return client.connect_ex(str(path)) == 0
 
 
-@pytest.fixture
-async def pooled_url(admin: Connection, server: PostgresServer, database: str) -> AsyncGenerator[str]:  # noqa: ARG001  # which has made the table
-    async with pooler(server, database, prepared=0) as url:
-        yield url
-
-
 async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_no_prepared_statements(
-    admin: Connection, pooled_url: str
+    admin: Connection, server: PostgresServer, database: str
 ) -> None:
     expected = {f"payment-{number}" for number in range(30)}
     decided: set[str] = set()
-    async with PostgresBroker(pooled_url) as first, PostgresBroker(pooled_url) as second:
+    async with pooler(server, database, 0) as url, PostgresBroker(url) as first, PostgresBroker(url) as second:
         for broker in (first, second):
             await broker.prepare(lease=LEASE, service="")
         await asyncio.gather(*(submit_approval(first, "C0FFEE", operation_id=name) for name in expected))
@@ -103,28 +97,16 @@ async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_
     assert await unread(admin) == {}
 
 
-async def test_an_application_behind_it_turns_off_the_cache_of_prepared_statements(
-    broker: PostgresBroker, admin: Connection, pooled_url: str
+@pytest.mark.parametrize(("prepared", "cache"), [(0, 0), (100, 100)], ids=["knows none", "knows them"])
+async def test_an_application_turns_off_its_prepared_statements_behind_a_pooler_that_knows_none(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str, *, prepared: int, cache: int
 ) -> None:
     await decide_all(broker, "a")
-    connection = await asyncpg.connect(pooled_url, statement_cache_size=0)
-    async with connection.transaction():
-        await submit_approval(connection, "C0FFEE", operation_id="b")
-    async with next_outcome(connection, "shop") as event:
-        await pay(connection, event)
-    assert await payments(admin) == {"a"}
-    await connection.close()
-
-
-async def test_an_application_behind_a_pooler_that_knows_prepared_statements_needs_no_setting(
-    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
-) -> None:
-    await decide_all(broker, "a")
-    async with pooler(server, database, prepared=100) as url:
-        connection = await asyncpg.connect(url)
+    async with pooler(server, database, prepared) as url:
+        connection = await asyncpg.connect(url, statement_cache_size=cache)  # 100 is its default
         async with connection.transaction():
             await submit_approval(connection, "C0FFEE", operation_id="b")
         async with next_outcome(connection, "shop") as event:
             await pay(connection, event)
-        assert await payments(admin) == {"a"}
         await connection.close()
+    assert await payments(admin) == {"a"}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-from postgres_server import PostgresServer
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.postgres import PostgresBroker
@@ -17,7 +16,7 @@ from aiokeyless.worker.postgres.migrations import VERSION
 from worker.conformance.brokers import LEASE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from postgres_server import PostgresServer
 
 ROBBED = "LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'ALTER ROLE {thief} SUPERUSER'; {result}; END $$"
 
@@ -213,13 +212,6 @@ def test_a_schema_that_others_fill_is_refused(schema: str) -> None:
 
 
 # -- at the same moment
-
-
-@pytest.fixture
-def own_server() -> Iterator[PostgresServer]:
-    server = PostgresServer()
-    yield server
-    server.close()
 
 
 @pytest.mark.slow

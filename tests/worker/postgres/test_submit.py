@@ -91,7 +91,7 @@ async def test_a_different_request_under_a_used_operation_id_ends_its_senders_tr
 ) -> None:
     async with connection.transaction():
         await submit_approval(connection, "C0FFEE", operation_id="a", operation_payload="Pay 40 EUR")
-    with pytest.raises(InvalidRequestError, match='"a" belongs to a different request'):
+    with pytest.raises(InvalidRequestError, match='"a" belongs to a different request: choose a new one'):
         async with connection.transaction():
             await connection.execute("INSERT INTO payment VALUES ('a')")
             await submit_approval(connection, "C0FFEE", operation_id="a", operation_payload="Pay 4000 EUR")
