@@ -44,10 +44,24 @@ def test_each_broker_keeps_the_promises_of_all_and_has_its_place_in_the_pages(fo
     assert [place for place, is_there in places.items() if not is_there] == []
 
 
-def test_a_url_picks_the_broker() -> None:
-    assert repr(broker_for("sqlite:keyless.db")) == "<SqliteBroker keyless.db>"
-    assert repr(broker_for("SQLITE:/var/lib/keyless.db")) == "<SqliteBroker /var/lib/keyless.db>"
-    assert repr(broker_for("sqlite::memory:")) == "<SqliteBroker :memory:>"
+@pytest.mark.parametrize(
+    ("url", "picked"),
+    [
+        ("sqlite:keyless.db", "<SqliteBroker keyless.db>"),
+        ("SQLITE:/var/lib/keyless.db", "<SqliteBroker /var/lib/keyless.db>"),
+        ("sqlite::memory:", "<SqliteBroker :memory:>"),
+        ("nats://127.0.0.1:4222", "<NatsBroker of the fleet 'keyless'>"),
+        ("TLS://127.0.0.1:4222,tls://127.0.0.2:4222", "<NatsBroker of the fleet 'keyless'>"),
+        ("postgresql://db/shop", "<PostgresBroker, schema 'keyless'>"),
+        ("postgres://db/shop", "<PostgresBroker, schema 'keyless'>"),
+        ("postgresql+psycopg://db/shop", "<PostgresBroker, schema 'keyless'>"),
+        ("POSTGRESQL+asyncpg://db/shop", "<PostgresBroker, schema 'keyless'>"),
+        ("postgresql://db/shop?host=/run&schema=staging&sslmode=disable", "<PostgresBroker, schema 'staging'>"),
+        ("postgresql://db/shop?schema=a&schema=staging", "<PostgresBroker, schema 'staging'>"),  # that of --schema
+    ],
+)
+def test_a_url_picks_the_broker(url: str, picked: str) -> None:
+    assert repr(broker_for(url)) == picked
 
 
 def test_a_broker_is_taken_as_it_is() -> None:
@@ -82,11 +96,6 @@ async def test_a_connection_picks_the_broker_and_keeps_it(connection: Client) ->
     assert broker_for(connection) is broker
 
 
-@pytest.mark.parametrize("url", ["nats://127.0.0.1:4222", "TLS://127.0.0.1:4222,tls://127.0.0.2:4222"])
-def test_nats_is_picked_by_its_urls(url: str) -> None:
-    assert repr(broker_for(url)) == "<NatsBroker of the fleet 'keyless'>"
-
-
 def test_a_broker_whose_library_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("aiokeyless.worker.nats.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -110,9 +119,10 @@ def test_importing_a_broker_whose_library_is_missing_names_the_extra(
         getattr(package, name)
 
 
-def test_the_package_of_nats_has_no_other_names() -> None:
+@pytest.mark.parametrize("package", [nats_package, postgres_package])
+def test_the_package_of_a_broker_has_no_other_names(package: ModuleType) -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        getattr(nats_package, "Nothing")  # noqa: B009  # what a user writes who errs
+        getattr(package, "Nothing")  # noqa: B009  # what a user writes who errs
 
 
 def test_looking_up_a_broker_needs_no_other_brokers_library() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import nats
 import pytest
 from nats_server import NatsServer, change_consumer
 from waiting import PATIENCE, until
 
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
@@ -29,18 +28,6 @@ if TYPE_CHECKING:
 SERVICE = "https://keyless.test"
 
 
-async def test_a_broker_is_opened_once(broker: NatsServer) -> None:
-    async with NatsBroker(broker.url) as opened:
-        with pytest.raises(ConfigurationError, match="open already"):
-            await opened.open()
-    await opened.aclose()
-
-
-async def test_a_broker_that_is_not_open_says_how_to_open_it() -> None:
-    with pytest.raises(ConfigurationError, match="async with NatsBroker"):
-        await NatsBroker("nats://127.0.0.1:1").inspect()
-
-
 async def test_a_connection_of_the_applications_stays_open(connection: Client) -> None:
     async with NatsBroker(connection) as opened:
         await opened.prepare(lease=30.0, service=SERVICE)
@@ -53,13 +40,6 @@ async def test_a_reader_that_got_nothing_yet_is_closed_with_its_broker(connectio
     async with NatsBroker(connection) as opened:
         with pytest.raises(BrokerError, match="there is no stream"):
             await opened.next_outcome("shop")
-
-
-async def test_a_connection_that_was_closed_is_gone_for_good(broker: NatsServer) -> None:
-    connection = await nats.connect(broker.url)
-    await connection.close()
-    with pytest.raises(BrokerError, match="was closed"):
-        await NatsBroker(connection).inspect()
 
 
 async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> None:

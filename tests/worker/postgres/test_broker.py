@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import msgspec
 import pytest
-from postgres_server import PostgresServer
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
-from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError, broker_for
+from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
 from aiokeyless.worker.postgres import broker as module
@@ -26,20 +25,12 @@ from worker.conformance.brokers import LEASE, decide, new_request, operation_of,
 from .shop import decide_all, unread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from asyncpg.pool import PoolConnectionProxy
+    from postgres_server import PostgresServer
 
     from .shop import Connection
-
-
-@pytest.fixture
-def own_server() -> Iterator[PostgresServer]:
-    """A server that a test may kill."""
-    server = PostgresServer()
-    yield server
-    server.close()
 
 
 async def fill(admin: Connection, count: int, due_in: str = "0 s") -> None:
@@ -60,26 +51,9 @@ async def fill(admin: Connection, count: int, due_in: str = "0 s") -> None:
 # -- what it is made of
 
 
-def test_a_url_picks_the_broker() -> None:
-    for scheme in ("postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg", "POSTGRESQL"):
-        assert repr(broker_for(f"{scheme}://localhost/shop")) == "<PostgresBroker, schema 'keyless'>"
-
-
 async def test_a_url_of_sqlalchemy_opens_the_database_that_it_names(url: str) -> None:
     async with PostgresBroker(url.replace("postgresql:", "postgresql+psycopg2:")) as broker:
         await broker.prepare(lease=LEASE, service="")
-
-
-@pytest.mark.parametrize(
-    ("url", "schema"),
-    [
-        ("postgresql://db/shop?schema=staging", "staging"),
-        ("postgresql://db/shop?host=/run&schema=staging&sslmode=disable", "staging"),
-        ("postgresql://db/shop?schema=production&schema=staging", "staging"),  # that of --schema is the last one
-    ],
-)
-def test_a_url_may_name_the_schema(url: str, schema: str) -> None:
-    assert repr(broker_for(url)) == f"<PostgresBroker, schema {schema!r}>"
 
 
 @pytest.mark.parametrize("schema", ["", "Keyless", "pg_mine", "key-less", 'a"b', "x" * 51, None])
@@ -91,11 +65,6 @@ def test_a_schema_whose_name_needs_quotes_is_refused(schema: Any) -> None:
 def test_what_is_neither_a_url_nor_a_pool_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="URL or an asyncpg pool, not int"):
         PostgresBroker(5432)  # type: ignore[arg-type]  # under test
-
-
-def test_the_module_has_no_other_names() -> None:
-    with pytest.raises(ImportError, match="Redis"):
-        from aiokeyless.worker.postgres import RedisBroker  # noqa: F401  # under test
 
 
 async def test_a_database_that_is_not_there_is_named(server: PostgresServer) -> None:
@@ -117,19 +86,6 @@ async def test_a_password_is_in_no_error_and_no_repr(own_server: PostgresServer)
     with pytest.raises(BrokerError, match="password authentication failed") as caught:
         await broker.open()
     assert "hunter2" not in f"{broker!r} {broker.destination} {caught.value}"
-
-
-async def test_a_broker_is_opened_once_and_closed_as_often_as_one_likes(url: str) -> None:
-    broker = PostgresBroker(url)
-    with pytest.raises(ConfigurationError, match="async with"):
-        await broker.take(1, 0.0)
-    async with broker:
-        with pytest.raises(ConfigurationError, match="open already"):
-            await broker.open()
-    await broker.aclose()
-    async with broker:
-        await broker.prepare(lease=LEASE, service="")
-        await submit(broker, "a")
 
 
 async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
@@ -188,16 +144,6 @@ async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
     assert 1 < most <= module._CONNECTIONS
 
 
-async def test_what_waits_when_the_broker_is_closed_ends_with_an_error(broker: PostgresBroker) -> None:
-    reading = asyncio.create_task(broker.next_outcome("shop"))
-    taking = asyncio.create_task(broker.take(1, 60.0))
-    await asyncio.sleep(0.3)
-    await broker.aclose()
-    for waiting in (reading, taking):
-        with pytest.raises((ConfigurationError, UnavailableError)):
-            await asyncio.wait_for(waiting, PATIENCE)
-
-
 # -- versions
 
 
@@ -232,17 +178,6 @@ async def test_workers_are_upgraded_one_after_the_other(
         await decide_all(old, "c")
     assert await unread(admin) == {"a": 0, "b": 0, "c": 0}
     assert await admin.fetchval("SELECT max(version) FROM keyless.migration") == later
-
-
-async def test_workers_that_start_at_once_migrate_once(url: str) -> None:
-    async def start() -> None:
-        async with PostgresBroker(url) as broker:
-            await broker.prepare(lease=LEASE, service="")
-
-    await asyncio.gather(*(start() for _ in range(4)))
-    connection = await asyncpg.connect(url)
-    assert await connection.fetchval("SELECT count(*) FROM keyless.migration") == migrations.VERSION
-    await connection.close()
 
 
 async def test_a_migration_that_others_hold_up_stops_nobody_for_long(

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from waiting import until
 
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
 from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
 from aiokeyless.worker.messages import ApprovalEvent, Message
@@ -185,11 +185,6 @@ async def test_its_first_log_line_says_what_it_is_for(path: Path, caplog: pytest
     assert "PostgreSQL" in line
 
 
-async def test_a_broker_is_opened_once(broker: SqliteBroker) -> None:
-    with pytest.raises(ConfigurationError, match="open already"):
-        await broker.open()
-
-
 @pytest.mark.looptime
 async def test_a_reader_gets_outcomes_of_a_broker_that_is_opened_again() -> None:
     broker = SqliteBroker(":memory:")  # nothing in it survives its end, not even the readers
@@ -214,24 +209,6 @@ async def test_a_reader_that_is_deleted_under_its_process_gets_all_outcomes_agai
     async with asyncio.timeout(10):
         again = await broker.next_outcome("shop")
     assert again.data == outcome.data
-
-
-async def test_a_broker_that_is_not_open_says_how_to_open_it() -> None:
-    broker = SqliteBroker(":memory:")
-    with pytest.raises(ConfigurationError, match="async with"):
-        await submit(broker, "a")
-    await broker.aclose()
-
-
-@pytest.mark.looptime
-async def test_what_waits_when_the_broker_is_closed_ends_with_an_error() -> None:
-    async with SqliteBroker(":memory:") as broker:
-        reading = asyncio.create_task(broker.next_outcome("shop"))
-        taking = asyncio.create_task(broker.take(1, 60.0))
-        await asyncio.sleep(1)
-    for waiting in (reading, taking):
-        with pytest.raises(ConfigurationError, match="not open"):
-            await waiting
 
 
 # -- files that are not fit
