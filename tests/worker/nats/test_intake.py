@@ -486,16 +486,6 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
 # -- the end
 
 
-async def test_closing_hands_back_what_is_on_its_way(hand: Hand, connection: Client) -> None:
-    await hand.publish(*map(str, range(50)))
-    await hand.intake.ask(50)
-    await hand.intake.close()
-    other = Hand(connection)
-    await other.intake.open()
-    await other.intake.ask(50)
-    await other.delivered(50)
-
-
 async def test_closing_waits_for_the_pulls_to_end_and_hands_back_what_they_bring(
     hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
