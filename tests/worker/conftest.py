@@ -14,21 +14,11 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats_server import NatsServer
 
-    from aiokeyless import KeylessClient
-    from aiokeyless.sandbox import Sandbox
-
 
 @pytest.fixture
 async def connection(broker: NatsServer) -> AsyncGenerator[Client]:
     async with await nats.connect(broker.url) as connection:
         yield connection
-
-
-@pytest.fixture
-async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-    """A client with the defaults of an application."""
-    async with sandbox.client() as client:
-        yield client
 
 
 @pytest.fixture

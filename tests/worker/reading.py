@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from tenacity import wait_fixed
 from waiting import until
 
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outcome
 from aiokeyless.worker.messages import Message
+from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -81,6 +84,16 @@ async def outcomes(broker: object, reader: str) -> AsyncGenerator[ApprovalEvent]
     while True:
         async with next_outcome(broker, reader) as event:
             yield event
+
+
+@asynccontextmanager
+async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
+    """Run a worker on a broker in memory, which polls each second."""
+    async with (
+        SqliteBroker(":memory:") as broker,
+        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker,
+    ):
+        yield worker, broker
 
 
 def worker_on(client: KeylessClient, broker: Broker, **options: Any) -> ApprovalWorker:

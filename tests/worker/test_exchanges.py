@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,34 +12,19 @@ from waiting import PATIENCE
 
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, serving, submit_approval
 from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
 
 from .conformance.brokers import new_request
-from .reading import created, read
+from .reading import created, read, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from aiokeyless import ApprovalTicket
     from aiokeyless.worker.broker import Claimed
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
-
-
-@asynccontextmanager
-async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
-    async with (
-        SqliteBroker(":memory:") as broker,
-        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker,
-    ):
-        yield worker, broker
-
-
-async def events_of(broker: SqliteBroker, count: int) -> list[ApprovalEvent]:
-    return await read(broker, count)
 
 
 @pytest.mark.parametrize("status", [403, 404])
@@ -57,7 +41,7 @@ async def test_a_gateway_that_refuses_everything_is_asked_no_more_often_than_a_s
         assert len(sandbox.requests) - before <= 4 * 2  # after a 404, the operation is polled and created
         sandbox.recover()
         sandbox.approve("txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
 
@@ -66,7 +50,7 @@ async def test_rejected_is_what_cannot_have_been_created(client: KeylessClient, 
     async with working(client) as (_, broker):
         sandbox.fail_next(status=status, times=None, method="POST")
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert event.reason == FailureReason.REJECTED
 
 
@@ -79,7 +63,7 @@ async def test_a_create_that_is_refused_after_one_in_doubt_does_not_say_that_nob
         await asyncio.sleep(2)
         sandbox.recover()
         sandbox.fail_next(status=400, times=None, method="POST")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert event.reason == FailureReason.POLL_REFUSED
 
 
@@ -89,7 +73,7 @@ async def test_an_approval_that_comes_before_a_lost_create_is_found_counts() -> 
         sandbox.latency = 1.0
         sandbox.drop_next(times=1, stored=True, method="POST")
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
 
@@ -102,7 +86,7 @@ async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_o
         await created(sandbox, 1)
         sandbox.tamper("txn-1", timestamp="2020-01-02T03:04:05.68")
         sandbox.approve("txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
 
@@ -128,37 +112,34 @@ async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
         if was_in_doubt:
             sandbox.drop_next(method="POST")
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", expires_in=4)
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert not sandbox.operations
     assert (event.outcome, event.asked) == (Outcome.EXPIRED, was_in_doubt)
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
-    client: KeylessClient,
-    sandbox: Sandbox,
-    monkeypatch: pytest.MonkeyPatch,
-    memory: SqliteBroker,
+    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, memory: SqliteBroker
 ) -> None:
     """A broker may deliver a request again while its first delivery is in flight."""
-    create, broker = KeylessClient.create_operation, memory
+    create = KeylessClient.create_operation
     first = True
 
     async def be_overtaken(one: KeylessClient, user_id: str, **options: Any) -> ApprovalTicket:
         nonlocal first
         if first:
             first = False
-            later = a_later_delivery(broker)
-            await broker.claim(later)
+            later = a_later_delivery(memory)
+            await memory.claim(later)
             await create(one, user_id, **options)
         return await create(one, user_id, **options)
 
     monkeypatch.setattr(KeylessClient, "create_operation", be_overtaken)
-    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0)):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
+        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
         await created(sandbox, 1)
         await asyncio.sleep(3)
         sandbox.approve("txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(memory)
     assert event.outcome is Outcome.APPROVED
 
 
@@ -176,7 +157,7 @@ async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(
         sandbox.recover()
         for number in range(10):
             sandbox.approve(f"txn-{number}")
-        events = await events_of(broker, 10)
+        events = await read(broker, 10)
         assert not worker.statistics.is_draining
     assert {event.outcome for event in events} == {Outcome.APPROVED}
 
@@ -197,7 +178,7 @@ async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the
         sandbox._api._key = "the new key"
         await asyncio.sleep(2)
         sandbox.approve("txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
         assert worker.statistics.transient_failures == 1
     assert event.outcome is Outcome.APPROVED
     assert "keyless.key_refused" not in caplog.text
@@ -213,7 +194,7 @@ async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_n
         sandbox.fail_next(status=403, times=2)
         await asyncio.sleep(5)
         sandbox.approve("txn-1")
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
         assert not worker.statistics.is_draining
     assert event.outcome is Outcome.APPROVED
 
@@ -226,9 +207,8 @@ async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
     memory: SqliteBroker,
 ) -> None:
     monkeypatch.setattr(serving, "KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
-    broker = memory
-    run = asyncio.create_task(ApprovalWorker(client, broker).run())
-    await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    run = asyncio.create_task(ApprovalWorker(client, memory).run())
+    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
     await created(sandbox, 1)
     sandbox.fail_next(status=401, times=None)
     while "keyless.key_refused" not in caplog.text:  # noqa: ASYNC110  # as above
@@ -240,15 +220,10 @@ async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
 
 @pytest.mark.parametrize(("status", "error"), [(401, AuthenticationError), (400, Exception)])
 async def test_a_key_that_stays_refused_ends_the_worker(
-    client: KeylessClient,
-    sandbox: Sandbox,
-    status: int,
-    error: type[Exception],
-    memory: SqliteBroker,
+    client: KeylessClient, sandbox: Sandbox, status: int, error: type[Exception], memory: SqliteBroker
 ) -> None:
-    broker = memory
-    run = asyncio.create_task(ApprovalWorker(client, broker).run())
-    await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    run = asyncio.create_task(ApprovalWorker(client, memory).run())
+    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
     await created(sandbox, 1)
     sandbox.fail_next(status=401, times=1)
     sandbox.fail_next(status=status, times=None)
@@ -271,7 +246,7 @@ class Forgetful(SqliteBroker):
 async def test_no_wait_outlives_what_the_broker_remembers(client: KeylessClient) -> None:
     async with Forgetful(100.0) as broker, ApprovalWorker(client, broker, grace=30):
         await submit_approval(broker, "C0FFEE", operation_id="too-long", expires_in=71)
-        [event] = await events_of(broker, 1)
+        [event] = await read(broker)
     assert event.reason == FailureReason.INVALID_REQUEST
     assert "allows 70 s" in (event.detail or "")
 
@@ -297,7 +272,7 @@ async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_gr
         began = loop.time()
         sandbox.latency = 0.2
         sandbox.fail_next(status=503, times=None)
-        events = await events_of(broker, 100)
+        events = await read(broker, 100)
     assert {(event.outcome, event.answered, event.asked) for event in events} == {(Outcome.EXPIRED, False, True)}
     assert loop.time() - began < 30 + 5 + 20
 
@@ -312,50 +287,45 @@ async def test_a_long_pause_does_not_keep_applications_waiting_past_deadline_and
         await created(sandbox, 4)
         began = loop.time()
         sandbox.fail_next(status=429, times=None, retry_after=120)
-        events = await events_of(broker, 4)
+        events = await read(broker, 4)
     assert {(event.outcome, event.answered) for event in events} == {(Outcome.EXPIRED, False)}
     assert loop.time() - began < 30 + 5 + 5
 
 
 async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_grace(
-    client: KeylessClient,
-    sandbox: Sandbox,
-    memory: SqliteBroker,
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
-    broker = memory
     for number in range(4):
-        await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
-    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0)):
+        await submit_approval(memory, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
+    async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
         await created(sandbox, 4)
     for number in range(4):
         sandbox.approve(f"txn-{number}")
     await asyncio.sleep(100)  # no worker runs
     sandbox.fail_next(status=429, retry_after=20)
-    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0), grace=30):
-        assert {event.outcome for event in await events_of(broker, 4)} == {Outcome.APPROVED}
+    async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0), grace=30):
+        assert {event.outcome for event in await read(memory, 4)} == {Outcome.APPROVED}
 
 
 async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
-    client: KeylessClient,
-    sandbox: Sandbox,
-    memory: SqliteBroker,
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
-    broker, pace = memory, wait_fixed(1.0)
+    pace = wait_fixed(1.0)
     async with (
         sandbox.client() as other,
-        ApprovalWorker(client, broker, schedule=pace),
-        ApprovalWorker(other, broker, schedule=pace),
+        ApprovalWorker(client, memory, schedule=pace),
+        ApprovalWorker(other, memory, schedule=pace),
     ):
         sandbox.fail_next(status=429, retry_after=120)  # one of them gets it
         for number in range(20):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=600)
+            await submit_approval(memory, "C0FFEE", operation_id=f"txn-{number}", expires_in=600)
             await asyncio.sleep(0.5)
         await asyncio.sleep(50)
         asked = len(sandbox.operations)
         assert asked >= 19  # the one that was refused waits for the end of the pause
         for operation in list(sandbox.operations):
             sandbox.approve(operation)
-        events = await asyncio.wait_for(events_of(broker, asked), PATIENCE)
+        events = await asyncio.wait_for(read(memory, asked), PATIENCE)
         assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
@@ -372,5 +342,5 @@ async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(
             await broker.submit(new_request(f"broken-{number}")._replace(body=b"no request"))
         await asyncio.sleep(5)
         sandbox.recover()
-        events = await events_of(broker, 5)
+        events = await read(broker, 5)
     assert {event.reason for event in events} == {FailureReason.INVALID_REQUEST}

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
-from tenacity import wait_fixed
 
 from aiokeyless import AuthenticationError, BrokerError
 from aiokeyless._listeners import Listeners
@@ -33,12 +32,12 @@ from aiokeyless.worker.monitoring import Reporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import an_event, created, read
+from .reading import an_event, created, read, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aiokeyless.events import Event, Listener
+    from aiokeyless.events import Event
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker.messages import Message
 
@@ -62,19 +61,9 @@ class Told:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-@asynccontextmanager
-async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> AsyncGenerator[SqliteBroker]:
-    async with (
-        SqliteBroker(":memory:") as broker,
-        sandbox.client(listeners=[listener]) as client,
-        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}),
-    ):
-        yield broker
-
-
 async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandbox: Sandbox) -> None:
     told = Told()
-    async with working(sandbox, told) as broker:
+    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await asyncio.sleep(12)
     inspections = told.of(WorkerInspected)
@@ -104,14 +93,14 @@ async def test_a_worker_whose_cancellation_is_repeated_is_told_to_have_ended(
 async def test_each_worker_of_a_process_has_a_number(sandbox: Sandbox) -> None:
     told = Told()
     for _ in range(2):
-        async with working(sandbox, told):
+        async with sandbox.client(listeners=[told]) as client, working(client):
             await asyncio.sleep(1)
     assert len({event.worker for event in told.of(WorkerInspected)}) == 2
 
 
 async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox: Sandbox) -> None:
     told = Told()
-    async with working(sandbox, told) as broker:
+    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
         await created(sandbox, 1)
         asyncio.get_running_loop().call_later(4.5, sandbox.approve, "txn-1")
@@ -144,7 +133,7 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
 
 async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: Sandbox) -> None:
     told = Told()
-    async with working(sandbox, told) as broker:
+    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
         await broker.submit(new_request("txn-1", TRACEPARENT, expires_in=5.0))
         await read(broker)
         await asyncio.sleep(1)
@@ -193,7 +182,7 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
             raise lost.pop()
 
     monkeypatch.setattr(SqliteBroker, "put_off", lose_once)
-    async with working(sandbox, told) as broker:
+    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await created(sandbox, 1)
         sandbox.approve("txn-1")
@@ -216,10 +205,9 @@ async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_er
     sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
     told = Told()
-    broker = memory
     async with sandbox.client(listeners=[told]) as client:
-        run = asyncio.create_task(ApprovalWorker(client, broker).run())
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        run = asyncio.create_task(ApprovalWorker(client, memory).run())
+        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
         await created(sandbox, 1)
         sandbox.fail_next(status=401, times=None)
         with pytest.raises(AuthenticationError):
@@ -235,7 +223,7 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
 ) -> None:
     told = Told()
     caplog.set_level(logging.INFO, "aiokeyless.worker")
-    async with working(sandbox, told) as broker:
+    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
         for number in range(20):
             await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=300)
         await created(sandbox, 20)
@@ -262,7 +250,7 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
 
 async def test_a_circuit_that_is_open_when_its_worker_ends_is_told_to_be_gone(sandbox: Sandbox) -> None:
     told = Told()
-    async with working(sandbox, told) as broker:
+    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
         for number in range(20):
             await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
         await created(sandbox, 20)

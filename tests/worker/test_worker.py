@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from tenacity import wait_fixed
 from waiting import until
 
 from aiokeyless import BrokerError, ConfigurationError, KeylessClient
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, next_outcome, submit_approval
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
+from .reading import read, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
@@ -30,31 +29,11 @@ looptime = pytest.mark.looptime
 TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
 
 
-@pytest.fixture
-async def broker() -> AsyncGenerator[SqliteBroker]:
-    async with SqliteBroker(":memory:") as broker:
-        yield broker
-
-
-@asynccontextmanager
-async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[SqliteBroker]:
-    async with (
-        SqliteBroker(":memory:") as broker,
-        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}),
-    ):
-        yield broker
-
-
-async def next_event(broker: SqliteBroker, reader: str = "test") -> ApprovalEvent:
-    async with next_outcome(broker, reader) as event:
-        return event
-
-
 @looptime
 async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_that_was_cancelled_before_it_began(
-    client: KeylessClient, broker: SqliteBroker
+    client: KeylessClient, memory: SqliteBroker
 ) -> None:
-    prepared, cancelled = ApprovalWorker(client, broker), ApprovalWorker(client, broker)
+    prepared, cancelled = ApprovalWorker(client, memory), ApprovalWorker(client, memory)
     await prepared.prepare()
     task = asyncio.current_task()
     assert task is not None
@@ -75,19 +54,19 @@ async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_th
 async def test_an_event_carries_the_trace_of_its_request_and_nothing_else_that_the_sender_may_put_there(
     client: KeylessClient, sandbox: Sandbox, sent: str | None, handed_back: str | None
 ) -> None:
-    async with working(client) as broker:
+    async with working(client) as (_, broker):
         await broker.submit(new_request("txn-1", sent))
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        event = await next_event(broker)
+        [event] = await read(broker)
     assert (event.outcome, event.traceparent) == (Outcome.APPROVED, handed_back)
 
 
 @looptime
 async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(client: KeylessClient) -> None:
-    async with working(client) as broker:
+    async with working(client) as (_, broker):
         await broker.submit(new_request("txn-1", TRACEPARENT)._replace(body=b"no request"))
-        event = await next_event(broker)
+        [event] = await read(broker)
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
     assert event.traceparent == TRACEPARENT
 
@@ -98,43 +77,32 @@ async def test_a_submission_carries_the_trace_of_its_caller(client: KeylessClien
     span = trace.NonRecordingSpan(
         trace.SpanContext(trace_id=1, span_id=2, is_remote=False, trace_flags=trace.TraceFlags(1))
     )
-    async with working(client) as broker:
+    async with working(client) as (_, broker):
         with trace.use_span(span):
             await submit_approval(broker, "c0ffee", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        event = await next_event(broker)
+        [event] = await read(broker)
     assert event.traceparent == TRACEPARENT
 
 
 @looptime
-async def test_a_worker_that_ends_leaves_its_requests_to_the_next_one(
-    client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker
-) -> None:
-    async with ApprovalWorker(client, broker):
-        await submit_approval(broker, "c0ffee", operation_id="txn-1")
-        await until(lambda: "txn-1" in sandbox.operations)
-    sandbox.approve("txn-1")
-    async with ApprovalWorker(client, broker):
-        assert (await next_event(broker)).outcome is Outcome.APPROVED
-
-
-@looptime
 async def test_a_worker_that_is_cancelled_leaves_its_deliveries_to_the_next_one(
-    client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
-    worker = ApprovalWorker(client, broker)
+    worker = ApprovalWorker(client, memory)
     run = asyncio.create_task(worker.run())
     sandbox.latency = 0.2
-    await submit_approval(broker, "c0ffee", operation_id="txn-1")
+    await submit_approval(memory, "c0ffee", operation_id="txn-1")
     while not worker.statistics.in_flight:  # noqa: ASYNC110  # there is no event for it
         await asyncio.sleep(0.01)
     run.cancel()
     await asyncio.wait([run])
-    async with ApprovalWorker(client, broker):
+    async with ApprovalWorker(client, memory):
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        assert (await next_event(broker)).outcome is Outcome.APPROVED
+        [event] = await read(memory)
+        assert event.outcome is Outcome.APPROVED
 
 
 async def test_a_worker_opens_and_closes_the_broker_of_a_url(
@@ -145,18 +113,13 @@ async def test_a_worker_opens_and_closes_the_broker_of_a_url(
         await submit_approval(broker, "c0ffee", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        assert (await next_event(broker)).outcome is Outcome.APPROVED
+        [event] = await read(broker)
+        assert event.outcome is Outcome.APPROVED
 
 
 async def test_a_broker_that_is_not_open_is_refused(client: KeylessClient) -> None:
     with pytest.raises(ConfigurationError, match="not open"):
         await ApprovalWorker(client, SqliteBroker(":memory:")).run()
-
-
-@pytest.mark.parametrize("broker", ["keyless.db", 7, None])
-async def test_what_is_no_broker_is_refused(client: KeylessClient, broker: Any) -> None:
-    with pytest.raises(ConfigurationError, match="broker must be"):
-        ApprovalWorker(client, broker)
 
 
 # -- a broker that fails
@@ -206,23 +169,6 @@ async def test_a_broker_that_is_gone_for_good_ends_the_worker(client: KeylessCli
             await running
 
 
-@looptime
-async def test_while_the_circuit_is_open_new_requests_that_wait_are_a_problem(
-    client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker
-) -> None:
-    async with ApprovalWorker(client, broker) as worker:
-        sandbox.fail_next(times=None)
-        for number in range(40):
-            await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}")
-        await asyncio.sleep(11)
-        [problem] = worker.statistics.problems
-        assert problem.startswith("the circuit is open, and ")
-        assert problem.endswith(" new requests wait")
-        sandbox.recover()
-        while not worker.statistics.is_ready:  # noqa: ASYNC110  # it has no event for it
-            await asyncio.sleep(1)
-
-
 async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessClient) -> None:
     class Connection(ApplicationSide):
         largest_request = 1
@@ -239,9 +185,9 @@ async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessCli
 
 @looptime
 async def test_a_worker_that_fails_twice_raises_what_it_failed_with_first(
-    client: KeylessClient, broker: SqliteBroker
+    client: KeylessClient, memory: SqliteBroker
 ) -> None:
-    worker = ApprovalWorker(client, broker)
+    worker = ApprovalWorker(client, memory)
     running = asyncio.create_task(worker.run())
     await asyncio.sleep(1)
     worker._fail(BrokerError("first"))
@@ -251,8 +197,8 @@ async def test_a_worker_that_fails_twice_raises_what_it_failed_with_first(
 
 
 @looptime
-async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessClient, broker: SqliteBroker) -> None:
-    async with ApprovalWorker(client, broker) as worker:
+async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessClient, memory: SqliteBroker) -> None:
+    async with ApprovalWorker(client, memory) as worker:
         await worker.shutdown()
         await asyncio.sleep(0)
         assert worker.statistics.problems == ("the worker is about to end",)
@@ -260,16 +206,17 @@ async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessCl
 
 @looptime
 async def test_polls_may_be_as_many_as_fit(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client, max_polls_per_second=None) as broker:
+    async with working(client, max_polls_per_second=None) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        assert (await next_event(broker)).outcome is Outcome.APPROVED
+        [event] = await read(broker)
+        assert event.outcome is Outcome.APPROVED
 
 
 @looptime
 async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client) as broker:
+    async with working(client) as (_, broker):
         waiting = [asyncio.create_task(broker.next_outcome("shop")) for _ in range(2)]
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
