@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from leaks import tasks_since
-from tenacity import wait_fixed
 from waiting import until
 
 from aiokeyless import ConfigurationError
@@ -20,27 +18,13 @@ from aiokeyless.worker.announcements import CALL_WITHIN
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 
-from .reading import created, read
+from .reading import created, read, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
-
-
-@pytest.fixture
-async def broker() -> AsyncGenerator[SqliteBroker]:
-    async with SqliteBroker(":memory:") as broker:
-        yield broker
-
-
-@asynccontextmanager
-async def working(client: KeylessClient, broker: SqliteBroker, **options: Any) -> AsyncGenerator[ApprovalWorker]:
-    async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker:
-        yield worker
 
 
 def now() -> float:
@@ -54,7 +38,7 @@ async def submit(broker: SqliteBroker, *operation_ids: str, **options: Any) -> N
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
 async def test_the_phone_is_told_once_within_a_tenth_of_a_second_after_the_operation_is_there(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, *, is_async: bool
+    client: KeylessClient, sandbox: Sandbox, *, is_async: bool
 ) -> None:
     told: list[tuple[float, ApprovalRequest]] = []
 
@@ -66,7 +50,7 @@ async def test_the_phone_is_told_once_within_a_tenth_of_a_second_after_the_opera
         await asyncio.sleep(0)
         tell(request)
 
-    async with working(client, broker, on_created=tell_later if is_async else tell):
+    async with working(client, on_created=tell_later if is_async else tell) as (_, broker):
         await submit(broker, "txn-1", operation_payload="Pay 40", context={"order": 7})
         await asyncio.sleep(5)
         sandbox.approve("txn-1")
@@ -79,9 +63,9 @@ async def test_the_phone_is_told_once_within_a_tenth_of_a_second_after_the_opera
 
 
 async def test_a_phone_that_is_told_slowly_delays_neither_polls_nor_other_requests(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, sandbox: Sandbox
 ) -> None:
-    async with working(client, broker, on_created=lambda _: asyncio.sleep(9)):
+    async with working(client, on_created=lambda _: asyncio.sleep(9)) as (_, broker):
         await submit(broker, "txn-1", "txn-2")
         started_at = now()
         await created(sandbox, 2)
@@ -93,12 +77,12 @@ async def test_a_phone_that_is_told_slowly_delays_neither_polls_nor_other_reques
 
 
 async def test_what_it_raises_is_logged_without_payload_and_key_and_the_request_goes_on(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+    client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_request: ApprovalRequest) -> None:
         raise ZeroDivisionError
 
-    async with working(client, broker, on_created=fail):
+    async with working(client, on_created=fail) as (_, broker):
         await submit(broker, "txn-1", operation_payload="Pay 40 to Alice", context="secret")
         await created(sandbox, 1)
         sandbox.approve("txn-1")
@@ -111,18 +95,18 @@ async def test_what_it_raises_is_logged_without_payload_and_key_and_the_request_
 
 
 async def test_a_cancellation_of_its_own_is_logged_as_well(
-    client: KeylessClient, broker: SqliteBroker, caplog: pytest.LogCaptureFixture
+    client: KeylessClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A call that gave up may have cancelled what others wait for, such as a token that all of them need."""
     token = asyncio.get_running_loop().create_future()
     token.cancel()
-    async with working(client, broker, on_created=lambda _: token):
+    async with working(client, on_created=lambda _: token) as (_, broker):
         await submit(broker, "txn-1")
         await until(lambda: 'on_created.failed operation_id="txn-1"' in caplog.text)
 
 
 async def test_only_so_many_are_told_at_once_and_each_within_ten_seconds(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+    client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     began: list[tuple[str, float]] = []
 
@@ -130,7 +114,7 @@ async def test_only_so_many_are_told_at_once_and_each_within_ten_seconds(
         began.append((request.operation_id, now()))
         await asyncio.sleep(4 if len(began) <= 2 else 1000)
 
-    async with working(client, broker, max_in_flight=2, on_created=tell):
+    async with working(client, max_in_flight=2, on_created=tell) as (_, broker):
         start = now()
         await submit(broker, *(f"txn-{number}" for number in range(6)))
         await created(sandbox, 6)
@@ -145,7 +129,7 @@ async def test_only_so_many_are_told_at_once_and_each_within_ten_seconds(
 
 @pytest.mark.parametrize("seconds", [9.0, 1000.0])
 async def test_a_worker_that_is_closed_waits_ten_seconds_for_it_and_then_cancels_it(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, seconds: float
+    client: KeylessClient, sandbox: Sandbox, seconds: float
 ) -> None:
     ends: list[str] = []
 
@@ -158,7 +142,7 @@ async def test_a_worker_that_is_closed_waits_ten_seconds_for_it_and_then_cancels
             raise
 
     before = asyncio.all_tasks()
-    async with working(client, broker, on_created=tell):
+    async with working(client, on_created=tell) as (_, broker):
         await submit(broker, "txn-1")
         await created(sandbox, 1)
         await asyncio.sleep(0.1)
@@ -169,7 +153,7 @@ async def test_a_worker_that_is_closed_waits_ten_seconds_for_it_and_then_cancels
     assert tasks_since(before) == set()
 
 
-async def test_a_worker_that_is_cancelled_cancels_it_at_once(client: KeylessClient, broker: SqliteBroker) -> None:
+async def test_a_worker_that_is_cancelled_cancels_it_at_once(client: KeylessClient, memory: SqliteBroker) -> None:
     telling = asyncio.Event()
 
     async def tell(_request: ApprovalRequest) -> None:
@@ -177,27 +161,27 @@ async def test_a_worker_that_is_cancelled_cancels_it_at_once(client: KeylessClie
         await asyncio.sleep(1000)
 
     before = asyncio.all_tasks()
-    run = asyncio.create_task(ApprovalWorker(client, broker, on_created=tell).run())
-    await submit(broker, "txn-1")
+    run = asyncio.create_task(ApprovalWorker(client, memory, on_created=tell).run())
+    await submit(memory, "txn-1")
     await telling.wait()
     run.cancel()
     async with asyncio.timeout(1):
         await asyncio.wait({run})
     assert run.cancelled()
-    await broker.aclose()
+    await memory.aclose()
     assert tasks_since(before) == set()
 
 
 @pytest.mark.parametrize("fault", ["lost", "lost, and a replica is late", "misshapen"])
 async def test_without_an_answer_the_first_delivery_that_finds_the_operation_tells_it_once(
-    broker: SqliteBroker, sandbox: Sandbox, fault: str
+    sandbox: Sandbox, fault: str
 ) -> None:
     """It finds it by its poll, or, if a replica is late, by a create that is a conflict."""
     told: list[str] = []
     events: list[Event] = []
     async with (
         sandbox.client(listeners=[events.append]) as client,
-        working(client, broker, on_created=lambda request: told.append(request.operation_id)),
+        working(client, on_created=lambda request: told.append(request.operation_id)) as (_, broker),
     ):
         if fault == "misshapen":
             sandbox.fail_next(200, body=b'{"is": "misshapen"}', stored=True, method="POST")
@@ -222,10 +206,10 @@ async def test_without_an_answer_the_first_delivery_that_finds_the_operation_tel
 
 
 async def test_polls_that_fail_after_a_create_that_was_confirmed_are_no_reason_to_tell_it_again(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, sandbox: Sandbox
 ) -> None:
     told: list[str] = []
-    async with working(client, broker, on_created=lambda request: told.append(request.operation_id)):
+    async with working(client, on_created=lambda request: told.append(request.operation_id)) as (_, broker):
         await submit(broker, "txn-1")
         await created(sandbox, 1)
         sandbox.fail_next(times=2, method="GET")
@@ -236,11 +220,11 @@ async def test_polls_that_fail_after_a_create_that_was_confirmed_are_no_reason_t
 
 
 async def test_an_operation_of_somebody_else_is_not_told_whenever_it_is_found(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, sandbox: Sandbox
 ) -> None:
     told: list[str] = []
     await client.create_operation("C0FFEE", operation_id="txn-1")
-    async with working(client, broker, on_created=lambda request: told.append(request.operation_id)):
+    async with working(client, on_created=lambda request: told.append(request.operation_id)) as (_, broker):
         sandbox.fail_next(method="GET")
         await submit(broker, "txn-1")
         [event] = await read(broker)
@@ -257,16 +241,14 @@ async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_the_re
     told: list[str] = []
     async with (
         Broker(":memory:") as broker,
-        working(client, broker, on_created=lambda request: told.append(request.operation_id)),
+        ApprovalWorker(client, broker, on_created=lambda request: told.append(request.operation_id)),
     ):
         await submit(broker, "txn-1")
         await until(lambda: told == ["txn-1"])
         assert "txn-1" in sandbox.operations
 
 
-async def test_it_runs_in_the_context_of_the_worker_also_with_eager_tasks(
-    client: KeylessClient, broker: SqliteBroker
-) -> None:
+async def test_it_runs_in_the_context_of_the_worker_also_with_eager_tasks(client: KeylessClient) -> None:
     """Deliveries run without traces; a push of the application may have one."""
     if hasattr(asyncio, "eager_task_factory"):
         asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
@@ -276,14 +258,12 @@ async def test_it_runs_in_the_context_of_the_worker_also_with_eager_tasks(
         await asyncio.sleep(0)
         told.append(request.operation_id)
 
-    async with working(client, broker, on_created=tell):
+    async with working(client, on_created=tell) as (_, broker):
         await submit(broker, "txn-1")
         await until(lambda: told == ["txn-1"])
 
 
-async def test_calls_at_the_same_time_do_not_see_what_the_others_set_in_their_context(
-    client: KeylessClient, broker: SqliteBroker
-) -> None:
+async def test_calls_at_the_same_time_do_not_see_what_the_others_set_in_their_context(client: KeylessClient) -> None:
     """Otherwise a push would go to the phone of another user."""
     whose: ContextVar[str] = ContextVar("whose")
     told: list[tuple[str, str]] = []
@@ -293,12 +273,12 @@ async def test_calls_at_the_same_time_do_not_see_what_the_others_set_in_their_co
         await asyncio.sleep(1)
         told.append((request.operation_id, whose.get()))
 
-    async with working(client, broker, on_created=tell):
+    async with working(client, on_created=tell) as (_, broker):
         await submit(broker, "txn-1", "txn-2")
         await until(lambda: len(told) == 2)
     assert sorted(told) == [("txn-1", "txn-1"), ("txn-2", "txn-2")]
 
 
-async def test_what_cannot_be_called_is_refused(client: KeylessClient, broker: SqliteBroker) -> None:
+async def test_what_cannot_be_called_is_refused(client: KeylessClient, memory: SqliteBroker) -> None:
     with pytest.raises(ConfigurationError, match="on_created must be callable or None, not int"):
-        ApprovalWorker(client, broker, on_created=5)  # type: ignore[arg-type]  # that is the mistake
+        ApprovalWorker(client, memory, on_created=5)  # type: ignore[arg-type]  # that is the mistake
