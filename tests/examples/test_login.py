@@ -40,11 +40,6 @@ ALICE = "A11CE0"
 LOGIN = EXAMPLE / "login.py"
 
 
-@pytest.fixture
-def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
-    return keyless_sandbox
-
-
 @contextmanager
 def opened(folder: Path) -> Iterator[sqlite3.Connection]:
     """Open the record of the site in this folder."""
