@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import nats
 import pytest
-from nats.js.api import StreamConfig
-from nats_server import REQUESTS, NatsServer, jetstream
+from nats_server import NatsServer, jetstream
 from ports import own_port
 from waiting import PATIENCE, until
 
@@ -192,20 +190,6 @@ async def test_it_runs_until_it_is_stopped_and_exits_0(
 
 
 @pytest.mark.slow
-async def test_requests_in_flight_are_finished_when_it_is_stopped(
-    workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
-) -> None:
-    worker = await workers.start("--broker", nats_url)
-    await worker.logged("worker.ready")
-    sandbox.latency = 0.5
-    operation_id = (await submit_approval(connection, "c0ffee", operation_id="txn-1")).operation_id
-    await until(lambda: operation_id in sandbox.operations)  # the answer has not arrived yet
-    assert await worker.stop() == 0
-    assert " created=1 " in worker.lines[-1]
-    assert " in_flight=0 " in worker.lines[-1]
-
-
-@pytest.mark.slow
 async def test_as_json_every_line_is_an_object(workers: Workers, connection: Client, nats_url: str) -> None:
     worker = await workers.start("--broker", nats_url, "--json")
     await worker.logged("worker.ready")
@@ -342,21 +326,6 @@ def test_a_broker_that_is_not_there_is_one_line(refused: Callable[..., str]) -> 
     assert PASSWORD not in line
 
 
-def test_a_wrong_password_is_one_line_without_it(refused: Callable[..., str], broker: NatsServer) -> None:
-    line = refused("--broker", broker.url.replace("//", "//worker:wr0ng@"))
-    assert line.endswith(": nats: 'Authorization Violation'")
-    assert "wr0ng" not in line
-
-
-@pytest.mark.slow
-async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connection: Client, nats_url: str) -> None:
-    await jetstream(connection).add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
-    worker = await workers.start("--broker", nats_url)
-    assert (await refusal(worker)).startswith(
-        f"stream {REQUESTS} exists with other settings: retention is limits, and must be workqueue; "
-    )
-
-
 @pytest.mark.slow
 async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: str) -> None:
     worker = await workers.start("--broker", nats_url, KEYLESS_API_KEY="wr0ng-key")
@@ -382,14 +351,6 @@ async def test_as_json_the_error_that_ends_it_is_an_object_too(
     line = json.loads(worker.lines[-1])
     assert (line["level"], line["event"]) == ("critical", "worker.ended")
     assert line["error"].startswith(message)
-
-
-@pytest.mark.slow
-async def test_a_port_that_is_in_use_is_one_line(workers: Workers, nats_url: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        worker = await workers.start("--broker", nats_url, "--health-port", port)
-        assert (await refusal(worker)).startswith(f"cannot serve the probes on 127.0.0.1 port {port}: ")
 
 
 @pytest.mark.parametrize("missing", ["nats", "nkeys"])
