@@ -42,14 +42,6 @@ if TYPE_CHECKING:
     from nats.js.api import RawStreamMsg
 
 
-@pytest.fixture
-async def stream(connection: Client) -> JetStreamContext:
-    """The streams, as a worker makes them."""
-    stream = jetstream(connection)
-    await prepare(stream, StreamSettings(), ack_wait=30)
-    return stream
-
-
 async def stored(stream: JetStreamContext) -> int:
     return (await stream.stream_info(REQUESTS)).state.messages
 

@@ -7,11 +7,11 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CLAIMS, jetstream, prepare
+from nats_server import CLAIMS, jetstream
 from waiting import PATIENCE
 
 from aiokeyless.worker.broker import Claim, UnavailableError
-from aiokeyless.worker.nats import EventKeys, StreamSettings
+from aiokeyless.worker.nats import EventKeys
 from aiokeyless.worker.nats.claims import NatsClaims
 from aiokeyless.worker.nats.event_keys import CLAIM, EVENT, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
@@ -26,12 +26,6 @@ OURS, THEIRS = "request-1", "request-2"
 OLD, NEW = "old-" * 8, "new-" * 8
 KEYS = EventKeys(OLD)
 SUBJECT = KEYLESS.claim_subject(sha256(ID.encode()).hexdigest())
-
-
-@pytest.fixture
-async def stream(connection: Client) -> JetStreamContext:
-    await prepare(jetstream(connection), StreamSettings(), ack_wait=30)
-    return jetstream(connection)
 
 
 @pytest.fixture(params=[None, KEYS], ids=["no keys", "keys"])

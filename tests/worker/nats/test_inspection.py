@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.api import DiscardPolicy
-from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
+from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS
 from waiting import PATIENCE
 
 from aiokeyless.worker.broker import UnavailableError
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
     from aiokeyless.events import Inspection
-
-
-@pytest.fixture
-async def stream(connection: Client) -> JetStreamContext:
-    stream = jetstream(connection)
-    await prepare(stream, ack_wait=60)
-    return stream
 
 
 async def inspected(connection: Client, fleet: Fleet = KEYLESS) -> Inspection:

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from nats_server import jetstream, prepare
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.js import JetStreamContext
+
+
+@pytest.fixture
+async def stream(connection: Client) -> JetStreamContext:
+    """The streams, as a worker makes them."""
+    stream = jetstream(connection)
+    await prepare(stream, ack_wait=30)
+    return stream
