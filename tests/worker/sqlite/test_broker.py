@@ -142,13 +142,6 @@ async def test_windows_has_no_owners_and_no_modes(path: Path, monkeypatch: pytes
     assert mode_of(path) == 0o644
 
 
-async def test_another_applications_file_keeps_its_mode(path: Path) -> None:
-    execute(path, "CREATE TABLE orders (id INTEGER)")
-    open_to_all(path)
-    await opening_fails(path)
-    assert mode_of(path) == 0o644
-
-
 async def test_a_second_broker_of_a_process_ends_no_lock_of_the_first(path: Path) -> None:
     program = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('PRAGMA journal_mode = DELETE')"
     async with SqliteBroker(path):
@@ -249,10 +242,12 @@ async def test_a_file_of_a_later_version_is_refused(path: Path) -> None:
     assert "upgrade" in await opening_fails(path)
 
 
-async def test_another_applications_database_is_refused(path: Path) -> None:
+async def test_another_applications_database_is_refused_and_keeps_its_mode(path: Path) -> None:
     execute(path, "CREATE TABLE orders (id INTEGER)")
+    open_to_all(path)
     assert "another application's database" in await opening_fails(path)
     assert execute(path, "SELECT name FROM sqlite_master") == [("orders",)]
+    assert mode_of(path) == 0o644
 
 
 async def test_a_file_that_is_no_database_is_refused_and_not_changed(path: Path) -> None:
