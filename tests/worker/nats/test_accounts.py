@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -22,7 +22,7 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
 from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker
 
-from ..reading import outcomes, worker_on  # noqa: TID252
+from ..reading import read, worker_on  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -93,26 +93,23 @@ async def approve(sandbox: Sandbox, operation_id: str) -> None:
 
 
 async def ask_and_read(shop: Client, operator: Client, sandbox: Sandbox) -> None:
-    """Ask for two approvals, read both, and see that the broker counts the first one as handled."""
+    """Ask for two approvals, read both, and see that the broker counts them as handled."""
     await make_consumer(operator)
     for operation_id in ("txn-1", "txn-2"):
         await submit_approval(NatsBroker(shop, fleet=IMPORTED), "C0", operation_id=operation_id)
         await approve(sandbox, operation_id)
-    async with (
-        asyncio.timeout(PATIENCE),
-        aclosing(outcomes(NatsBroker(shop, fleet=IMPORTED, event_keys=KEYS), "shop")) as events,
-    ):
-        found = [await anext(events) for _ in range(2)]
-        assert {(event.operation_id, event.outcome) for event in found} == {
-            ("txn-1", Outcome.APPROVED),
-            ("txn-2", Outcome.APPROVED),
-        }
+    async with asyncio.timeout(PATIENCE):
+        found = await read(NatsBroker(shop, fleet=IMPORTED, event_keys=KEYS), 2, "shop")
+    assert {(event.operation_id, event.outcome) for event in found} == {
+        ("txn-1", Outcome.APPROVED),
+        ("txn-2", Outcome.APPROVED),
+    }
 
-        async def the_first_is_acknowledged() -> bool:
-            place = await jetstream(operator).consumer_info(OUTCOMES, "shop")
-            return place.ack_floor is not None and place.ack_floor.stream_seq >= 1
+    async def both_are_acknowledged() -> bool:
+        place = await jetstream(operator).consumer_info(OUTCOMES, "shop")
+        return place.ack_floor is not None and place.ack_floor.stream_seq >= 2
 
-        await until(the_first_is_acknowledged)
+    await until(both_are_acknowledged)
 
 
 # -- what an application needs
@@ -139,7 +136,7 @@ async def test_a_reader_whose_consumer_is_missing_is_told_who_makes_it(tmp_path:
     ):
         refusal = r"the consumer shop of KEYLESS_OUTCOMES .* have an operator make it"
         with pytest.raises(BrokerError, match=refusal):
-            await asyncio.wait_for(anext(outcomes(NatsBroker(shop, fleet=IMPORTED), "shop")), PATIENCE)
+            await asyncio.wait_for(read(NatsBroker(shop, fleet=IMPORTED), reader="shop"), PATIENCE)
 
 
 async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_prefix(
@@ -325,7 +322,7 @@ async def test_a_reader_without_permission_is_told_what_to_permit(
         with pytest.raises(
             BrokerError, match=r"may this user publish to \$JS\.API\.CONSUMER\.INFO\.KEYLESS_OUTCOMES\.bank "
         ):
-            await anext(outcomes(reader, "bank"))
+            await read(reader, reader="bank")
     assert refused
 
 
@@ -459,10 +456,8 @@ async def test_a_worker_and_an_application_at_a_leaf_node_of_the_workers_account
         async with worker_on(client, NatsBroker(leaf.url, fleet=at_hub, event_keys=KEYS), schedule=wait_fixed(0.05)):
             await submit_approval(NatsBroker(shop, fleet=at_hub), "C0", operation_id="txn-1")
             await approve(sandbox, "txn-1")
-            async with (
-                asyncio.timeout(PATIENCE),
-                aclosing(outcomes(NatsBroker(shop, fleet=at_hub, event_keys=KEYS), "shop")) as events,
-            ):
-                assert (await anext(events)).operation_id == "txn-1"
+            async with asyncio.timeout(PATIENCE):
+                [event] = await read(NatsBroker(shop, fleet=at_hub, event_keys=KEYS), reader="shop")
+            assert event.operation_id == "txn-1"
         async with await nats.connect(server.url) as operator:
             assert (await jetstream(operator).stream_info(OUTCOMES)).state.messages == 1
