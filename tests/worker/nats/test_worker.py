@@ -263,25 +263,6 @@ async def test_id_that_is_taken_by_another_request_is_a_conflict_and_costs_that_
     assert event.payload_sha256 == payload_digest("Pay 40")
 
 
-# -- an approval counts once
-
-
-async def test_a_request_that_was_handed_back_at_first_takes_no_operation_from_before_for_its_own(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
-) -> None:
-    await client.create_operation("C0", operation_id="txn-1")
-    sandbox.approve("txn-1")
-    async with working(client, broker, max_in_flight=8) as worker:
-        sandbox.fail_next(status=429, times=2, retry_after=1)
-        for _ in range(2):
-            await submit(connection, "C0FFEE")
-        await until(lambda: worker.statistics.transient_failures == 2)
-        await publish(connection, {"operation_id": "txn-1"})
-        [event] = await outcomes(connection, 1)
-    assert (event.operation_id, event.reason) == ("txn-1", FailureReason.ALREADY_APPROVED)
-    assert event.deliveries > 1
-
-
 async def test_an_id_whose_request_was_refused_is_free_for_another_one(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
@@ -321,23 +302,6 @@ async def test_message_that_is_no_request_fails_at_once_and_never_comes_again(
 
 
 # -- crashes
-
-
-async def test_crash_between_event_and_acknowledgement_brings_no_second_event(
-    client: KeylessClient,
-    broker: NatsServer,
-    connection: Client,
-    sandbox: Sandbox,
-    one_ack_is_lost: Callable[[], bool],
-) -> None:
-    async with working(client, broker) as worker:
-        operation_id = await submit(connection, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
-        sandbox.approve(operation_id)
-        [event] = await all_outcomes(connection)
-        assert (worker.statistics.approved, worker.statistics.duplicates) == (1, 1)
-    assert one_ack_is_lost()
-    assert event.outcome is Outcome.APPROVED
 
 
 async def test_request_that_was_rejected_stays_so_though_it_is_created_when_it_comes_again(
@@ -415,35 +379,29 @@ async def test_an_event_that_was_removed_since_is_not_stored_again(
     assert (await stream.stream_info(OUTCOMES)).state.messages == 0
 
 
-@pytest.mark.parametrize("gone", [OUTCOMES, CLAIMS])
-async def test_without_a_stream_it_is_not_ready(
-    client: KeylessClient, broker: NatsServer, connection: Client, gone: str
-) -> None:
-    async with working(client, broker) as worker:
-        await jetstream(connection).delete_stream(gone)
-        await submit(connection, "C0FFEE", expires_in=0.5)
-        refused = "the broker does not store outcomes or claims: "
-        await until(lambda: any(one.startswith(refused) for one in worker.statistics.problems))
-
-
-@pytest.mark.parametrize(("full", "expires_in"), [(OUTCOMES, 0.01), (CLAIMS, 3600.0)])
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "full"])
+@pytest.mark.parametrize(("name", "expires_in"), [(OUTCOMES, 0.01), (CLAIMS, 3600.0)])
 async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
     client: KeylessClient,
     broker: NatsServer,
     connection: Client,
     monkeypatch: pytest.MonkeyPatch,
     *,
-    full: str,
+    name: str,
     expires_in: float,
+    is_gone: bool,
 ) -> None:
     monkeypatch.setattr("aiokeyless.worker.monitoring._EVERY", 0.05)
     stream = jetstream(connection)
     async with working(client, broker) as worker:
-        config = (await stream.stream_info(full)).config
-        await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
+        if is_gone:
+            await stream.delete_stream(name)
+        else:
+            config = (await stream.stream_info(name)).config
+            await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
         for _ in range(2):
             await submit(connection, "C0FFEE", expires_in=expires_in)
-        refused = "the broker does not store outcomes or claims: maximum messages exceeded"
+        refused = f"the broker does not store outcomes or claims: {'' if is_gone else 'maximum messages exceeded'}"
         await until(lambda: any(one.startswith(refused) for one in worker.statistics.problems))
 
 
