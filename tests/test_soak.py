@@ -85,10 +85,11 @@ def test_outcome_is_decided_by_the_record_alone(told: Outcome, recorded: list[Ev
     assert bool(verdicts.examples) is (verdict is not Verdict.RIGHT)
 
 
-def told(outcome: str, *, payload: str = payload_of("a"), asked: str = "", **of: str) -> Told:
-    digest = hashlib.sha256(payload.encode()).hexdigest()
-    fields = {"answered": "", "reason": "", "detail": "", **of}
-    return Told("a", "AB", digest, outcome, asked=asked, deliveries="4", at="61.0", **fields)
+def told(outcome: str, *, payload: str = payload_of("a"), **of: object) -> Told:
+    of |= {"version": 1, "outcome": outcome, "operation_id": "a", "user_id": "AB", "deliveries": 4}
+    of |= {"payload_sha256": hashlib.sha256(payload.encode()).hexdigest()}
+    of |= dict.fromkeys(("requested_at", "decided_at"), "2026-11-30T08:00:00Z")
+    return Told.of_row(f"\\x{json.dumps(of).encode().hex()}", "61.0")
 
 
 @pytest.mark.parametrize(
@@ -98,11 +99,11 @@ def told(outcome: str, *, payload: str = payload_of("a"), asked: str = "", **of:
         (told("approved"), [], Verdict.WRONG),
         (told("approved"), None, Verdict.WRONG),
         (told("approved", payload="another"), [Event.APPROVED], Verdict.WRONG),
-        (told("expired", answered="t", asked="t"), [], Verdict.RIGHT),
-        (told("expired", answered="t", asked="t"), [Event.APPROVED], Verdict.LOST),
-        (told("expired", answered="t"), None, Verdict.UNEXPECTED),
-        (told("expired", answered="f", asked="t"), [Event.APPROVED], Verdict.RIGHT),
-        (told("expired", answered="t", asked="f"), None, Verdict.RIGHT),
+        (told("expired", answered=True, asked=True), [], Verdict.RIGHT),
+        (told("expired", answered=True, asked=True), [Event.APPROVED], Verdict.LOST),
+        (told("expired", answered=True), None, Verdict.UNEXPECTED),
+        (told("expired", answered=False, asked=True), [Event.APPROVED], Verdict.RIGHT),
+        (told("expired", answered=True, asked=False), None, Verdict.RIGHT),
         (told("failed", reason="mismatch"), [Event.SWAPPED], Verdict.RIGHT),
         (told("failed", reason="mismatch"), [Event.APPROVED], Verdict.UNEXPECTED),
         (told("failed", reason="already_approved"), [Event.APPROVED], Verdict.UNEXPECTED),

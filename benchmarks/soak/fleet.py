@@ -15,9 +15,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import asyncpg
+import msgspec
 
 from aiokeyless import KeylessClient, KeylessError, wait_adaptive
-from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.postgres.adapters.asyncpg import ERRORS
 from benchmarks.process import Heap, read_heap
 from benchmarks.server import API_KEY
@@ -28,19 +29,14 @@ from .verdicts import WORKER, Ending, Outcome
 if TYPE_CHECKING:
     import random
     from pathlib import Path
-    from typing import Any, NoReturn
-
-    from aiokeyless.worker import ApprovalEvent
+    from typing import Any, NoReturn, Self
 
 USER: Final = "C0FFEE"
 READER: Final = "shop"
 TABLES: Final = f"""
     CREATE TABLE orders (id text PRIMARY KEY);
     CREATE TABLE payment (order_id text);
-    CREATE TABLE told (
-        order_id text, user_id text, payload_sha256 text, outcome text, answered boolean, asked boolean, reason text,
-        detail text, deliveries integer, at double precision
-    );
+    CREATE TABLE told (event bytea, at double precision);
     SELECT keyless.add_reader('{READER}');
 """
 _ERRORS: Final = (BrokerError, *ERRORS)
@@ -98,11 +94,7 @@ def read(url: str) -> None:
 
 
 async def _note(connection: asyncpg.Connection[Any], event: ApprovalEvent) -> None:
-    await connection.execute(
-        "INSERT INTO told VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-        *(event.operation_id, event.user_id, event.payload_sha256, event.outcome, event.answered, event.asked),
-        *(event.reason, event.detail, event.deliveries, time.monotonic()),
-    )
+    await connection.execute("INSERT INTO told VALUES ($1, $2)", msgspec.json.encode(event), time.monotonic())
     if event.outcome == "approved":
         await connection.execute("INSERT INTO payment VALUES ($1)", event.operation_id)
 
@@ -167,51 +159,44 @@ def payload_of(order_id: str) -> str:
 
 
 class Told(NamedTuple):
-    """A row of the table `told`, as psql prints it."""
+    """An outcome that the shop was told, and when, by the machine's monotonic clock."""
 
-    order_id: str
-    user_id: str
-    payload_sha256: str
-    outcome: str
-    answered: str
-    asked: str
-    reason: str
-    detail: str
-    deliveries: str
-    at: str
+    event: ApprovalEvent
+    at: float
+
+    @classmethod
+    def of_row(cls, event: str, at: str) -> Self:
+        """Return a row of the table `told`, as psql prints it."""
+        return cls(msgspec.json.decode(bytes.fromhex(event.removeprefix("\\x")), type=ApprovalEvent), float(at))
+
+    @property
+    def order_id(self) -> str:
+        """The order, whose id is that of the operation."""
+        return self.event.operation_id or ""
 
     def as_outcome(self, started: float, expires_in: float) -> Outcome:
-        """Return what the shop was told about an order that it placed at that time, for `Verdicts`."""
-        payload = payload_of(self.order_id)
-        is_same = hashlib.sha256(payload.encode()).hexdigest() == self.payload_sha256
+        """Return it for `Verdicts`, of an order that was placed at that time."""
+        event, payload = self.event, payload_of(self.order_id)
+        is_same = hashlib.sha256(payload.encode()).hexdigest() == event.payload_sha256
         return Outcome(
             self.order_id,
             WORKER,
             self._ending(),
             started,
-            float(self.at),
+            self.at,
             deadline=started + expires_in,
-            approved=(self.order_id, self.user_id, payload if is_same else ""),
-            detail=f"{self.reason} {self.detail}".strip(),
+            approved=(self.order_id, event.user_id or "", payload if is_same else ""),
+            detail=f"{event.reason or ''} {event.detail or ''}".strip(),
         )
 
     def _ending(self) -> Ending:
-        match self.outcome, self.answered, self.asked, self.reason:
-            case "approved", _, _, _:
+        match self.event.outcome, self.event.reason:
+            case "approved", _:
                 return Ending.APPROVED
-            case "expired", _, "f", _:
-                return Ending.NOT_CREATED
-            case "expired", "t", _, _:
-                return Ending.TIMED_OUT
-            case "expired", _, _, _:
-                return Ending.UNKNOWN
-            case "failed", _, _, "mismatch":
+            case "failed", "mismatch":
                 return Ending.MISMATCHED
-        return Ending.FAILED
-
-
-#: All rows of `told`, each on a line of its own.
-SELECT_TOLD: Final = (
-    "SELECT order_id, user_id, payload_sha256, outcome, answered, asked, reason,"
-    " regexp_replace(detail, '\\s', ' ', 'g'), deliveries, at FROM told"
-)
+            case "failed", _:
+                return Ending.FAILED
+        if self.event.asked is False:
+            return Ending.NOT_CREATED
+        return Ending.TIMED_OUT if self.event.answered else Ending.UNKNOWN

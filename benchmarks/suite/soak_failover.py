@@ -167,7 +167,7 @@ class FailoverSoak(Soak):
     def _is_documented(self, told: Told) -> bool:
         """Return whether a failover lost the claim of an operation that it did not keep from being created."""
         asked = self._asked_at.get(told.order_id, 0.0)
-        is_so = told.reason in {"already_approved", "conflict"} and any(
+        is_so = told.event.reason in {"already_approved", "conflict"} and any(
             of.since <= asked <= of.until + self.plan.request_timeout for of in self.takeovers
         )
         self.unclaimed += is_so

@@ -273,7 +273,7 @@ class Soak(Run):
 
     def _compare(self) -> None:
         """Read what the programs left behind, and judge it."""
-        self.told = [Told(*row) for row in self._ask(fleet.SELECT_TOLD)]
+        self.told = [Told.of_row(*row) for row in self._ask("SELECT event, at FROM told")]
         self.samples = [[*Reader(self._folder / f"{k}", Sample).read()] for k, _ in enumerate(_WORKERS)]
         self.paid = Counter(row[0] for row in self._ask("SELECT order_id FROM payment"))
         self._judge()
@@ -335,7 +335,7 @@ def promises(soak: Run, lost: frozenset[str] = frozenset()) -> list[Goal]:
     """Return what every order but the lost ones is promised."""
     committed, counts = soak.shop.committed.keys(), soak.verdicts.verdicts
     times = Counter(told.order_id for told in soak.told)
-    unasked = {told.order_id for told in soak.told if told.asked == "f"}
+    unasked = {told.order_id for told in soak.told if told.event.asked is False}
     return [
         Goal("orders without an outcome", 0, len(committed - lost - times.keys()), required=True),
         Goal("approvals lost", 0, counts[Verdict.LOST], required=True),

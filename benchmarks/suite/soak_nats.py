@@ -209,16 +209,13 @@ class NatsSoak(Run):
 
     def _note(self, event: ApprovalEvent) -> None:
         """Note an outcome, and pay if it is an approval; one that comes again is known."""
-        row = [event.operation_id, event.user_id, event.payload_sha256, event.outcome, event.answered, event.asked]
-        texts = ["" if value is None else f"{value}" for value in (*row, event.reason, event.detail)]
-        texts = [{"True": "t", "False": "f"}.get(text, text) for text in texts]
-        told = Told._make([*texts, "", f"{time.monotonic()}"])
-        if (told.order_id, told.outcome) in self._outcomes:
+        told = Told(event, time.monotonic())
+        if (told.order_id, event.outcome) in self._outcomes:
             self.happened["outcome read again"] += 1
             return
-        self._outcomes.add((told.order_id, told.outcome))
+        self._outcomes.add((told.order_id, event.outcome))
         self.told.append(told)
-        if told.outcome == "approved":
+        if event.outcome == "approved":
             self.paid[told.order_id] += 1
 
     # -- what is done to it
