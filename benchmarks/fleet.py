@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import signal
 import time
 import uuid
@@ -19,6 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless import KeylessClient
 from aiokeyless.worker import ApprovalWorker, approval_request, submit_approval
 
+from .programs import spawn_server
 from .report import CannotMeasureError
 from .server import API_KEY, EXTERNAL_USER_ID, OPERATION_PAYLOAD, USER_ID
 from .storages import cpu, total
@@ -54,20 +54,14 @@ class Fleet:
             worker = self._workers.pop()
             worker.terminate()
             await asyncio.to_thread(worker.join)
-        for ready in [self._start() for _ in range(count - len(self._workers))]:
+        arguments = self.server, self.storage.url, self._options
+        started = [spawn_server(_work, *arguments) for _ in range(count - len(self._workers))]
+        self._workers += [worker for worker, _ in started]
+        for _, ready in started:
             try:
                 await asyncio.to_thread(ready.recv)
             except EOFError:
                 raise CannotMeasureError("a worker did not start") from None
-
-    def _start(self) -> Connection:
-        spawn = multiprocessing.get_context("spawn")
-        here, there = spawn.Pipe()
-        worker = spawn.Process(target=_work, args=(self.server, self.storage.url, self._options, there), daemon=True)
-        worker.start()
-        there.close()
-        self._workers.append(worker)
-        return here
 
     async def submit(self, count: int) -> None:
         """Submit this many requests, and return when all their operations are created."""

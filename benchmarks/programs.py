@@ -1,10 +1,11 @@
-"""Processes that a benchmark kills, and that are started again, as a supervisor does; and what else disturbs a run."""
+"""Other processes: how they begin, how some are started again, as a supervisor does, and what else disturbs a run."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
 import os
+import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -12,8 +13,29 @@ from unittest.mock import patch
 if TYPE_CHECKING:
     import random
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+    from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
     from typing import Any, NoReturn
+
+
+def spawn(target: Callable[..., None], *arguments: object) -> SpawnProcess:
+    """Run a module-level function in a fresh process, which its parent ends, and not Ctrl-C."""
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(target, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _run(target: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    target(*arguments)
+
+
+def spawn_server(target: Callable[..., None], *arguments: object) -> tuple[SpawnProcess, Connection]:
+    """Run it with a connection as its last argument; return the other end, to receive what it sends when ready."""
+    here, there = multiprocessing.Pipe()
+    process = spawn(target, *arguments, there)
+    there.close()
+    return process, here
 
 
 class Program:
@@ -35,11 +57,8 @@ class Program:
     def keep_running(self) -> None:
         """Start it, unless it runs."""
         if self.pid is None:
-            self._process = multiprocessing.get_context("spawn").Process(
-                target=self._target, args=self._arguments, daemon=True
-            )
             with patch.dict(os.environ, self._environment):
-                self._process.start()
+                self._process = spawn(self._target, *self._arguments)
             self.starts += 1
 
     def kill(self) -> bool:
@@ -64,6 +83,15 @@ async def repeat(every: float, source: random.Random, do: Callable[[], Awaitable
     while True:
         await asyncio.sleep(every * source.uniform(0.75, 1.25))
         await do()
+
+
+async def wholly(disturbance: Coroutine[Any, Any, None]) -> None:
+    """Do something to its end, even if the run ends meanwhile: nothing settles while a server is away."""
+    task = asyncio.create_task(disturbance)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await task
 
 
 @asynccontextmanager

@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import http.client
 import json
-import multiprocessing
 import os
 import time
 import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, cast
 
+from .programs import spawn_server
 from .report import CannotMeasureError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ async def _listen(started: Connection) -> None:
     await server.serve_forever()
 
 
-def _serve(started: Connection, cores: set[int]) -> None:
+def _serve(cores: set[int], started: Connection) -> None:
     pin(cores)
     allow_many_sockets()
     try:
@@ -249,13 +249,9 @@ class Workload:
 def serving() -> Iterator[Server]:
     """Run a server, on another core than the clients if there are two."""
     _, cores = split_cores()
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there, cores), daemon=True)
-    process.start()
-    there.close()
+    process, ready = spawn_server(_serve, cores)
     try:
-        yield Server(here.recv())
+        yield Server(ready.recv())
     finally:
         process.terminate()
         process.join()

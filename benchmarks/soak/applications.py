@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import signal
 import sys
 import time
 import uuid
@@ -311,7 +310,6 @@ async def _run(base_url: str, plan: Plan, folder: Path) -> None:
 
 def run(base_url: str, plan: Plan, folder: Path) -> None:
     """Run the applications, and write "outcomes" and "samples"; the main function of their process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
     logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the circuit opens is what is expected here
     allow_many_sockets()
     with asyncio.Runner(loop_factory=loop_factory(uvloop=plan.uvloop)) as runner:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -21,6 +20,7 @@ from aiokeyless import KeylessClient, KeylessError, wait_adaptive
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.postgres.adapters.asyncpg import ERRORS
 from benchmarks.process import Heap, read_heap
+from benchmarks.programs import meanwhile
 from benchmarks.server import API_KEY
 
 from .journal import Writer
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import random
     from pathlib import Path
     from typing import Any, NoReturn, Self
+
+    from aiokeyless.worker import Broker
 
 USER: Final = "C0FFEE"
 READER: Final = "shop"
@@ -57,14 +59,17 @@ def work(url: str, base_url: str, request_timeout: float, samples: Path) -> None
     """Run a worker that writes a `Sample` now and then; it ends if the database or the service is away at its start."""
 
     async def run() -> None:
-        async with KeylessClient(API_KEY, base_url=base_url, request_timeout=request_timeout) as client:
-            sampling = asyncio.create_task(_sample(samples))
-            await ApprovalWorker(client, url, schedule=wait_adaptive(poll_cost=_POLL_COST)).run()
-            sampling.cancel()
+        async with meanwhile(_sample(samples)):
+            await keep_asking(url, base_url, request_timeout)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(KeylessError):
         asyncio.run(run())
+
+
+async def keep_asking(broker: str | Broker, base_url: str, request_timeout: float) -> None:
+    """Run a worker until SIGTERM."""
+    async with KeylessClient(API_KEY, base_url=base_url, request_timeout=request_timeout) as client:
+        await ApprovalWorker(client, broker, schedule=wait_adaptive(poll_cost=_POLL_COST)).run()
 
 
 async def _sample(samples: Path) -> NoReturn:
@@ -89,7 +94,6 @@ def read(url: str) -> None:
                     connection.terminate()
             await asyncio.sleep(_AGAIN)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(keep_reading())
 
 

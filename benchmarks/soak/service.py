@@ -11,7 +11,6 @@ import asyncio
 import heapq
 import multiprocessing
 import random
-import signal
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
@@ -20,6 +19,7 @@ from aiohttp import web
 
 from aiokeyless.sandbox.api import KeylessApi
 from aiokeyless.sandbox.store import OperationStore
+from benchmarks.programs import spawn_server
 from benchmarks.server import API_KEY, allow_many_sockets
 
 from .journal import Reader, Writer
@@ -184,14 +184,8 @@ class ServiceProcess:
     async def start(self) -> int:
         """Start it, and return the port on which it listens, another one each time."""
         self.starts += 1
-        spawn = multiprocessing.get_context("spawn")
-        here, there = spawn.Pipe()
-        self._process = spawn.Process(
-            target=_serve, args=(self._record, self._approvals, self.starts, there), daemon=True
-        )
-        self._process.start()
-        there.close()
-        port: int = await asyncio.to_thread(here.recv)
+        self._process, ready = spawn_server(_serve, self._record, self._approvals, self.starts)
+        port: int = await asyncio.to_thread(ready.recv)
         return port
 
     async def kill(self) -> None:
@@ -203,7 +197,6 @@ class ServiceProcess:
 
 
 def _serve(record: Path, approvals: ApprovalTimes, seed: int, started: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
     allow_many_sockets()
     asyncio.run(_listen(Service(record, approvals, random.Random(seed)), started))  # noqa: S311  # simulated users, not keys
 

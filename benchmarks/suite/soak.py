@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
-from benchmarks.programs import meanwhile, repeat
+from benchmarks.programs import meanwhile, repeat, spawn
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 from benchmarks.server import allow_many_sockets
 from benchmarks.soak import applications, growth
@@ -77,9 +76,7 @@ class Soak:
         """Run until the applications are done."""
         async with self.proxy:
             self.proxy.target = await self.service.start()
-            spawn = multiprocessing.get_context("spawn")
-            client = spawn.Process(target=applications.run, args=(self.proxy.url, self.plan, self._folder), daemon=True)
-            client.start()
+            client = spawn(applications.run, self.proxy.url, self.plan, self._folder)
             every = self._weather.every
             try:
                 async with meanwhile(

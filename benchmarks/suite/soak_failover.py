@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless.worker.postgres.adapters.asyncpg import ERRORS
 from benchmarks.postgres import PostgresServer, is_installed
-from benchmarks.programs import repeat
+from benchmarks.programs import repeat, wholly
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 from benchmarks.soak.disk import full, small_disk
 from benchmarks.soak.journal import Reader
@@ -90,11 +90,7 @@ class FailoverSoak(Soak):
 
     async def _fail_over(self) -> None:
         async with self._one_at_a_time:
-            takeover = asyncio.ensure_future(self._take_over())
-            try:
-                await asyncio.shield(takeover)
-            finally:
-                await takeover  # nothing settles while there is no primary
+            await wholly(self._take_over())
 
     async def _take_over(self) -> None:
         primary = self._server

@@ -25,7 +25,7 @@ from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer, is_installed
 from benchmarks.process import THRESHOLD
-from benchmarks.programs import Program, keep_running, meanwhile, repeat
+from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 from benchmarks.soak import fleet, growth
 from benchmarks.soak.fleet import Sample, Shop, Told
@@ -201,11 +201,7 @@ class Soak(Run):
         """Restart the server: in turn at once, as after a power cut, and in order."""
         is_at_once = self.happened["server stopped at once"] <= self.happened["server shut down"]
         self.happened["server stopped at once" if is_at_once else "server shut down"] += 1
-        restart = asyncio.ensure_future(asyncio.to_thread(self._stop_and_start, at_once=is_at_once))
-        try:
-            await asyncio.shield(restart)
-        finally:
-            await restart  # nothing settles while the server is away
+        await wholly(asyncio.to_thread(self._stop_and_start, at_once=is_at_once))
 
     def _stop_and_start(self, *, at_once: bool) -> None:
         if at_once:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import socket
-import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack, suppress
@@ -22,16 +20,15 @@ import nats
 import nats.errors
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
-from aiokeyless import KeylessClient, KeylessError, wait_adaptive
-from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
+from aiokeyless import KeylessError
+from aiokeyless.worker import BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
 from aiokeyless.worker.nats.intake import ACK_WAIT
 from benchmarks.broker import NatsServer
 from benchmarks.nats_logins import Operator
-from benchmarks.programs import Program, keep_running, meanwhile, repeat
+from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
 from benchmarks.report import Goal, Report
-from benchmarks.server import API_KEY
-from benchmarks.soak.fleet import READER, USER, Told, payload_of
+from benchmarks.soak.fleet import READER, USER, Told, keep_asking, payload_of
 from benchmarks.soak.proxy import FaultyProxy
 
 from .soak_fleet import Plan, Run, disturbed, orders, planned, promises
@@ -49,7 +46,6 @@ ONLY_BY_NAME: Final = True
 
 _NAMES: Final = ("a", "b", "c")
 _FOREVER: Final = 1e6  # seconds
-_POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
 _AGAIN: Final = 0.2  # seconds
 _SETTLED_WITHIN: Final = 240.0  # seconds
 
@@ -64,17 +60,11 @@ def work(urls: str, login: Path, base_url: str, request_timeout: float) -> None:
     """Run a worker; it ends if the broker or the service is away at its start."""
 
     async def run() -> None:
-        async with (
-            KeylessClient(API_KEY, base_url=base_url, request_timeout=request_timeout) as client,
-            broker_at(urls, login) as broker,
-        ):
-            await ApprovalWorker(client, broker, schedule=wait_adaptive(poll_cost=_POLL_COST)).run()
+        async with broker_at(urls, login) as broker:
+            await keep_asking(broker, base_url, request_timeout)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with suppress(KeylessError):
         asyncio.run(run())
-    except KeylessError as error:
-        print(f"a worker ended: {error}", file=sys.stderr)
 
 
 class Cluster:
@@ -231,14 +221,10 @@ class NatsSoak(Run):
         }
         return [repeat(self.plan.every(count), self._source, do) for do, count in times.items()]
 
-    async def _disturb(self, what: str, do: Callable[[str], Awaitable[None]]) -> None:
+    async def _disturb(self, what: str, do: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         async with self._one_at_a_time:
             self.happened[what] += 1
-            done = asyncio.ensure_future(do(await self._leader()))
-            try:
-                await asyncio.shield(done)
-            finally:
-                await done  # nothing settles while servers are away
+            await wholly(do(await self._leader()))
 
     async def _kill_and_start(self, *names: str) -> None:
         for name in names:
