@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [NAME ...] [--quick] [--save FOLDER]``.
+"""The command line: ``python -m benchmarks [NAME ...] [--save FOLDER]``.
 
 A benchmark that says ``ONLY_BY_NAME`` takes part only if it is named. The documentation includes the tables of those
 that say ``ON_PAGE``.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import pictures, suite
-from .bench import Bench, Effort
+from .bench import Bench
 from .report import CannotMeasureError, Report
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - modules.keys():
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; choose from {', '.join(modules)}")
-    effort = Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL
-    bench = Bench(effort, arguments.minutes, arguments.uvloop)
+    bench = Bench(arguments.smoke, arguments.minutes, arguments.uvloop)
     machine, failed = _machine(), False
     print(_machine_text(machine))
     for name in arguments.names or [name for name in names if not hasattr(modules[name], "ONLY_BY_NAME")]:
@@ -63,9 +62,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run")
-    effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds: some minutes in total")
-    effort.add_argument("--smoke", action="store_true", help="tiny sizes: the figures are meaningless")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: the figures are meaningless")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write tables, raw numbers and pictures there")
     parser.add_argument("--minutes", type=float, help="how long a soak takes (60)")
     parser.add_argument("--uvloop", action="store_true", help="run the soak's client on uvloop (asyncio's own loop)")
@@ -86,7 +83,7 @@ def _run(name: str, module: ModuleType, bench: Bench) -> Report:
 def _save(path: Path, machine: dict[str, Any], bench: Bench, module: ModuleType, report: Report) -> None:
     """Write the tables, the raw numbers with six significant digits, and the page and picture if there are any."""
     path.with_suffix(".txt").write_text(f"{_machine_text(machine)}\n\n{report.text()}\n")
-    data = json.dumps({"machine": machine, "effort": bench.effort, **report.data()})
+    data = json.dumps({"machine": machine, "effort": "smoke" if bench.is_smoke else "full", **report.data()})
     rounded = json.loads(data, parse_float=lambda text: float(f"{float(text):.6g}"))
     path.with_suffix(".json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
     if report.tables and hasattr(module, "ON_PAGE"):

@@ -1,4 +1,4 @@
-"""The tools of a benchmark: its effort, fresh processes, progress messages, the order of sides."""
+"""The tools of a benchmark: its size, fresh processes, progress messages, the order of sides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .report import CannotMeasureError
@@ -22,31 +21,23 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Effort(StrEnum):
-    """How much is measured: everything, some minutes, or just enough to test that it runs."""
-
-    FULL = "full"
-    QUICK = "quick"
-    SMOKE = "smoke"
-
-
 @dataclass(frozen=True, slots=True)
 class Bench:
     """One run of the benchmarks.
 
     Attributes:
-        effort: How much is measured.
-        minutes: How long the soak takes; None: by the effort.
+        is_smoke: Whether so little is measured that it only shows that everything runs.
+        minutes: How long the soak takes; None: an hour.
         uvloop: Whether the soak's client runs on uvloop.
     """
 
-    effort: Effort
+    is_smoke: bool
     minutes: float | None = None
     uvloop: bool = False
 
-    def pick(self, *, full: T, quick: T, smoke: T) -> T:
-        """Return the value for the effort."""
-        return {Effort.FULL: full, Effort.QUICK: quick, Effort.SMOKE: smoke}[self.effort]
+    def pick(self, *, full: T, smoke: T) -> T:
+        """Return the one or the other."""
+        return smoke if self.is_smoke else full
 
     def progress(self, text: str) -> None:
         """Show progress on stderr."""

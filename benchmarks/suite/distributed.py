@@ -71,7 +71,6 @@ def run(bench: Bench) -> Report:
     """Measure each broker."""
     sizes = bench.pick(
         full=Sizes(4000, 0.2, 3.0, 2, 4.0, (1000, 10_000), (5.0, 15.0), 100_000),
-        quick=Sizes(500, 0.05, 0.5, 1, 0.5, (200,), (1.0, 3.0), 2000),
         smoke=Sizes(50, 0.02, 0.2, 1, 0.2, (20,), (0.1, 0.5), 100),
     )
     raw: dict[str, Any] = {}

@@ -217,8 +217,8 @@ def run(bench: Bench) -> Report:
     report = Report("fairness: good requests among bad ones")
     columns = ["bad ones", "broker", "asked", "approved", "until asked, p95 s", "until the approval is seen, p95 s"]
     report.tables.append(table := Table(f"{_RATE:g} good requests a second, and 200 bad ones within 6 s", columns))
-    after = bench.pick(full=140, quick=40, smoke=10)
-    for weather in bench.pick(full=WEATHERS, quick=WEATHERS[:3], smoke=WEATHERS[:1]):
+    after = bench.pick(full=140, smoke=10)
+    for weather in bench.pick(full=WEATHERS, smoke=WEATHERS[:1]):
         for storage in STORAGES:
             bench.progress(f"  {weather.name}, {storage.name}")
             found = asyncio.run(_measure(storage, weather, after))

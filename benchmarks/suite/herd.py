@@ -146,7 +146,7 @@ class Outcome(NamedTuple):
 def run(bench: Bench) -> Report:
     """Measure herds of 10 000 and of 100 000."""
     report = Report(f"herd: waits due at the same time, ours and the semaphore with {_IN_FLIGHT} in flight")
-    for size in bench.pick(full=[10_000, 100_000], quick=[2_000], smoke=[200]):
+    for size in bench.pick(full=[10_000, 100_000], smoke=[200]):
         outcomes = _measure_all(bench, size, report)
         report.tables.append(_table(size, outcomes))
         report.raw[str(size)] = {
@@ -160,8 +160,8 @@ def run(bench: Bench) -> Report:
 
 def _measure_all(bench: Bench, size: int, report: Report) -> dict[str, list[Outcome]]:
     outcomes: dict[str, list[Outcome]] = {}
-    rounds = bench.pick(full=3, quick=1, smoke=1)
-    names = bench.pick(full=[*_HERDS], quick=[OURS, SEMAPHORE, UNBOUNDED], smoke=[OURS, LIMIT])
+    rounds = bench.pick(full=3, smoke=1)
+    names = bench.pick(full=[*_HERDS], smoke=[OURS, LIMIT])
     for k in range(rounds):
         for name in order(names, k):
             if k and name != OURS and size > _FEW:

@@ -137,8 +137,8 @@ def _ours_at(distribution: Distribution, waits: int) -> Figures:
 
 def measure(bench: Bench) -> Results:
     """Compute all figures."""
-    seeds = range(bench.pick(full=32, quick=8, smoke=1))
-    draws = bench.pick(full=8, quick=4, smoke=1)
+    seeds = range(bench.pick(full=32, smoke=1))
+    draws = bench.pick(full=8, smoke=1)
     distributions = {}
     for approvals in _DISTRIBUTIONS:
         bench.progress(f"  {approvals}: {len(seeds)} seeds")

@@ -80,12 +80,12 @@ _OVERLOAD: Final = {
 def run(bench: Bench) -> Report:
     """Measure by waits, by arrivals, and beyond the capacity."""
     report = Report("limits: what one process bears, and what happens beyond")
-    counts = bench.pick(full=[1_000, 10_000, 50_000, 100_000, 200_000], quick=[1_000, 10_000], smoke=[50, 100])
-    rates = bench.pick(full=[10.0, 50.0, 200.0], quick=[20.0], smoke=[20.0])
-    offered = bench.pick(full=[2e3, 5e3, 1e4, 2e4, 4e4], quick=[2e3, 2e4], smoke=[300.0])
-    polled = bench.pick(full=(1000.0, 10.0), quick=(500.0, 1.0), smoke=(200.0, 0.2))
-    measured = bench.pick(full=(30.0, 15.0), quick=(3.0, 2.0), smoke=(0.3, 0.3))
-    beyond = bench.pick(full=(10_000, 15.0, 300), quick=(1_000, 4.0, 50), smoke=(100, 1.0, 10))
+    counts = bench.pick(full=[1_000, 10_000, 50_000, 100_000, 200_000], smoke=[50, 100])
+    rates = bench.pick(full=[10.0, 50.0, 200.0], smoke=[20.0])
+    offered = bench.pick(full=[2e3, 5e3, 1e4, 2e4, 4e4], smoke=[300.0])
+    polled = bench.pick(full=(1000.0, 10.0), smoke=(200.0, 0.2))
+    measured = bench.pick(full=(30.0, 15.0), smoke=(0.3, 0.3))
+    beyond = bench.pick(full=(10_000, 15.0, 300), smoke=(100, 1.0, 10))
     with serving() as server:
 
         def measure(what: str, main: Any, *arguments: Any) -> Row:

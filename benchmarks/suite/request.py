@@ -134,7 +134,7 @@ async def _measure(bench: Bench, server: Server) -> dict[str, dict[int, float]]:
         }
         sides: dict[str, Side] = {WHOLE_POLL: partial(_whole_polls, server)}
         sides |= {name: partial(_calls, get) for name, get in gets.items()}
-        return await _in_turn(sides, *bench.pick(full=(30, 300), quick=(10, 200), smoke=(2, 50)))
+        return await _in_turn(sides, *bench.pick(full=(30, 300), smoke=(2, 50)))
 
 
 async def _in_turn(sides: dict[str, Side], rounds: int, count: int) -> dict[str, dict[int, float]]:

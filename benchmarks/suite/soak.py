@@ -133,17 +133,15 @@ class Soak:
 def run(bench: Bench) -> Report:
     """Run the soak for an hour, or the minutes that were asked for."""
     allow_many_sockets()
-    minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, quick=1.5, smoke=0.1)
+    minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, smoke=0.1)
     seconds = 60 * minutes
     plan = bench.pick(
         full=Plan(10_700, seconds, min(60.0, seconds / 6), expires_in=180.0, sample=5.0),
-        quick=Plan(1_000, seconds, 10.0, expires_in=30.0, sample=1.0),
         smoke=Plan(100, seconds, 0.5, expires_in=2.0, sample=0.2),
     )
     plan = plan._replace(uvloop=bench.uvloop)
     weather = bench.pick(
         full=Weather(0.002, 0.05, storm=30.0, every=300.0, down=20.0),
-        quick=Weather(0.005, 0.2, storm=5.0, every=30.0, down=5.0),
         smoke=Weather(0.02, 0.2, storm=0.5, every=2.0, down=0.5),
     )
     approvals = ApprovalTimes(((1.0, plan.expires_in / 3, 0.8),), never=0.1)

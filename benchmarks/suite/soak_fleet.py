@@ -292,11 +292,10 @@ def run(bench: Bench) -> Report:
 
 def planned(bench: Bench) -> Plan:
     """Return the plan for an hour, or the minutes that were asked for."""
-    minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, quick=1.5, smoke=0.2)
+    minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, smoke=0.2)
     seconds = 60 * minutes
     return bench.pick(
         full=Plan(seconds, 5.0, 60.0, request_timeout=5.0, faults=0.005, hang=15.0, down=20.0),
-        quick=Plan(seconds, 5.0, 20.0, request_timeout=2.0, faults=0.01, hang=4.0, down=5.0),
         smoke=Plan(seconds, 5.0, 8.0, request_timeout=1.0, faults=0.01, hang=0.5, down=0.5),
     )
 

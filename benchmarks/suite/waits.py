@@ -40,7 +40,7 @@ MANY: Final = f"{OURS}, wait_for_approvals"
 def run(bench: Bench) -> Report:
     """Measure each side with 1 000 and with 100 000 waits, once: many waits are an average already."""
     report = Report("waits: memory of a sleeping wait")
-    sizes = bench.pick(full=[1_000, 100_000], quick=[500], smoke=[200])
+    sizes = bench.pick(full=[1_000, 100_000], smoke=[200])
     with serving() as server:
         for size in sizes:
             bench.progress(f"  {size} waits")

@@ -389,11 +389,11 @@ def run(bench: Bench) -> Report:
 
 def _crowds(bench: Bench, report: Report) -> None:
     columns = ["", "late, mean s", "p95 s", "unknown"]
-    seconds = bench.pick(full=_ARRIVALS, quick=_ARRIVALS, smoke=2.0)
+    seconds = bench.pick(full=_ARRIVALS, smoke=2.0)
     report.tables.append(among := Table("healthy waits, a third of the operations beside them bad", columns))
     for kind, arrivals, answer in (
         ("none is bad", 10, GOOD),
-        *(("a third hang", arrivals, HANGING) for arrivals in bench.pick(full=(10, 20, 50), quick=(20,), smoke=(10,))),
+        *(("a third hang", arrivals, HANGING) for arrivals in bench.pick(full=(10, 20, 50), smoke=(10,))),
         ("a third answer 500 after 5 s", 20, failing(500, seconds=5.0)),
     ):
         name = f"{kind}, {arrivals} arrivals a second"
@@ -410,7 +410,7 @@ def _limits(bench: Bench, report: Report) -> None:
     report.tables.append(table := Table(title, columns))
     for clients in (1, 20):
         bench.progress(f"  {clients} clients of a service with a limit")
-        shared = limiter(clients, seconds=bench.pick(full=180.0, quick=60.0, smoke=3.0))
+        shared = limiter(clients, seconds=bench.pick(full=180.0, smoke=3.0))
         table.rows.append([f"{clients} clients", *(f"{figure:.3f}" for figure in shared)])
         report.goals.append(Goal(f"{clients} clients: limit not used", 0.15, 1 - shared.goodput))
         report.raw[f"limit, {clients} clients"] = {**shared._asdict()}
@@ -419,7 +419,7 @@ def _limits(bench: Bench, report: Report) -> None:
 def _brown_outs(bench: Bench, report: Report) -> None:
     columns = ["", "late, mean s", "of a loop of 1 s", "requests, of the loop's"]
     report.tables.append(table := Table("300 waits, half of the answers are 503", columns))
-    seeds, waits = bench.pick(full=(16, 300), quick=(4, 300), smoke=(1, 30))
+    seeds, waits = bench.pick(full=(16, 300), smoke=(1, 30))
     for name, hanging, most in (("the others are good", 0.0, 1.0), ("and 5 % of the requests hang", 0.05, 1.1)):
         bench.progress(f"  a brown-out, {name}")
         ours, loop = (brown_out(hanging, is_loop=is_loop, waits=waits, seeds=seeds) for is_loop in (False, True))
@@ -435,7 +435,7 @@ def _saturated(bench: Bench, report: Report) -> None:
     report.tables.append(table := Table("a service that answers so many requests a second", columns))
     for capacity, waits in ((20.0, 1000), (5.0, 200)):
         bench.progress(f"  a service of {capacity:g} requests a second")
-        found = saturated(capacity, waits=waits, seconds=bench.pick(full=240.0, quick=240.0, smoke=20.0))
+        found = saturated(capacity, waits=waits, seconds=bench.pick(full=240.0, smoke=20.0))
         name = f"{capacity:g}, {waits} waits"
         table.rows.append([name, f"{found.cut_off:.0%}", f"{found.answered:.0%}", f"{found.in_flight}"])
         report.goals.append(Goal(f"saturated, {name}: cut off", 0.05, found.cut_off))
@@ -452,22 +452,22 @@ def _lost_connections(bench: Bench, report: Report) -> None:
         report.goals.append(Goal(name, goal, figure, unit))
         report.raw[name] = figure
 
-    for waits in bench.pick(full=(20, 60, 100), quick=(20, 60, 100), smoke=(5,)):
+    for waits in bench.pick(full=(20, 60, 100), smoke=(5,)):
         add(f"a failover, {waits} waits: late, mean", _on_moved_clock(_failover(waits)), 1.0, " s")
-    waits = bench.pick(full=20, quick=20, smoke=5)
+    waits = bench.pick(full=20, smoke=5)
     name = f"each connection is lost at its second request, {waits} waits: late, mean"
     add(name, _on_moved_clock(_failover(waits, at_each_request=True)), 0.7, " s")
     made, requests = _on_moved_clock(_create_on_dead_connections(12))
     add("one create, 12 dead connections: operations", made, 1, "")
     add("requests for it that arrive", requests, 2, "")
-    calls = bench.pick(full=300, quick=300, smoke=150)
+    calls = bench.pick(full=300, smoke=150)
     for name, are_dropped, goal in (("503", False, 1.5), ("connections dropped", True, 2.0)):
         per_call = _on_moved_clock(_creates_in_outage(calls, are_dropped=are_dropped))
         add(f"{calls} creates in an outage, {name}: requests a call", per_call, goal, "")
 
 
 def _late_deadlines(bench: Bench, report: Report) -> None:
-    waits, seconds = bench.pick(full=(20, 3.0), quick=(20, 3.0), smoke=(3, 1.0))
+    waits, seconds = bench.pick(full=(20, 3.0), smoke=(3, 1.0))
     bench.progress("  a loop that stands still, and many deadlines")
     approved = asyncio.run(_standstill(waits, seconds))
     columns = ["", "approved or timed out", "unknown, none sent", "unknown, sent", "the last ends after, s"]
@@ -475,7 +475,7 @@ def _late_deadlines(bench: Bench, report: Report) -> None:
     name = f"the loop stands still for {seconds:g} s across {waits} deadlines, approved before"
     table.rows.append([name, f"{approved}", "", f"{waits - approved}", ""])
     report.goals.append(Goal(f"{name}: not noticed", 0, waits - approved))
-    many = bench.pick(full=20_000, quick=20_000, smoke=300)
+    many = bench.pick(full=20_000, smoke=300)
     found = deadlines(many)
     table.rows.append([f"{many} deadlines within one second", *map(str, found[1:]), f"{found.last:.1f}"])
     report.goals.append(Goal(f"{many} deadlines: the last ends after", 2.5, found.last, " s"))
@@ -485,7 +485,7 @@ def _late_deadlines(bench: Bench, report: Report) -> None:
 def _outages(bench: Bench, report: Report) -> None:
     columns = ["the service answers afterwards", "noticed, mean s", "at most", "in flight at most", "left"]
     report.tables.append(table := Table("300 waits, outages in which the service hangs", columns))
-    lengths = bench.pick(full=[33.0, 40.3, 48.7, 55.1, 62.9, 70.0], quick=[33.0, 55.1], smoke=[5.0])
+    lengths = bench.pick(full=[33.0, 40.3, 48.7, 55.1, 62.9, 70.0], smoke=[5.0])
     for afterwards in (LATENCY, 2.0, 5.0, 9.0):
         bench.progress(f"  outages, {afterwards} s afterwards")
         found = [outage(down, afterwards=afterwards) for down in lengths]
