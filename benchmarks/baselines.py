@@ -1,11 +1,8 @@
-"""What users would write instead of using this library, as lean as possible, and the names of the sides in the tables.
-
-The other HTTP clients are in `clients`, so that a benchmark that does not use them does not import them either.
-"""
+"""What users would write instead of this library, as lean as possible, and the names of the sides in the tables."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 import aiohttp
@@ -18,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .server import Server
-
-T = TypeVar("T")
 
 #: Names that several benchmarks show, so that a side has the same name in all tables.
 OURS: Final = "aiokeyless"
@@ -54,21 +49,17 @@ def bare_session(*, limit: int = 0) -> aiohttp.ClientSession:
     )
 
 
-class AiohttpClient(Generic[T]):
-    """aiohttp, with URLs made for each call in the fastest known way: see `benchmarks/README.md`.
+class BareClient:
+    """aiohttp and a decoder, with URLs made for each call in the fastest known way."""
 
-    Args:
-        session: Sends the requests.
-        server: Answers them.
-        decode: Decodes a body into an operation.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession, server: Server, decode: Callable[[bytes], T]) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, server: Server, decode: Callable[[bytes], PlainOperation] = decode
+    ) -> None:
         self._session = session
         self._base = URL(server.base_url)
         self._decode = decode
 
-    async def get_operation(self, operation_id: str) -> T:
+    async def get_operation(self, operation_id: str) -> PlainOperation:
         """Get an operation."""
         url = self._base.with_path(OPERATIONS + quote(operation_id, safe=""), encoded=True)
         async with self._session.get(url) as response:
@@ -76,10 +67,3 @@ class AiohttpClient(Generic[T]):
                 raise RuntimeError(f"{url} answered {response.status}")
             body = await response.read()
         return self._decode(body)
-
-
-class BareClient(AiohttpClient[PlainOperation]):
-    """aiohttp and msgspec."""
-
-    def __init__(self, session: aiohttp.ClientSession, server: Server) -> None:
-        super().__init__(session, server, decode)
