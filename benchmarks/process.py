@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import psutil  # type: ignore[import-untyped]  # it has no type hints
-
-from .report import CannotMeasureError
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,23 +32,14 @@ class _Mallinfo2(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in _FIELDS)
 
 
-def read_heap() -> Heap | None:
-    """Return the sizes; None where the C library is not glibc."""
-    mallinfo2 = _mallinfo2()
-    if mallinfo2 is None:
-        return None
-    found = mallinfo2()
+_mallinfo2: Final = ctypes.CDLL(None).mallinfo2
+_mallinfo2.restype = _Mallinfo2
+
+
+def read_heap() -> Heap:
+    """Return the sizes."""
+    found = _mallinfo2()
     return Heap(found.uordblks, found.fordblks)
-
-
-@functools.cache
-def _mallinfo2() -> Callable[[], _Mallinfo2] | None:
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except (AttributeError, OSError, TypeError):  # another library; on Windows None is no library
-        return None
-    mallinfo2.restype = _Mallinfo2
-    return mallinfo2
 
 
 def resident() -> int:
@@ -61,15 +49,9 @@ def resident() -> int:
 
 
 def loop_factory(*, uvloop: bool) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the loop; None for asyncio's own.
-
-    Raises:
-        CannotMeasureError: uvloop is not installed.
-    """
+    """Return what makes the loop; None for asyncio's own."""
     if not uvloop:
         return None
-    try:
-        from uvloop import new_event_loop  # noqa: PLC0415  # not on Windows
-    except ImportError:
-        raise CannotMeasureError("uvloop is not installed") from None
+    from uvloop import new_event_loop  # noqa: PLC0415  # the memory of processes without it is measured, too
+
     return new_event_loop

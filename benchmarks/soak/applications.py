@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -33,9 +32,10 @@ from aiokeyless import (
     wait_adaptive,
 )
 from aiokeyless._waits.holds import LEASE
-from benchmarks.process import Heap, loop_factory, read_heap
+from benchmarks.process import loop_factory
 from benchmarks.server import API_KEY, allow_many_sockets
 
+from . import growth
 from .journal import Writer
 from .verdicts import HOLD, Ending, Outcome
 
@@ -77,12 +77,10 @@ class Request(NamedTuple):
 class Sample(NamedTuple):
     """The client and its process at one instant."""
 
-    at: float
+    held: growth.Sample
     tasks: int
     waiting: int
     polls: int
-    blocks: int  # of memory that Python's objects take: unlike the resident memory, without what is free between them
-    heap: Heap | None  # of the C library, for what is larger
 
 
 class Applications:
@@ -284,9 +282,7 @@ def _ending(error: Exception) -> Ending:
 
 def _sample(client: KeylessClient) -> Sample:
     now = client.statistics
-    return Sample(
-        time.monotonic(), len(asyncio.all_tasks()), now.waiting, now.polls, sys.getallocatedblocks(), read_heap()
-    )
+    return Sample(growth.Sample.take(), len(asyncio.all_tasks()), now.waiting, now.polls)
 
 
 async def _keep_sampling(client: KeylessClient, samples: Writer, every: float) -> None:

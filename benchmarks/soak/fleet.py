@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -19,10 +18,10 @@ import msgspec
 from aiokeyless import KeylessClient, KeylessError, wait_adaptive
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.postgres.adapters.asyncpg import ERRORS
-from benchmarks.process import Heap, read_heap
 from benchmarks.programs import meanwhile
 from benchmarks.server import API_KEY
 
+from .growth import Sample
 from .journal import Writer
 from .verdicts import WORKER, Ending, Outcome
 
@@ -47,14 +46,6 @@ _POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other progr
 _SAMPLES_EVERY: Final = 5.0  # seconds
 
 
-class Sample(NamedTuple):
-    """What a worker holds, as only the process itself can see it."""
-
-    at: float
-    blocks: int  # of memory that Python's objects take
-    heap: Heap | None  # of the C library, for what is larger
-
-
 def work(url: str, base_url: str, request_timeout: float, samples: Path) -> None:
     """Run a worker that writes a `Sample` now and then; it ends if the database or the service is away at its start."""
 
@@ -75,7 +66,7 @@ async def keep_asking(broker: str | Broker, base_url: str, request_timeout: floa
 async def _sample(samples: Path) -> NoReturn:
     with Writer(samples) as writer:
         while True:
-            writer.write(Sample(time.monotonic(), sys.getallocatedblocks(), read_heap()))
+            writer.write(Sample.take())
             await asyncio.sleep(_SAMPLES_EVERY)
 
 

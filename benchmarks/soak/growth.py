@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Final
+import sys
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from benchmarks import pictures
+from benchmarks.process import Heap, read_heap
 from benchmarks.report import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -17,6 +20,28 @@ if TYPE_CHECKING:
 WARM_UP: Final = 1 / 3
 
 Points = list[tuple[float, float]]  # seconds since the start, and the value
+
+
+class Sample(NamedTuple):
+    """What a process holds, as only the process itself can see it, at one instant."""
+
+    at: float
+    blocks: int  # of memory that Python's objects take: unlike the resident memory, without what is free between them
+    heap: Heap  # of the C library, for what is larger
+
+    @classmethod
+    def take(cls) -> Self:
+        """Take one of this process."""
+        return cls(time.monotonic(), sys.getallocatedblocks(), read_heap())
+
+
+def held(name: str, samples: Sequence[Sample], start: float) -> dict[str, Points]:
+    """Return what a process of this name held."""
+    return {
+        f"objects of the {name}, blocks": [(sample.at - start, sample.blocks) for sample in samples],
+        f"heap of the {name}, in use, MB": [(sample.at - start, sample.heap.in_use / 1e6) for sample in samples],
+        f"heap of the {name}, free, MB": [(sample.at - start, sample.heap.free / 1e6) for sample in samples],
+    }
 
 
 def warm(points: Points, seconds: float) -> Points:

@@ -13,7 +13,7 @@ import multiprocessing
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from aiohttp import web
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.models import Operation
     from benchmarks.approval_times import ApprovalTimes
+
+    from .proxy import FaultyProxy
 
 _GATEWAY_PAGE: Final = "<html><body>one moment, please</body></html>"
 _OPERATIONS: Final = "/v2/operations/"
@@ -173,23 +175,37 @@ class Service:
 
 
 class ServiceProcess:
-    """The service as a process that can be killed and started again."""
+    """The service as a process that can be killed and started again, behind a network; an async context manager."""
 
-    def __init__(self, record: Path, approvals: ApprovalTimes) -> None:
-        self._record = record
-        self._approvals = approvals
+    def __init__(self, record: Path, approvals: ApprovalTimes, network: FaultyProxy) -> None:
+        self.network = network
+        self._arguments = record, approvals
         self._process: SpawnProcess | None = None
         self.starts = 0
 
-    async def start(self) -> int:
-        """Start it, and return the port on which it listens, another one each time."""
-        self.starts += 1
-        self._process, ready = spawn_server(_serve, self._record, self._approvals, self.starts)
-        port: int = await asyncio.to_thread(ready.recv)
-        return port
+    async def __aenter__(self) -> Self:
+        await self.network.__aenter__()
+        await self._start()
+        return self
 
-    async def kill(self) -> None:
-        """Kill it, without a chance to finish anything."""
+    async def __aexit__(self, *_: object) -> None:
+        await self._kill()
+        await self.network.__aexit__()
+
+    async def interrupt(self, seconds: float) -> None:
+        """Kill it, without a chance to finish anything, and start it again after so many seconds."""
+        self.network.target = None
+        await self._kill()
+        await asyncio.sleep(seconds)
+        await self._start()
+
+    async def _start(self) -> None:
+        """Start it; it listens on another port each time."""
+        self.starts += 1
+        self._process, ready = spawn_server(_serve, *self._arguments, self.starts)
+        self.network.target = await asyncio.to_thread(ready.recv)
+
+    async def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             await asyncio.to_thread(self._process.join)

@@ -61,8 +61,8 @@ class Soak:
         self._weather = weather
         self._source = seeded_random(1)
         self._folder = folder
-        self.service = ServiceProcess(folder / "record", approvals)
         self.proxy = FaultyProxy(self._source, rate=weather.faults)
+        self.service = ServiceProcess(folder / "record", approvals, self.proxy)
         self.verdicts = Verdicts(2 * MEMORY)
         self._record = Reader(folder / "record", Entry)
         self._outcomes = Reader(folder / "outcomes", Outcome)
@@ -74,8 +74,7 @@ class Soak:
 
     async def run(self) -> None:
         """Run until the applications are done."""
-        async with self.proxy:
-            self.proxy.target = await self.service.start()
+        async with self.service:
             client = spawn(applications.run, self.proxy.url, self.plan, self._folder)
             every = self._weather.every
             try:
@@ -86,7 +85,6 @@ class Soak:
             finally:
                 client.kill()
                 await asyncio.to_thread(client.join)
-                await self.service.kill()
         self._compare()
         if not self.memory or len(self.samples) < 2 or self.samples[-1].waiting:
             raise CannotMeasureError(f"the client's process ended too early, with {client.exitcode}")
@@ -98,10 +96,7 @@ class Soak:
         self.proxy.rate = self._weather.faults
 
     async def _kill_service(self) -> None:
-        self.proxy.target = None
-        await self.service.kill()
-        await asyncio.sleep(self._weather.down * self._source.uniform(0.2, 1.0))
-        self.proxy.target = await self.service.start()
+        await self.service.interrupt(self._weather.down * self._source.uniform(0.2, 1.0))
 
     async def _observe(self, client: SpawnProcess) -> None:
         """Read the client's process now and then, and say what happened each minute, until it ends."""
@@ -165,10 +160,11 @@ def _report(soak: Soak, minutes: float) -> Report:
     if soak.plan.uvloop:
         report.notes.append("the client ran on uvloop")
     report.notes += soak.verdicts.examples
+    samples = soak.samples[:: 1 + len(soak.samples) // 240]
     report.raw = {
         "seconds": soak.plan.seconds,
         "memory": soak.memory[:: 1 + len(soak.memory) // 240],
-        "polls": [(s.at - soak.samples[0].at, s.polls) for s in soak.samples[:: 1 + len(soak.samples) // 240]],
+        "polls": [(sample.held.at - samples[0].held.at, sample.polls) for sample in samples],
         "verdicts": {f"{verdict}": counts[verdict] for verdict in Verdict},
     }
     return report
@@ -176,13 +172,10 @@ def _report(soak: Soak, minutes: float) -> Report:
 
 def _series(soak: Soak) -> dict[str, Points]:
     """Return what the client took, until its shutdown: to cancel ten thousand tasks takes some megabytes."""
-    start, samples, seconds = soak.samples[0].at, soak.samples[:-1], soak.plan.seconds
-    heaps = [(sample.at - start, sample.heap) for sample in samples if sample.heap is not None]
+    start, samples, seconds = soak.samples[0].held.at, soak.samples[:-1], soak.plan.seconds
     series = {
         "resident memory, MB": [point for point in soak.memory if point[0] < seconds],
-        "blocks of its objects": [(sample.at - start, float(sample.blocks)) for sample in samples],
-        "heap in use, MB": [(at, heap.in_use / _MB) for at, heap in heaps],
-        "heap free, MB": [(at, heap.free / _MB) for at, heap in heaps],
+        **growth.held("client", [sample.held for sample in samples], start),
     }
     return {name: growth.warm(points, seconds) for name, points in series.items()}
 
@@ -198,12 +191,13 @@ def _endings(soak: Soak) -> Table:
 
 def _process(soak: Soak) -> Table:
     samples, (passed, _) = soak.samples, soak.memory[-1]
+    first, last = samples[0], samples[-1]
     figures = {
-        "polls a second": f"{(samples[-1].polls - samples[0].polls) / (samples[-1].at - samples[0].at):.0f}",
+        "polls a second": f"{(last.polls - first.polls) / (last.held.at - first.held.at):.0f}",
         "CPU, share of a core": f"{soak.cpu / passed:.0%}",
         "waits, at most": max(sample.waiting for sample in samples),
         "tasks, at most": max(sample.tasks for sample in samples[:-1]),
-        "tasks after the end": samples[-1].tasks,
+        "tasks after the end": last.tasks,
         "the service was killed": soak.service.starts - 1,
         "storms of faults": soak.storms,
         "connections that the client made": soak.proxy.connections,

@@ -28,7 +28,8 @@ from benchmarks.process import THRESHOLD
 from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 from benchmarks.soak import fleet, growth
-from benchmarks.soak.fleet import Sample, Shop, Told
+from benchmarks.soak.fleet import Shop, Told
+from benchmarks.soak.growth import Sample
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.proxy import FaultyProxy
 from benchmarks.soak.service import ServiceProcess
@@ -93,8 +94,8 @@ class Run:
         self._folder = folder
         self._record = folder / "record"
         approvals = ApprovalTimes(((1.0, plan.expires_in / 4, 0.8),), never=0.1)
-        self.service = ServiceProcess(self._record, approvals)
         self.to_service = FaultyProxy(self._source)
+        self.service = ServiceProcess(self._record, approvals, self.to_service)
         self.proxies: dict[tuple[str, bool], CuttingProxy] = {}
         self.lasting_workers: list[Program] = []
         self.shop = Shop(self._source, plan.expires_in, plan.rate)
@@ -143,8 +144,7 @@ class Soak(Run):
         async with AsyncExitStack() as stack:
             for proxy in self.proxies.values():
                 await stack.enter_async_context(proxy)
-            await stack.enter_async_context(self.to_service)
-            self.to_service.target = await self.service.start()
+            await stack.enter_async_context(self.service)
             self._start_programs()
             try:
                 async with meanwhile(keep_running(self._programs)):
@@ -154,7 +154,6 @@ class Soak(Run):
             finally:
                 for program in self._programs:
                     program.kill()
-                await self.service.kill()
         self._compare()
 
     def _start_programs(self) -> None:
@@ -217,10 +216,7 @@ class Soak(Run):
 
     async def _interrupt_service(self) -> None:
         self.happened["Keyless killed"] += 1
-        self.to_service.target = None
-        await self.service.kill()
-        await asyncio.sleep(self.plan.down * self._source.uniform(0.2, 1.0))
-        self.to_service.target = await self.service.start()
+        await self.service.interrupt(self.plan.down * self._source.uniform(0.2, 1.0))
 
     async def _cut_commits(self) -> None:
         for proxy in self.proxies.values():
@@ -374,10 +370,7 @@ def _series(soak: Soak) -> dict[str, Points]:
         for k, name in enumerate(_PROGRAMS)
     }
     for name, of in zip(_WORKERS, soak.samples, strict=True):
-        heaps = [(sample.at - start, sample.heap) for sample in of if sample.heap is not None]
-        series[f"objects of the {name}, blocks"] = [(sample.at - start, sample.blocks) for sample in of]
-        series[f"heap of the {name}, in use, MB"] = [(at, each.in_use / _MB) for at, each in heaps]
-        series[f"heap of the {name}, free, MB"] = [(at, each.free / _MB) for at, each in heaps]
+        series |= growth.held(name, of, start)
     series[_TABLES] = [(reading.at - start, reading.size / _MB) for reading in readings]
     return {name: growth.warm(points, soak.plan.seconds) for name, points in series.items()}
 

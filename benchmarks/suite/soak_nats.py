@@ -142,9 +142,7 @@ class NatsSoak(Run):
         self._operator.write_login(own, lasts=_FOREVER)
         async with AsyncExitStack() as stack:
             await self._cluster.start(stack)
-            await stack.enter_async_context(self.to_service)
-            self.to_service.target = await self.service.start()
-            stack.push_async_callback(self.service.kill)
+            await stack.enter_async_context(self.service)
             self._connection = await nats.connect(
                 self._cluster.urls.split(","), user_credentials=str(own), max_reconnect_attempts=-1, error_cb=_ignore
             )
