@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil  # type: ignore[import-untyped]  # it has no type hints
@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless import KeylessClient
 from aiokeyless.worker import ApprovalWorker, approval_request, submit_approval
 
+from .bench import until
 from .programs import spawn_server
 from .report import CannotMeasureError
 from .server import API_KEY, EXTERNAL_USER_ID, OPERATION_PAYLOAD, USER_ID
@@ -71,11 +72,7 @@ class Fleet:
 
     async def until(self, reached: Callable[[ServerStatistics], bool]) -> None:
         """Wait until the statistics of the server meet a condition."""
-        deadline = time.monotonic() + _TIMEOUT
-        while not reached(await asyncio.to_thread(self.server.statistics)):
-            if time.monotonic() > deadline:
-                raise CannotMeasureError(f"the workers did not get that far within {_TIMEOUT:g} s")
-            await asyncio.sleep(0.02)
+        await until(partial(asyncio.to_thread, lambda: reached(self.server.statistics())), within=_TIMEOUT)
 
     async def until_created(self, count: int) -> None:
         """Wait until the server has created this many operations since its start."""
@@ -148,8 +145,7 @@ def _work(server: Server, url: str, options: dict[str, Any], ready: Connection) 
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())
-                while not worker.statistics.is_ready:  # noqa: ASYNC110  # there is no event to wait for
-                    await asyncio.sleep(0.01)
+                await until(lambda: worker.statistics.is_ready, within=_TIMEOUT)
                 ready.send(None)
 
     asyncio.run(work())

@@ -41,7 +41,7 @@ TABLES: Final = f"""
     SELECT keyless.add_reader('{READER}');
 """
 _ERRORS: Final = (BrokerError, *ERRORS)
-_AGAIN: Final = 0.2  # seconds until a program that lost its connection makes another one
+AGAIN: Final = 0.2  # seconds until a program that lost its connection makes another one
 _POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
 _SAMPLES_EVERY: Final = 5.0  # seconds
 
@@ -83,7 +83,7 @@ def read(url: str) -> None:
                             await _note(connection, event)
                 finally:
                     connection.terminate()
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(AGAIN)
 
     asyncio.run(keep_reading())
 
@@ -121,7 +121,7 @@ class Shop:
                     await self._place(connection, order_id, rolls_back=rolls_back)
                     is_settled = True
                 if not is_settled:
-                    await asyncio.sleep(_AGAIN)
+                    await asyncio.sleep(AGAIN)
             if rolls_back:
                 self.rolled_back.add(order_id)
             else:

@@ -95,10 +95,10 @@ class FailoverSoak(Soak):
     async def _take_over(self) -> None:
         primary = self._server
         standby = self._standby = await asyncio.to_thread(PostgresServer, primary, self._disk, **_SETTINGS)
-        await self._until(lambda: primary.execute(_SENDER) != [])
+        await self._until_asked(lambda: primary.execute(_SENDER) != [])
         kept, since = set(self.shop.committed), time.monotonic()
         ((position,),) = primary.execute("SELECT pg_current_wal_lsn()")
-        await self._until(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{position}'") == [["t"]])
+        await self._until_asked(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{position}'") == [["t"]])
         ((sender,),) = primary.execute(_SENDER)
         process = psutil.Process(int(sender))
         process.suspend()
@@ -139,7 +139,7 @@ class FailoverSoak(Soak):
                                 await asyncio.to_thread(self._ask, _FILL_LOG_FILE)
                     await asyncio.sleep(self.plan.down)
             finally:
-                await self._until(self._is_up)
+                await self._until_asked(self._is_up)
 
     def _is_up(self) -> bool:
         """Return whether the server answers; if it has ended, start it again, as a supervisor does."""

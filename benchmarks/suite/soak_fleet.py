@@ -22,6 +22,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
+from benchmarks.bench import until
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer, is_installed
 from benchmarks.process import THRESHOLD
@@ -105,6 +106,11 @@ class Run:
         self.verdicts = Verdicts(math.inf)
         self.asked: set[str] = set()
 
+    async def _until(self, is_so: Callable[[], Awaitable[bool]]) -> None:
+        """Wait until something is so; if it takes too long, the goals say what is missing."""
+        with suppress(CannotMeasureError):
+            await until(is_so, within=_SETTLED_WITHIN, every=0.2)
+
     async def _kill(self, what: str, program: Program) -> None:
         self.happened[what] += program.kill()
 
@@ -149,7 +155,7 @@ class Soak(Run):
             try:
                 async with meanwhile(keep_running(self._programs)):
                     await self._sell()
-                    await self._until(self._is_settled)
+                    await self._until_asked(self._is_settled)
                     self.readings.append(await asyncio.to_thread(self._read))
             finally:
                 for program in self._programs:
@@ -172,7 +178,7 @@ class Soak(Run):
         """Place orders, and disturb everything once the first one is settled."""
         urls = [proxy.url(self._database) for (of, _), proxy in self.proxies.items() if of == "orders"]
         selling = [asyncio.create_task(self.shop.sell(url, 1 / len(urls))) for url in urls]
-        await self._until(lambda: self._ask("SELECT 1 FROM told LIMIT 1") != [])
+        await self._until_asked(lambda: self._ask("SELECT 1 FROM told LIMIT 1") != [])
         self.shop.closes_at = time.monotonic() + self.plan.seconds
         self.readings.append(await asyncio.to_thread(self._read))
         self.to_service.rate = self.plan.faults
@@ -257,11 +263,9 @@ class Soak(Run):
         question = "SELECT NOT EXISTS (SELECT FROM keyless.request WHERE decided_at IS NULL) AND NOT EXISTS"
         return self._ask(f"{question} (SELECT FROM keyless.unread)") == [["t"]]
 
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        """Wait until something is so; if it takes too long, the goals say what is missing."""
-        deadline = time.monotonic() + _SETTLED_WITHIN
-        while time.monotonic() < deadline and not await asyncio.to_thread(is_so):  # noqa: ASYNC110  # another program
-            await asyncio.sleep(0.2)
+    async def _until_asked(self, is_so: Callable[[], bool]) -> None:
+        """Wait until something is so that takes a thread to ask."""
+        await self._until(partial(asyncio.to_thread, is_so))
 
     def _compare(self) -> None:
         """Read what the programs left behind, and judge it."""

@@ -28,7 +28,7 @@ from benchmarks.broker import NatsServer
 from benchmarks.nats_logins import Operator
 from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
 from benchmarks.report import Goal, Report
-from benchmarks.soak.fleet import READER, USER, Told, keep_asking, payload_of
+from benchmarks.soak.fleet import AGAIN, READER, USER, Told, keep_asking, payload_of
 from benchmarks.soak.proxy import FaultyProxy
 
 from .soak_fleet import Plan, Run, disturbed, orders, planned, promises
@@ -46,8 +46,6 @@ ONLY_BY_NAME: Final = True
 
 _NAMES: Final = ("a", "b", "c")
 _FOREVER: Final = 1e6  # seconds
-_AGAIN: Final = 0.2  # seconds
-_SETTLED_WITHIN: Final = 240.0  # seconds
 
 
 def broker_at(urls: str, login: Path) -> NatsBroker:
@@ -185,7 +183,7 @@ class NatsSoak(Run):
                 )
                 return
             self.happened["submissions repeated"] += 1
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(AGAIN)
 
     async def _read(self, broker: NatsBroker) -> NoReturn:
         while True:
@@ -193,7 +191,7 @@ class NatsSoak(Run):
                 async with next_outcome(broker, READER) as event:
                     self._note(event)
             except BrokerError:
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(AGAIN)
 
     def _note(self, event: ApprovalEvent) -> None:
         """Note an outcome, and pay if it is an approval; one that comes again is known."""
@@ -287,12 +285,6 @@ class NatsSoak(Run):
             is_read = all(not reader.num_pending and not reader.num_ack_pending for reader in readers)
             return is_read and (await stream.stream_info(Fleet().requests)).state.messages == 0
         return False
-
-    async def _until(self, is_so: Callable[[], Awaitable[bool]]) -> None:
-        """Wait until something is so; if it takes too long, the goals say what is missing."""
-        deadline = time.monotonic() + _SETTLED_WITHIN
-        while time.monotonic() < deadline and not await is_so():  # noqa: ASYNC110  # another program
-            await asyncio.sleep(_AGAIN)
 
 
 async def _ignore(_error: Exception) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 import tracemalloc
 import uuid
 from typing import TYPE_CHECKING, Final
@@ -18,9 +17,9 @@ from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient
 from benchmarks.baselines import OURS
-from benchmarks.bench import cancel
+from benchmarks.bench import cancel, until
 from benchmarks.process import resident
-from benchmarks.report import CannotMeasureError, Goal, Report, Table
+from benchmarks.report import Goal, Report, Table
 from benchmarks.server import API_KEY, Server, serving
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class _Gauge:
         if self._is_exact:
             tracemalloc.start()  # before the warm-up: reusing memory that it freed is not growth
         warm = [start(str(uuid.uuid4())) for _ in range(_BATCH)]
-        await _until(polled, _BATCH)
+        await self._until(polled, _BATCH)
         await cancel(warm)
         del warm
         await asyncio.sleep(0.01)  # until the loop and the connections have released them
@@ -95,21 +94,16 @@ class _Gauge:
         for k in range(0, self._size, _BATCH):
             for i in range(k, min(k + _BATCH, self._size)):
                 self._held[i] = start(str(uuid.uuid4()))
-            await _until(polled, answered + min(k + _BATCH, self._size))
+            await self._until(polled, answered + min(k + _BATCH, self._size))
         self.growth = (self._memory() - before) / self._size
         await cancel(self._held)
+
+    async def _until(self, polled: Callable[[], int], count: int) -> None:
+        await until(lambda: polled() >= count, within=_START_WITHIN, every=0.0005)
 
     def _memory(self) -> int:
         gc.collect()
         return tracemalloc.get_traced_memory()[0] if self._is_exact else resident()
-
-
-async def _until(polled: Callable[[], int], count: int) -> None:
-    deadline = time.monotonic() + _START_WITHIN
-    while polled() < count:
-        if time.monotonic() > deadline:
-            raise CannotMeasureError("the waits did not start in time")
-        await asyncio.sleep(0.0005)
 
 
 def _client(server: Server) -> KeylessClient:
