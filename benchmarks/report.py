@@ -99,18 +99,13 @@ class Goal:
 
 @dataclass(slots=True)
 class Report:
-    """The results of one benchmark.
-
-    Attributes:
-        summary: What the tables show, in words, for the page that includes them.
-    """
+    """The results of one benchmark."""
 
     title: str
     tables: list[Table] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
-    summary: str = ""
 
     @property
     def failed(self) -> bool:
@@ -125,7 +120,7 @@ class Report:
 
     def markdown(self) -> str:
         """Write the tables, for a page."""
-        return "\n\n".join([*filter(None, [self.summary]), *(table.markdown() for table in self.tables)]) + "\n"
+        return "\n\n".join(table.markdown() for table in self.tables) + "\n"
 
     def data(self) -> dict[str, Any]:
         """Return it as plain data."""

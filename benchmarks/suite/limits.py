@@ -18,7 +18,7 @@ from tenacity import wait_chain, wait_random
 from aiokeyless import ApprovalTimeoutError, KeylessClient, KeylessError
 from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
-from benchmarks.bench import cancel
+from benchmarks.bench import cancel, until
 from benchmarks.process import resident
 from benchmarks.report import Report, Table
 from benchmarks.server import API_KEY, OPERATION_PAYLOAD, USER_ID, Server, Workload, approved_after, serving
@@ -105,7 +105,6 @@ def run(bench: Bench) -> Report:
         Table.of(title, _ARRIVAL, arrivals),
         Table.of("beyond: more polls due than can be sent", _OVERLOAD, overloads),
     ]
-    report.summary = _summary(sizes, overloads)
     report.raw = {"sizes": sizes, "arrivals": arrivals, "overloads": overloads}
     return report
 
@@ -128,9 +127,7 @@ async def _waiting(client: KeylessClient, count: int, interval: float) -> AsyncI
         for _ in range(count)
     ]
     try:
-        async with asyncio.timeout(_START_WITHIN):
-            while client.statistics.polls < before + count:  # noqa: ASYNC110  # there is no event to wait for
-                await asyncio.sleep(_POLL_EVERY)
+        await until(lambda: client.statistics.polls >= before + count, within=_START_WITHIN, every=_POLL_EVERY)
         yield
     finally:
         await cancel(tasks)
@@ -256,30 +253,12 @@ async def _overload(server: Server, plan: tuple[int, float, int], offered: float
         "limit": "none" if limit is None else f"{limit:.0f}",
         **window,
         "sent/s": window["polls/s"],
-        "found": lateness.total,
-        "in time": in_time,
         "approvals found": f"{lateness.total} of {in_time}",
         "noticed after, s": lateness.quantile(0.5),
         "longest": lateness.quantile(1.0),
         "beyond a deadline, s": overrun,
         "waits failed": failed,
     }
-
-
-def _summary(sizes: list[Row], overloads: list[Row]) -> str:
-    """Say in words what the tables show; the numbers are theirs."""
-    cpu = [size["CPU a poll, us"] for size in sizes]
-    least, most = sizes[0], sizes[-1]
-    last = max((each for each in overloads if each["limit"] == "none"), key=lambda each: float(each["polls due/s"]))
-    most_sent = max(each["sent/s"] for each in overloads)
-    found, in_time = (sum(each[name] for each in overloads) for name in ("found", "in time"))
-    return (
-        f"With {least['waits']} to {most['waits']} waits a poll takes {min(cpu):.0f} to {max(cpu):.0f} us of CPU; the "
-        f"more polls a second, the less each. The most that one core sent is {most_sent:.0f} polls a second. "
-        f"{most['waits']} waits take {most['waits'] * most['bytes'] / 1e6:.0f} MB. If {last['polls due/s']:.0f} polls "
-        f"a second were due, {last['sent/s']:.0f} were sent, {last['late by, s']:.1f} s late. Of {in_time} users who "
-        f"approved in time, at all of these rates, {found} were noticed."
-    )
 
 
 def draw(raw: dict[str, list[Row]]) -> Figure:
