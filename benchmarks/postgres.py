@@ -131,10 +131,6 @@ class PostgresServer:
             raise RuntimeError(f"{program}: {done.stderr}")
         return str(done.stdout)
 
-    def write(self, path: str, text: str) -> None:
-        """Write one of the server's files."""
-        Path(path).write_text(text, encoding="utf-8")
-
     def start(self) -> None:
         """Start the server, and return when it accepts clients."""
         options = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]

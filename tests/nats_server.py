@@ -79,11 +79,6 @@ class NatsServer(broker.NatsServer):
         (self._folder / "nats.conf").write_text(configuration)
         os.kill(self.pid, signal.SIGHUP)
 
-    def kill(self) -> None:
-        """End it at once, as a power cut does."""
-        self._running.kill()
-        self._running.wait()
-
     def pause(self) -> None:
         """Have it say nothing, and keep its connections, until `resume`."""
         os.kill(self.pid, signal.SIGSTOP)

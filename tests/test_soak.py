@@ -7,8 +7,6 @@ import contextlib
 import hashlib
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -26,8 +24,6 @@ from benchmarks.soak.verdicts import HOLD, Ending, Entry, Event, Outcome, Verdic
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
-
-ROOT = Path(__file__).parent.parent
 
 # -- verdicts
 
@@ -369,22 +365,3 @@ async def test_network_that_hangs_no_more_because_the_run_has_ended_holds_nothin
         await asyncio.wait([hanging])
         writer.write(b"question")
         assert await reader.readexactly(8) == b"question"
-
-
-# -- all of it
-
-
-@pytest.mark.benchmarks
-def test_soak_runs_on_uvloop_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path) -> None:
-    pytest.importorskip("uvloop")  # it is not on Windows
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "soak", "--smoke", "--uvloop", "--save", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "soak.json").read_text())["raw"]["verdicts"]["right"] > 0
-    assert "the client ran on uvloop" in done.stdout

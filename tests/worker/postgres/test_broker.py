@@ -80,7 +80,7 @@ async def test_a_database_that_is_not_there_is_named(server: PostgresServer) -> 
 async def test_a_password_is_in_no_error_and_no_repr(own_server: PostgresServer) -> None:
     own_server.execute("CREATE ROLE app LOGIN PASSWORD 'right'")
     hba = own_server.execute("SHOW hba_file")[0][0]
-    own_server.write(hba, "local all app scram-sha-256\nlocal all all trust\n")
+    own_server.execute(f"COPY (VALUES ('local all app scram-sha-256'), ('local all all trust')) TO '{hba}'")
     own_server.execute("SELECT pg_reload_conf()")
     broker = PostgresBroker(own_server.url("postgres", "app").replace("app@", "app:hunter2@"))
     with pytest.raises(BrokerError, match="password authentication failed") as caught:
