@@ -51,12 +51,12 @@ class FaultyProxy:
         self.source = source
         self._longest_delay = longest_delay
         self._server: asyncio.Server | None = None
-        self._open: set[End] = set()
+        self.open_ends: set[_End] = set()
         self._connecting: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: End(self, ANSWER_FAULTS), "127.0.0.1", 0, backlog=1024)
+        self._server = await loop.create_server(lambda: _End(self, ANSWER_FAULTS), "127.0.0.1", 0, backlog=1024)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -77,7 +77,7 @@ class FaultyProxy:
 
     def reset_all(self) -> None:
         """Reset all connections that are open now."""
-        for end in list(self._open):
+        for end in list(self.open_ends):
             end.reset()
 
     def draw(self, faults: tuple[Fault, ...]) -> Fault | None:
@@ -92,28 +92,20 @@ class FaultyProxy:
         """Return how many seconds bytes are delayed."""
         return self.source.uniform(0.0, self._longest_delay)
 
-    def opened(self, end: End) -> None:
-        """Remember an open connection; called by it."""
-        self._open.add(end)
-
-    def closed(self, end: End) -> None:
-        """Forget a connection; called by it."""
-        self._open.discard(end)
-
-    def connect(self, client: End) -> None:
+    def connect(self, client: _End) -> None:
         """Connect a client, which was just accepted, to the service."""
         self.connections += 1
         task = asyncio.get_running_loop().create_task(self._connect(client))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, client: End) -> None:
+    async def _connect(self, client: _End) -> None:
         if self.target is None:
             client.reset()
             return
         try:
             _, service = await asyncio.get_running_loop().create_connection(
-                lambda: End(self, REQUEST_FAULTS, client), "127.0.0.1", self.target
+                lambda: _End(self, REQUEST_FAULTS, client), "127.0.0.1", self.target
             )
         except OSError:
             client.reset()
@@ -121,10 +113,10 @@ class FaultyProxy:
             client.join(service)
 
 
-class End(asyncio.Protocol):
+class _End(asyncio.Protocol):
     """One end of a forwarded connection; without another one it is the client's, and there is no connection yet."""
 
-    def __init__(self, proxy: FaultyProxy, faults: tuple[Fault, ...], other: End | None = None) -> None:
+    def __init__(self, proxy: FaultyProxy, faults: tuple[Fault, ...], other: _End | None = None) -> None:
         self._proxy = proxy
         self._faults = faults
         self._other = other
@@ -134,13 +126,12 @@ class End(asyncio.Protocol):
         self._delayed: list[bytes] | None = None  # what waits for the end of a delay, in order
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start to forward; see `asyncio.Protocol`."""
         self._transport = cast("asyncio.Transport", transport)
-        self._proxy.opened(self)
+        self._proxy.open_ends.add(self)
         if self._other is None:
             self._proxy.connect(self)
 
-    def join(self, other: End) -> None:
+    def join(self, other: _End) -> None:
         """Take the other end, once there is one, and give it what arrived so far."""
         self._other = other
         if self._gone:
@@ -150,7 +141,6 @@ class End(asyncio.Protocol):
             self._early = b""
 
     def data_received(self, data: bytes) -> None:
-        """Forward; see `asyncio.Protocol`."""
         if self._other is None:
             self._early += data
         else:
@@ -198,13 +188,11 @@ class End(asyncio.Protocol):
             self._transport.write(b"".join(delayed))
 
     def eof_received(self) -> bool:
-        """Close both ends; see `asyncio.Protocol`."""
         return False
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Close the other end too; see `asyncio.Protocol`."""
         self._gone = self._dead = True
-        self._proxy.closed(self)
+        self._proxy.open_ends.discard(self)
         if self._other is not None:
             self._other.close()
 

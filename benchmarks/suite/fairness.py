@@ -81,7 +81,7 @@ WEATHERS: Final = (
 )
 
 
-class PartlyFailing:
+class _PartlyFailing:
     """What a worker needs of a client, its transport and the service; operations called "bad-..." fail."""
 
     request_timeout: Final = 10.0
@@ -95,32 +95,26 @@ class PartlyFailing:
         self.created: dict[str, tuple[float, str]] = {}  # when, with its payload
         self.seen: dict[str, float] = {}  # when it was first answered as approved
 
-    def _open(self) -> PartlyFailing:
+    def _open(self) -> _PartlyFailing:
         self.transport = self
         return self
 
-    def with_max_attempts(self, _attempts: int) -> PartlyFailing:
-        """Return what sends each call once."""
+    def with_max_attempts(self, _attempts: int) -> _PartlyFailing:
         return self
 
     def call(self) -> AbstractContextManager[None]:
-        """Return the scope of one call."""
         return nullcontext()
 
     async def fetch(self, request: Request[Any]) -> Any:
-        """Send a GET."""
         return await self.send(request)
 
     async def retry(self, attempt: Callable[[int], Awaitable[T]], _may_repeat: object = None) -> T:
-        """Try once."""
         return await attempt(1)
 
     def take_tokens(self, failure: KeylessError, _omitted: str) -> bool:
-        """Take the tokens for a check."""
         return self.quota.take(failure)
 
     async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:  # noqa: ARG002  # as the transport has it
-        """Answer a request."""
         method, path = request.endpoint.method, request.path
         body = json.loads(request.body or b"{}")
         operation_id = path.rpartition("/")[2] if method == "GET" else body["operationId"]
@@ -183,7 +177,7 @@ async def measure(
         after: Good requests after the break.
         quiet: Seconds of the break.
     """
-    loop, keyless = asyncio.get_running_loop(), PartlyFailing(weather)
+    loop, keyless = asyncio.get_running_loop(), _PartlyFailing(weather)
     submitted: dict[str, float] = {}
     began = loop.time()
 
