@@ -7,6 +7,7 @@ that say ``ON_PAGE``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -31,6 +32,8 @@ _PACKAGES: Final = (
     *("httpx", "httpcore", "niquests", "pydantic"),
 )
 
+_SMOKE: Final = 0.2  # minutes
+
 
 def main() -> int:
     """Run the selected benchmarks; return 1 if one of them could not measure, or missed a goal that is required."""
@@ -40,7 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - modules.keys():
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; choose from {', '.join(modules)}")
-    bench = Bench(arguments.smoke, arguments.minutes, arguments.uvloop)
+    bench = Bench(arguments.smoke, _SMOKE if arguments.smoke else arguments.minutes, arguments.uvloop)
     machine, failed = _machine(), False
     print(_machine_text(machine))
     for name in arguments.names or [name for name in names if not hasattr(modules[name], "ONLY_BY_NAME")]:
@@ -64,7 +67,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: the figures are meaningless")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write tables, raw numbers and pictures there")
-    parser.add_argument("--minutes", type=float, help="how long a soak takes (60)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long a soak takes (60)")
     parser.add_argument("--uvloop", action="store_true", help="run the soak's client on uvloop (asyncio's own loop)")
     return parser
 
@@ -74,7 +77,7 @@ def _run(name: str, module: ModuleType, bench: Bench) -> Report:
     started = time.perf_counter()
     try:
         report: Report = module.run(bench)
-    except CannotMeasureError as error:
+    except (CannotMeasureError, FileNotFoundError) as error:  # or a broker is not installed
         report = Report(f"{name}: not measured", notes=[str(error)])
     bench.progress(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return report
@@ -83,7 +86,8 @@ def _run(name: str, module: ModuleType, bench: Bench) -> Report:
 def _save(path: Path, machine: dict[str, Any], bench: Bench, module: ModuleType, report: Report) -> None:
     """Write the tables, the raw numbers with six significant digits, and the page and picture if there are any."""
     path.with_suffix(".txt").write_text(f"{_machine_text(machine)}\n\n{report.text()}\n")
-    data = json.dumps({"machine": machine, "effort": "smoke" if bench.is_smoke else "full", **report.data()})
+    effort = "smoke" if bench.is_smoke else "full"
+    data = json.dumps({"machine": machine, "effort": effort, **dataclasses.asdict(report)})
     rounded = json.loads(data, parse_float=lambda text: float(f"{float(text):.6g}"))
     path.with_suffix(".json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
     if report.tables and hasattr(module, "ON_PAGE"):

@@ -27,13 +27,13 @@ class Bench:
 
     Attributes:
         is_smoke: Whether so little is measured that it only shows that everything runs.
-        minutes: How long the soak takes; None: an hour.
+        minutes: How long a soak takes.
         uvloop: Whether the soak's client runs on uvloop.
     """
 
     is_smoke: bool
-    minutes: float | None = None
-    uvloop: bool = False
+    minutes: float
+    uvloop: bool
 
     def pick(self, *, full: T, smoke: T) -> T:
         """Return the one or the other."""

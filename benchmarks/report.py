@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -121,7 +120,3 @@ class Report:
     def markdown(self) -> str:
         """Write the tables, for a page."""
         return "\n\n".join(table.markdown() for table in self.tables) + "\n"
-
-    def data(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return dataclasses.asdict(self)

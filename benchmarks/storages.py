@@ -14,7 +14,6 @@ from aiokeyless.worker.broker import Broker, broker_for
 
 from .broker import NatsServer
 from .postgres import PostgresServer
-from .report import CannotMeasureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -86,10 +85,7 @@ class PostgresStorage(Storage):
         return self._server.url(self._database)
 
     async def _start(self) -> None:
-        try:
-            self._server = PostgresServer(fsync="on", shared_buffers="128MB")
-        except FileNotFoundError as error:
-            raise CannotMeasureError(str(error)) from None
+        self._server = PostgresServer(fsync="on", shared_buffers="128MB")
         self._database = self._server.new_database()
 
     def _stop(self) -> None:
@@ -125,10 +121,7 @@ class NatsStorage(Storage):
         return self._server.url
 
     async def _start(self) -> None:
-        try:
-            await self._server.start()
-        except (OSError, TimeoutError) as error:
-            raise CannotMeasureError(f"the broker did not start: {error}") from error
+        await self._server.start()
 
     def _stop(self) -> None:
         self._server.stop()

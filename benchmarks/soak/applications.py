@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     ramp: float  # seconds within which the applications begin
     expires_in: float  # seconds
     sample: float  # seconds between two samples
-    uvloop: bool = False  # whether they run on it, or on asyncio's own event loop
+    uvloop: bool  # whether they run on it, or on asyncio's own event loop
 
 
 class Request(NamedTuple):

@@ -128,28 +128,30 @@ class Soak:
 def run(bench: Bench) -> Report:
     """Run the soak for an hour, or the minutes that were asked for."""
     allow_many_sockets()
-    minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, smoke=0.1)
-    seconds = 60 * minutes
-    plan = bench.pick(
-        full=Plan(10_700, seconds, min(60.0, seconds / 6), expires_in=180.0, sample=5.0),
-        smoke=Plan(100, seconds, 0.5, expires_in=2.0, sample=0.2),
-    )
-    plan = plan._replace(uvloop=bench.uvloop)
-    weather = bench.pick(
-        full=Weather(0.002, 0.05, storm=30.0, every=300.0, down=20.0),
-        smoke=Weather(0.02, 0.2, storm=0.5, every=2.0, down=0.5),
+    seconds = 60 * bench.minutes
+    plan, weather = bench.pick(
+        full=(
+            Plan(10_700, seconds, min(60.0, seconds / 6), expires_in=180.0, sample=5.0, uvloop=bench.uvloop),
+            Weather(0.002, 0.05, storm=30.0, every=300.0, down=20.0),
+        ),
+        smoke=(
+            Plan(100, seconds, 0.5, expires_in=2.0, sample=0.2, uvloop=bench.uvloop),
+            Weather(0.02, 0.2, storm=0.5, every=2.0, down=0.5),
+        ),
     )
     approvals = ApprovalTimes(((1.0, plan.expires_in / 3, 0.8),), never=0.1)
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(bench, plan, weather, approvals, Path(folder))
         asyncio.run(soak.run())
-    return _report(soak, minutes)
+    return _report(soak)
 
 
-def _report(soak: Soak, minutes: float) -> Report:
+def _report(soak: Soak) -> Report:
     waiting = statistics.median(sample.waiting for sample in soak.samples)
     series, counts = _series(soak), soak.verdicts.verdicts
-    report = Report(f"soak: {waiting:.0f} waits at a time for {minutes:g} minutes, with faults at every layer")
+    report = Report(
+        f"soak: {waiting:.0f} waits at a time for {soak.plan.seconds / 60:g} minutes, with faults at every layer"
+    )
     report.tables += [_endings(soak), soak.verdicts.table(), growth.table(series), _process(soak)]
     report.goals += [
         Goal("approvals lost", 0, counts[Verdict.LOST], required=True),

@@ -20,9 +20,9 @@ import asyncpg
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless.worker.postgres.adapters.asyncpg import ERRORS
-from benchmarks.postgres import PostgresServer, is_installed
-from benchmarks.programs import repeat, wholly
-from benchmarks.report import CannotMeasureError, Goal, Report, Table
+from benchmarks.postgres import PostgresServer
+from benchmarks.programs import wholly
+from benchmarks.report import Goal, Report, Table
 from benchmarks.soak.disk import full, small_disk
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.verdicts import Entry, Event
@@ -30,7 +30,7 @@ from benchmarks.soak.verdicts import Entry, Event
 from .soak_fleet import Plan, Soak, disturbed, orders, planned, promises
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Coroutine
     from typing import Any
 
     from benchmarks.bench import Bench
@@ -76,16 +76,13 @@ class FailoverSoak(Soak):
             self._standby.close()
 
     def _disturbances(self) -> list[Coroutine[Any, Any, None]]:
-        times: dict[Callable[[], Awaitable[None]], int] = {
-            self._fail_over: 6,
-            **({} if self._disk is None else {partial(self._fill, self._disk): 4}),
-            partial(self._kill, "worker killed", self.killed_worker): 20,
-            partial(self._kill, "reader killed", self.killed_reader): 20,
-            self._cut_all: 30,
-        }
         return [
             self._hold_snapshots(),
-            *(repeat(self.plan.every(count), self._source, do) for do, count in times.items()),
+            self._times(6, self._fail_over),
+            *([] if self._disk is None else [self._times(4, partial(self._fill, self._disk))]),
+            self._times(20, partial(self._kill, "worker killed", self.killed_worker)),
+            self._times(20, partial(self._kill, "reader killed", self.killed_reader)),
+            self._times(30, self._cut_all),
         ]
 
     async def _fail_over(self) -> None:
@@ -172,8 +169,6 @@ class FailoverSoak(Soak):
 
 def run(bench: Bench) -> Report:
     """Run the fleet for an hour, or the minutes that were asked for."""
-    if not is_installed():
-        raise CannotMeasureError("PostgreSQL is not installed")
     with ExitStack() as stack:
         disk = None
         with suppress(PermissionError):

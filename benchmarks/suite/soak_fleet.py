@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -24,7 +24,7 @@ from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.bench import until
 from benchmarks.cutting_proxy import CuttingProxy
-from benchmarks.postgres import PostgresServer, is_installed
+from benchmarks.postgres import PostgresServer
 from benchmarks.process import THRESHOLD
 from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
@@ -111,6 +111,10 @@ class Run:
         with suppress(CannotMeasureError):
             await until(is_so, within=_SETTLED_WITHIN, every=0.2)
 
+    async def _times(self, count: int, do: Callable[[], Awaitable[None]]) -> None:
+        """Do something about so many times in the run."""
+        await repeat(self.plan.every(count), self._source, do)
+
     async def _kill(self, what: str, program: Program) -> None:
         self.happened[what] += program.kill()
 
@@ -191,16 +195,15 @@ class Soak(Run):
     # -- what is done to it
 
     def _disturbances(self) -> list[Coroutine[Any, Any, None]]:
-        times: dict[Callable[[], Awaitable[None]], int] = {
-            self._restart: 6,
-            self._hang: 6,
-            self._interrupt_service: 6,
-            partial(self._kill, "worker killed", self.killed_worker): 20,
-            partial(self._kill, "reader killed", self.killed_reader): 20,
-            self._cut_commits: 60,
-            self._cut_all: 60,
-        }
-        return [repeat(self.plan.every(count), self._source, do) for do, count in times.items()]
+        return [
+            self._times(6, self._restart),
+            self._times(6, self._hang),
+            self._times(6, self._interrupt_service),
+            self._times(20, partial(self._kill, "worker killed", self.killed_worker)),
+            self._times(20, partial(self._kill, "reader killed", self.killed_reader)),
+            self._times(60, self._cut_commits),
+            self._times(60, self._cut_all),
+        ]
 
     async def _restart(self) -> None:
         """Restart the server: in turn at once, as after a power cut, and in order."""
@@ -277,32 +280,24 @@ class Soak(Run):
 
 def run(bench: Bench) -> Report:
     """Run the fleet for an hour, or the minutes that were asked for."""
-    if not is_installed():
-        raise CannotMeasureError("PostgreSQL is not installed")
-    plan = planned(bench)
-    server = PostgresServer(fsync="on")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            soak = Soak(bench, plan, server, Path(folder))
-            asyncio.run(soak.run())
-    finally:
-        server.close()
-    return _report(soak, plan.seconds / 60)
+    with closing(PostgresServer(fsync="on")) as server, tempfile.TemporaryDirectory() as folder:
+        soak = Soak(bench, planned(bench), server, Path(folder))
+        asyncio.run(soak.run())
+    return _report(soak)
 
 
 def planned(bench: Bench) -> Plan:
     """Return the plan for an hour, or the minutes that were asked for."""
-    minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, smoke=0.2)
-    seconds = 60 * minutes
+    seconds = 60 * bench.minutes
     return bench.pick(
         full=Plan(seconds, 5.0, 60.0, request_timeout=5.0, faults=0.005, hang=15.0, down=20.0),
         smoke=Plan(seconds, 5.0, 8.0, request_timeout=1.0, faults=0.01, hang=0.5, down=0.5),
     )
 
 
-def _report(soak: Soak, minutes: float) -> Report:
+def _report(soak: Soak) -> Report:
     orders_in = f"{len(soak.shop.committed)} orders in PostgreSQL"
-    title = f"soak_fleet: {orders_in} within {minutes:g} minutes, with faults everywhere"
+    title = f"soak_fleet: {orders_in} within {soak.plan.seconds / 60:g} minutes, with faults everywhere"
     series = _series(soak)
     report = Report(title, [orders(soak), soak.verdicts.table(), disturbed(soak), growth.table(series)])
     report.goals += [

@@ -35,7 +35,7 @@ from .soak_fleet import Plan, Run, disturbed, orders, planned, promises
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Callable, Coroutine
     from typing import Any
 
     from aiokeyless.worker import ApprovalEvent
@@ -207,15 +207,14 @@ class NatsSoak(Run):
     # -- what is done to it
 
     def _disturbances(self) -> list[Coroutine[Any, Any, None]]:
-        times: dict[Callable[[], Awaitable[None]], int] = {
-            partial(self._disturb, "leader killed", self._kill_and_start): 6,
-            partial(self._disturb, "leader paused", self._pause): 6,
-            partial(self._disturb, "leader cut off from the others", self._cut_off): 6,
-            partial(self._disturb, "all servers killed at once", self._cut_power): 2,
-            partial(self._kill, "worker killed", self._killed): 20,
-            self._renew_late: 6,
-        }
-        return [repeat(self.plan.every(count), self._source, do) for do, count in times.items()]
+        return [
+            self._times(6, partial(self._disturb, "leader killed", self._kill_and_start)),
+            self._times(6, partial(self._disturb, "leader paused", self._pause)),
+            self._times(6, partial(self._disturb, "leader cut off from the others", self._cut_off)),
+            self._times(2, partial(self._disturb, "all servers killed at once", self._cut_power)),
+            self._times(20, partial(self._kill, "worker killed", self._killed)),
+            self._times(6, self._renew_late),
+        ]
 
     async def _disturb(self, what: str, do: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         async with self._one_at_a_time:
