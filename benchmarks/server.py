@@ -232,14 +232,9 @@ class Workload:
         self.cpu = after.cpu - self._before.cpu
         self.share = self.cpu / self.wall
 
-    @property
-    def bound(self) -> bool:
-        """Whether the server was the bottleneck."""
-        return self.share > _TOO_BUSY
-
     def check(self) -> None:
         """Raise CannotMeasureError if the server was the bottleneck."""
-        if self.bound:
+        if self.share > _TOO_BUSY:
             raise CannotMeasureError(f"the server was the bottleneck ({self.share:.0%} of its core)")
 
 

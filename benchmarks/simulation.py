@@ -46,14 +46,15 @@ def failing(status: int = 500, *, seconds: float = LATENCY, retry_after: float |
     return seconds, kind(status=status, method="GET", path="/v2/operations/x", retry_after=retry_after)
 
 
-def operation(operation_id: str, *, is_approved: bool) -> Operation:
+def operation(operation_id: str, *, is_approved: bool, user_id: str = "AB", payload: str | None = None) -> Operation:
     """Return a good answer."""
     return Operation(
         id=1,
         timestamp="2026-01-01T00:00:00",
         node_id="",
-        user_id="AB",
+        user_id=user_id,
         operation_id=operation_id,
+        operation_payload=payload,
         result=is_approved,
         state="approved" if is_approved else "pending",
     )

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from aiokeyless._rules.quota import RepetitionQuota
 from aiokeyless.errors import ConflictError, NotFoundError, RateLimitError, RequestTimeoutError, ServerError
-from aiokeyless.models import Operation, SuccessAnswer
+from aiokeyless.models import SuccessAnswer
 from aiokeyless.worker import ApprovalWorker, submit_approval
 from benchmarks.report import Goal, Report, Table
+from benchmarks.simulation import operation
 from benchmarks.storages import STORAGES, Storage
 
 if TYPE_CHECKING:
@@ -136,16 +137,7 @@ class _PartlyFailing:
         approved = now >= created + _APPROVES_AFTER
         if approved:
             self.seen.setdefault(operation_id, now)
-        return Operation(
-            id=1,
-            timestamp="2026-11-24T12:00:00",
-            node_id="node",
-            user_id=_USER,
-            operation_id=operation_id,
-            operation_payload=payload,
-            result=approved,
-            state="approved" if approved else "pending",
-        )
+        return operation(operation_id, is_approved=approved, user_id=_USER, payload=payload)
 
 
 class Lateness(NamedTuple):
