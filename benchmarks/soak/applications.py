@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
     from aiokeyless import Operation
 
-    Method = Callable[["Applications", "Request"], Awaitable[object]]
-
 _PAYLOAD: Final = "Approve wire transfer of $500 to account "
 _POLL_COST: Final = 3.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
 _IN_BATCHES: Final = 0.1  # of the waits
@@ -91,6 +89,15 @@ class Applications:
         self._plan = plan
         self._outcomes = outcomes
         self._source = source
+        #: How often each method is chosen, beside the others.
+        self._methods = {
+            self._wait: 40,
+            self._request: 10,
+            self._hold: 15,
+            self._shared: 15,
+            self._cancelled: 6,
+            self._resumed: 12,
+        }
 
     async def run(self) -> None:
         """Run all applications for the planned time, then cancel them."""
@@ -112,8 +119,8 @@ class Applications:
             await application(Request(f"{number:016X}", payload, external))
 
     async def _one(self, request: Request) -> None:
-        (method,) = self._source.choices(list(_METHODS), list(_METHODS.values()))
-        await method(self, request)
+        (method,) = self._source.choices([*self._methods], [*self._methods.values()])
+        await method(request)
 
     # -- the methods
 
@@ -232,17 +239,6 @@ class Applications:
         told = msgspec.structs.replace(told, deadline=deadline)
         self._outcomes.write(told)
         return told.ending
-
-
-#: How often each method is chosen, beside the others.
-_METHODS: Final[dict[Method, float]] = {
-    Applications._wait: 40,  # noqa: SLF001  # a table of the methods above
-    Applications._request: 10,  # noqa: SLF001
-    Applications._hold: 15,  # noqa: SLF001
-    Applications._shared: 15,  # noqa: SLF001
-    Applications._cancelled: 6,  # noqa: SLF001
-    Applications._resumed: 12,  # noqa: SLF001
-}
 
 
 def _deadline(ticket: ApprovalTicket) -> float:
