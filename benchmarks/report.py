@@ -53,6 +53,11 @@ class Table:
         """Write the figures of each row by these formats, one for each column."""
         return cls(title, [*formats], [[format(row[name], spec) for name, spec in formats.items()] for row in rows])
 
+    @classmethod
+    def of_pairs(cls, title: str, figures: Mapping[str, object], column: str = "") -> Table:
+        """Write one figure a row, beside its name."""
+        return cls(title, ["", column], [[name, f"{figure}"] for name, figure in figures.items()])
+
     def text(self) -> str:
         """Write it with aligned columns: names left, figures right."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]

@@ -144,12 +144,12 @@ class Verdicts:
     def table(self) -> Table:
         """Write what was found."""
         figures = {
-            **{f"{verdict}": f"{self.verdicts[verdict]}" for verdict in Verdict},
+            **{f"{verdict}": self.verdicts[verdict] for verdict in Verdict},
             "told after the approval, median, s": f"{self.lateness.quantile(0.5):.2f}",
             "the same, 99%": f"{self.lateness.quantile(0.99):.2f}",
             "the same, the longest": f"{self.lateness.quantile(1.0):.1f}",
         }
-        return Table("compared with the service's record", ["", ""], [[*row] for row in figures.items()])
+        return Table.of_pairs("compared with the service's record", figures)
 
     def _verdict(self, outcome: Outcome, known: _Known | None) -> Verdict:
         match outcome.ending:

@@ -205,7 +205,7 @@ def _process(soak: Soak) -> Table:
         "connections that the client made": soak.proxy.connections,
         **{f"proxy: {fault}": count for fault, count in sorted(soak.proxy.counts.items())},
     }
-    return Table("the client, and what was done to it", ["", ""], [[name, f"{of}"] for name, of in figures.items()])
+    return Table.of_pairs("the client, and what was done to it", figures)
 
 
 def draw(raw: dict[str, Any]) -> Figure:

@@ -27,7 +27,7 @@ from benchmarks.soak.disk import full, small_disk
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.verdicts import Entry, Event
 
-from .soak_fleet import Plan, Soak, disturbed, orders, planned, promises
+from .soak_fleet import Plan, Soak, planned
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -64,7 +64,6 @@ class FailoverSoak(Soak):
         self._one_at_a_time = asyncio.Lock()
         self._standby: PostgresServer | None = None
         self.takeovers: list[Takeover] = []
-        self.lost: frozenset[str] = frozenset()
         self.unexplained: frozenset[str] = frozenset()
         self.unclaimed = 0
         self._asked_at: dict[str, float] = {}
@@ -181,20 +180,15 @@ def run(bench: Bench) -> Report:
 
 
 def _report(soak: FailoverSoak) -> Report:
-    title = f"soak_failover: {len(soak.shop.committed)} orders within {soak.plan.seconds / 60:g} minutes"
     figures = {
         "orders that a failover lost": len(soak.lost),
         "of these, users were asked about": len(soak.lost & soak.asked),
         "orders that failed because it lost their claim": soak.unclaimed,
     }
-    lost = Table("what the failovers cost", ["", ""], [[what, f"{figure}"] for what, figure in figures.items()])
-    report = Report(title, [orders(soak), soak.verdicts.table(), lost, disturbed(soak)])
-    report.goals += [
-        *promises(soak, soak.lost),
-        Goal("orders lost that the standby had, or that no failover met", 0, len(soak.unexplained), required=True),
-    ]
+    report = soak.report("soak_failover", Table.of_pairs("what the failovers cost", figures))
+    what = "orders lost that the standby had, or that no failover met"
+    report.goals.append(Goal(what, 0, len(soak.unexplained), required=True))
     if not soak.happened["disk full"]:
         report.notes.append("no disk was full: this user may not mount a small one, or the time was short")
-    report.notes += soak.verdicts.examples
-    report.raw = {"happened": dict(soak.happened), **figures}
+    report.raw |= figures
     return report

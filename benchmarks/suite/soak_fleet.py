@@ -105,6 +105,7 @@ class Run:
         self.paid: Counter[str] = Counter()
         self.verdicts = Verdicts(math.inf)
         self.asked: set[str] = set()
+        self.lost: frozenset[str] = frozenset()
 
     async def _until(self, is_so: Callable[[], Awaitable[bool]]) -> None:
         """Wait until something is so; if it takes too long, the goals say what is missing."""
@@ -132,6 +133,62 @@ class Run:
     def _is_documented(self, _told: Told) -> bool:
         """Return whether an outcome is one that the documentation leads to expect of what was done."""
         return False
+
+    # -- what came of it
+
+    def report(self, name: str, *tables: Table) -> Report:
+        """Return the report, with these tables at the end."""
+        count, minutes = len(self.shop.committed), self.plan.seconds / 60
+        report = Report(f"{name}: {count} orders within {minutes:g} minutes, with faults everywhere")
+        report.tables += [self._orders(), self.verdicts.table(), self._disturbed(), *tables]
+        report.goals += self._promises()
+        report.notes += self.verdicts.examples
+        verdicts = {f"{verdict}": self.verdicts.verdicts[verdict] for verdict in Verdict}
+        report.raw = {"seconds": self.plan.seconds, "orders": count, "verdicts": verdicts}
+        report.raw["happened"] = dict(self.happened)
+        return report
+
+    def _promises(self) -> list[Goal]:
+        """Return what every order but the lost ones is promised."""
+        committed, counts = self.shop.committed.keys(), self.verdicts.verdicts
+        times = Counter(told.order_id for told in self.told)
+        unasked = {told.order_id for told in self.told if told.event.asked is False}
+        at_most_none = {
+            "orders without an outcome": len(committed - self.lost - times.keys()),
+            "approvals lost": counts[Verdict.LOST],
+            "wrong approvals": counts[Verdict.WRONG],
+            "outcomes that nothing explains": counts[Verdict.UNEXPECTED],
+            "outcomes beyond one for each order": times.total() - len(times),
+            "payments beyond one for each order": self.paid.total() - len(self.paid),
+            "users asked about an order that is not committed": len(self.asked - committed),
+            "outcomes that deny that the user was asked": len(unasked & self.asked),
+        }
+        starts = max(worker.starts for worker in self.lasting_workers)
+        return [
+            *(Goal(what, 0, figure, required=True) for what, figure in at_most_none.items()),
+            Goal("starts of a worker that nobody kills", 1, starts, required=True),
+        ]
+
+    def _orders(self) -> Table:
+        figures = {
+            "orders committed": len(self.shop.committed),
+            "orders rolled back": len(self.shop.rolled_back),
+            "operations at Keyless": len(self.asked),
+            "orders that were paid": len(self.paid),
+            **{f"outcome: {ending}": count for (_, ending), count in sorted(self.verdicts.endings.items())},
+        }
+        return Table.of_pairs("orders", figures)
+
+    def _disturbed(self) -> Table:
+        happened = {
+            **self.happened,
+            **{
+                f"COMMITs of {of} cut {'after' if after else 'before'}": p.cuts
+                for (of, after), p in self.proxies.items()
+            },
+            **{f"to Keyless: {fault}": count for fault, count in sorted(self.to_service.counts.items())},
+        }
+        return Table.of_pairs("what was done to it", happened, "times")
 
 
 class Soak(Run):
@@ -296,69 +353,16 @@ def planned(bench: Bench) -> Plan:
 
 
 def _report(soak: Soak) -> Report:
-    orders_in = f"{len(soak.shop.committed)} orders in PostgreSQL"
-    title = f"soak_fleet: {orders_in} within {soak.plan.seconds / 60:g} minutes, with faults everywhere"
-    series = _series(soak)
-    report = Report(title, [orders(soak), soak.verdicts.table(), disturbed(soak), growth.table(series)])
-    report.goals += [
-        *promises(soak),
-        Goal("growth of the worker's objects, an hour", 1.0, growth.percent_an_hour(series[_OBJECTS]), "%"),
-        *(
-            Goal(
-                f"growth of the {name}'s memory, an hour",
-                1.0,
-                growth.an_hour(series[f"memory of the {name}, MB"]),
-                " MB",
-            )
-            for name in _PROGRAMS
-        ),
-        Goal(
-            "growth of the broker's tables after a vacuum, an hour", 5.0, growth.percent_an_hour(series[_TABLES]), "%"
-        ),
-    ]
-    report.notes += soak.verdicts.examples
-    report.raw = _raw(soak)
-    return report
-
-
-def promises(soak: Run, lost: frozenset[str] = frozenset()) -> list[Goal]:
-    """Return what every order but the lost ones is promised."""
-    committed, counts = soak.shop.committed.keys(), soak.verdicts.verdicts
-    times = Counter(told.order_id for told in soak.told)
-    unasked = {told.order_id for told in soak.told if told.event.asked is False}
-    return [
-        Goal("orders without an outcome", 0, len(committed - lost - times.keys()), required=True),
-        Goal("approvals lost", 0, counts[Verdict.LOST], required=True),
-        Goal("wrong approvals", 0, counts[Verdict.WRONG], required=True),
-        Goal("outcomes that nothing explains", 0, counts[Verdict.UNEXPECTED], required=True),
-        Goal("outcomes beyond one for each order", 0, times.total() - len(times), required=True),
-        Goal("payments beyond one for each order", 0, soak.paid.total() - len(soak.paid), required=True),
-        Goal("users asked about an order that is not committed", 0, len(soak.asked - committed), required=True),
-        Goal("outcomes that deny that the user was asked", 0, len(unasked & soak.asked), required=True),
-        Goal("starts of a worker that nobody kills", 1, max(of.starts for of in soak.lasting_workers), required=True),
-    ]
-
-
-def orders(soak: Run) -> Table:
-    """Write what became of the orders."""
+    series, start = _series(soak), soak.readings[0].at
+    report = soak.report("soak_fleet", growth.table(series))
     figures = {
-        "orders committed": len(soak.shop.committed),
-        "orders rolled back": len(soak.shop.rolled_back),
-        "operations at Keyless": len(soak.asked),
-        "orders that were paid": len(soak.paid),
-        **{f"outcome: {ending}": count for (_, ending), count in sorted(soak.verdicts.endings.items())},
+        "worker's objects": (1.0, growth.percent_an_hour(series[_OBJECTS]), "%"),
+        **{f"{name}'s memory": (1.0, growth.an_hour(series[f"memory of the {name}, MB"]), " MB") for name in _PROGRAMS},
+        "broker's tables after a vacuum": (5.0, growth.percent_an_hour(series[_TABLES]), "%"),
     }
-    return Table("orders", ["", ""], [[what, f"{figure}"] for what, figure in figures.items()])
-
-
-def disturbed(soak: Run) -> Table:
-    """Write what was done to all of it."""
-    happened = {
-        **soak.happened,
-        **{f"COMMITs of {of} cut {'after' if after else 'before'}": p.cuts for (of, after), p in soak.proxies.items()},
-        **{f"to Keyless: {fault}": count for fault, count in sorted(soak.to_service.counts.items())},
-    }
-    return Table("what was done to it", ["", "times"], [[what, f"{times}"] for what, times in happened.items()])
+    report.goals += [Goal(f"growth of the {what}, an hour", *figure) for what, figure in figures.items()]
+    report.raw["readings"] = [[each.at - start, each.resident, each.size] for each in soak.readings]
+    return report
 
 
 def _series(soak: Soak) -> dict[str, Points]:
@@ -372,17 +376,6 @@ def _series(soak: Soak) -> dict[str, Points]:
         series |= growth.held(name, of, start)
     series[_TABLES] = [(reading.at - start, reading.size / _MB) for reading in readings]
     return {name: growth.warm(points, soak.plan.seconds) for name, points in series.items()}
-
-
-def _raw(soak: Soak) -> dict[str, Any]:
-    start = soak.readings[0].at
-    return {
-        "readings": [[r.at - start, r.resident, r.size] for r in soak.readings],
-        "seconds": soak.plan.seconds,
-        "orders": len(soak.shop.committed),
-        "verdicts": {f"{verdict}": soak.verdicts.verdicts[verdict] for verdict in Verdict},
-        "happened": dict(soak.happened),
-    }
 
 
 def draw(raw: dict[str, Any]) -> Figure:

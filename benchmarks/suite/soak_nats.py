@@ -31,7 +31,7 @@ from benchmarks.report import Goal, Report
 from benchmarks.soak.fleet import AGAIN, READER, USER, Told, keep_asking, payload_of
 from benchmarks.soak.proxy import FaultyProxy
 
-from .soak_fleet import Plan, Run, disturbed, orders, planned, promises
+from .soak_fleet import Plan, Run, planned
 
 if TYPE_CHECKING:
     import random
@@ -295,11 +295,7 @@ def run(bench: Bench) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         soak = NatsSoak(planned(bench), Path(folder))
         asyncio.run(soak.run())
-    count = len(soak.shop.committed)
-    title = f"soak_nats: {count} orders on a cluster of three within {soak.plan.seconds / 60:g} minutes"
-    report = Report(title, [orders(soak), soak.verdicts.table(), disturbed(soak)], promises(soak))
-    again = soak.happened["outcome read again"]
-    report.goals.append(Goal("outcomes read again, of 100 orders", 1.0, 100 * again / count))
-    report.notes += soak.verdicts.examples
-    report.raw = {"seconds": soak.plan.seconds, "orders": count, "happened": dict(soak.happened)}
+    report = soak.report("soak_nats")
+    again = 100 * soak.happened["outcome read again"] / len(soak.shop.committed)
+    report.goals.append(Goal("outcomes read again, of 100 orders", 1.0, again))
     return report
