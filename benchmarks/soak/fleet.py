@@ -113,14 +113,13 @@ class Shop:
             await asyncio.sleep(self._source.expovariate(share * self._rate))
             self._count += 1
             order_id, started, rolls_back = f"order-{self._count}", time.monotonic(), self._source.random() < 0.1
-            is_settled = False
-            while not is_settled:
-                with suppress(*_ERRORS):
+            while True:
+                try:
                     if connection is None or connection.is_closed():
                         connection = await asyncpg.connect(url)
                     await self._place(connection, order_id, rolls_back=rolls_back)
-                    is_settled = True
-                if not is_settled:
+                    break
+                except _ERRORS:
                     await asyncio.sleep(AGAIN)
             if rolls_back:
                 self.rolled_back.add(order_id)

@@ -45,7 +45,6 @@ _FEW: Final = 10_000  # up to here there is time for several rounds of each side
 _START: Final = 1.0  # seconds that there are to start the waits
 _START_ONE: Final = 0.001  # and for each of them
 _GOALS: Final = {10_000: 5.0, 100_000: 10.0}  # ms of the longest block
-_GOAL: Final = 5.0  # for other sizes
 
 SEMAPHORE: Final = "a semaphore"
 LIMIT: Final = "TCPConnector(limit=100)"
@@ -154,7 +153,7 @@ def run(bench: Bench) -> Report:
             for name, of in outcomes.items()
         }
         block = Spread.of([1e3 * outcome.blocks.block for outcome in outcomes[OURS]]).median
-        report.goals.append(Goal(f"longest block, {size} waits", _GOALS.get(size, _GOAL), block, " ms"))
+        report.goals.append(Goal(f"longest block, {size} waits", _GOALS.get(size, 5.0), block, " ms"))
     return report
 
 

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.soak.growth import Points
 
-#: It takes an hour.
-ONLY_BY_NAME: Final = True
-
 _MB: Final = 1e6
 
 

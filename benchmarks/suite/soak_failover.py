@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.soak.fleet import Told
 
-#: It needs PostgreSQL, and takes an hour.
-ONLY_BY_NAME: Final = True
-
 _LAG: Final = (0.1, 0.9)  # seconds by which a standby is behind when its primary dies
 _DISK: Final = 1024  # megabytes, for two servers
 _LOG_FILES: Final = 3  # that are there in advance, about

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.soak.growth import Points
 
-#: It needs PostgreSQL, and takes an hour.
-ONLY_BY_NAME: Final = True
-
 _SETTLED_WITHIN: Final = 240.0  # seconds
 _SELDOM: Final = 3.0  # seconds: a server starts in one or two
 _MB: Final = 1e6

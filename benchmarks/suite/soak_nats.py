@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from aiokeyless.worker import ApprovalEvent
     from benchmarks.bench import Bench
 
-#: It takes an hour.
-ONLY_BY_NAME: Final = True
-
 _NAMES: Final = ("a", "b", "c")
 _FOREVER: Final = 1e6  # seconds
 
