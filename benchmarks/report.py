@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,11 @@ class Spread:
     def text(self, digits: int) -> str:
         """Write ``median [quartile, quartile]``."""
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Return the value that this share of the values, 0 to 1, does not exceed; 0 if there are none."""
+    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)] if values else 0.0
 
 
 def p95(values: list[float]) -> float:

@@ -16,8 +16,8 @@ from waiting import PATIENCE
 
 from benchmarks.approval_times import seeded_random
 from benchmarks.cutting_proxy import CuttingProxy
+from benchmarks.report import quantile
 from benchmarks.soak.fleet import Told, payload_of
-from benchmarks.soak.histogram import Histogram
 from benchmarks.soak.journal import Reader, Writer
 from benchmarks.soak.proxy import ANSWER_FAULTS, REQUEST_FAULTS, Fault, FaultyProxy
 from benchmarks.soak.verdicts import HOLD, Ending, Entry, Event, Outcome, Verdict, Verdicts
@@ -121,10 +121,8 @@ def test_lateness_counts_from_the_approval_or_from_a_later_wait() -> None:
     verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
     verdicts.record(Entry(Event.APPROVED, 30.0, "a"))
     verdicts.evaluate(APPROVED)
-    assert verdicts.lateness.quantile(1.0) == 1.0
     verdicts.evaluate(Outcome("a", "resumed", Ending.APPROVED, 100.0, 100.5, approved=("a", "AB", "pay")))
-    assert verdicts.lateness.quantile(0.5) == 0.5
-    assert verdicts.lateness.total == 2
+    assert verdicts.lateness == [1.0, 0.5]
 
 
 def test_old_operations_are_forgotten() -> None:
@@ -135,7 +133,12 @@ def test_old_operations_are_forgotten() -> None:
     assert verdicts.evaluate(APPROVED) is Verdict.WRONG
 
 
-# -- files and histograms
+def test_quantile_is_what_its_share_of_the_values_does_not_exceed() -> None:
+    values = [k / 1000 for k in range(99, 0, -1)]
+    assert (quantile(values, 0.5), quantile(values, 1.0), quantile([], 0.5)) == (0.05, 0.099, 0.0)
+
+
+# -- files
 
 
 def test_reader_yields_complete_lines_once(tmp_path: Path) -> None:
@@ -152,16 +155,6 @@ def test_reader_yields_complete_lines_once(tmp_path: Path) -> None:
         with path.open("ab") as file:
             file.write(b'ved",2.5,"a"]\n')
     assert list(reader.read()) == [second]
-
-
-def test_histogram_has_the_quantiles_of_its_values() -> None:
-    histogram = Histogram()
-    for k in range(1, 100):
-        histogram.add(k / 1000)
-    assert histogram.total == 99
-    assert histogram.quantile(0.5) == 0.05
-    assert histogram.quantile(1.0) == 0.099
-    assert Histogram().quantile(0.5) == 0.0
 
 
 # -- the proxy

@@ -12,9 +12,7 @@ from typing import Final
 
 import msgspec
 
-from benchmarks.report import Table
-
-from .histogram import Histogram
+from benchmarks.report import Table, quantile
 
 #: The method that may return None.
 HOLD: Final = "hold_for_approval"
@@ -113,7 +111,7 @@ class Verdicts:
         self._ages: deque[tuple[float, str]] = deque()
         self.verdicts: Counter[Verdict] = Counter()
         self.endings: Counter[tuple[str, Ending]] = Counter()
-        self.lateness = Histogram()
+        self.lateness: list[float] = []
         self.examples: list[str] = []
 
     def record(self, entry: Entry) -> None:
@@ -145,9 +143,9 @@ class Verdicts:
         """Write what was found."""
         figures = {
             **{f"{verdict}": self.verdicts[verdict] for verdict in Verdict},
-            "told after the approval, median, s": f"{self.lateness.quantile(0.5):.2f}",
-            "the same, 99%": f"{self.lateness.quantile(0.99):.2f}",
-            "the same, the longest": f"{self.lateness.quantile(1.0):.1f}",
+            "told after the approval, median, s": f"{quantile(self.lateness, 0.5):.2f}",
+            "the same, 99%": f"{quantile(self.lateness, 0.99):.2f}",
+            "the same, the longest": f"{quantile(self.lateness, 1.0):.1f}",
         }
         return Table.of_pairs("compared with the service's record", figures)
 
@@ -174,7 +172,7 @@ class Verdicts:
         if outcome.ending is Ending.APPROVED:
             if outcome.approved != (outcome.operation_id, created.user_id, created.payload):
                 return Verdict.WRONG
-            self.lateness.add(outcome.ended - max(known.approved_at, outcome.started))
+            self.lateness.append(outcome.ended - max(known.approved_at, outcome.started))
         return Verdict.RIGHT
 
     def _of_timeout(self, outcome: Outcome, known: _Known | None) -> Verdict:

@@ -20,9 +20,8 @@ from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.bench import cancel, until
 from benchmarks.process import resident
-from benchmarks.report import Report, Table
+from benchmarks.report import Report, Table, quantile
 from benchmarks.server import API_KEY, OPERATION_PAYLOAD, USER_ID, Server, Workload, approved_after, serving
-from benchmarks.soak.histogram import Histogram
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -136,21 +135,22 @@ async def _waiting(client: KeylessClient, count: int, interval: float) -> AsyncI
 async def _window(client: KeylessClient, seconds: float) -> Row:
     """Measure the client for so long."""
     loop = asyncio.get_running_loop()
-    lags, loop_lags = Histogram(), Histogram()
+    lags: list[float] = []
+    loop_lags: list[float] = []
     before, cpu, wall = client.statistics, time.process_time(), loop.time()
     while loop.time() - wall < seconds:
         due = loop.time() + _BEAT
         await asyncio.sleep(_BEAT)
-        loop_lags.add(loop.time() - due)
-        lags.add(client.statistics.lag)
+        loop_lags.append(loop.time() - due)
+        lags.append(client.statistics.lag)
     now, passed, cpu = client.statistics, loop.time() - wall, time.process_time() - cpu
     return {
         "polls/s": (now.polls - before.polls) / passed,
         "share of a core": cpu / passed,
         "CPU a poll, us": 1e6 * cpu / max(now.polls - before.polls, 1),
         "polls failed": now.transient_failures - before.transient_failures,
-        "late by, s": lags.quantile(0.5),
-        "loop lag 99%, ms": 1e3 * loop_lags.quantile(0.99),
+        "late by, s": quantile(lags, 0.5),
+        "loop lag 99%, ms": 1e3 * quantile(loop_lags, 0.99),
     }
 
 
@@ -173,7 +173,8 @@ async def _size(server: Server, count: int, rate: float, seconds: float) -> Row:
 
 async def _arrivals(server: Server, rate: float, warm_up: float, seconds: float) -> Row:
     """Return what new requests cost, from their creation to their approval, once as many end as begin."""
-    source, lateness, failed = seeded_random(1), Histogram(), 0
+    source, failed = seeded_random(1), 0
+    lateness: list[float] = []
     tasks: set[asyncio.Task[None]] = set()
 
     async def request() -> None:
@@ -184,7 +185,7 @@ async def _arrivals(server: Server, rate: float, warm_up: float, seconds: float)
             await client.request_approval(
                 USER_ID, operation_id=approved_after(after), operation_payload=OPERATION_PAYLOAD
             )
-            lateness.add(time.perf_counter() - started - after)
+            lateness.append(time.perf_counter() - started - after)
         except KeylessError:
             failed += 1
 
@@ -209,7 +210,7 @@ async def _arrivals(server: Server, rate: float, warm_up: float, seconds: float)
         "waiting": waiting,
         **window,
         "CPU an arrival, ms": 1e3 * window["share of a core"] / rate,
-        "noticed after, s": lateness.quantile(0.5),
+        "noticed after, s": quantile(lateness, 0.5),
         "failed": failed,
     }
 
@@ -217,7 +218,8 @@ async def _arrivals(server: Server, rate: float, warm_up: float, seconds: float)
 async def _overload(server: Server, plan: tuple[int, float, int], offered: float, limit: float | None) -> Row:
     """Return what becomes of users' waits with a deadline, while more polls are due than can be sent."""
     waits, seconds, users = plan
-    source, lateness, overrun, failed = seeded_random(1), Histogram(), 0.0, 0
+    source, overrun, failed = seeded_random(1), 0.0, 0
+    lateness: list[float] = []
     # Every fifth user comes too late.
     ages = [source.uniform(0.0, seconds) if k % 5 else 2 * seconds for k in range(users)]
     interval = waits / offered
@@ -227,7 +229,7 @@ async def _overload(server: Server, plan: tuple[int, float, int], offered: float
         nonlocal overrun, failed
         try:
             await waiting
-            lateness.add(time.perf_counter() - due)
+            lateness.append(time.perf_counter() - due)
         except ApprovalTimeoutError as error:
             failed += type(error) is not ApprovalTimeoutError  # the final poll got no answer
         except KeylessError:
@@ -253,9 +255,9 @@ async def _overload(server: Server, plan: tuple[int, float, int], offered: float
         "limit": "none" if limit is None else f"{limit:.0f}",
         **window,
         "sent/s": window["polls/s"],
-        "approvals found": f"{lateness.total} of {in_time}",
-        "noticed after, s": lateness.quantile(0.5),
-        "longest": lateness.quantile(1.0),
+        "approvals found": f"{len(lateness)} of {in_time}",
+        "noticed after, s": quantile(lateness, 0.5),
+        "longest": quantile(lateness, 1.0),
         "beyond a deadline, s": overrun,
         "waits failed": failed,
     }
