@@ -11,7 +11,7 @@ import asyncio
 import gc
 import tracemalloc
 import uuid
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tenacity import wait_fixed
 
@@ -23,7 +23,7 @@ from benchmarks.report import Goal, Report, Table
 from benchmarks.server import API_KEY, Server, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from benchmarks.bench import Bench
 
@@ -33,7 +33,7 @@ _BATCH: Final = 64  # waits started at once, so that all sides use the same numb
 _START_WITHIN: Final = 600.0
 _FEW: Final = 1_000  # up to here allocations are counted, which is exact but slow; for more, the resident memory
 
-MANY: Final = f"{OURS}, wait_for_approvals"
+_SIDES: Final = {OURS: False, f"{OURS}, wait_for_approvals": True}  # whether waits are together
 
 
 def run(bench: Bench) -> Report:
@@ -60,7 +60,7 @@ def _table(size: int, growths: dict[str, float]) -> Table:
 def measure(server: Server, name: str, size: int) -> float:
     """Return the bytes of one wait among ``size``."""
     gauge = _Gauge(size)
-    asyncio.run(_SIDES[name](server, gauge))
+    asyncio.run(_measure(server, gauge, is_together=_SIDES[name]))
     return gauge.growth
 
 
@@ -75,16 +75,18 @@ class _Gauge:
         # Allocated beforehand: the list that holds the tasks does not count.
         self._held: list[object] = [None] * size
 
-    async def measure(self, start: Callable[[str], object], polled: Callable[[], int]) -> None:
+    async def measure(
+        self, start: Callable[[list[str]], list[asyncio.Task[object]]], polled: Callable[[], int]
+    ) -> None:
         """Start the waits, and measure.
 
         Args:
-            start: Starts the wait for an operation, and returns an object to keep.
+            start: Starts the waits for some operations, and returns tasks to keep.
             polled: Returns the number of answered polls, of all waits so far.
         """
         if self._is_exact:
             tracemalloc.start()  # before the warm-up: reusing memory that it freed is not growth
-        warm = [start(str(uuid.uuid4())) for _ in range(_BATCH)]
+        warm = start(_ids(_BATCH))
         await self._until(polled, _BATCH)
         await cancel(warm)
         del warm
@@ -92,9 +94,10 @@ class _Gauge:
         answered = polled()
         before = self._memory()
         for k in range(0, self._size, _BATCH):
-            for i in range(k, min(k + _BATCH, self._size)):
-                self._held[i] = start(str(uuid.uuid4()))
-            await self._until(polled, answered + min(k + _BATCH, self._size))
+            count = min(_BATCH, self._size - k)
+            for number, task in enumerate(start(_ids(count)), k):
+                self._held[number] = task
+            await self._until(polled, answered + k + count)
         self.growth = (self._memory() - before) / self._size
         await cancel(self._held)
 
@@ -106,43 +109,22 @@ class _Gauge:
         return tracemalloc.get_traced_memory()[0] if self._is_exact else resident()
 
 
-def _client(server: Server) -> KeylessClient:
-    return KeylessClient(API_KEY, base_url=server.base_url, schedule=wait_fixed(_SLEEP), max_polls_per_second=None)
+def _ids(count: int) -> list[str]:
+    return [str(uuid.uuid4()) for _ in range(count)]
 
 
-async def _ours(server: Server, gauge: _Gauge) -> None:
-    async with _client(server) as client:
-        await gauge.measure(
-            lambda operation_id: asyncio.create_task(client.wait_for_approval(operation_id, timeout=_TIMEOUT)),
-            lambda: client.statistics.polls - client.statistics.in_flight,
-        )
+async def _measure(server: Server, gauge: _Gauge, *, is_together: bool) -> None:
+    """Wait for those that are started at once in one task, or in a task each."""
 
-
-async def _many(server: Server, gauge: _Gauge) -> None:
-    """Wait for all that are started at once in one task, and not in a task each."""
-    loop = asyncio.get_running_loop()
-    started: list[str] = []
-    tasks: list[asyncio.Task[None]] = []
-
-    async def outcomes(operation_ids: list[str]) -> None:
+    async def together(operation_ids: list[str]) -> None:
         async for _ in client.wait_for_approvals(operation_ids, timeout=_TIMEOUT):
             pass
 
-    def wait_for_all() -> None:
-        tasks.append(asyncio.create_task(outcomes([*started])))
-        started.clear()
+    def start(operation_ids: list[str]) -> list[asyncio.Task[object]]:
+        if is_together:
+            return [asyncio.create_task(together(operation_ids))]
+        return [asyncio.create_task(client.wait_for_approval(name, timeout=_TIMEOUT)) for name in operation_ids]
 
-    def start(operation_id: str) -> None:
-        if not started:
-            loop.call_soon(wait_for_all)
-        started.append(operation_id)
-
-    async with _client(server) as client:
+    options: dict[str, Any] = {"schedule": wait_fixed(_SLEEP), "max_polls_per_second": None}
+    async with KeylessClient(API_KEY, base_url=server.base_url, **options) as client:
         await gauge.measure(start, lambda: client.statistics.polls - client.statistics.in_flight)
-        await cancel(tasks)
-
-
-_SIDES: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]] = {
-    OURS: _ours,
-    MANY: _many,
-}
