@@ -52,16 +52,18 @@ class PostgresServer:
         self._user = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
         # At home, if it is another user: root's temporary folders are closed to it.
         usual = None if self._user is None else self._user.pw_dir
-        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-", dir=home or usual))
+        self.folder = Path(tempfile.mkdtemp(prefix="aiokeyless-", dir=home or usual))
+        """Where the socket and the log are."""
+        self._data = self.folder / "data"
         if self._user is not None:
-            os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
-        self._settings = {**_SETTINGS, "unix_socket_directories": str(self._folder), **settings}
+            os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
+        self._settings = {**_SETTINGS, "unix_socket_directories": str(self.folder), **settings}
         self._process: subprocess.Popen[bytes] | None = None
         self._databases = count(1)
         try:
             self._create(primary)
         except RuntimeError:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self.folder)
             raise
         self.start()
 
@@ -78,10 +80,6 @@ class PostgresServer:
             )  # fmt: skip
 
     @property
-    def _data(self) -> Path:
-        return self._folder / "data"
-
-    @property
     def pid(self) -> int:
         """The process id of the server, whose other processes are its children."""
         return self._running.pid
@@ -92,21 +90,16 @@ class PostgresServer:
             raise RuntimeError("the server was not started")
         return self._process
 
-    @property
-    def folder(self) -> Path:
-        """Where the socket and the log are."""
-        return self._folder
-
     def new_folder(self, name: str) -> Path:
         """Make a folder that goes with the server, for a program that runs as the server does."""
-        folder = Path(tempfile.mkdtemp(prefix=name, dir=self._folder))
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
         if self._user is not None:
             os.chown(folder, self._user.pw_uid, self._user.pw_gid)
         return folder
 
     def url(self, database: str, user: str = "postgres") -> str:
         """Return the URL of a database."""
-        return f"postgresql://{user}@/{database}?host={self._folder}"
+        return f"postgresql://{user}@/{database}?host={self.folder}"
 
     def new_database(self) -> str:
         """Make a database; return its name."""
@@ -134,14 +127,14 @@ class PostgresServer:
     def start(self) -> None:
         """Start the server, and return when it accepts clients."""
         options = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
-        with (self._folder / "log").open("ab") as log:
+        with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [PROGRAMS / "postgres", "-D", self._data, *options], stderr=log, **self.identity()
             )
         deadline = time.monotonic() + _START_WITHIN
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError((self._folder / "log").read_text()[-2000:])
+                raise RuntimeError((self.folder / "log").read_text()[-2000:])
             time.sleep(0.02)
 
     def start_again(self) -> bool:
@@ -167,7 +160,7 @@ class PostgresServer:
         """Stop it, and remove its files."""
         if self._process is not None:
             self._end(signal.SIGQUIT)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
     def _end(self, number: signal.Signals) -> None:
         self._running.send_signal(number)
@@ -175,14 +168,14 @@ class PostgresServer:
         self._process = None
 
     def _is_ready(self) -> bool:
-        ready = subprocess.run([PROGRAMS / "pg_isready", "-q", "-h", self._folder], check=False)
+        ready = subprocess.run([PROGRAMS / "pg_isready", "-q", "-h", self.folder], check=False)
         return ready.returncode == 0
 
     def identity(self) -> dict[str, Any]:
         """Return as whom a program of the server's runs, for `subprocess`."""
         if self._user is None:
             return {}
-        return {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": [], "cwd": self._folder}
+        return {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": [], "cwd": self.folder}
 
 
 def is_installed() -> bool:

@@ -58,8 +58,8 @@ class Soak:
         self._weather = weather
         self._source = seeded_random(1)
         self._folder = folder
-        self.proxy = FaultyProxy(self._source, rate=weather.faults)
-        self.service = ServiceProcess(folder / "record", approvals, self.proxy)
+        network = FaultyProxy(self._source, rate=weather.faults)
+        self.service = ServiceProcess(folder / "record", approvals, network)
         self.verdicts = Verdicts(2 * MEMORY)
         self._record = Reader(folder / "record", Entry)
         self._outcomes = Reader(folder / "outcomes", Outcome)
@@ -72,7 +72,7 @@ class Soak:
     async def run(self) -> None:
         """Run until the applications are done."""
         async with self.service:
-            client = spawn(applications.run, self.proxy.url, self.plan, self._folder)
+            client = spawn(applications.run, self.service.network.url, self.plan, self._folder)
             every = self._weather.every
             try:
                 async with meanwhile(
@@ -88,9 +88,9 @@ class Soak:
 
     async def _storm(self) -> None:
         self.storms += 1
-        self.proxy.rate = self._weather.storm_faults
+        self.service.network.rate = self._weather.storm_faults
         await asyncio.sleep(self._weather.storm)
-        self.proxy.rate = self._weather.faults
+        self.service.network.rate = self._weather.faults
 
     async def _kill_service(self) -> None:
         await self.service.interrupt(self._weather.down * self._source.uniform(0.2, 1.0))
@@ -199,8 +199,8 @@ def _process(soak: Soak) -> Table:
         "tasks after the end": last.tasks,
         "the service was killed": soak.service.starts - 1,
         "storms of faults": soak.storms,
-        "connections that the client made": soak.proxy.connections,
-        **{f"proxy: {fault}": count for fault, count in sorted(soak.proxy.counts.items())},
+        "connections that the client made": soak.service.network.connections,
+        **{f"proxy: {fault}": count for fault, count in sorted(soak.service.network.counts.items())},
     }
     return Table.of_pairs("the client, and what was done to it", figures)
 

@@ -92,8 +92,7 @@ class Run:
         self._folder = folder
         self._record = folder / "record"
         approvals = ApprovalTimes(((1.0, plan.expires_in / 4, 0.8),), never=0.1)
-        self.to_service = FaultyProxy(self._source)
-        self.service = ServiceProcess(self._record, approvals, self.to_service)
+        self.service = ServiceProcess(self._record, approvals, FaultyProxy(self._source))
         self.proxies: dict[tuple[str, bool], CuttingProxy] = {}
         self.lasting_workers: list[Program] = []
         self.shop = Shop(self._source, plan.expires_in, plan.rate)
@@ -183,7 +182,7 @@ class Run:
                 f"COMMITs of {of} cut {'after' if after else 'before'}": p.cuts
                 for (of, after), p in self.proxies.items()
             },
-            **{f"to Keyless: {fault}": count for fault, count in sorted(self.to_service.counts.items())},
+            **{f"to Keyless: {fault}": count for fault, count in sorted(self.service.network.counts.items())},
         }
         return Table.of_pairs("what was done to it", happened, "times")
 
@@ -222,7 +221,7 @@ class Soak(Run):
 
     def _start_programs(self) -> None:
         urls = {of: self.proxies[of].url(self._database) for of in self.proxies}
-        base_url, timeout = self.to_service.url, self.plan.request_timeout
+        base_url, timeout = self.service.network.url, self.plan.request_timeout
         self.lasting_workers = [
             Program(fleet.work, urls["workers", True], base_url, timeout, self._folder / f"{k}", **environment)
             for k, environment in enumerate(_ENVIRONMENTS)
@@ -239,12 +238,12 @@ class Soak(Run):
         await self._until_asked(lambda: self._ask("SELECT 1 FROM told LIMIT 1") != [])
         self.shop.closes_at = time.monotonic() + self.plan.seconds
         self.readings.append(await asyncio.to_thread(self._read))
-        self.to_service.rate = self.plan.faults
+        self.service.network.rate = self.plan.faults
         try:
             async with meanwhile(*self._disturbances(), self._observe()):
                 await asyncio.gather(*selling)
         finally:
-            self.to_service.rate = 0.0
+            self.service.network.rate = 0.0
 
     # -- what is done to it
 

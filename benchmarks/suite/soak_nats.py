@@ -143,7 +143,7 @@ class NatsSoak(Run):
             )
             stack.push_async_callback(self._connection.close)
             await self._until(self._has_leader)
-            arguments = self._cluster.urls, self._login, self.to_service.url, self.plan.request_timeout
+            arguments = self._cluster.urls, self._login, self.service.network.url, self.plan.request_timeout
             self.lasting_workers = [Program(work, *arguments) for _ in range(2)]
             self._killed = Program(work, *arguments)
             programs = [*self.lasting_workers, self._killed]
@@ -153,10 +153,10 @@ class NatsSoak(Run):
             await self._until(partial(self._prepares, broker))
             async with meanwhile(keep_running(programs), self._read(broker)):
                 await self._until(self._has_workers)
-                self.to_service.rate = self.plan.faults
+                self.service.network.rate = self.plan.faults
                 async with meanwhile(*self._disturbances()):
                     await self._sell(broker)
-                self.to_service.rate = 0.0
+                self.service.network.rate = 0.0
                 await self._until(self._is_settled)
         self._judge()
 
