@@ -76,7 +76,9 @@ class Soak:
             every = self._weather.every
             try:
                 async with meanwhile(
-                    repeat(every, self._source, self._storm), repeat(every, self._source, self._kill_service)
+                    repeat(every, self._source, self._storm),
+                    repeat(every, self._source, self._kill_service),
+                    repeat(60.0, self._source, self._tell),
                 ):
                     await self._observe(client)
             finally:
@@ -96,21 +98,20 @@ class Soak:
         await self.service.interrupt(self._weather.down * self._source.uniform(0.2, 1.0))
 
     async def _observe(self, client: SpawnProcess) -> None:
-        """Read the client's process now and then, and say what happened each minute, until it ends."""
+        """Read the client's process now and then, until it ends."""
         process, started = psutil.Process(client.pid), time.monotonic()
-        said = started
         while client.is_alive():
             await asyncio.to_thread(client.join, self.plan.sample)
             if not client.is_alive():
                 return
             self.cpu = sum(process.cpu_times()[:2])
             self.memory.append((time.monotonic() - started, process.memory_info().rss / _MB))
-            if time.monotonic() - said >= 60.0:
-                said += 60.0
-                self._compare()
-                counts = ", ".join(f"{verdict} {self.verdicts.verdicts[verdict]}" for verdict in Verdict)
-                waiting, memory = self.samples[-1].waiting, self.memory[-1][1]
-                self._bench.progress(f"  {(said - started) / 60:.0f} min: {waiting} waits, {counts}; {memory:.1f} MB")
+
+    async def _tell(self) -> None:
+        """Compare, and say what happened."""
+        self._compare()
+        counts = ", ".join(f"{verdict} {self.verdicts.verdicts[verdict]}" for verdict in Verdict)
+        self._bench.progress(f"  {self.samples[-1].waiting} waits, {counts}; {self.memory[-1][1]:.1f} MB")
 
     def _compare(self) -> None:
         """Compare the outcomes since the last time with the record."""
