@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run of nox in which a test was skipped, for an extra, a browser or a program that should be there."""
+    if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()):
+        measured.save()  # pytest-xdist kills a process that takes over ten seconds to exit, as on a busy machine
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     extra = os.environ.get("TESTS_RUN_WITH")  # the extra that nox installed
     if extra is None or reporter is None:  # None: in a process of pytest-xdist
