@@ -203,7 +203,7 @@ class TestSlots:
         for number in range(4):
             machine.wait(f"op-{number}", at=number)
         first, *_ = [machine.one(float(at)) for at in range(2)]
-        assert machine.started(2.5) == []
+        assert machine.wakes(2.5) == 1.0 + TIMEOUT
         assert list(machine.take_cut()) == [first]
         assert machine.started(2.6) == []  # one at a time
         assert list(machine.take_cut()) == []
@@ -336,16 +336,24 @@ class TestSlots:
         assert names(machine.started(0.4)) == ["good"]
         assert [name[:3] for name in names(machine.started(0.6))] == ["bad", "bad", "bet"]
 
+    @pytest.mark.parametrize("were_seen", [False, True])
     @pytest.mark.parametrize(("slots", "share"), [(4, 2), (3, 1)])
-    def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(self, slots: int, share: int) -> None:
-        machine = Calls(slots)
+    def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(
+        self, slots: int, share: int, *, were_seen: bool
+    ) -> None:
+        machine = Calls(slots, schedule=wait_fixed(1))
         for number in range(slots):
             machine.wait(f"bad-{number}")
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0, error(500))
-        assert len(machine.started(0.5)) == share
-        assert machine.wakes(0.6) == 1.5
-        assert len(machine.started(1.5)) == share
+        failed_at = 0.0
+        if were_seen:
+            for poll in machine.started(0.0):
+                machine.answer(poll, 0.0)
+            failed_at = 1.0
+        for poll in machine.started(failed_at):
+            machine.answer(poll, failed_at, error(500))
+        assert len(machine.started(failed_at + 0.5)) == share
+        assert machine.wakes(failed_at + 0.6) == failed_at + 1.5
+        assert len(machine.started(failed_at + 1.5)) == share
 
     def test_a_driver_does_not_wake_for_the_share_of_those_that_failed_last_if_none_of_them_waits(self) -> None:
         machine = Calls(4, schedule=wait_fixed(60))
@@ -556,6 +564,34 @@ class TestCircuit:
             if answer is not None:
                 machine.answer(poll, now, answer)
         assert order == ["well", "newer", "bad", "better", "bad", "better"]
+
+    def test_every_second_probe_is_for_the_newest_that_was_never_answered(self) -> None:
+        machine = Calls(schedule=wait_fixed(0.1))
+        for name in ("good", "well"):
+            machine.wait(name)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0)
+        for number, name in enumerate(("new", "newer", "newest")):
+            machine.wait(name, at=0.01 * number)
+        machine._circuit.record_pause(0.05, 1.0)
+        order, now = list[str](), 1.05
+        while len(order) < 5:  # none is answered, so each gives its slot back after a second
+            order += names(machine.started(now))
+            now = machine.wake_at()
+        assert order == ["good", "newest", "well", "newer", "new"]
+
+    def test_one_operation_that_hangs_after_a_pause_is_no_outage(self) -> None:
+        machine = Calls(schedule=wait_fixed(0.1))
+        machine.wait()
+        machine._circuit.record_pause(0.0, 1.0)
+        now, cut = 0.0, 0
+        while cut < 10:
+            now = machine.wake_at()
+            machine.started(now)
+            for poll in machine.take_cut():
+                machine.answer(poll, now, None)
+                cut += 1
+        assert not machine._circuit.is_probed
 
     def test_final_polls_that_queue_while_a_pause_holds_go_one_at_a_time(self) -> None:
         machine = Calls()
@@ -930,11 +966,43 @@ class TestDeadlines:
         machine.answer(final, 9.0, "approved")
         assert wait.outcome == "approved"
 
+    @pytest.mark.parametrize("woke_at", [3.0, 4.8])
+    def test_if_it_stood_still_before_the_deadline_that_moves_no_end(self, woke_at: float) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        machine.wait(timeout=1.0)
+        late = machine.wait(timeout=5.0)
+        machine.answer(machine.one(0.0), 0.0)
+        for now in (woke_at, 5.0, 6.9):
+            machine.started(now)
+        assert late.outcome == ""
+        machine.started(7.0)
+        assert late.outcome == "ApprovalUnknownError"
+
+    def test_a_short_halt_at_the_end_of_a_final_poll_does_not_move_that_end(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        wait = machine.wait(timeout=5.0, is_fresh=True)
+        for now in (5.0, 6.5, 7.6):
+            machine.started(now)
+        assert wait.outcome == "ApprovalUnknownError"
+
+    def test_a_wait_whose_ticket_expires_now_has_expired(self) -> None:
+        machine = Calls()
+        assert machine.wait(timeout=0.0, patience=7.0).deadline == 7.0
+
+    def test_the_later_deadlines_are_handled_the_more_of_them_at_once(self) -> None:
+        machine = Calls()
+        waits = [machine.wait(str(number), timeout=5.0, is_fresh=True) for number in range(1000)]
+        handled = []
+        for late in (0.1, 1.25):
+            machine.expire(5.0 + late)
+            handled.append(sum(wait.phase is WaitPhase.FINAL for wait in waits))
+        assert handled == [BATCH, BATCH + int(2.5 * BATCH)]
+
     def test_a_machine_that_is_busy_with_many_deadlines_did_not_stand_still(self) -> None:
         machine = Calls(1, schedule=wait_fixed(60))
         waits = [machine.wait(f"op-{number}", timeout=5.0, is_fresh=True) for number in range(1000)]
-        for turn in range(30):
-            machine.started(5.0 + turn / 10)
+        for now in (*(5.0 + turn / 10 for turn in range(20)), *(7.0 + turn / 100 for turn in range(9))):
+            machine.started(now)
         assert {wait.outcome for wait in waits} == {"ApprovalUnknownError"}
 
     def test_no_final_poll_starts_for_a_wait_that_left_even_if_another_one_goes_on(self) -> None:

@@ -355,7 +355,9 @@ def test_an_operation_from_before_the_request_that_a_pin_approved_is_no_face_and
 
 
 def test_just_created_it_is_polled_when_the_schedule_says() -> None:
-    assert delay(after_creation(DELIVERY, at(1), pacing(wait_fixed(3))), Exchange.CREATED) == 3
+    decision = after_creation(DELIVERY, at(1), pacing(wait_fixed(3)))
+    assert delay(decision, Exchange.CREATED) == 3
+    assert decision.created == DELIVERY.request  # the phone is told of it
     assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3))), Exchange.CREATED) == 1
 
 
