@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from string import punctuation
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 from aiohttp.web_protocol import RequestHandler
@@ -62,6 +64,9 @@ if os.environ.get("TEST_LOOP") == "eager":
                 item.add_marker(pytest.mark.skip(reason="eager tasks need Python 3.12"))
 
 
+_LONG = 40
+_PLAIN = " " + punctuation.replace("\\", "").replace("%", "")
+
 # The tests of the examples are of the second tier: their frameworks take longer to import than all other tests.
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -81,7 +86,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a text that is odd or long by the beginning of its repr, in ASCII without backslashes.
+
+    pytest escapes all else once more each time that a process collects the tests, so mutmut, which collects twice,
+    would not find them by their names, and would count each mutant that they concern as one whose tests time out.
+    """
+    if not isinstance(val, str | bytes) or ("\\" not in ascii(val) and len(val) <= _LONG):
+        return None
+    return quote(repr(val)[:_LONG], safe=_PLAIN)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
+    assert "\\" not in item.name, f"{item.nodeid}: leave the names of parameters to pytest_make_parametrize_id"
     if item.path.parent == EXAMPLES:
         item.add_marker(pytest.mark.examples)
 

@@ -101,7 +101,7 @@ def test_one_person_is_asked_once_and_who_asks_is_not(treasury: Treasury) -> Non
         treasury.question_again()
 
 
-@pytest.mark.parametrize("requested_by", ["Alice", "alice ", " alice", "ALICE", "\u0430lice", "", "mallory"], ids=ascii)
+@pytest.mark.parametrize("requested_by", ["Alice", "alice ", " alice", "ALICE", "\u0430lice", "", "mallory"])
 def test_nobody_requests_a_payment_under_a_name_that_is_not_on_the_list(treasury: Treasury, requested_by: str) -> None:
     with pytest.raises(PermissionError):
         treasury.prepare(requested_by)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from parameter_ids import plain
 from rich.pretty import pretty_repr
 
 from aiokeyless.errors import ConfigurationError
@@ -110,7 +109,6 @@ def test_a_ticket_holds_neither_payload_nor_key() -> None:
         1,
         ["text"],
     ],
-    ids=plain,
 )
 def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^not a valid approval ticket \(.*to_json\(\) returned$") as caught:
@@ -157,7 +155,6 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
         ({"version": 0}, "version 0 is unknown"),
         ({"version": -1}, "version -1 is unknown"),
     ],
-    ids=plain,
 )
 def test_a_ticket_with_a_wrong_field_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
@@ -181,7 +178,6 @@ def test_a_ticket_with_a_wrong_field_is_refused_by_name(changed: dict[str, Any],
         ({"expires_at": None}, "expires_at"),
         ({"traceparent": 1}, "^traceparent of a ticket must be one of W3C Trace Context, or None$"),
     ],
-    ids=plain,
 )
 def test_a_ticket_made_by_hand_checks_itself(changed: dict[str, Any], message: str) -> None:
     fields: dict[str, Any] = {name: getattr(ticket(), name) for name in ApprovalTicket.__struct_fields__}
@@ -254,7 +250,6 @@ def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
         ({"expires_in": math.inf}, "expires_in"),
         ({"expires_in": 1e12}, "expires_in must end before the year 10000"),
     ],
-    ids=plain,
 )
 def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:

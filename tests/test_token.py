@@ -13,7 +13,6 @@ import pytest
 import signing
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from parameter_ids import plain
 from signing import (
     DATA,
     ORDER,
@@ -114,9 +113,7 @@ def test_other_right_claims_are_accepted(changes: dict[str, Any]) -> None:
     assert accept(token(claims(**changes))).user_id == USER
 
 
-@pytest.mark.parametrize(
-    "data", ["", "Zahle 5 \u20ac an J\u00f6rg", "\u202eevil", "a\0b\n", "\U0001f600" * 1000], ids=plain
-)
+@pytest.mark.parametrize("data", ["", "Zahle 5 \u20ac an J\u00f6rg", "\u202eevil", "a\0b\n", "\U0001f600" * 1000])
 def test_any_text_can_be_signed(data: str) -> None:
     assert accept(token(claims(td=data)), transaction_data=data).transaction_data == data
 
@@ -323,7 +320,6 @@ def test_two_keys_of_one_kid_are_none(second: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "body",
     [b"", b"<html>", b"[]", b"{}", b'{"keys": {}}', b'{"keys": [], "keys": []}', b'{"keys": ["\xff"]}'],
-    ids=plain,
 )
 def test_a_body_that_is_no_key_set_is_refused_without_a_word_of_it(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"^the key set is not JSON with a list of keys$"):
@@ -378,7 +374,7 @@ def test_another_user_is_refused(options: dict[str, str]) -> None:
     assert reason_for(token(), **options) is SignatureReason.WRONG_USER
 
 
-@pytest.mark.parametrize("sub", ["", "\uff23\uff10FFEE", "C0\ufb00EE", f" {USER}"], ids=plain)
+@pytest.mark.parametrize("sub", ["", "\uff23\uff10FFEE", "C0\ufb00EE", f" {USER}"])
 def test_a_subject_that_is_not_the_user_is_refused(sub: str) -> None:
     assert reason_for(token(claims(sub=sub))) is SignatureReason.WRONG_USER
 
@@ -398,7 +394,6 @@ def test_a_token_without_the_external_id_that_is_expected_is_refused() -> None:
         (DATA.lower(), DATA),
         ("", DATA),
     ],
-    ids=plain,
 )
 def test_another_text_is_refused(signed: str, expected: str) -> None:
     text = token(claims(td=signed))

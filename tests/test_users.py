@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-from parameter_ids import plain
 from raw_server import RawServer, answer, refused
 from strict_service import KEY, TIME, StrictService
 
@@ -83,7 +82,7 @@ async def test_an_external_id_is_changed_and_deleted(service: StrictService, cli
     assert service.external_ids == {}
 
 
-@pytest.mark.parametrize("external_user_id", ["a/b?c#d%2F é", "+", "...", "a\u202eb", "x" * 512], ids=plain)
+@pytest.mark.parametrize("external_user_id", ["a/b?c#d%2F é", "+", "...", "a\u202eb", "x" * 512])
 async def test_any_external_id_is_one_segment_of_a_path(
     service: StrictService, client: KeylessClient, external_user_id: str
 ) -> None:

@@ -184,7 +184,7 @@ def test_what_means_the_same_as_the_ticket_agrees_with_it(changed: dict[str, Any
 FORMS = [("caf\u00e9", "cafe\u0301"), ("5 \u2126", "5 \u03a9"), ("\ufb01ve", "five"), ("\uff15", "5")]
 
 
-@pytest.mark.parametrize(("answered", "asked"), [*FORMS, *(pair[::-1] for pair in FORMS)], ids=ascii)
+@pytest.mark.parametrize(("answered", "asked"), [*FORMS, *(pair[::-1] for pair in FORMS)])
 @pending_too
 def test_texts_that_only_unicode_calls_equal_are_different(state: str, result: bool, answered: str, asked: str) -> None:
     for field, known, rejection in (

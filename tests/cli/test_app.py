@@ -90,7 +90,6 @@ def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         *((["wait", "a", "--timeout", value], ["--timeout", "more than 0"], "wait ") for value in ("0", "-1", "nan")),
         (["no\nsuch\x1b[2J"], [r"no\nsuch\x1b[2J"], ""),
     ],
-    ids=repr,
 )
 def test_wrong_arguments_are_one_line_on_stderr_that_names_them_and_exit_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str], help_of: str
@@ -112,7 +111,6 @@ def test_wrong_arguments_are_one_line_on_stderr_that_names_them_and_exit_2(
         (ConfigurationError("two\nlines\x1b[2J"), 1, r"two\nlines\x1b[2J"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
-    ids=repr,
 )
 def test_what_a_command_raises_is_one_line_on_stderr_and_an_exit_code(
     capsys: pytest.CaptureFixture[str],
@@ -165,7 +163,6 @@ def test_a_timeout_with_an_unknown_outcome_is_exit_4(
             "KEYLESS_BASE_URL must be an https URL",
         ),
     ],
-    ids=repr,
 )
 def test_a_wrong_environment_is_one_line_that_names_the_variable(
     capsys: pytest.CaptureFixture[str],
@@ -196,7 +193,6 @@ def test_a_wrong_environment_is_one_line_that_names_the_variable(
         (["sandbox", "--api-key", " key"], "--api-key must be printable ASCII, with no spaces around it"),
         (["sandbox", "--host", ""], "--host must be printable ASCII, with no spaces around it"),
     ],
-    ids=ascii,
 )
 def test_a_value_that_the_library_refuses_is_one_line_that_names_the_option(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str

@@ -73,7 +73,6 @@ from aiokeyless.cli.error_messages import OPTIONS, REQUIREMENTS, VARIABLES, desc
             for argument, option in OPTIONS.items()
         ),
     ],
-    ids=repr,
 )
 def test_errors_are_described_without_the_librarys_names(error: KeylessError, parts: list[str]) -> None:
     message = describe(error)
@@ -118,7 +117,6 @@ def test_a_rejected_answer_is_described_by_what_is_wrong_with_it(
         (StatusError(status=204, method="POST", path="/v2/x"), True),
         (BadRequestError(status=400, method="POST", path="/v2/x"), False),
     ],
-    ids=repr,
 )
 def test_a_failed_create_says_how_to_check_only_where_it_may_have_taken_effect(
     error: TransportError | DecodeError | StatusError, in_doubt: bool
@@ -163,7 +161,6 @@ def test_a_transport_error_names_the_address_of_the_region(
 @pytest.mark.parametrize(
     "text",
     ["txn-1", "a b", "it's", "$HOME `id` \\n", "\u00e9ve \u20ac", "Pay\u202e 40\u200b'\\\U000e0001", "\x1b[2J\n"],
-    ids=ascii,
 )
 def test_a_quoted_text_is_one_printable_word_of_a_shell(text: str) -> None:
     word = quote(text)
@@ -182,7 +179,6 @@ def test_a_quoted_text_is_one_printable_word_of_a_shell(text: str) -> None:
         ("--json", "-- --json"),
         ("-\u200b", r"-- $'-\342\200\213'"),
     ],
-    ids=ascii,
 )
 def test_any_operation_id_can_be_the_argument_of_a_command(operation_id: str, argument: str) -> None:
     assert quote_operation_id(operation_id) == argument

@@ -184,7 +184,6 @@ def test_a_process_on_a_terminal_draws_a_line(other_terminal: dict[str, str]) ->
             "interrupted; to resume: aiokeyless wait --if-missing wait 'yet to come'",
         ),
     ],
-    ids=repr,
 )
 def test_ctrl_c_is_one_line_and_exit_code_130(
     other_terminal: dict[str, str], arguments: list[str], sign: str, message: str

@@ -35,7 +35,6 @@ HARMLESS = r"\x1b[2J\x9b1m\r\n\x07[bold red]Pay 1[/] :smile: \u202eecila"
         (r"C:\new", r"C:\new"),
         ("", ""),
     ],
-    ids=ascii,
 )
 def test_only_what_is_not_printable_is_escaped(text: str, harmless: str) -> None:
     assert escape(text) == harmless

@@ -136,7 +136,6 @@ async def test_the_sandbox_warns_that_others_can_reach_it(monkeypatch: pytest.Mo
             "cannot listen on 127.0.0.1 port 3223 (Name or service not known); choose another --host or --port",
         ),
     ],
-    ids=repr,
 )
 def test_a_sandbox_that_cannot_listen_is_one_line_that_says_what_to_change(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: OSError, message: str

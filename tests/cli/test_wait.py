@@ -96,7 +96,7 @@ async def test_wait_can_have_no_time_limit(monkeypatch: pytest.MonkeyPatch, serv
     assert "left" not in text
 
 
-@pytest.mark.parametrize("arguments", [["--timeout", "3"], ["--timeout", "3", "--json"]], ids=repr)
+@pytest.mark.parametrize("arguments", [["--timeout", "3"], ["--timeout", "3", "--json"]])
 async def test_wait_ends_at_its_timeout(service: Sandbox, arguments: list[str]) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1")
@@ -146,7 +146,6 @@ async def test_wait_as_json_is_a_line_a_poll_and_the_outcome(monkeypatch: pytest
         (None, NotFoundError, "error"),
         ("down", ApprovalUnknownError, "unknown"),
     ],
-    ids=repr,
 )
 async def test_the_last_line_of_json_names_every_outcome(
     monkeypatch: pytest.MonkeyPatch,
@@ -187,7 +186,6 @@ async def test_the_last_line_of_json_names_every_outcome(
         ),
         (["--ticket", "-"], "to resume with the same ticket on stdin: aiokeyless wait --ticket=-"),
     ],
-    ids=repr,
 )
 async def test_a_wait_that_is_interrupted_says_how_to_resume_it(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, arguments: list[str], command: str
@@ -242,7 +240,6 @@ async def test_wait_resumes_a_ticket(
         (b"\xff\xfe", "FILE is not a ticket that aiokeyless VERSION can read"),
         (b'{"version": 2}', "FILE is not a ticket that aiokeyless VERSION can read"),
     ],
-    ids=repr,
 )
 def test_a_bad_ticket_is_one_line_that_says_how_to_create_one(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, message: str

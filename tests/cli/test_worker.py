@@ -295,7 +295,7 @@ async def health(port: int) -> tuple[int, str]:
         return response.status, (await response.json())["status"]
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=repr)
+@pytest.mark.parametrize("options", [[], ["--json"]])
 async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, nats_url: str, options: list[str]
 ) -> None:
@@ -437,7 +437,6 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         (["--broker"], ["--broker"]),
         (["--nope"], ["--nope"]),
     ],
-    ids=repr,
 )
 def test_wrong_arguments_are_one_line_that_names_them_and_exit_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]

@@ -100,7 +100,6 @@ async def test_phone_shows_what_the_code_wrote(gate: Gate, sandbox: Sandbox) -> 
         {"amount": "40", "recipient": "\u202eecilA"},
         {"amount": "40", "recipient": "A" * 41},
     ],
-    ids=str,
 )
 def test_arguments_that_would_mislead_are_refused(arguments: dict[str, str]) -> None:
     with pytest.raises(ValidationError):

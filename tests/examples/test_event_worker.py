@@ -338,7 +338,6 @@ async def test_outcome_of_another_application_is_no_verdict_on_a_payment(
         {"user_id": "c0ffee", "operation_id": "payment-2", "operation_payload": "Pay 40.00 to alice"},
         {"user_id": "c0ffee", "operation_id": "payment-1", "operation_payload": "Pay 0.01 to alice"},
     ],
-    ids=repr,
 )
 async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is_no_verdict(
     streams: Streams, connection: Client, sandbox: Sandbox, asked_for: dict[str, Any]

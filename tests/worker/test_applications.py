@@ -103,7 +103,7 @@ async def test_an_event_of_a_later_version_waits_for_a_reader_that_was_upgraded(
     assert len(await read(decided, reader="shop")) == 1
 
 
-@pytest.mark.parametrize("reader", ["", "a.b", "a b", "é", "a\n", "x" * 129], ids=ascii)
+@pytest.mark.parametrize("reader", ["", "a.b", "a b", "é", "a\n", "x" * 129])
 async def test_a_name_that_no_broker_keeps_is_refused(memory: SqliteBroker, reader: str) -> None:
     with pytest.raises(ConfigurationError, match="reader must be 1 to 128 letters"):
         await read(memory, reader=reader)

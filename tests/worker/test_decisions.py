@@ -251,7 +251,6 @@ def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
 @pytest.mark.parametrize(
     "lie",
     [{"state": "approved"}, {"state": "denied"}, {"state": "denied", "result": True}, {"state": "", "result": True}],
-    ids=repr,
 )
 def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: float, lie: dict[str, Any]) -> None:
     event, *_ = decided(answered(age, **lie))
@@ -260,7 +259,7 @@ def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: fl
 
 
 foreign = pytest.mark.parametrize(
-    "other", [{"user_id": "BAD"}, {"operation_payload": "Pay 4000"}, {"external_user_id": "mallory"}], ids=repr
+    "other", [{"user_id": "BAD"}, {"operation_payload": "Pay 4000"}, {"external_user_id": "mallory"}]
 )
 
 
@@ -334,7 +333,6 @@ def test_an_approval_from_before_the_request_does_not_count_again() -> None:
         ({"operation_id": "txn 2", **APPROVED}, FailureReason.MISMATCH),
         ({"state": "approved"}, FailureReason.INCONSISTENT),
     ],
-    ids=repr,
 )
 def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why(
     changed: dict[str, Any], reason: FailureReason
@@ -412,7 +410,7 @@ def test_missing_at_the_final_poll_is_expired_and_answered(age: float) -> None:
 
 
 transient = pytest.mark.parametrize(
-    "error", [UNREACHABLE, GATEWAY, status(ServerError, 503), status(RateLimitError, 429)], ids=repr
+    "error", [UNREACHABLE, GATEWAY, status(ServerError, 503), status(RateLimitError, 429)]
 )
 
 
@@ -463,7 +461,6 @@ def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_i
         (status(PermissionDeniedError, 403), FailureReason.POLL_REFUSED),
         (MISSHAPEN, FailureReason.UNREADABLE),
     ],
-    ids=repr,
 )
 def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
     error: KeylessError, reason: FailureReason, age: float
@@ -484,19 +481,19 @@ def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadli
     assert delay_after_failure(not_created(error, IN_TIME, paused_for=30)) == 1
 
 
-@pytest.mark.parametrize("error", [status(NotFoundError, 404), status(BadRequestError, 400)], ids=repr)
+@pytest.mark.parametrize("error", [status(NotFoundError, 404), status(BadRequestError, 400)])
 def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
     event, *_ = decided(not_created(error, 1))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.REJECTED, str(error))
 
 
-@pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)], ids=repr)
+@pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)])
 def test_a_create_that_may_have_taken_effect_ends_no_request(error: KeylessError) -> None:
     assert delay(not_created(error, 10, may_exist=True), Exchange.FAILED) == 3
     assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.FAILED) == 1
 
 
-@pytest.mark.parametrize("error", [MISSING, FORBIDDEN], ids=repr)
+@pytest.mark.parametrize("error", [MISSING, FORBIDDEN])
 def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(error: KeylessError) -> None:
     assert delay(not_created(error, 10, may_exist=True), Exchange.FAILED) == 3
     assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.FAILED) == 1

@@ -131,7 +131,6 @@ TOO_EARLY = timezone(timedelta(hours=14))
             for value in ("2026-11-24", 7, datetime(2026, 11, 24), datetime.min.replace(tzinfo=TOO_EARLY))  # noqa: DTZ001
         ),
     ],
-    ids=lambda value: ascii(value)[:60],
 )
 async def test_a_wrong_argument_is_refused_by_name_and_nothing_is_published(
     connection: Client, stream: JetStreamContext, wrong: dict[str, Any], named: str
@@ -401,9 +400,7 @@ async def test_a_connection_that_is_closed_ends_the_reading(broker: NatsServer, 
             await name_of_next(events)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{}", b"\xff", deep_event(), deep_event(100_000)], ids=lambda data: repr(data[:20])
-)
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", deep_event(), deep_event(100_000)])
 async def test_a_message_that_is_no_event_is_skipped_for_good_and_logged(
     connection: Client, stream: JetStreamContext, caplog: pytest.LogCaptureFixture, data: bytes
 ) -> None:

@@ -234,7 +234,6 @@ async def test_a_wrong_password_is_one_line_without_it(guarded: NatsServer, cred
         "nats://worker:s3cr3t@127.0.0.1:port",
         f"nats://worker:s3cr3t@{'a' * 300}:1",
     ],
-    ids=ascii,
 )
 async def test_a_wrong_url_is_one_line_without_any_part_of_its_password(url: str) -> None:
     message = await refusal(url)

@@ -23,7 +23,7 @@ async def lose_a_cancellation(error: Exception | None) -> str:
     return "the cancellation is lost"
 
 
-@pytest.mark.parametrize("error", [None, nats.errors.ConnectionClosedError(), LookupError()], ids=repr)
+@pytest.mark.parametrize("error", [None, nats.errors.ConnectionClosedError(), LookupError()])
 async def test_a_cancellation_that_nats_py_loses_is_raised_nevertheless(error: Exception | None) -> None:
     losing = asyncio.create_task(lose_a_cancellation(error))
     await asyncio.sleep(0)

@@ -47,7 +47,6 @@ def test_two_fleets_share_no_name() -> None:
         *({"name": name} for name in ("", "Keyless", "a.b", "a b", "a*", "a>", "-a", "a_b", "a" * 33, "\u00e9", 7)),
         *({"prefix": prefix} for prefix in ("", "a..b", ".a", "a.", "a.*", "a b", "a.>", 7)),
     ],
-    ids=repr,
 )
 def test_what_cannot_be_in_a_name_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as caught:

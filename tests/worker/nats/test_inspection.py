@@ -80,7 +80,6 @@ async def test_a_broker_without_jetstream_for_the_fleet_does_not_answer(connecti
         (b'{"error": {"code": 503, "description": "no leader"}}', "^no leader$"),
         (b'{"error": {}}', "STREAM.INFO.KEYLESS_REQUESTS answers cannot be read: "),
     ],
-    ids=repr,
 )
 async def test_what_is_no_answer_is_none(connection: Client, answer: bytes, told: str) -> None:
     async def reply(message: object) -> None:

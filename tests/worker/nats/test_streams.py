@@ -222,7 +222,7 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
         (claims(max_age=0), "max_age is 0.0, and must be 86400, the duplicate window"),
         (claims(max_age=3600, duplicate_window=3600), "max_age is 3600.0, and must be 86400 or more"),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.name,
+    ids=lambda value: getattr(value, "name", None),
 )
 async def test_a_stream_with_other_settings_is_refused_in_one_line_that_names_them_and_left_as_it_is(
     stream: JetStreamContext, found: StreamConfig, difference: str
@@ -257,7 +257,6 @@ async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContex
         ({"max_expires": 500_000_000}, "max_expires is 500000000, and must be unset"),
         ({"priority_groups": ["a"], "priority_policy": "overflow"}, r"priority_groups is \['a'\], and must be unset"),
     ],
-    ids=repr,
 )
 async def test_a_consumer_with_other_settings_is_refused_in_one_line_that_names_them_and_left_as_it_is(
     stream: JetStreamContext, found: dict[str, Any], difference: str

@@ -548,7 +548,7 @@ async def test_what_nobody_needs_any_more_is_removed_in_time(
     assert not await memory.submit(new_request("read"))
 
 
-@pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")], ids=repr)
+@pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")])
 async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
