@@ -41,6 +41,7 @@ BUSY = answer(b"", status=b"503 Busy")
 MISSING = answer(b"", status=b"404 Not Found")
 EMPTY = answer(b"[]")
 LINK = b'{"sdkCustomerId":1,"userId":"%b","externalUserId":"%b","createdAt":"t","updatedAt":"t"}'
+LINKED = answer(LINK % (b"C0FFEE", b"ann"), status=b"201 Created")
 FOUND = answer(b'[{"userId":"c0ffee","biometricPublicSigningKey":"k","createdAt":"t1","updatedAt":"t2"}]')
 
 
@@ -177,18 +178,28 @@ class Talk:
         return [head.split()[0].decode() for head in self.server.heads]
 
 
-async def test_listeners_are_told_which_attempt_of_a_deletion_each_exchange_was() -> None:
+@pytest.mark.parametrize(
+    ("call", "answers", "attempts"),
+    [
+        (lambda client: client.delete_user(USER), (BUSY, MISSING), [1, 2]),
+        (lambda client: client.create_external_user(USER, "ann"), (BUSY, EMPTY, LINKED), [1, 1, 2]),
+    ],
+    ids=["a deletion", "a link"],
+)
+async def test_listeners_are_told_which_attempt_each_exchange_was(
+    call: Callable[[KeylessClient], Awaitable[object]], answers: tuple[bytes, ...], attempts: list[int]
+) -> None:
     events: list[Event] = []
     async with (
-        RawServer(BUSY, MISSING) as server,
+        RawServer(*answers) as server,
         KeylessClient("key", base_url=server.url, listeners=[events.append]) as client,
     ):
-        await client.delete_user(USER)
-    assert [event.attempt for event in events if isinstance(event, RequestEnded)] == [1, 2]
+        await call(client)
+    assert [event.attempt for event in events if isinstance(event, RequestEnded)] == attempts
 
 
 async def test_a_link_that_did_not_take_effect_is_sent_again() -> None:
-    talk = Talk(BUSY, EMPTY, answer(LINK % (b"C0FFEE", b"ann"), status=b"201 Created"))
+    talk = Talk(BUSY, EMPTY, LINKED)
     assert (await talk.create()).sdk_customer_id == 1
     assert talk.methods == ["POST", "GET", "POST"]
 
@@ -215,9 +226,10 @@ async def test_an_answer_about_another_link_proves_nothing(about: tuple[bytes, b
             await client.update_external_user(USER, "ann")
 
 
-async def test_a_link_that_cannot_be_searched_fails_as_the_ambiguous_one() -> None:
+@pytest.mark.parametrize("status", [b"401 Unauthorized", b"404 Not Found"])
+async def test_a_link_that_cannot_be_searched_fails_as_the_ambiguous_one(status: bytes) -> None:
     with pytest.raises(ServerError) as caught:
-        await Talk(BUSY, answer(b"", status=b"401 Unauthorized")).create()
+        await Talk(BUSY, answer(b"", status=status)).create()
     assert caught.value.method == "POST"
     assert caught.value.__cause__ is not None
 

@@ -342,11 +342,13 @@ def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why
     assert event.detail
 
 
-def test_an_operation_from_before_the_request_that_a_pin_approved_is_no_face_and_says_so() -> None:
+def test_an_operation_that_a_pin_approved_is_no_face_and_says_so() -> None:
     face = msgspec.structs.replace(DELIVERY, ticket=msgspec.structs.replace(DELIVERY.ticket, require_auth_type="biom"))
-    event, *_ = decided(after_unclaimed(face, operation(**APPROVED, auth_type="pin"), now=at(1)))
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.MISMATCH)
-    assert event.detail == "its factor is not the required one: it must be 'biom', and the answer has 'pin'"
+    answer = operation(**APPROVED, auth_type="pin")
+    for decision in (polled(answer, 1, delivery=face), after_unclaimed(face, answer, now=at(1))):
+        event, *_ = decided(decision)
+        assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.MISMATCH)
+        assert event.detail == "its factor is not the required one: it must be 'biom', and the answer has 'pin'"
 
 
 # -- no answer
