@@ -366,8 +366,8 @@ def _is_tenants(evidence: Evidence, poll: Exchange) -> bool:
 
 
 def _was_well(evidence: Evidence, poll: Exchange) -> bool:
-    """Return whether the poll of the same operation before this one was answered well."""
-    before = [p for p in evidence.polls_of[poll.operation_id] if p is not poll and p.sent_at <= poll.ended_at]
+    """Return whether the poll of the same operation that ended before this one was answered well."""
+    before = [p for p in evidence.polls_of[poll.operation_id] if p is not poll and p.ended_at <= poll.ended_at]
     return bool(before) and evidence.read(max(before, key=lambda p: p.ended_at)).kind == "said"
 
 
