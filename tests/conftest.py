@@ -70,9 +70,10 @@ _PLAIN = " " + punctuation.replace("\\", "").replace("%", "")
 # The tests of the examples are of the second tier: their frameworks take longer to import than all other tests.
 EXAMPLES = Path(__file__).parent / "examples"
 
-#: Why a test may be skipped: with the extra "test" alone, and what a machine need not have.
+#: Why a test may be skipped: with the extra "test" alone, and what a machine or a loop need not have.
 NEEDS_EXAMPLES = 'needs the extra "examples"'
-MAY_BE_MISSING = ("eager tasks need Python 3.12", "this machine has no IPv6 loopback", NOT_THERE)
+NOT_ON_UVLOOP = "uvloop accepts by none of Python's sockets"
+MAY_BE_MISSING = ("eager tasks need Python 3.12", "this machine has no IPv6 loopback", NOT_THERE, NOT_ON_UVLOOP)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
