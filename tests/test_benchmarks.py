@@ -40,6 +40,9 @@ def test_benchmark_measures_and_writes_what_it_measured(command: str, tmp_path: 
     assert report["tables"]
     assert all(goal["figure"] is not None for goal in report["goals"])
     assert report["raw"]
+    if options:
+        assert "the client ran on uvloop" in report["notes"]
+        assert report["raw"]["verdicts"]["right"] > 0
     assert done.stdout == (tmp_path / f"{name}.txt").read_text()
     if name in {"distributed", "limits"}:  # the docs include the tables
         assert (tmp_path / f"{name}.md").read_text().count("\n| ---: |") == len(report["tables"])
