@@ -9,9 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from string import punctuation
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import pytest
 from aiohttp.web_protocol import RequestHandler
@@ -64,16 +62,15 @@ if os.environ.get("TEST_LOOP") == "eager":
                 item.add_marker(pytest.mark.skip(reason="eager tasks need Python 3.12"))
 
 
-_LONG = 40
-_PLAIN = " " + punctuation.replace("\\", "").replace("%", "")
-
 # The tests of the examples are of the second tier: their frameworks take longer to import than all other tests.
 EXAMPLES = Path(__file__).parent / "examples"
 
 #: Why a test may be skipped: with the extra "test" alone, and what a machine or a loop need not have.
 NEEDS_EXAMPLES = 'needs the extra "examples"'
-NOT_ON_UVLOOP = "uvloop accepts by none of Python's sockets"
-MAY_BE_MISSING = ("eager tasks need Python 3.12", "this machine has no IPv6 loopback", NOT_THERE, NOT_ON_UVLOOP)
+MAY_BE_MISSING = (
+    *("eager tasks need Python 3.12", "this machine has no IPv6 loopback", NOT_THERE),
+    "uvloop accepts by none of Python's sockets",
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -88,14 +85,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Name a text that is odd or long by the beginning of its repr, in ASCII without backslashes.
+    """Name a text that is odd or long by the beginning of its ASCII, without backslashes.
 
     pytest escapes all else once more each time that a process collects the tests, so mutmut, which collects twice,
     would not find them by their names, and would count each mutant that they concern as one whose tests time out.
     """
-    if not isinstance(val, str | bytes) or ("\\" not in ascii(val) and len(val) <= _LONG):
-        return None
-    return quote(repr(val)[:_LONG], safe=_PLAIN)
+    if isinstance(val, str | bytes) and ("\\" in (name := ascii(val)) or len(name) > 40):  # two fit a line
+        return name[:40].replace("\\", "/")
+    return None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -28,9 +28,8 @@ def settle(session: Session, event: ApprovalEvent) -> None:
     elif event.outcome is Outcome.APPROVED and event.auth_type != "biom":
         log.warning("%s is no face's: somebody submitted a request that requires none", event)
     else:
-        order.state = "not paid"
-        if event.outcome is Outcome.APPROVED:
-            order.state = "paid"
+        order.state = "paid" if event.outcome is Outcome.APPROVED else "not paid"
+        if order.state == "paid":
             session.add(Payment(order_id=order.id))
 
 
