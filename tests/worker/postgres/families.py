@@ -167,7 +167,7 @@ class Psycopg2(Family):
             cursor.execute("SAVEPOINT s")
             try:
                 yield
-            except BaseException:
+            except BaseException:  # as the savepoints of the other drivers, after a cancellation, too
                 cursor.execute("ROLLBACK TO s")
                 raise
 
