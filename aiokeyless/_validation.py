@@ -315,14 +315,15 @@ def _check_host(scheme: str, authority: str, host: str) -> None:
             "must have an unambiguous host: a name in ASCII (xn--... for an international one) or an IP "
             "address (IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
         )
-    if scheme == "http" and not _is_loopback(host):
+    if scheme == "http" and not is_loopback(host):
         raise _wrong(
             "base_url",
             "must be https: http would send the API key unencrypted (http is for loopback hosts, such as a sandbox)",
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a URL's host is this machine, by its name or its address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

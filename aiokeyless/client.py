@@ -29,6 +29,7 @@ from ._http import protocol
 from ._http.creation import ExternalUserCreation, OperationCreation, confirm_external_user
 from ._http.deletion import delete
 from ._http.keys import make_api_keys
+from ._http.proxies import find_proxy
 from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
 from ._tracing import current_traceparent
@@ -136,6 +137,8 @@ class KeylessClient:
         session: An aiohttp session to use, for proxies, tracing or your own TLS settings; the client never closes it.
             Its default headers, cookies and middlewares apply; its timeouts, redirects and error handling do not. The
             client's name is appended to its ``User-Agent``.
+        trust_env: Whether requests use the http proxy that ``$HTTPS_PROXY``, or else ``$ALL_PROXY``, names. Hosts in
+            ``$NO_PROXY`` and loopback hosts are reached directly. It cannot be combined with `session`. Default: False.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. If many calls fail, only some are
             retried, and the errors of the others say so. Default: 3.
@@ -169,6 +172,7 @@ class KeylessClient:
         region: Region | str | None = None,
         base_url: str | None = None,
         session: aiohttp.ClientSession | None = None,
+        trust_env: bool = False,
         request_timeout: float = 10.0,
         max_attempts: int = 3,
         max_in_flight: int = 64,
@@ -191,6 +195,13 @@ class KeylessClient:
             )
         self._region, self._base_url = _address(region, base_url)
         self._session = session
+        check_flag(trust_env, "trust_env")
+        if trust_env and session is not None:
+            raise ConfigurationError(
+                "trust_env must be False if session is given: make the session with trust_env=True",
+                argument="trust_env",
+            )
+        self._proxy = find_proxy(self._base_url) if trust_env else None
         self._request_timeout = finite_seconds(request_timeout, "request_timeout")
         self._max_attempts = whole_number(max_attempts, "max_attempts")
         self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
@@ -280,6 +291,7 @@ class KeylessClient:
                 request_timeout=self._request_timeout,
                 max_attempts=self._max_attempts,
                 listeners=listeners,
+                proxy=self._proxy,
             )
             poller = Poller(
                 transport,

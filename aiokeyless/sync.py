@@ -358,6 +358,8 @@ class KeylessClient:
         region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
         base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
             with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored if `region` is given.
+        trust_env: Whether requests use the http proxy that ``$HTTPS_PROXY``, or else ``$ALL_PROXY``, names. Hosts in
+            ``$NO_PROXY`` and loopback hosts are reached directly. Default: False.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. If many calls fail, only some are
             retried, and the errors of the others say so. Default: 3.
@@ -391,6 +393,7 @@ class KeylessClient:
         *,
         region: Region | str | None = None,
         base_url: str | None = None,
+        trust_env: bool = False,
         request_timeout: float = 10.0,
         max_attempts: int = 3,
         max_in_flight: int = 64,
@@ -404,6 +407,7 @@ class KeylessClient:
             reveal(),
             region=region,
             base_url=base_url,
+            trust_env=trust_env,
             request_timeout=request_timeout,
             max_attempts=max_attempts,
             max_in_flight=max_in_flight,

@@ -153,7 +153,14 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     files = folder / "certificate.pem", folder / "key.pem"
     options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=broker"
-    more = ("-addext", "subjectAltName=IP:127.0.0.1", "-out", str(files[0]), "-keyout", str(files[1]))
+    more = (
+        "-addext",
+        "subjectAltName=IP:127.0.0.1,DNS:service.example",
+        "-out",
+        str(files[0]),
+        "-keyout",
+        str(files[1]),
+    )
     subprocess.run([openssl, "req", *options.split(), *more], check=True, capture_output=True)
     return files
 

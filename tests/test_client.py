@@ -706,6 +706,7 @@ class TestPublicNames:
             "region": None,
             "base_url": None,
             "session": None,
+            "trust_env": False,
             "request_timeout": 10.0,
             "max_attempts": 3,
             "max_in_flight": 64,

@@ -61,6 +61,12 @@ logger = logging.getLogger("aiokeyless")
 MAX_RETRY_AFTER: Final = 30.0
 #: Exceptions that an exchange raises unchanged. Any other exception is a failure of the exchange.
 _PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+#: After these, the service has received nothing.
+_NOT_CONNECTED: Final = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ClientHttpProxyError,  # instead of a tunnel
+    aiohttp.ConnectionTimeoutError,
+)
 #: Bytes that aiohttp reads ahead.
 _BUFFER: Final = 1 << 18
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
@@ -93,6 +99,7 @@ class Transport:
         request_timeout: Seconds for one exchange, from connecting to the last byte.
         max_attempts: Attempts of one call on transient failures.
         listeners: Called for each exchange; None if there are none.
+        proxy: URL of the proxy that each request uses; None to connect directly, or as a borrowed session does.
     """
 
     def __init__(
@@ -104,6 +111,7 @@ class Transport:
         request_timeout: float,
         max_attempts: int,
         listeners: Listeners | None = None,
+        proxy: Secret | None = None,
     ) -> None:
         self._base = URL(base_url)
         # A checked URL has a host and a port.
@@ -113,6 +121,7 @@ class Transport:
         self._base_path = self._base.raw_path.rstrip("/")
         self._api_keys = api_keys
         self._max_attempts = max_attempts
+        self._proxy = proxy
         self.quota: RepetitionQuota = RepetitionQuota()
         """Tokens for repetitions and checks, of this client and of all views of this transport."""
         self.request_timeout = request_timeout
@@ -126,12 +135,13 @@ class Transport:
         }
         self._owned_sessions: list[aiohttp.ClientSession] = []
         self._headers: dict[str, str] = {}
-        # Whether `_session` sends the key by itself.
-        self._sends_key = session is None and api_keys.static() is not None
+        # The key that `_session` sends by itself, if any. Its headers go to a proxy, too, which must not see the key.
+        sent_key = None if proxy is not None or session is not None else api_keys.static()
+        self._sends_key = sent_key is not None
         # The second one is for what must not go on a connection that is kept, which may be dead as all others are.
         if session is None:
             # Cheaper than per request: aiohttp then has nothing to merge.
-            self._session = _make_session(api_keys.static())
+            self._session = _make_session(sent_key)
             self._session_of_new_connections = _make_session(None, force_close=True)
             self._owned_sessions += self._session, self._session_of_new_connections
             self.max_connections: float = math.inf
@@ -365,6 +375,8 @@ class Transport:
         """
         response: aiohttp.ClientResponse | None = None
         options = {"timeout": timeouts, "data": body, **self._options}
+        if self._proxy is not None:
+            options["proxy"] = self._proxy.reveal()
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key:
             try:
@@ -410,7 +422,7 @@ class Transport:
         if isinstance(failure, UnusableContentError):
             return TransportError(f"{method} {path}: {failure}", method=method, path=path)
         # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
-        sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        sent = not isinstance(failure, _NOT_CONNECTED)
         error: TransportError
         cause, tls_error = _find_system_error(failure), _find_tls_error(failure)
         if isinstance(failure, TimeoutError):
@@ -423,26 +435,33 @@ class Transport:
         else:
             words = _describe_tls(tls_error, key.redaction) if tls_error is not None else cause and cause.strerror
             reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
-            if isinstance(tls_error, ssl.SSLCertVerificationError):
-                advice = "check base_url, and which authorities the session trusts"
-            elif isinstance(failure, aiohttp.ClientHttpProxyError):
-                advice = f"the proxy refused with {failure.status}; check its URL, user name and password"
-            elif isinstance(failure, aiohttp.ClientResponseError):
-                advice = "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only; check base_url"
-            elif not sent and self._ignores_proxy():
-                advice = "$HTTPS_PROXY is set, but only a session= with trust_env=True uses it"
-            else:
-                advice = "try again later"
             error = TransportError(
-                f"{method} {path} got no answer ({reason}); {advice}", method=method, path=path, sent=sent
+                f"{method} {path} got no answer ({reason}); {self._advise(failure, tls_error)}",
+                method=method,
+                path=path,
+                sent=sent,
             )
         error.__cause__ = cause
         return error
 
+    def _advise(self, failure: BaseException, tls_error: ssl.SSLError | None) -> str:
+        """Return what to do about an exchange without an answer."""
+        if isinstance(tls_error, ssl.SSLCertVerificationError):
+            return "check base_url, and which authorities the session trusts"
+        if isinstance(failure, aiohttp.ClientHttpProxyError):
+            return f"the proxy refused with {failure.status}; check its URL, user name and password"
+        if isinstance(failure, aiohttp.ClientProxyConnectionError):
+            return "the proxy cannot be reached; check its URL"
+        if isinstance(failure, aiohttp.ClientResponseError):
+            return "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only; check base_url"
+        if isinstance(failure, _NOT_CONNECTED) and self._ignores_proxy():
+            return "$HTTPS_PROXY is set, but not used: make the client, or its session, with trust_env=True"
+        return "try again later"
+
     def _ignores_proxy(self) -> bool:
-        """Return whether the environment names a proxy for this server, which the session does not use."""
+        """Return whether the environment names a proxy for this server that requests do not use."""
         is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
-        return is_named and not self._session.trust_env
+        return is_named and self._proxy is None and not self._session.trust_env
 
 
 class _Calls(set["_Call"]):

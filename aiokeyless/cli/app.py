@@ -218,6 +218,6 @@ def new_client() -> KeylessClient:
             "aiokeyless sandbox)"
         )
     try:
-        return KeylessClient()
+        return KeylessClient(trust_env=True)
     except ConfigurationError as error:
         raise CommandError(describe_argument(error, VARIABLES)) from None

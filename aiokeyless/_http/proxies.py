@@ -1,0 +1,68 @@
+"""The proxy that the environment names for the service, read as urllib and curl read it.
+
+A proxy's URL may hold a password, so it is a secret, and no function that raises has it as a text.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+from urllib.request import getproxies, proxy_bypass
+
+from yarl import URL
+
+from aiokeyless._validation import is_loopback
+from aiokeyless.errors import ConfigurationError
+from aiokeyless.models import Secret
+
+logger: Final = logging.getLogger("aiokeyless")
+
+
+def find_proxy(base_url: str) -> Secret | None:
+    """Return the URL of the proxy for a service; None if requests go directly.
+
+    ``$HTTPS_PROXY`` comes before ``$ALL_PROXY``, and ``$NO_PROXY`` excepts hosts. A loopback host has no proxy. A SOCKS
+    or ``https:`` proxy is not used, with a warning.
+
+    Args:
+        base_url: Checked base URL of the service.
+
+    Raises:
+        ConfigurationError: What the environment names is not the URL of a proxy.
+    """
+    proxy = _read_environment(URL(base_url))
+    scheme = "http" if proxy is None else _scheme_of(proxy)
+    if scheme is None:
+        raise ConfigurationError(
+            "$HTTPS_PROXY (or $ALL_PROXY) must be the URL of a proxy, such as http://proxy.example:3128; its value is "
+            "not shown, as it may hold a password"
+        )
+    if scheme == "http":
+        return proxy
+    logger.warning(
+        "requests do not use the proxy of $HTTPS_PROXY (or $ALL_PROXY): it must be an http:// proxy, not %s://", scheme
+    )
+    return None
+
+
+def show_proxy(proxy: Secret) -> str:
+    """Return the URL of a proxy without its user name and password."""
+    return str(URL(proxy.reveal()).with_user(None))
+
+
+def _read_environment(service: URL) -> Secret | None:
+    """Return the proxy that the environment names for a service; it may be of any kind."""
+    host, proxies = service.host or "", getproxies()
+    named = proxies.get("https") or proxies.get("all")
+    if not named or is_loopback(host) or proxy_bypass(f"{host}:{service.port}"):
+        return None
+    return Secret(named if "://" in named else f"http://{named}")
+
+
+def _scheme_of(proxy: Secret) -> str | None:
+    """Return the scheme of a proxy's URL; None if it is no URL of a host."""
+    try:
+        url = URL(proxy.reveal())
+    except ValueError:
+        return None
+    return url.scheme if url.host else None
