@@ -390,10 +390,18 @@ def _is_moderate(number: str) -> bool:
     return not (value := abs(Decimal(number))) or _SMALLEST_NUMBER <= value < _TOO_LARGE
 
 
+#: The fields of which a request's name is made, beside the bytes of its context; and their defaults.
+_NAMED: Final = {
+    field.name: field.default
+    for field in msgspec.structs.fields(ApprovalRequest)
+    if field.name not in {"version", "created_at", "context"}
+}
+
+
 def request_name(request: ApprovalRequest) -> str:
-    """Return the name of a request: a digest of all its content except `created_at`."""
-    # An absent text and an empty one are the same.
-    payload, external_user_id = request.operation_payload or "", request.external_user_id or ""
-    whom = request.operation_id, request.user_id.upper(), external_user_id
-    content = (*whom, payload, float(request.expires_in), request.require_auth_type)
-    return f"request-{sha256(msgspec.json.encode(content) + bytes(request.context)).hexdigest()}"
+    """Return the name of a request: a digest of all its content except `version` and `created_at`."""
+    content = msgspec.structs.asdict(request)
+    content |= {"user_id": request.user_id.upper(), "expires_in": float(request.expires_in)}
+    # A field at its default is left out, so a new field changes no name. An absent text and an empty one are the same.
+    named = {field: content[field] for field, default in _NAMED.items() if content[field] not in (default, "")}
+    return f"request-{sha256(msgspec.json.encode(named) + bytes(request.context)).hexdigest()}"

@@ -296,6 +296,7 @@ def test_a_request_of_long_ago_is_read_so_that_it_can_expire() -> None:
 
 
 CONTENT: dict[str, Any] = {
+    "version": 1,
     "operation_id": "txn-1",
     "user_id": "C0FFEE",
     "operation_payload": "Pay 40",
@@ -307,25 +308,26 @@ CONTENT: dict[str, Any] = {
 
 
 def named(**changed: Any) -> str:
-    return request_name(ApprovalRequest(version=1, **CONTENT | changed))
+    return request_name(ApprovalRequest(**CONTENT | changed))
 
 
 def test_a_request_is_named_by_all_that_is_in_it() -> None:
-    changes = {
-        "operation_id": "txn-2",
-        "user_id": "C0FFEF",
-        "operation_payload": "Pay 4000",
-        "external_user_id": "mallory",
-        "expires_in": 121.0,
-        "context": msgspec.Raw(b"[2]"),
-        "require_auth_type": None,
-    }
-    names = [named(), *(named(**{name: changes[name]}) for name in CONTENT)]
-    assert len(set(names)) == len(names)
+    others = {"expires_in": 121.0, "context": msgspec.Raw(b"[2]")}
+    changed = {field: named(**{field: others.get(field, "other")}) for field in ApprovalRequest.__struct_fields__}
+    assert named() == changed.pop("version") == changed.pop("created_at")
+    assert len({named(), *changed.values()}) == 1 + len(changed)
 
 
 def test_a_name_is_short_plain_ascii_and_never_changes_from_release_to_release() -> None:
-    assert named() == "request-f77ef3d0151eb794678e177b617c2abd52ad89672115dc53d52a457e153e0844"
+    least = ApprovalRequest(version=1, user_id="C0FFEE", operation_id="txn-1")
+    assert request_name(least) == "request-2d29c14c84e11bdb1b4840af56544c554ccfd523ad9a3e502e5b9526d0cbd031"
+    assert named() == "request-f0164fc0396f0da04f4f87562c78e5e00cb7e2907bde055d1f1081e25f283934"
+
+
+def test_a_default_that_is_written_out_changes_no_name() -> None:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(ApprovalRequest) if not field.required}
+    texts = request(), request(**json.loads(msgspec.json.encode(defaults))), request(expires_in=120)
+    assert len({request_name(msgspec.json.decode(text, type=ApprovalRequest)) for text in texts}) == 1
 
 
 def test_an_absent_text_and_an_empty_one_are_the_same_request() -> None:

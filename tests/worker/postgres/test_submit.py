@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -19,7 +20,7 @@ import pytest
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker import approval_request, submit_approval
-from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, context_refusal
+from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, ApprovalRequest, context_refusal, request_name
 from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import new_request, operation_of, take_n
@@ -275,37 +276,52 @@ async def test_a_context_comes_back_byte_for_byte(broker: PostgresBroker, admin:
     assert message.body.decode() == text
 
 
-@pytest.mark.parametrize(
-    "same",
-    [
-        {"created_at": "2026-01-31T12:00:00+05:30"},
-        {"expires_in": 120},
-        {"expires_in": 120.0},
-        {"operation_payload": None, "external_user_id": ""},
-        {"user_id": "c0ffee"},
-    ],
-)
-async def test_the_same_request_in_other_words_is_the_same(connection: Connection, same: dict[str, Any]) -> None:
-    assert not await submit_text(connection, text_of())
-    assert await submit_text(connection, " " + text_of(**same))
+ABSENT = object()
+#: The values of each field, similar ones side by side, and the ways to write each. An optional field begins with its
+#: default. The keys of a context have one order: the library compares its bytes, and the server compares its content.
+VALUES: dict[str, list[list[Any]]] = {
+    "version": [[VERSION]],
+    "user_id": [["C0FFEE", "c0ffee", "C0ffee"], ["C0FFEF", "c0ffef"]],
+    "operation_id": [["a"], ["A"]],
+    "operation_payload": [[""], [" "], ["Pay 40"], ["pay 40"]],
+    "external_user_id": [[""], ["alice"], ["ALICE"]],
+    "expires_in": [[120], [30, 30.0], [30.5], [12]],
+    "created_at": [["2026-01-31T12:00:00Z", "2026-01-31T12:00:00+05:30"]],
+    "context": [[], [""], [[None]], [{}], [{"a": None}], [{"a": {}}], [{"a": {"b": None}}]],
+    "require_auth_type": [[], ["biom"], ["pin"]],
+}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"user_id": "C0FFEF"},
-        {"operation_payload": "Pay"},
-        {"external_user_id": "alice"},
-        {"expires_in": 121},
-        {"context": {}},
-    ],
-)
-async def test_a_request_that_differs_in_any_other_field_is_a_different_one(
-    connection: Connection, other: dict[str, Any]
-) -> None:
-    assert not await submit_text(connection, text_of())
-    with pytest.raises(asyncpg.UniqueViolationError):
-        await submit_text(connection, text_of(**other))
+def ways(field: msgspec.structs.FieldInfo) -> list[list[Any]]:
+    """Return the values of a field as above. An optional one may be absent, or have the struct's default."""
+    first, *others = VALUES[field.name]
+    return [first if field.required else [*first, ABSENT, json.loads(msgspec.json.encode(field.default))], *others]
+
+
+WAYS = {field.name: ways(field) for field in msgspec.structs.fields(ApprovalRequest)}
+
+
+def write(meant: dict[str, int], number: int, random: Random) -> str:
+    """Write a request with the values that are meant, each in one of its ways."""
+    fields = {name: random.choice(WAYS[name][value]) for name, value in meant.items()}
+    fields["operation_id"] += str(number)
+    return json.dumps({name: value for name, value in fields.items() if value is not ABSENT})
+
+
+async def test_of_500_random_pairs_the_server_takes_those_for_one_that_the_library_does(connection: Connection) -> None:
+    random = Random(54)  # noqa: S311  # of cases, not of secrets
+    for number in range(500):
+        meant = {name: random.randrange(len(values)) for name, values in WAYS.items()}
+        changed = random.choice([*WAYS])
+        other = meant | {changed: (meant[changed] + random.randint(-1, 1)) % len(WAYS[changed])}
+        texts = [write(each, number, random) for each in (meant, other)]
+        first, second = (request_name(msgspec.json.decode(text, type=ApprovalRequest)) for text in texts)
+        assert not await submit_text(connection, texts[0])
+        try:
+            is_one = await submit_text(connection, texts[1])
+        except asyncpg.UniqueViolationError:
+            is_one = False
+        assert is_one is (first == second) is (meant == other), texts
 
 
 async def test_times_do_not_depend_on_the_settings_of_a_session(admin: Connection, connection: Connection) -> None:

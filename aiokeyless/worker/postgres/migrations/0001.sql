@@ -156,14 +156,12 @@ BEGIN
         -- No request is made after it was stored. A clock that is ahead must not prolong a wait.
         created_at := least((fields ->> 'created_at')::timestamptz, moment);
     END IF;
-    content := encode(sha256(convert_to(jsonb_build_array(
-        fields -> 'operation_id',
-        upper(fields ->> 'user_id'),
-        coalesce(fields ->> 'operation_payload', ''),
-        coalesce(fields ->> 'external_user_id', ''),
-        seconds,
-        fields -> 'context',
-        fields ->> 'require_auth_type'
+    -- An absent text and an empty one are the same. A context counts as it is, with the nulls in it.
+    content := encode(sha256(convert_to((
+        SELECT jsonb_object_agg(key, value)
+        FROM jsonb_each(fields - 'version' - 'created_at'
+            || jsonb_build_object('user_id', upper(fields ->> 'user_id'), 'expires_in', seconds))
+        WHERE value <> 'null' AND (value <> '""' OR key = 'context')
     )::text, 'UTF8')), 'hex');
 
     WITH stored AS (
