@@ -436,7 +436,7 @@ class ApprovalUnknownError(ApprovalTimeoutError):
 
 
 class OperationMismatchError(ApprovalError):
-    """The answer is about another operation, user or payload, or has another factor than the ticket requires.
+    """The answer is about another operation, user, external user or payload, or has another `auth_type` than required.
 
     What to do: refuse. After another factor, such as a PIN, ask again under a new id. Otherwise investigate: a proxy
     may mix up answers, or someone else may use your operation ids.

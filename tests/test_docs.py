@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
 import re
 import shlex
@@ -24,7 +23,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import looptime
-import msgspec
 import pytest
 from cyclopts import CycloptsError
 from factors import ApprovingSandbox
@@ -72,11 +70,6 @@ PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 #: What is public, exceptions aside, which have a module and a page of their own.
 MODULES = (aiokeyless, aiokeyless.events, aiokeyless.sandbox, aiokeyless.worker)
-STRUCTS = [
-    kind
-    for kind in {name: getattr(module, name) for module in MODULES for name in module.__all__}.values()
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-]
 
 
 class Block(NamedTuple):
@@ -542,12 +535,6 @@ def test_every_method_of_the_client_is_in_the_summary() -> None:
     reference = (DOCS / "reference" / "api.md").read_text()
     summary = re.findall(r"^ +KeylessClient\.(\w+)$", reference, re.MULTILINE)
     assert sorted(summary) == sorted(name for name in vars(aiokeyless.KeylessClient) if not name.startswith("_"))
-
-
-@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
-def test_the_docstring_of_a_struct_names_each_field(struct: type[msgspec.Struct]) -> None:
-    _, _, attributes = (inspect.getdoc(struct) or "").partition("Attributes:\n")
-    assert re.findall(r"^    (\w+): ", attributes.partition("\n\n")[0], re.MULTILINE) == [*struct.__struct_fields__]
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,11 @@ class Outcome(StrEnum):
     """How a request ended."""
 
     APPROVED = "approved"
+    """The user approved the operation."""
     EXPIRED = "expired"
+    """The time was over; `ApprovalEvent.answered` says whether the outcome is known."""
     FAILED = "failed"
+    """A `FailureReason` says why."""
 
 
 class FailureReason(StrEnum):
