@@ -57,6 +57,7 @@ from ._waits.poller import FutureWait, Poller
 from ._waits.state import WaitResult
 from ._waits.updates import NewestUpdate
 from .errors import (
+    AlreadyApprovedError,
     AmbiguousUserError,
     ClientClosedError,
     ConfigurationError,
@@ -418,7 +419,7 @@ class KeylessClient:
         Raises:
             ConfigurationError: An argument is wrong; nothing was sent.
             AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
-                earlier request. One approval must not count twice.
+                earlier request. One approval must not count twice. Its ``ticket`` is that of the operation.
             ConflictError: Another operation has the id.
             KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
                 and either did not find it or could not check. The error's ``operation_id`` names the operation.
@@ -437,24 +438,29 @@ class KeylessClient:
         creation = OperationCreation(
             opened.transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
         )
+
+        def make_ticket(*, reconciled: bool) -> ApprovalTicket:
+            created_at = datetime.now(UTC)
+            return ApprovalTicket(
+                operation_id=operation.operation_id,
+                user_id=user_id,
+                external_user_id=external_user_id,
+                payload_sha256=payload_digest(operation_payload),
+                created_at=created_at,
+                expires_at=created_at + lifetime,
+                require_auth_type=require_auth_type,
+                reconciled=reconciled,
+                traceparent=current_traceparent(),
+            )
+
         try:
-            reconciled = await creation.run()
+            ticket = make_ticket(reconciled=await creation.run())
         except (ClientClosedError, DecodeError, StatusError, TransportError) as error:
             error.operation_id = operation.operation_id
+            if isinstance(error, AlreadyApprovedError):
+                error.ticket = make_ticket(reconciled=True)
             raise
-        created_at = datetime.now(UTC)
-        ticket = ApprovalTicket(
-            operation_id=operation.operation_id,
-            user_id=user_id,
-            external_user_id=external_user_id,
-            payload_sha256=payload_digest(operation_payload),
-            created_at=created_at,
-            expires_at=created_at + lifetime,
-            require_auth_type=require_auth_type,
-            reconciled=reconciled,
-            traceparent=current_traceparent(),
-        )
-        if not reconciled:
+        if not ticket.reconciled:
             opened.poller.record_creation(ticket)
         if opened.listeners is not None:
             opened.listeners.tell(OperationCreated(operation_id=ticket.operation_id, user_id=user_id))

@@ -258,11 +258,15 @@ class NotAcceptableError(StatusError):
 class ConflictError(StatusError):
     """409: another operation has the operation id, or the user or the external user id is linked already.
 
-    What to do: use a new id (``operation_id=None`` generates one), or read the existing one with ``get_operation``. For
-    a link, see `KeylessClient.update_external_user`.
+    If the client found an operation of another user, or with another payload or external user id, the message says so.
+    Its approval is not for this request.
+
+    What to do: use a new id (``operation_id=None`` generates one). If an earlier try of the same request may have taken
+    the id, repeat the create with ``if_exists="resume"``, which compares. For a link, see
+    `KeylessClient.update_external_user`.
     """
 
-    advice = "the operation id is taken; use a new one, or read the existing operation with get_operation"
+    advice = 'the operation id is taken; use a new one (after an earlier try of the same request: if_exists="resume")'
 
     def _advice_for(self, path: str) -> str:
         linked = "the user or the external user id is linked already; to change the link: update_external_user"
@@ -274,12 +278,20 @@ class AlreadyApprovedError(ConflictError):
 
     The approval may belong to an earlier request that you have acted on. One approval must not count twice.
 
-    What to do: check your own record of this id. If you acted on this approval, do nothing. If you asked and never
-    learned the outcome, the approval is the answer: `wait_for_approval` returns it, with the ticket that you kept or
-    with ``ApprovalTicket.for_operation``. Otherwise, ask again under a new id.
+    What to do: wait for ``error.ticket``, then pay only if your record shows that it was asked, and neither paid nor
+    ended. The wait also compares the factor that the create required. To ask again, use a new id.
+
+    Attributes:
+        ticket: The ticket that the create would have returned. A wait for it polls at least once, however old the
+            operation is.
     """
 
-    advice = "the operation exists and is approved already, maybe for an earlier request; check your own record of it"
+    ticket: ApprovalTicket
+
+    advice = (
+        "the operation is approved already, maybe for an earlier request; wait for error.ticket, then pay only if your "
+        "record shows that it was asked, and neither paid nor ended"
+    )
 
 
 class UnsupportedMediaTypeError(StatusError):

@@ -134,6 +134,8 @@ def of_a_call(kind: type[StatusError | TransportError | DecodeError]) -> Keyless
     else:
         error = kind("wrong shape", status=200, method="GET", path=PATH, request_id="req-1")
     error.operation_id = "txn-1"
+    if isinstance(error, AlreadyApprovedError):
+        error.ticket = ticket()
     return error
 
 

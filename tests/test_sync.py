@@ -28,6 +28,7 @@ from waiting import PATIENCE, until
 
 import aiokeyless
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalTicket,
     ApprovalTimeoutError,
     Approved,
@@ -35,6 +36,7 @@ from aiokeyless import (
     ConfigurationError,
     NotApproved,
     NotFoundError,
+    OperationMismatchError,
     sync,
     worker,
 )
@@ -156,6 +158,21 @@ async def test_users_and_devices_are_managed(sandbox: Sandbox, keyless: KeylessC
 async def test_an_error_is_that_of_the_other_face(keyless: KeylessClient) -> None:
     with pytest.raises(NotFoundError):
         await asyncio.to_thread(keyless.get_operation, "none")
+
+
+async def test_an_approval_that_is_found_is_waited_for_with_its_factor(
+    sandbox: Sandbox, keyless: KeylessClient
+) -> None:
+    await asyncio.to_thread(keyless.create_operation, "C0FFEE", operation_id="op-1")
+    sandbox.approve("op-1", auth_type="pin")
+
+    def program() -> None:
+        with pytest.raises(AlreadyApprovedError) as found:
+            keyless.create_operation("C0FFEE", operation_id="op-1", if_exists="resume", require_auth_type="biom")
+        keyless.wait_for_approval(found.value.ticket)
+
+    with pytest.raises(OperationMismatchError):
+        await asyncio.to_thread(program)
 
 
 def test_its_settings_are_those_of_the_client_in_the_loop() -> None:

@@ -34,6 +34,10 @@ Result = TypeVar("Result")
 
 #: Seconds between searches after a 409, while a lagging replica does not have the object yet: 5 in all.
 _LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
+_OTHER_CONTENT: Final = (
+    "the operation id is that of an operation of another user, or with another payload or external user id: its "
+    "approval is not for this request; use a new id"
+)
 
 
 class Creation(ABC, Generic[Result]):
@@ -213,7 +217,7 @@ class OperationCreation(Creation[bool]):
         if found.operation_id != self._operation.operation_id:
             raise self._ambiguous or ConflictError(status=409, method="POST", path=self._post.path)
         if not self._is_ours(found):
-            raise ConflictError(status=409, method="POST", path=self._post.path)
+            raise ConflictError(status=409, method="POST", path=self._post.path, advice=_OTHER_CONTENT)
         if found.state == OperationState.APPROVED and not self._id_is_new:
             raise AlreadyApprovedError(status=409, method="POST", path=self._post.path)
         return True

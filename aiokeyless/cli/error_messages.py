@@ -15,6 +15,7 @@ from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._waits.explanation import describe_failures
 from aiokeyless.errors import (
+    AlreadyApprovedError,
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -34,6 +35,8 @@ from aiokeyless.models import Operation, Region
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from aiokeyless.ticket import ApprovalTicket
 
 #: Options and parameters, by the arguments of the library that receive them.
 OPTIONS: Final = {
@@ -109,6 +112,11 @@ def describe(error: KeylessError) -> str:
             message = _describe_rejection(error, answer)
         case ConfigurationError():
             message = describe_argument(error, OPTIONS)
+        case AlreadyApprovedError():
+            message = (
+                "the operation is approved already, maybe for an earlier request; pay only if your record shows that "
+                f"it was asked, and neither paid nor ended, and if this accepts it: {wait_command(error.ticket)}"
+            )
         case StatusError() if advice := _choose_advice(error):
             message = f"{error.method} {error.path} answered {error.status}: {advice}"
         case DecodeError() if not isinstance(error, NotJsonError):
@@ -178,6 +186,11 @@ def _describe_rejection(error: ApprovalError, answer: Operation) -> str:
         f"the answer for operation {error.operation_id} was rejected{reason}; do not act on it, and check the proxies "
         f"between you and Keyless; to see the answer: aiokeyless get {quote_operation_id(error.operation_id)}"
     )
+
+
+def wait_command(ticket: ApprovalTicket) -> str:
+    """Return the command to copy that waits for a ticket."""
+    return f"printf %s {quote(ticket.to_json())} | aiokeyless wait --ticket -"
 
 
 def quote_operation_id(operation_id: str) -> str:

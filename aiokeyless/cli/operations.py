@@ -28,7 +28,7 @@ from .app import (
     explain_interruption,
     open_client,
 )
-from .error_messages import describe_method, quote, quote_operation_id
+from .error_messages import describe_method, quote_operation_id, wait_command
 from .render import new_console, print_command, print_fact, print_json, print_list, print_object, print_table
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ async def create(
     console.print()
     console.print("Wait for it, and for no other user or payload:")
     console.print()
-    print_command(console, f"printf %s {quote(ticket.to_json())} | aiokeyless wait --ticket -")
+    print_command(console, wait_command(ticket))
     if sys.stderr.isatty():
         sys.stderr.write("Next, your application sends the phone a push: Keyless sends none.\n")
 

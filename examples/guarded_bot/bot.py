@@ -159,10 +159,8 @@ class Teller:
                 if_exists="resume",
                 require_auth_type="biom",
             )
-        except aiokeyless.AlreadyApprovedError:  # by the record it was not acted on: it is the approval to wait for
-            return aiokeyless.ApprovalTicket.for_operation(
-                operation_id, user_id=user, operation_payload=payload, require_auth_type="biom"
-            )
+        except aiokeyless.AlreadyApprovedError as error:
+            return error.ticket  # by the record it was asked, and neither paid nor closed
 
     async def _say(self, shown: Message, text: str) -> None:
         for _ in range(3):

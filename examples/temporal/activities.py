@@ -79,17 +79,10 @@ class Approvals:
                 if_exists="resume",
                 require_auth_type="biom",
             )
-        except AlreadyApprovedError:
+        except AlreadyApprovedError as error:
             if info.attempt == 1:
                 raise  # the approval of an earlier request
-            # An earlier attempt asked, and its worker died before the first heartbeat.
-            return ApprovalTicket.for_operation(
-                request.operation_id,
-                user_id=request.user_id,
-                operation_payload=request.payload,
-                expires_in=request.expires_in,
-                require_auth_type="biom",
-            )
+            return error.ticket  # an earlier attempt asked, and its worker died before the first heartbeat
 
 
 def is_final(error: KeylessError) -> bool:

@@ -9,6 +9,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from raw_server import RawServer, answer, hang, now, operation, refused, reset
 from waiting import spin_until
@@ -21,6 +22,7 @@ from aiokeyless import (
     ClientClosedError,
     ConflictError,
     DecodeError,
+    InconsistentOperationError,
     InvalidIdentifierError,
     KeylessClient,
     KeylessError,
@@ -408,6 +410,95 @@ async def test_found_with_other_content_conflicts(failures: list[Any]) -> None:
     error = await failure(Talk(*failures, OTHER).create(**MINE))
     assert type(error) is ConflictError
     assert error.operation_id == "a"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"userId": "DECAF"}, {"operationPayload": "Pay 4000"}, {"externalUserId": "bob"}],
+    ids=["user", "payload", "external user id"],
+)
+async def test_an_approval_of_other_content_is_said_not_to_be_for_this_request(other: dict[str, str]) -> None:
+    found = answer(operation(**THERE | other, state="approved", result=True))
+    error = await failure(Talk(CONFLICT, found).create(if_exists="resume", **MINE))
+    assert "of another user, or with another payload or external user id: its approval is not for this request" in str(
+        error
+    )
+    assert not hasattr(error, "ticket")
+
+
+# The ticket of an approval that is found
+
+
+async def already_approved(client: KeylessClient, **fields: Any) -> AlreadyApprovedError:
+    """Create what exists and is approved."""
+    error = await failure(client.create_operation(USER, operation_id="a", if_exists="resume", **fields))
+    assert isinstance(error, AlreadyApprovedError)
+    return error
+
+
+async def test_an_approval_that_is_found_comes_with_the_ticket_that_the_create_would_have_returned(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    fields: dict[str, Any] = {**MINE, "require_auth_type": "biom", "expires_in": 40.0}
+    await client.create_operation(USER, operation_id="a", operation_payload="Pay 5", external_user_id="ann")
+    resumed = await client.create_operation(USER, operation_id="a", if_exists="resume", **fields)
+    sandbox.approve("a")
+    ticket = (await already_approved(client, **fields)).ticket
+    assert resumed.created_at <= ticket.created_at <= datetime.now(UTC)
+    assert ticket.expires_at - ticket.created_at == timedelta(seconds=40)
+    dates = {"created_at": ticket.created_at, "expires_at": ticket.expires_at}
+    assert ticket == msgspec.structs.replace(resumed, **dates)
+    assert ticket.require_auth_type == "biom"
+
+
+@pytest.mark.parametrize("expires_in", [1e-6, 120.0], ids=["over", "not over"])
+async def test_a_wait_for_that_ticket_returns_the_approval_however_old_it_is(
+    sandbox: Sandbox, client: KeylessClient, expires_in: float
+) -> None:
+    await client.create_operation(USER, operation_id="a", expires_in=0.01)
+    sandbox.approve("a")
+    await asyncio.sleep(3 * 24 * 3600)
+    error = await already_approved(client, expires_in=expires_in)
+    assert (await client.wait_for_approval(error.ticket)).is_approved
+
+
+async def test_a_wait_for_that_ticket_outlasts_a_replica_that_lags() -> None:
+    server = RawServer(CONFLICT, APPROVED, PENDING, MISSING, APPROVED)
+    async with server, KeylessClient("key", base_url=server.url) as client:
+        error = await already_approved(client, **MINE)
+        assert (await client.wait_for_approval(error.ticket)).is_approved
+    assert methods(server) == ["POST", "GET", "GET", "GET", "GET"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"userId": "DECAF"}, {"operationPayload": "Pay 4000"}, {"externalUserId": "bob"}, {"authType": "pin"}],
+    ids=["user", "payload", "external user id", "factor"],
+)
+async def test_a_wait_for_that_ticket_accepts_the_approval_of_this_request_only(other: dict[str, str]) -> None:
+    approved = answer(operation(**THERE | other, state="approved", result=True))
+    async with RawServer(CONFLICT, APPROVED, approved) as server, KeylessClient("key", base_url=server.url) as client:
+        error = await already_approved(client, **MINE, require_auth_type="biom")
+        assert isinstance(await failure(client.wait_for_approval(error.ticket)), OperationMismatchError)
+
+
+async def test_a_wait_for_the_ticket_of_a_contradictory_approval_is_refused() -> None:
+    torn = answer(operation(**THERE, state="approved", result=False))
+    async with RawServer(CONFLICT, torn, torn) as server, KeylessClient("key", base_url=server.url) as client:
+        error = await already_approved(client, **MINE)
+        assert isinstance(await failure(client.wait_for_approval(error.ticket)), InconsistentOperationError)
+
+
+async def test_what_a_pin_approved_pays_for_nobody_who_wants_a_face_and_lost_the_answer(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    await client.create_operation(USER, operation_id="a")
+    sandbox.approve("a", auth_type="pin")
+    sandbox.drop_next(stored=True)
+    error = await failure(client.request_approval(USER, operation_id="a", require_auth_type="biom"))
+    assert isinstance(error, AlreadyApprovedError)
+    assert isinstance(await failure(client.wait_for_approval(error.ticket)), OperationMismatchError)
+    assert (await client.wait_for_approval((await already_approved(client)).ticket)).auth_type == "pin"
 
 
 @pytest.mark.usefixtures("made")

@@ -14,7 +14,9 @@ import pytest
 from raw_server import RawServer, hang
 
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalTicket,
+    ConflictError,
     OperationMismatchError,
     ServerError,
 )
@@ -121,6 +123,28 @@ async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(
     )
     assert (ticket.operation_id, ticket.reconciled) == ("txn-1", True)
     assert list(service.operations) == ["txn-1"]
+
+
+async def test_creating_what_is_approved_says_how_to_check_the_approval_with_its_factor(service: Sandbox) -> None:
+    command = ["create", "C0FFEE", "--operation-id", "txn-1", "--payload", "Pay 40", "--require-auth-type", "biom"]
+    await app.run_async(command)
+    service.approve("txn-1")
+    with pytest.raises(AlreadyApprovedError) as caught:
+        await app.run_async(command)
+    message = describe(caught.value)
+    assert "pay only if your record shows that it was asked, and neither paid nor ended" in message
+    ticket = printed_ticket(f"\n  {message.partition(': ')[2]}\n")
+    assert ticket == caught.value.ticket
+    assert ticket.require_auth_type == "biom"
+
+
+async def test_creating_other_content_says_that_the_approval_is_not_for_it(service: Sandbox) -> None:
+    command = ["create", "C0FFEE", "--operation-id", "txn-1", "--payload"]
+    await app.run_async([*command, "Pay 40"])
+    service.approve("txn-1")
+    with pytest.raises(ConflictError) as caught:
+        await app.run_async([*command, "Pay 4000"])
+    assert "its approval is not for this request" in describe(caught.value)
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -8,6 +8,7 @@ from typing import assert_never, assert_type
 from tenacity import AsyncRetrying, wait_chain, wait_fixed
 
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalOutcome,
     ApprovalTicket,
     ApprovalTimeoutError,
@@ -165,6 +166,10 @@ async def errors(client: KeylessClient) -> None:
         assert_type(error.last_operation, Operation | None)
         assert_type(error.ticket, ApprovalTicket | None)
         assert_type(error.elapsed, float)
+    try:
+        await client.create_operation("C0FFEE", operation_id="op")
+    except AlreadyApprovedError as found:
+        assert_type(await client.wait_for_approval(found.ticket), Operation)
 
 
 async def sandboxes() -> None:
