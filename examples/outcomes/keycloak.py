@@ -1,9 +1,12 @@
 """Keycloak's HTTP authentication channel (CIBA): Keycloak asks here, and gets what the user decided."""
 
 import asyncio
+import base64
+import json
 import logging
 import os
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -20,6 +23,17 @@ def notify_phone(ticket: ApprovalTicket) -> None:
     print(f"push to {ticket.user_id}: {ticket.operation_id}")
 
 
+def question(wanted: dict[str, Any], bearer: str) -> str:
+    """Return what the user is asked: which client wants the login, and to which scopes Keycloak stores a consent."""
+    claims = bearer.split(".")[1]  # of a signed token, which Keycloak verifies when it gets the result
+    parts = [f"Log in to {json.loads(base64.urlsafe_b64decode(claims + '=='))['azp']}"]
+    if message := wanted.get("binding_message"):
+        parts.append(message)
+    if wanted["is_consent_required"]:  # or a text that the client added under this name: none makes it false
+        parts.append(f"and allow {' '.join(dict.fromkeys(wanted['scope'].split()))}")
+    return ", ".join(parts)
+
+
 class Channel:
     """Answers Keycloak's requests. Each login is a task."""
 
@@ -32,20 +46,23 @@ class Channel:
 
     async def delegate(self, request: web.Request) -> web.Response:
         """Receive an authentication delegation request: answer it at once, and ask the user meanwhile."""
-        wanted = await request.json()
-        user_id, message = USERS.get(wanted["login_hint"]), wanted.get("binding_message")
+        wanted, bearer = await request.json(), request.headers["Authorization"]
+        user_id = USERS.get(wanted["login_hint"])
         if user_id is None:
             raise web.HTTPNotFound
-        payload = f"Log in, {message}" if message else "Log in"
-        self.logins.create_task(self.log_in(user_id, payload, request.headers["Authorization"]))
+        self.logins.create_task(self.log_in(user_id, wanted, bearer))
         return web.Response(status=201)
 
-    async def log_in(self, user_id: str, payload: str, bearer: str) -> None:
+    async def log_in(self, user_id: str, wanted: dict[str, Any], bearer: str) -> None:
         """Ask the user, and post the result to Keycloak, once."""
         status = "SUCCEED"
         try:
             await self.keyless.request_approval(
-                user_id, operation_payload=payload, expires_in=110, require_auth_type="biom", on_created=notify_phone
+                user_id,
+                operation_payload=question(wanted, bearer),
+                expires_in=110,
+                require_auth_type="biom",
+                on_created=notify_phone,
             )
         except Exception as error:  # noqa: BLE001  # also of the push service: one login ends no other
             log.warning("not logged in: %r", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import sys
 from contextlib import suppress
@@ -102,15 +103,25 @@ class Keycloak:
         app.router.add_post(CALLBACK, self.take_result)
         self.server = TestServer(app)
 
-    async def delegate(self, channel: TestClient[web.Request, web.Application], user: str, token: str) -> int:
+    async def delegate(
+        self, channel: TestClient[web.Request, web.Application], user: str, token: str, **changes: Any
+    ) -> int:
+        """Delegate a login of the client "fern". The token is the signature of a JWT."""
         self.results[token] = []
-        body = {"scope": "openid", "login_hint": user, "is_consent_required": False, "binding_message": "W4SCT"}
-        async with channel.post("/delegate", json=body, headers={"Authorization": f"Bearer {token}"}) as answer:
+        claims = base64.urlsafe_b64encode(b'{"azp": "fern", "jti": "~~~"}').decode().rstrip("=")
+        body = {
+            "scope": "openid email offline_access email",  # as the client asked, and its default ones
+            "login_hint": user,
+            "is_consent_required": False,
+            "binding_message": "W4SCT",
+        }
+        headers = {"Authorization": f"Bearer e30.{claims}.{token}"}
+        async with channel.post("/delegate", json=body | changes, headers=headers) as answer:
             return answer.status
 
     async def take_result(self, request: web.Request) -> web.Response:
         assert request.content_type == "application/json"
-        token = request.headers["Authorization"].removeprefix("Bearer ")
+        token = request.headers["Authorization"].rpartition(".")[2]
         self.results[token].append((await request.json())["status"])
         return web.Response(status=self.status if len(self.results[token]) == 1 else 403)
 
@@ -141,8 +152,44 @@ async def test_keycloak_gets_the_result_of_a_login_once(
             assert await realm.delegate(channel, "alice", "token") == 201
             await until(lambda: realm.results["token"] != [])
         [operation] = sandbox.operations.values()
-        assert (operation.user_id, operation.operation_payload) == ("C0FFEE", "Log in, W4SCT")
+        assert operation.user_id == "C0FFEE"
     assert realm.results == {"token": [status]}
+
+
+CONSENT = "and allow openid email offline_access"
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("changes", "payload"),
+    [
+        ({}, "Log in to fern, W4SCT"),
+        ({"binding_message": None}, "Log in to fern"),
+        ({"is_consent_required": True}, f"Log in to fern, W4SCT, {CONSENT}"),
+        ({"is_consent_required": True, "binding_message": None}, f"Log in to fern, {CONSENT}"),
+        # A parameter that the client added, and Keycloak passes on after its own
+        ({"is_consent_required": "false"}, f"Log in to fern, W4SCT, {CONSENT}"),
+    ],
+)
+async def test_the_user_sees_which_client_wants_the_login_and_each_scope_that_keycloak_stores_a_consent_for(
+    changes: dict[str, Any], payload: str, channel_of: Callable[[Sandbox, Keycloak], Any]
+) -> None:
+    realm = Keycloak()
+    async with ApprovingSandbox("biom") as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+        assert await realm.delegate(channel, "alice", "token", **changes) == 201
+        await until(lambda: realm.results["token"] == ["SUCCEED"])
+        assert [operation.operation_payload for operation in sandbox.operations.values()] == [payload]
+
+
+@pytest.mark.looptime
+async def test_a_consent_that_cannot_be_shown_is_refused_and_nobody_is_asked(
+    channel_of: Callable[[Sandbox, Keycloak], Any],
+) -> None:
+    realm = Keycloak()
+    async with Sandbox() as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+        assert await realm.delegate(channel, "alice", "token", is_consent_required=True, scope=None) == 201
+        await until(lambda: realm.results["token"] == ["UNAUTHORIZED"])
+        assert not sandbox.operations
 
 
 async def test_keycloak_is_refused_a_login_of_an_unknown_user_and_nobody_is_asked(
