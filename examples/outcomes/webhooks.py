@@ -19,7 +19,9 @@ log = logging.getLogger("webhooks")
 
 async def post_outcomes(broker: Broker, http: aiohttp.ClientSession, url: str, secret: str) -> None:
     """Post each outcome to an address, and post it again later after anything but a 2xx."""
-    key = base64.b64decode(secret.removeprefix("whsec_"))
+    key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    if len(key) < 24:
+        raise ValueError("the secret must be the base64 of at least 24 random bytes")
     while True:
         try:
             async with next_outcome(broker, "webhooks") as event:

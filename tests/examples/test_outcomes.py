@@ -88,6 +88,30 @@ async def test_an_outcome_is_a_signed_webhook_and_is_sent_again_until_it_is_rece
     assert {event["type"] for event in events} == {"approval.approved"}
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "",
+        "whsec_",
+        "whsec_" + base64.b64encode(bytes(23)).decode(),
+        SECRET + "\n",
+        SECRET.replace("9", "-"),
+        SECRET[:-1],
+        "whsec_" + "change me please, now: " * 2,
+    ],
+    ids=["empty", "no key", "short", "line break", "another alphabet", "cut off", "words"],
+)
+async def test_a_secret_that_anybody_could_guess_or_that_is_mistyped_signs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("KEYLESS_FILE", str(tmp_path / "keyless.db"))
+    monkeypatch.setenv("WEBHOOK_URL", "http://127.0.0.1:1/hook")
+    monkeypatch.setenv("WEBHOOK_SECRET", secret)
+    async with SqliteBroker(tmp_path / "keyless.db"):
+        with pytest.raises(ValueError, match=r"(?i)base64|padding"):
+            await webhooks.main()
+
+
 # -- Keycloak's side, as its Server Administration Guide has it
 
 CALLBACK = "/realms/shop/protocol/openid-connect/ext/ciba/auth/callback"
