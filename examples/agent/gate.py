@@ -7,6 +7,7 @@ of the question, not whether it was approved.
 import secrets
 import sqlite3
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ from aiokeyless import (
 # What may stand in a text on a phone: no line break, no invisible and no bidirectional character.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z .'-]{0,39}$")]
 Amount = Annotated[Decimal, Field(gt=0, le=1000, decimal_places=2)]
+GRACE = timedelta(seconds=10)  # after the end, to spend an approval that the final poll found
 OPEN = "state IN ('asked', 'approved')"  # asked: undecided; approved: not used yet
 State: TypeAlias = Literal["approved", "spent", "pending", "timed_out", "refused", "unreachable"]
 
@@ -113,11 +115,14 @@ class Gate:
             self._change(request, "refused", OPEN)
 
     def spend(self, transfer: Transfer, request: str) -> bool:
-        """Use up an approval; return whether it was there, for exactly this transfer, and had not been used.
+        """Use up an approval; return whether it was there, for exactly this transfer, and neither used nor too old.
 
         Only who gets True may act. A crash right after it leaves a transfer that is marked and not made: use the
         request's id as the idempotency key of the payment, and repeat what is marked and not confirmed.
         """
+        found = self.find(request)
+        if found is None or not found[1].remaining(datetime.now(UTC) - GRACE):
+            return False
         query = "UPDATE requests SET state = 'spent' WHERE (id, user_id, payload, state) = (?, ?, ?, 'approved')"
         return self._record.execute(query, (request, self._user_id, transfer.payload)).rowcount == 1
 

@@ -30,7 +30,7 @@ async def proceed(gate: Gate, wanted: Transfer, request: str | None, seconds: fl
         if gate.spend(wanted, answer.request):
             print(f"{wanted.payload}: done", file=sys.stderr)  # a bank's place; the request is its idempotency key
         else:
-            answer = answer._replace(state="spent")
+            answer = await gate.hold(wanted, request=answer.request, seconds=seconds)
     return answer, TEXTS[answer.state].format(payload=wanted.payload, request=answer.request)
 
 

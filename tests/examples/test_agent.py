@@ -6,9 +6,11 @@ import asyncio
 import sqlite3
 import sys
 from contextlib import asynccontextmanager, closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from mcp import Client
 from mcp.types import TextContent
@@ -16,6 +18,8 @@ from pydantic import ValidationError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from waiting import until
+
+from aiokeyless import ApprovalTicket
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "agent"
 sys.path.insert(0, str(EXAMPLE))
@@ -160,6 +164,27 @@ async def test_request_that_nobody_approves_ends_and_a_late_approval_counts_for_
     await approve(sandbox)
     assert (await gate.hold(FORTY, request=request)).state == "timed_out"
     assert not gate.spend(FORTY, request)
+
+
+@pytest.mark.parametrize(("seconds", "is_spent"), [(2, True), (11, False)], ids=["found by the final poll", "kept"])
+async def test_an_approval_is_spent_at_once_or_never_once_its_time_has_ended(
+    gate: Gate, record: sqlite3.Connection, sandbox: Sandbox, *, seconds: float, is_spent: bool
+) -> None:
+    tap = asyncio.create_task(approve(sandbox))
+    _, request = await gate.hold(FORTY)
+    await tap
+    end(record, seconds)
+    assert gate.spend(FORTY, request) is is_spent
+    assert (await gate.hold(FORTY, request=request)).state == ("spent" if is_spent else "timed_out")
+    assert not gate.spend(FORTY, request)
+
+
+def end(record: sqlite3.Connection, seconds: float) -> None:
+    """Let the one request have ended so many seconds ago."""
+    [stored] = record.execute("SELECT ticket FROM requests").fetchone()
+    ended = datetime.now(UTC) - timedelta(seconds=seconds)
+    ticket = msgspec.structs.replace(ApprovalTicket.from_json(stored), expires_at=ended)
+    record.execute("UPDATE requests SET ticket = ?", (ticket.to_json(),))
 
 
 async def test_answer_about_something_else_is_refused_for_good(gate: Gate, sandbox: Sandbox) -> None:
