@@ -34,6 +34,7 @@ ELSEWHERE = (
     "Your phone asks about a login in another browser. Approve it only if it is yours, or try again in 2 minutes."
 )
 LIFETIME = float(os.environ.get("LOGIN_EXPIRES_IN", "120"))
+SESSION = 12 * 3600.0  # seconds from the question until its session ends
 PROMPTS, PERIOD = 5, 600.0  # a user is asked so often at most, in so many seconds
 UNLISTED = 5.0  # seconds for which the service may not list a new operation yet
 # The account still has the user who was asked, and not a new one, such as after a theft.
@@ -72,6 +73,11 @@ def record_of(request: Request) -> sqlite3.Connection:
     return record
 
 
+def is_https(request: Request) -> bool:
+    """Return whether the browser came by TLS, by uvicorn's word: it believes the X-Forwarded-Proto of a known proxy."""
+    return request.url.scheme == "https"
+
+
 Client = Annotated[KeylessClient, Depends(client_of)]
 Record = Annotated[sqlite3.Connection, Depends(record_of)]
 log = logging.getLogger("uvicorn.error")
@@ -99,6 +105,7 @@ async def start(
     email: Annotated[str, Body(embed=True)],
     *,
     browser: Annotated[str, Cookie()] = "",
+    secure: Annotated[bool, Depends(is_https)],
 ) -> dict[str, str | float]:
     """Ask the phone of the user with this address, and bind the login to this browser by a cookie."""
     account = ACCOUNTS.get(email.lower())
@@ -116,7 +123,7 @@ async def start(
         prompt = reserve(record, new, user, email.lower(), pending, listed_at=listed_at)
         if prompt is not new and prompt.browser != browser:
             raise HTTPException(409, ELSEWHERE)
-        response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax")
+        response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax", secure=secure)
         if prompt.state == "asking":
             await ask(client, user, prompt)
             query = "UPDATE logins SET state = 'pending', asked = ? WHERE id = ? AND state = 'asking'"
@@ -249,11 +256,18 @@ async def outcome(client: KeylessClient, ticket: ApprovalTicket, seconds: float)
 @app.get("/me")
 async def me(record: Record, browser: Annotated[str, Cookie()] = "") -> dict[str, str]:
     """Say who is logged in: an approved login is the session of the browser that started it."""
-    query = f"SELECT email FROM logins WHERE browser = ? AND state = 'approved' AND {SAME_USER}"  # noqa: S608  # a constant
-    found = record.execute(query, (browser,)).fetchone()
+    is_session = f"browser = ? AND state = 'approved' AND asked > ? AND {SAME_USER}"
+    query = f"SELECT email FROM logins WHERE {is_session}"  # noqa: S608  # a constant
+    found = record.execute(query, (browser, time.time() - SESSION)).fetchone()
     if found is None:
         raise HTTPException(401, "not logged in")
     return {"email": found[0]}
+
+
+@app.post("/logout", status_code=204)
+async def log_out(record: Record, browser: Annotated[str, Cookie()] = "") -> None:
+    """End the session of this browser, and of whoever copied its cookie."""
+    record.execute("UPDATE logins SET state = 'logged_out' WHERE browser = ? AND state = 'approved'", (browser,))
 
 
 if __name__ == "__main__":

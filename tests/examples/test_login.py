@@ -95,6 +95,10 @@ class Browser:
             assert answer.status != 200 or answer.headers["Cache-Control"] == "no-store"
             return str((await answer.json())["state"]) if answer.status == 200 else answer.status
 
+    async def log_out(self) -> int:
+        async with self._session.post(f"{self._server.url}/logout") as answer:
+            return answer.status
+
     async def who(self) -> str | None:
         async with self._session.get(f"{self._server.url}/me") as answer:
             email: str | None = (await answer.json()).get("email")
@@ -113,6 +117,55 @@ async def test_approval_logs_in_the_browser_that_asked_and_no_other(sandbox: San
         assert await held == "approved"
         assert await alice.who() == "alice@example.com"
         assert await mallory.who() is None
+
+
+async def log_in(sandbox: Sandbox, browser: Browser) -> None:
+    await browser.start()
+    sandbox.approve(browser.login)
+    assert await browser.follow() == "approved"
+    assert await browser.who() == "alice@example.com"
+
+
+async def test_a_session_ends_after_twelve_hours(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await log_in(sandbox, alice)
+        with opened(tmp_path) as record:
+            record.execute("UPDATE logins SET asked = asked - 12 * 3600 + 60")
+            assert await alice.who() == "alice@example.com"
+            record.execute("UPDATE logins SET asked = asked - 60")
+            assert await alice.who() is None
+
+
+async def test_logging_out_ends_the_session_of_this_browser_for_good_and_no_other(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as phone:
+        await log_in(sandbox, alice)
+        await log_in(sandbox, phone)
+        assert await alice.log_out() == 204
+        assert await alice.who() is None, "the cookie is there still"
+        assert await alice.follow() == "logged_out"
+        assert await alice.who() is None, "an approval logs in once"
+        assert await phone.who() == "alice@example.com"
+
+
+async def test_logging_out_leaves_a_login_that_is_not_decided(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()
+        assert await alice.log_out() == 204
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "approved"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_the_cookie_is_secure_behind_a_proxy_that_speaks_tls(
+    sandbox: Sandbox, tmp_path: Path, scheme: str
+) -> None:
+    async with Server(sandbox, tmp_path) as server, aiohttp.ClientSession() as http:
+        body, headers = {"email": "alice@example.com"}, {"X-Forwarded-Proto": scheme}
+        async with http.post(f"{server.url}/login", json=body, headers=headers) as answer:
+            cookie = answer.cookies["browser"]
+    assert (cookie["httponly"], cookie["samesite"], cookie["secure"] is True) == (True, "lax", scheme == "https")
 
 
 async def test_a_pin_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -415,7 +468,7 @@ async def test_a_slow_list_of_pending_operations_brings_no_second_prompt(
         with opened(tmp_path) as record:
             async with SlowList(sandbox.api_key, base_url=sandbox.url) as slow:
                 slow.arrived = asyncio.Event()
-                second = asyncio.create_task(site.start(slow, record, Response(), "alice@example.com", browser=""))
+                second = asyncio.create_task(site.start(slow, record, Response(), "alice@example.com", secure=False))
                 await until(lambda: any(request.path.endswith("/pending") for request in sandbox.requests))
                 assert await alice.start() == 200
                 await asyncio.sleep(0.2)  # the phone's prompt is older than UNLISTED when the list arrives
@@ -434,7 +487,7 @@ async def test_a_prompt_that_is_being_created_brings_no_second_one(
             new = site.Prompt("first", "browser", "417", 0.0)
             site.reserve(record, new, ALICE, "alice@example.com", set(), listed_at=0.0)
             with pytest.raises(HTTPException, match="409"):
-                await site.start(client, record, Response(), "alice@example.com", browser="")
+                await site.start(client, record, Response(), "alice@example.com", secure=False)
     assert not sandbox.operations
 
 
@@ -474,6 +527,11 @@ async def test_page_logs_in_and_shows_the_number_of_the_phone(sandbox: Sandbox, 
         sandbox.approve(operation.operation_id)
         await expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
         assert len(sandbox.operations) == 1
+        await page.reload()
+        await page.get_by_role("button", name="Log out").click()
+        await expect(page.get_by_role("status")).to_have_text("You are logged out.")
+        await page.reload()
+        await expect(page.get_by_role("button", name="Log in with your face")).to_be_visible()
         async with await browser.new_context(java_script_enabled=False) as context:
             plain = await context.new_page()
             await plain.goto(server.url)
