@@ -166,18 +166,6 @@ class Claim(Enum):
     """A different request's, or nobody's any more: an outcome of this request is stored already."""
 
 
-class Claimed(NamedTuple):
-    """The answer to a claim on an operation id.
-
-    Attributes:
-        claim: Which request the id belongs to.
-        token: Identifies the present claim; it changes when another delivery of the request claims the id.
-    """
-
-    claim: Claim
-    token: int
-
-
 class Broker(ApplicationSide):
     """A broker, for workers and for applications.
 
@@ -292,7 +280,7 @@ class Broker(ApplicationSide):
     # there was none. An approval counts only for a request that holds its id.
 
     @abstractmethod
-    async def claim(self, message: Message) -> Claimed:
+    async def claim(self, message: Message) -> Claim:
         """Claim an operation id for a request, unless another request holds it. The claim is durable on return.
 
         A broker of SQL refuses a request that another worker has decided. NATS does not know of that.
@@ -303,16 +291,8 @@ class Broker(ApplicationSide):
         """Return whether the request holds its operation id at this moment."""
 
     @abstractmethod
-    async def unclaim(self, message: Message, token: int) -> bool:
-        """Release an id, unless another delivery of the request has claimed it since.
-
-        Args:
-            message: A delivery of the request.
-            token: What `claim` returned with it.
-
-        Returns:
-            Whether the id is free now.
-        """
+    async def unclaim(self, message: Message) -> bool:
+        """Release an id, unless another delivery of the request has claimed it since. Return whether it is free now."""
 
     @abstractmethod
     async def inspect(self) -> Inspection:

@@ -139,16 +139,16 @@ class Exchanges:
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
         """Create the operation, which was missing just now. Return `Next.POLL` if this request may have created it."""
-        claim, token = await self._broker.claim(delivery.message)
+        claim = await self._broker.claim(delivery.message)
         if claim is Claim.ANOTHERS:
             return fail(delivery, FailureReason.CONFLICT, OTHER_REQUEST, now=self._clock())
         if not is_final(delivery, self._clock()):
-            return await self._create_claimed(delivery, claim, token)
+            return await self._create_claimed(delivery, claim)
         if claim is Claim.NEW:  # the broker took long: it is too late to ask the user
-            await self._broker.unclaim(delivery.message, token)
+            await self._broker.unclaim(delivery.message)
         return Redeliver(0.0)
 
-    async def _create_claimed(self, delivery: Delivery, claim: Claim, token: int) -> Decision | Next:
+    async def _create_claimed(self, delivery: Delivery, claim: Claim) -> Decision | Next:
         """Create the operation under an id that this request holds, by this claim or by an earlier one."""
         ticket, started_at = delivery.ticket, self._now()
         try:
@@ -169,14 +169,12 @@ class Exchanges:
             return Next.POLL
         except ConflictError:
             self._record_success(started_at)
-            if claim is Claim.HELD or not await self._broker.unclaim(delivery.message, token):
+            if claim is Claim.HELD or not await self._broker.unclaim(delivery.message):
                 return Next.POLL
             return fail(delivery, FailureReason.CONFLICT, OTHER_OPERATION, now=self._clock())
         except KeylessError as error:
             may_exist = (
-                claim is Claim.HELD
-                or may_have_taken_effect(error)
-                or not await self._broker.unclaim(delivery.message, token)
+                claim is Claim.HELD or may_have_taken_effect(error) or not await self._broker.unclaim(delivery.message)
             )
             self._record_error(delivery, error, started_at, is_probe=True)
             return after_failed_creation(

@@ -21,7 +21,7 @@ from .reading import created, read, working
 
 if TYPE_CHECKING:
     from aiokeyless import ApprovalTicket
-    from aiokeyless.worker.broker import Claimed
+    from aiokeyless.worker.broker import Claim
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
@@ -103,7 +103,7 @@ async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
 ) -> None:
     claim = SqliteBroker.claim
 
-    async def be_late(broker: SqliteBroker, message: Message) -> Claimed:
+    async def be_late(broker: SqliteBroker, message: Message) -> Claim:
         await asyncio.sleep(0.0 if was_in_doubt and message.number == 1 else 5.0)
         return await claim(broker, message)
 

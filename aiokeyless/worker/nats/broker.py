@@ -19,7 +19,7 @@ from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.broker import (
     Broker,
-    Claimed,
+    Claim,
     Exchange,
     NewRequest,
     OutcomeDelivery,
@@ -289,14 +289,15 @@ class NatsBroker(Broker):
         data, signature = kept.data or b"", (kept.headers or {}).get(SIGNATURE)
         return self._event_keys.verify(data, signature, fleet=self._fleet.name) and is_about(data, event)
 
-    async def claim(self, message: Message) -> Claimed:
-        return await self._claims.claim(*_names(message))
+    async def claim(self, message: Message) -> Claim:
+        claim, _delivery(message).claim = await self._claims.claim(*_names(message))
+        return claim
 
     async def has_claim(self, message: Message) -> bool:
         return await self._claims.holds(*_names(message))
 
-    async def unclaim(self, message: Message, token: int) -> bool:
-        return await self._claims.unclaim(_names(message)[0], token)
+    async def unclaim(self, message: Message) -> bool:
+        return await self._claims.unclaim(_names(message)[0], _delivery(message).claim)
 
     async def inspect(self) -> Inspection:
         if not self._connected().is_connected:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import nats.js.errors
 
-from aiokeyless.worker.broker import Claim, Claimed
+from aiokeyless.worker.broker import Claim
 from aiokeyless.worker.logs import RateLimitedLog
 
 from .event_keys import CLAIM, SIGNATURE
@@ -44,28 +44,28 @@ class NatsClaims:
         self._keys = keys
         self._unsigned = RateLimitedLog(logging.ERROR, "claim.unsigned")
 
-    async def claim(self, operation_id: str, request: str) -> Claimed:
-        """See `Broker`."""
+    async def claim(self, operation_id: str, request: str) -> tuple[Claim, int]:
+        """See `Broker`. Also return the number of this claim, by which alone it is released; 0 if it is another's."""
         expected, claim = 0, Claim.NEW
-        # If this request holds the id already, store the claim again. That changes the sequence, which is the token.
-        while (sequence := await self._put(operation_id, request.encode(), expected)) is None:
+        # If this request holds the id already, store the claim again. That changes the number.
+        while (number := await self._put(operation_id, request.encode(), expected)) is None:
             expected, holder = await self._last(operation_id)
             if holder not in {_RELEASED, request.encode()}:
-                return Claimed(Claim.ANOTHERS, expected)
+                return Claim.ANOTHERS, 0
             claim = Claim.NEW if holder == _RELEASED else Claim.HELD
-        return Claimed(claim, sequence)
+        return claim, number
 
     async def holds(self, operation_id: str, request: str) -> bool:
         """See `Broker`."""
         _, holder = await self._last(operation_id)
         return holder == request.encode()
 
-    async def unclaim(self, operation_id: str, token: int) -> bool:
+    async def unclaim(self, operation_id: str, number: int) -> bool:
         """See `Broker`."""
-        return await self._put(operation_id, _RELEASED, token) is not None
+        return await self._put(operation_id, _RELEASED, number) is not None
 
     async def _put(self, operation_id: str, holder: bytes, expected: int) -> int | None:
-        """Store the holder of the id. Return the sequence, or None if the holder had changed before."""
+        """Store the holder of the id. Return the claim's number, or None if the holder had changed before."""
         subject, headers = self._subject(operation_id), {_EXPECTED: str(expected)}
         if self._keys is not None:
             headers[SIGNATURE] = self._keys.sign(_signed_data(subject, holder), fleet=self._fleet.name, kind=CLAIM)

@@ -73,12 +73,14 @@ class NatsMessage(Message, kw_only=True, eq=False):
         raw: The delivery.
         arrived_at: When it came.
         standing: What this worker knows of the request.
+        claim: The number of its claim; 0 if it made none.
     """
 
     id: int
     raw: Msg
     arrived_at: float
     standing: Standing
+    claim: int = 0
 
     @property
     def is_untried(self) -> bool:

@@ -19,15 +19,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import (
-    Claim,
-    Claimed,
-    Exchange,
-    NewRequest,
-    OutcomeDelivery,
-    UnavailableError,
-    without_frames,
-)
+from aiokeyless.worker.broker import Claim, Exchange, NewRequest, OutcomeDelivery, UnavailableError, without_frames
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Row, TableBroker, TableMessage, check_service, row_of, time_of
@@ -265,8 +257,8 @@ class PostgresBroker(TableBroker):
         # Of two decisions on one request, the first counts.
         return [decided.pop(Row(id_, name), None) is not None for id_, name, *_ in calls]
 
-    async def claim(self, message: Message) -> Claimed:
-        return Claimed(await self._claims.call((*row_of(message), message.number)), message.number)
+    async def claim(self, message: Message) -> Claim:
+        return await self._claims.call((*row_of(message), message.number))
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
         claimed = await self._fetch_rows("SELECT id, name, was_asked FROM {}.claim($1, $2, $3)", calls)
@@ -285,8 +277,8 @@ class PostgresBroker(TableBroker):
         found = await self._fetch(query, *zip(*calls, strict=True))
         return {Row(record["id"], record["name"]): record for record in found}
 
-    async def unclaim(self, message: Message, token: int) -> bool:
-        rows = await self._fetch("SELECT {}.unclaim($1, $2, $3)", *row_of(message), token)
+    async def unclaim(self, message: Message) -> bool:
+        rows = await self._fetch("SELECT {}.unclaim($1, $2, $3)", *row_of(message), message.number)
         is_free: bool = rows[0][0]
         return is_free
 

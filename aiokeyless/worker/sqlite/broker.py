@@ -17,7 +17,7 @@ import msgspec
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import Claim, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import TableBroker, check_service, row_of
@@ -192,14 +192,14 @@ class SqliteBroker(TableBroker):
         self._decided.notify()
         return is_stored
 
-    async def claim(self, message: Message) -> Claimed:
+    async def claim(self, message: Message) -> Claim:
         return await self._do(lambda store: store.claim(row_of(message), message.number), lasting=True)
 
     async def has_claim(self, message: Message) -> bool:
         return await self._do(lambda store: store.was_asked(row_of(message)))
 
-    async def unclaim(self, message: Message, token: int) -> bool:
-        return await self._do(lambda store: store.unclaim(row_of(message), token), lasting=True)
+    async def unclaim(self, message: Message) -> bool:
+        return await self._do(lambda store: store.unclaim(row_of(message), message.number), lasting=True)
 
     async def inspect(self) -> Inspection:
         return await self._read(Store.inspect)

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from aiokeyless._rules.probes import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
-from aiokeyless.worker.broker import (
-    LONGEST_PAUSE,
-    Claim,
-    Claimed,
-    Exchange,
-    NewRequest,
-    outcome_pause,
-)
+from aiokeyless.worker.broker import LONGEST_PAUSE, Claim, Exchange, NewRequest, outcome_pause
 from aiokeyless.worker.tables import LONGEST_WAIT, Row, TableMessage, time_of
 
 from .failures import broker_errors, retry_while_busy
@@ -313,15 +306,15 @@ class Store:
         self._connection.execute("INSERT INTO unread SELECT name, ?, ?, 0 FROM reader", (id_, now))
         return True
 
-    def claim(self, row: Row, number: int) -> Claimed:
+    def claim(self, row: Row, number: int) -> Claim:
         """Note that a delivery is about to ask the user; the operation id is its request's, until that is decided."""
         found = self._connection.execute(
             "SELECT asked IS NOT NULL FROM request WHERE id = ? AND name = ? AND decided_at IS NULL", row
         ).fetchone()
         if found is None:
-            return Claimed(Claim.ANOTHERS, number)
+            return Claim.ANOTHERS
         self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (number, row.id))
-        return Claimed(Claim.HELD if found[0] else Claim.NEW, number)
+        return Claim.HELD if found[0] else Claim.NEW
 
     def was_asked(self, row: Row) -> bool:
         """Return whether the user may have been asked."""

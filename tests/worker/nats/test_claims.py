@@ -34,10 +34,17 @@ async def claims(stream: JetStreamContext, request: pytest.FixtureRequest) -> Na
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
-    assert (await claims.claim(ID, OURS)).claim is Claim.NEW
-    assert (await claims.claim(ID, THEIRS)).claim is Claim.ANOTHERS
-    assert (await claims.claim(ID, OURS)).claim is Claim.HELD
+    assert await claims.claim(ID, OURS) == (Claim.NEW, 1)
+    assert await claims.claim(ID, THEIRS) == (Claim.ANOTHERS, 0)
+    assert await claims.claim(ID, OURS) == (Claim.HELD, 2)
     assert (await claims.holds(ID, OURS), await claims.holds(ID, THEIRS)) == (True, False)
+
+
+async def test_who_does_not_get_an_id_cannot_release_it(claims: NatsClaims) -> None:
+    await claims.claim(ID, OURS)
+    _, number = await claims.claim(ID, THEIRS)
+    assert not await claims.unclaim(ID, number)
+    assert await claims.holds(ID, OURS)
 
 
 async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
@@ -46,11 +53,11 @@ async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
 
 
 async def test_what_is_released_can_be_taken_by_another_one(claims: NatsClaims) -> None:
-    _, token = await claims.claim(ID, OURS)
-    assert await claims.unclaim(ID, token)
+    _, number = await claims.claim(ID, OURS)
+    assert await claims.unclaim(ID, number)
     assert not await claims.holds(ID, OURS)
-    assert (await claims.claim(ID, THEIRS)).claim is Claim.NEW
-    assert (await claims.claim(ID, OURS)).claim is Claim.ANOTHERS
+    assert (await claims.claim(ID, THEIRS))[0] is Claim.NEW
+    assert (await claims.claim(ID, OURS))[0] is Claim.ANOTHERS
 
 
 async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:
@@ -89,7 +96,7 @@ async def signed(stream: JetStreamContext) -> NatsClaims:
 async def is_ours(claims: NatsClaims) -> bool:
     """Return whether the id is believed to be ours, when it is asked about as well as when it is taken."""
     is_held = await claims.holds(ID, OURS)
-    assert (await claims.claim(ID, OURS)).claim is (Claim.HELD if is_held else Claim.ANOTHERS)
+    assert (await claims.claim(ID, OURS))[0] is (Claim.HELD if is_held else Claim.ANOTHERS)
     return is_held
 
 
@@ -127,7 +134,7 @@ async def test_the_signature_of_another_claim_is_none(
 async def test_nobody_else_gives_an_id_back(signed: NatsClaims, stream: JetStreamContext) -> None:
     await signed.claim(ID, OURS)
     await stream.publish(SUBJECT, b"")
-    assert (await signed.claim(ID, THEIRS)).claim is Claim.ANOTHERS
+    assert (await signed.claim(ID, THEIRS))[0] is Claim.ANOTHERS
 
 
 async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stream: JetStreamContext) -> None:

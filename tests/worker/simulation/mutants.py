@@ -132,8 +132,8 @@ MUTANTS: Final = (
     # -- exchanges
     Mutant(
         "worker/exchanges.py",
-        "claim, token = await self._broker.claim(delivery.message)",
-        "claim, token = Claim.NEW, delivery.message.number",
+        "claim = await self._broker.claim(delivery.message)",
+        "claim = Claim.NEW",
         "the user is asked without a claim",
     ),
     Mutant(
@@ -144,14 +144,14 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/exchanges.py",
-        "                or may_have_taken_effect(error)\n",
-        "",
+        "claim is Claim.HELD or may_have_taken_effect(error) or",
+        "claim is Claim.HELD or",
         "a lost answer to a create gives the claim back",
     ),
     Mutant(
         "worker/exchanges.py",
-        "if claim is Claim.HELD or not await self._broker.unclaim(delivery.message, token):",
-        "if not await self._broker.unclaim(delivery.message, token):",
+        "if claim is Claim.HELD or not await self._broker.unclaim(delivery.message):",
+        "if not await self._broker.unclaim(delivery.message):",
         "a request's own operation is a conflict",
     ),
     Mutant(

@@ -72,7 +72,7 @@ async def process(broker: SqliteBroker, message: Message) -> None:
     request = msgspec.json.decode(message.body, type=ApprovalRequest)
     assert request.operation_id is not None
     if not await broker.has_claim(message):
-        if (await broker.claim(message)).claim is Claim.NEW:
+        if await broker.claim(message) is Claim.NEW:
             say("asked", request.operation_id)
         await broker.put_off(message, 0.0, Exchange.ANSWERED)
         return
