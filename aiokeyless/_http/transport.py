@@ -192,15 +192,15 @@ class Transport:
         url = self._base.with_path(self._base_path + request.path, encoded=True)
         if request.query:
             url = URL(f"{url}?{request.query}", encoded=True)
-        return self._exchange(request.endpoint, url, timeouts=self._call_timeout, body=request.body, attempt=attempt)
+        return self._send_once(request.endpoint, url, timeouts=self._call_timeout, body=request.body, attempt=attempt)
 
     def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long."""
         path = self._base_path + protocol.operation_path(operation_id)
         url = self._base.with_path(path, encoded=True)
-        return self._exchange(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
+        return self._send_once(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
 
-    async def _exchange(
+    async def _send_once(
         self,
         endpoint: protocol.Endpoint[T],
         url: URL,

@@ -88,7 +88,7 @@ class Poller:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handle of a callback due at once lacks it
         self._workers: set[asyncio.Task[None]] = set()
-        self._exchanges: dict[Poll, asyncio.Task[None]] = {}  # the tasks in which an exchange can be cut off
+        self._poll_tasks: dict[Poll, asyncio.Task[None]] = {}  # in which a poll can be cut off
         self._leaving: deque[FutureWait] = deque()  # their callers are gone
         self._left = 0  # waits that left in this turn of the loop; if any did, a callback is set for the next turn
         self._is_closed = False
@@ -255,9 +255,9 @@ class Poller:
 
     def _cut_off(self) -> None:
         for poll in self._machine.take_cut():
-            exchange = self._exchanges.get(poll)
-            if exchange is not None:  # a poll that has not started yet checks `is_over` when it does
-                exchange.cancel()
+            task = self._poll_tasks.get(poll)
+            if task is not None:  # a poll that has not started yet checks `is_over` when it does
+                task.cancel()
 
     # -- polls
 
@@ -281,7 +281,7 @@ class Poller:
             answer: Operation | KeylessError | None = None
             try:
                 if not poll.is_over:  # else the last wait left before it started
-                    self._exchanges[poll] = worker
+                    self._poll_tasks[poll] = worker
                     try:
                         answer = await send(poll.polled.operation_id)
                     except KeylessError as error:
@@ -289,7 +289,7 @@ class Poller:
                     except asyncio.CancelledError as cancellation:
                         answer = self._after_cancellation(poll, worker, cancellation)
                     finally:
-                        del self._exchanges[poll]
+                        del self._poll_tasks[poll]
                 now = clock()
                 more = machine.finish_poll(poll, answer, now)
             except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever

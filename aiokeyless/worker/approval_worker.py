@@ -23,15 +23,15 @@ from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import Broker, broker_for, hide_url
-from .exchanges import check_key
 from .logs import log
 from .messages import ApprovalRequest
 from .monitoring import WorkerStatistics
+from .processor import check_key
 from .serving import Limits, Serving
 
 _SETTLED_WITHIN: Final = 5.0  # seconds
 _MARGIN: Final = 5.0  # seconds between the end of the longest delivery and its repetition
-_EXCHANGES: Final = 3  # of one delivery at most: a create, the check whether it took effect, a poll
+_MOST_EXCHANGES: Final = 3  # of one delivery: a create, the check whether it took effect, a poll
 
 
 class ApprovalWorker:
@@ -85,7 +85,7 @@ class ApprovalWorker:
         self._limits = Limits(
             max_in_flight=whole_number(max_in_flight, "max_in_flight"),
             max_polls_per_second=check_rate(max_polls_per_second, "max_polls_per_second"),
-            longest_delivery=_EXCHANGES * client.request_timeout + _SETTLED_WITHIN,
+            longest_delivery=_MOST_EXCHANGES * client.request_timeout + _SETTLED_WITHIN,
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client

@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Iterator, Sequence
 from datetime import datetime
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 from types import ModuleType, TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
@@ -142,17 +142,17 @@ class ApplicationSide(ABC):
         """
 
 
-class Exchange(Enum):
-    """How a delivery's exchange with Keyless ended."""
+class ExchangeResult(IntEnum):
+    """How a delivery's exchange with Keyless ended. The SQL of brokers has the same numbers."""
 
-    ANSWERED = auto()
+    ANSWERED = 0
     """Keyless answered a poll well, which resets the request's failures."""
-    CREATED = auto()
-    """The operation was created, or is there already. That resets them too, but no poll was answered."""
-    FAILED = auto()
+    FAILED = 1
     """It failed transiently, which adds one failure to the request."""
-    NONE = auto()
+    NONE = 2
     """There was none: the worker gives the delivery back, and it does not count."""
+    CREATED = 3
+    """The operation was created, or is there already. That resets the failures too, but no poll was answered."""
 
 
 class Claim(Enum):
@@ -254,7 +254,7 @@ class Broker(ApplicationSide):
         """
 
     @abstractmethod
-    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+    async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
         """Deliver a request again after `delay` seconds, unless it has been delivered again already.
 
         A broker may cut the delay to 200 s. Then a clock that was set back delays no request for longer.

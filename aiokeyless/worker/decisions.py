@@ -19,7 +19,7 @@ from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, Permissi
 from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
-from .broker import Exchange
+from .broker import ExchangeResult
 from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, read_context
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class Redeliver(NamedTuple):
 
     Attributes:
         delay: After so many seconds.
-        exchange: How this delivery's exchange with Keyless ended.
+        result: How this delivery's exchange with Keyless ended.
         created: The request, if its operation is there and the user's phone was not told of it yet; else None.
     """
 
     delay: float
-    exchange: Exchange = Exchange.ANSWERED
+    result: ExchangeResult = ExchangeResult.ANSWERED
     created: ApprovalRequest | None = None
 
 
@@ -100,7 +100,7 @@ class Pacing(NamedTuple):
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
     """Decide after the operation was created. No user approves at once, so do not poll yet."""
-    return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.CREATED, delivery.request)
+    return Redeliver(_scheduled_delay(delivery, now, pacing), ExchangeResult.CREATED, delivery.request)
 
 
 def found(delivery: Delivery) -> ApprovalRequest | None:
@@ -150,11 +150,11 @@ def after_poll(
         return Next.CREATE if may_create else Redeliver(_scheduled_delay(delivery, now, pacing), created=created)
     if verdict is Verdict.TRANSIENT:
         if not was_final:
-            return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
+            return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), ExchangeResult.FAILED)
         left = left_of_grace(delivery, polled_at, pacing.grace)
         # If the circuit stays open for longer than that, the application still gets an outcome in time.
         if left > 0.0:  # no caller waits for the outcome, so the repetition may be later than that
-            return Redeliver(pacing.after_failure(left), Exchange.FAILED)
+            return Redeliver(pacing.after_failure(left), ExchangeResult.FAILED)
     return _end(delivery, answer, verdict, now)._replace(polled_at=polled_at)
 
 
@@ -194,10 +194,10 @@ def after_failed_creation(
     If an earlier attempt may have created it, the user may have been asked.
     """
     if error.is_transient:
-        return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
+        return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), ExchangeResult.FAILED)
     if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
         # Polls find out; a 403 or 404 is a gateway's.
-        return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.FAILED)
+        return Redeliver(_scheduled_delay(delivery, now, pacing), ExchangeResult.FAILED)
     reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
     return fail(delivery, reason, str(error), now=now)
 

@@ -1,6 +1,6 @@
 """The serving phase of a worker: it takes deliveries, processes each, and puts it off or decides it.
 
-It keeps no wait in memory. `exchanges` talks to Keyless, `aiokeyless._rules.circuit` limits the exchanges at once, and
+It keeps no wait in memory. `processor` talks to Keyless, `aiokeyless._rules.circuit` limits the exchanges at once, and
 `approval_worker` owns the life of the worker.
 """
 
@@ -30,12 +30,12 @@ from aiokeyless.errors import (
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .announcements import Announcements
-from .broker import Exchange, RefusedError, UnavailableError
+from .broker import ExchangeResult, RefusedError, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, left_of_grace, observation
-from .exchanges import Exchanges, check_key
 from .logs import RateLimitedLog, log
 from .messages import FailureReason, read_request
 from .monitoring import Reporter, WorkerStatistics
+from .processor import DeliveryProcessor, check_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -113,7 +113,7 @@ class Serving:
         # A request belongs to the trace of its submitter, and its polls have no spans.
         self._context = context_without_traces()
         self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, on_loss=on_fatal)
-        self._exchanges = Exchanges(
+        self._processor = DeliveryProcessor(
             transport,
             broker,
             schedule=schedule,
@@ -324,7 +324,7 @@ class Serving:
 
     async def _give_back(self, message: Message, delay: float) -> None:
         with suppress(UnavailableError, BrokerError):  # otherwise it is delivered again by itself, a little later
-            await self._broker.put_off(message, delay, Exchange.NONE)
+            await self._broker.put_off(message, delay, ExchangeResult.NONE)
 
     def _read(self, message: Message) -> Delivery:
         return read_request(message, longest_wait=self._longest_wait, largest_request=self._broker.largest_request)
@@ -338,7 +338,7 @@ class Serving:
             if is_over and self._is_away(now):
                 return after_outage(delivery, now=moment)
         pause = max(0.0, self._circuit.retry_at() - now)
-        return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), Exchange.NONE)
+        return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), ExchangeResult.NONE)
 
     async def _decide(self, message: Message) -> Decision:
         try:
@@ -348,7 +348,7 @@ class Serving:
         if delivery.refusal is not None:
             return fail(delivery, FailureReason.INVALID_REQUEST, delivery.refusal, now=self._broker.now())
         try:
-            return await self._exchanges.process(delivery)
+            return await self._processor.process(delivery)
         except (KeylessError, UnavailableError):  # the worker's or the broker's, and not the request's
             raise
         except Exception as error:  # noqa: BLE001  # a bug: the request must not be delivered again forever
@@ -359,7 +359,7 @@ class Serving:
         """Report the delivery's result to the broker."""
         if isinstance(decision, Redeliver):
             try:
-                await self._broker.put_off(message, decision.delay, decision.exchange)
+                await self._broker.put_off(message, decision.delay, decision.result)
             finally:  # the operation is there, whatever the broker says
                 self._announce(decision)
             return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from aiokeyless.errors import BrokerError
 
-from .broker import Broker, Exchange, UnavailableError
+from .broker import Broker, ExchangeResult, UnavailableError
 from .logs import RateLimitedLog
 from .messages import Message
 
@@ -132,7 +132,7 @@ class TableBroker(Broker):
 
     async def _give_back(self, taking: asyncio.Task[Sequence[Message]]) -> None:
         with suppress(UnavailableError, BrokerError):  # then they come again after the lease
-            await asyncio.gather(*(self.put_off(message, 0.0, Exchange.NONE) for message in await taking))
+            await asyncio.gather(*(self.put_off(message, 0.0, ExchangeResult.NONE) for message in await taking))
 
 
 def time_of(seconds: float) -> datetime:

@@ -16,7 +16,7 @@ import asyncpg
 from tenacity import wait_chain, wait_fixed
 
 from aiokeyless.worker import Outcome, next_outcome
-from aiokeyless.worker.broker import Exchange
+from aiokeyless.worker.broker import ExchangeResult
 from benchmarks import pictures
 from benchmarks.approval_times import seeded_random
 from benchmarks.bench import cancel, order
@@ -188,7 +188,9 @@ async def _waiting(storage: type[Storage], count: int) -> Row:
             put_off = 0
             while put_off < count:
                 messages = await broker.take(_BATCH, 5.0)
-                await asyncio.gather(*(broker.put_off(message, _PUT_OFF, Exchange.ANSWERED) for message in messages))
+                await asyncio.gather(
+                    *(broker.put_off(message, _PUT_OFF, ExchangeResult.ANSWERED) for message in messages)
+                )
                 put_off += len(messages)
             delivered = [await _delivered(broker) for _ in range(20)]
             take = await _take(stored, broker)
@@ -229,7 +231,7 @@ async def _delivered(broker: Broker) -> float:
         if time.perf_counter() - began > _LOST_AFTER:
             raise CannotMeasureError("nothing was delivered")
     seconds = time.perf_counter() - began
-    await broker.put_off(messages[0], _PUT_OFF, Exchange.ANSWERED)
+    await broker.put_off(messages[0], _PUT_OFF, ExchangeResult.ANSWERED)
     return seconds
 
 

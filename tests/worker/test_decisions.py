@@ -27,7 +27,7 @@ from aiokeyless.errors import (
 from aiokeyless.models import Operation, Secret
 from aiokeyless.schedule import wait_adaptive
 from aiokeyless.ticket import ApprovalTicket, payload_digest
-from aiokeyless.worker.broker import Exchange
+from aiokeyless.worker.broker import ExchangeResult
 from aiokeyless.worker.decisions import (
     Decided,
     Decision,
@@ -150,14 +150,14 @@ def decided(decision: Decision | Next) -> Decided:
     return decision
 
 
-def delay(decision: Decision | Next, exchange: Exchange = Exchange.ANSWERED) -> float:
+def delay(decision: Decision | Next, result: ExchangeResult = ExchangeResult.ANSWERED) -> float:
     assert isinstance(decision, Redeliver)
-    assert decision.exchange is exchange
+    assert decision.result is result
     return decision.delay
 
 
 def delay_after_failure(decision: Decision | Next) -> float:
-    return delay(decision, Exchange.FAILED)
+    return delay(decision, ExchangeResult.FAILED)
 
 
 def status(kind: type[Any], number: int, *, path: str = "/v2/x") -> KeylessError:
@@ -356,13 +356,13 @@ def test_an_operation_that_a_pin_approved_is_no_face_and_says_so() -> None:
 
 def test_just_created_it_is_polled_when_the_schedule_says() -> None:
     decision = after_creation(DELIVERY, at(1), pacing(wait_fixed(3)))
-    assert delay(decision, Exchange.CREATED) == 3
+    assert delay(decision, ExchangeResult.CREATED) == 3
     assert decision.created == DELIVERY.request  # the phone is told of it
-    assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3))), Exchange.CREATED) == 1
+    assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3))), ExchangeResult.CREATED) == 1
 
 
 def test_created_after_the_deadline_there_is_still_the_final_poll() -> None:
-    assert delay(after_creation(DELIVERY, at(LATE), pacing(wait_fixed(3))), Exchange.CREATED) == SHORTEST
+    assert delay(after_creation(DELIVERY, at(LATE), pacing(wait_fixed(3))), ExchangeResult.CREATED) == SHORTEST
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
@@ -491,14 +491,14 @@ def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
 
 @pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)])
 def test_a_create_that_may_have_taken_effect_ends_no_request(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True), Exchange.FAILED) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.FAILED) == 1
+    assert delay(not_created(error, 10, may_exist=True), ExchangeResult.FAILED) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True), ExchangeResult.FAILED) == 1
 
 
 @pytest.mark.parametrize("error", [MISSING, FORBIDDEN])
 def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True), Exchange.FAILED) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.FAILED) == 1
+    assert delay(not_created(error, 10, may_exist=True), ExchangeResult.FAILED) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True), ExchangeResult.FAILED) == 1
 
 
 def test_what_may_have_been_created_is_not_said_to_be_rejected() -> None:

@@ -17,7 +17,7 @@ from waiting import until
 
 from aiokeyless import wait_adaptive
 from aiokeyless._http.transport import Transport
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, exchanges, submit_approval
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, processor, submit_approval
 from aiokeyless.worker.broker import NewRequest, RefusedError
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import ApprovalRequest, request_name
@@ -378,7 +378,7 @@ async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
+    monkeypatch.setattr(processor, "after_creation", lambda *_: 1 / 0)
     async with working(client, broker) as worker:
         operation_id = await submit(broker, "C0FFEE", context={"order": 7})
         [event] = await all_outcomes(broker)
@@ -483,7 +483,7 @@ async def test_logs_hold_no_payload_no_context_and_no_key(
         sandbox.tamper("unreadable", operation_payload=["hidden payload"])
         sandbox.approve("approved")
         await all_outcomes(broker)
-        monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
+        monkeypatch.setattr(processor, "after_creation", lambda *_: 1 / 0)
         await publish(broker, {"operation_id": "internal", **secrets})
         events = await all_outcomes(broker)
     lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("aiokeyless")]

@@ -20,7 +20,7 @@ from aiokeyless.models import Secret
 from aiokeyless.worker.broker import (
     Broker,
     Claim,
-    Exchange,
+    ExchangeResult,
     NewRequest,
     OutcomeDelivery,
     UnavailableError,
@@ -239,10 +239,10 @@ class NatsBroker(Broker):
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._open_intake().take_overdue(up_to, self.now() - timedelta(seconds=grace))
 
-    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+    async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
         intake, delivery = self._open_intake(), _delivery(message)
-        intake.failures.record(delivery.id, exchange)
-        if exchange in {Exchange.ANSWERED, Exchange.CREATED}:
+        intake.failures.record(delivery.id, result)
+        if result in {ExchangeResult.ANSWERED, ExchangeResult.CREATED}:
             delay = self._stretch(message, delay, intake.load_shedding.factor)
         await intake.put_off(delivery, delay)
 

@@ -27,7 +27,7 @@ from nats.aio.msg import Msg  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.probes import Rank, Standing, choose
-from aiokeyless.worker.broker import Exchange, UnavailableError
+from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog
 from aiokeyless.worker.messages import Message, deadline
 
@@ -108,13 +108,13 @@ class Failures:
         """Return the failures and the standing of a request. An unknown one counts as never tried."""
         return self._counts.get(sequence, _UNKNOWN)
 
-    def record(self, sequence: int, exchange: Exchange) -> None:
+    def record(self, sequence: int, result: ExchangeResult) -> None:
         """Record how an exchange ended."""
-        if exchange is Exchange.NONE:
+        if result is ExchangeResult.NONE:
             return
         failures, standing = self.of(sequence)
-        standing = min(standing, Standing.ANSWERED if exchange is Exchange.ANSWERED else Standing.CREATED)
-        self._counts[sequence] = failures + 1 if exchange is Exchange.FAILED else 0, standing
+        standing = min(standing, Standing.ANSWERED if result is ExchangeResult.ANSWERED else Standing.CREATED)
+        self._counts[sequence] = failures + 1 if result is ExchangeResult.FAILED else 0, standing
         self._counts.move_to_end(sequence)
         if len(self._counts) > _REMEMBERED:
             self._counts.popitem(last=False)

@@ -19,7 +19,14 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claim, Exchange, NewRequest, OutcomeDelivery, UnavailableError, without_frames
+from aiokeyless.worker.broker import (
+    Claim,
+    ExchangeResult,
+    NewRequest,
+    OutcomeDelivery,
+    UnavailableError,
+    without_frames,
+)
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Row, TableBroker, TableMessage, check_service, row_of, time_of
@@ -57,7 +64,6 @@ _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
 _RESTORES_EVERY: Final = 10  # turns of the housekeeping
 _CLEANS_EVERY: Final = 3600  # turns
 _TABLES: Final = ("request", "waiting", "outcome", "unread", "reader", "service")
-_EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2, Exchange.CREATED: 3}
 
 
 class PostgresBroker(TableBroker):
@@ -241,8 +247,8 @@ class PostgresBroker(TableBroker):
         rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3)", up_to, self._lease, grace)
         return [_message(row) for row in rows]
 
-    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        await self._put_offs.call((*row_of(message), message.number, delay, _EXCHANGES[exchange]))
+    async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
+        await self._put_offs.call((*row_of(message), message.number, delay, result))
 
     async def _put_off(self, calls: list[tuple[Any, ...]]) -> list[None]:
         await self._fetch("SELECT {}.put_off($1, $2, $3, $4, $5)", *zip(*calls, strict=True))

@@ -17,7 +17,7 @@ import msgspec
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claim, Exchange, NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import TableBroker, check_service, row_of
@@ -182,8 +182,8 @@ class SqliteBroker(TableBroker):
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._take_or_give_back(self._do(lambda store: store.take_overdue(up_to, self._lease, grace)))
 
-    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        await self._batches.call(PutOff(row_of(message), message.number, delay, exchange))
+    async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
+        await self._batches.call(PutOff(row_of(message), message.number, delay, result))
         self._due.notify()
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from aiokeyless._rules.probes import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
-from aiokeyless.worker.broker import LONGEST_PAUSE, Claim, Exchange, NewRequest, outcome_pause
+from aiokeyless.worker.broker import LONGEST_PAUSE, Claim, ExchangeResult, NewRequest, outcome_pause
 from aiokeyless.worker.tables import LONGEST_WAIT, Row, TableMessage, time_of
 
 from .failures import broker_errors, retry_while_busy
@@ -59,7 +59,7 @@ class PutOff(NamedTuple):
     row: Row
     number: int
     delay: float
-    exchange: Exchange
+    result: ExchangeResult
 
 
 class Unread(NamedTuple):
@@ -269,25 +269,14 @@ class Store:
         ]
 
     def _put_off(self, calls: list[PutOff]) -> None:
-        """Deliver requests again later, unless they have been delivered again already."""
+        """Deliver requests again later, unless they have been delivered again already. See `ExchangeResult`."""
         now = self._now()
-        rows = [
-            (
-                *row,
-                number,
-                now + min(delay, MOST_PUT_OFF),
-                exchange is Exchange.NONE,
-                exchange is Exchange.FAILED,
-                exchange is Exchange.ANSWERED,
-            )
-            for row, number, delay, exchange in calls
-        ]
+        rows = [(*row, number, now + min(delay, MOST_PUT_OFF), result) for row, number, delay, result in calls]
         self._connection.execute(
             "REPLACE INTO waiting SELECT w.id, w.name, json_extract(j.value, '$[3]'),"
-            " w.deliveries - json_extract(j.value, '$[4]'),"
-            " CASE WHEN json_extract(j.value, '$[4]') THEN w.failures"
-            " WHEN json_extract(j.value, '$[5]') THEN min(w.failures + 1, ?) ELSE 0 END,"
-            " max(w.answered, json_extract(j.value, '$[6]'))"
+            " w.deliveries - (json_extract(j.value, '$[4]') = 2),"
+            " CASE json_extract(j.value, '$[4]') WHEN 1 THEN min(w.failures + 1, ?) WHEN 2 THEN w.failures ELSE 0 END,"
+            " w.answered OR json_extract(j.value, '$[4]') = 0"
             " FROM json_each(?) j JOIN waiting w ON w.id = json_extract(j.value, '$[0]')"
             " WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries = json_extract(j.value, '$[2]')",
             (_MOST_FAILURES, json.dumps(rows)),

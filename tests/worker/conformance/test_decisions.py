@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiokeyless.worker.broker import Claim, Exchange
+from aiokeyless.worker.broker import Claim, ExchangeResult
 from aiokeyless.worker.messages import ApprovalEvent, Outcome
 
 from .brokers import SHORT_LEASE, decide, is_waiting, submit, take_n
@@ -48,7 +48,7 @@ async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
     assert not await worker.has_claim(message)
     assert await worker.claim(message) is Claim.NEW
     assert await other.has_claim(message)
-    await worker.put_off(message, 0.0, Exchange.ANSWERED)
+    await worker.put_off(message, 0.0, ExchangeResult.ANSWERED)
     (again,) = await take_n(other, 1)
     assert await other.claim(again) is Claim.HELD
 
@@ -57,7 +57,7 @@ async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: B
     await submit(broker, "a")
     (message,) = await take_n(broker, 1)
     await broker.claim(message)
-    await broker.put_off(message, 0.0, Exchange.FAILED)
+    await broker.put_off(message, 0.0, ExchangeResult.FAILED)
     (again,) = await take_n(broker, 1)
     await broker.claim(again)
     assert not await broker.unclaim(message)

@@ -8,7 +8,7 @@ import pytest
 from waiting import PATIENCE
 
 from aiokeyless.errors import BrokerError, InvalidRequestError
-from aiokeyless.worker.broker import Exchange
+from aiokeyless.worker.broker import ExchangeResult
 
 from .brokers import (
     FILE,
@@ -38,8 +38,8 @@ LASTING = pytest.mark.parametrize("storage", [FILE, NATS, POSTGRES], indirect=Tr
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-async def put_off_all(broker: Broker, messages: list[Message], delay: float, exchange: Exchange) -> None:
-    await asyncio.gather(*(broker.put_off(message, delay, exchange) for message in messages))
+async def put_off_all(broker: Broker, messages: list[Message], delay: float, result: ExchangeResult) -> None:
+    await asyncio.gather(*(broker.put_off(message, delay, result) for message in messages))
 
 
 async def test_a_request_that_is_stored_is_delivered_as_it_was_submitted(broker: Broker) -> None:
@@ -108,7 +108,7 @@ async def test_a_request_that_is_put_off_comes_then_and_not_before(broker: Broke
     (message,) = await take_n(broker, 1)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    await broker.put_off(message, 0.6, Exchange.ANSWERED)
+    await broker.put_off(message, 0.6, ExchangeResult.ANSWERED)
     (again,) = await take_n(broker, 1)
     assert 0.55 <= loop.time() - began < 1.6 + storage.slack
     assert (again.body, again.number) == (message.body, 2)
@@ -143,7 +143,7 @@ async def test_a_take_that_is_cancelled_loses_nothing(broker: Broker) -> None:
         taking.cancel()
         outcome = (await asyncio.gather(taking, return_exceptions=True))[0]
         if not isinstance(outcome, BaseException):
-            await put_off_all(broker, list(outcome), 0.0, Exchange.NONE)
+            await put_off_all(broker, list(outcome), 0.0, ExchangeResult.NONE)
     taken = await take_n(broker, 20)
     assert {operation_of(message) for message in taken} == {f"payment-{number}" for number in range(20)}
 
@@ -151,10 +151,11 @@ async def test_a_take_that_is_cancelled_loses_nothing(broker: Broker) -> None:
 async def test_failures_in_a_row_are_counted_and_an_answer_clears_them(broker: Broker, storage: Storage) -> None:
     await submit(broker, "a")
     seen = []
-    for exchange in (Exchange.FAILED, Exchange.FAILED, Exchange.NONE, Exchange.ANSWERED, Exchange.FAILED):
+    answered, failed, none = ExchangeResult.ANSWERED, ExchangeResult.FAILED, ExchangeResult.NONE
+    for result in (failed, failed, none, answered, failed):
         (message,) = await take_n(broker, 1)
         seen.append(message.failures)
-        await broker.put_off(message, 0.0, exchange)
+        await broker.put_off(message, 0.0, result)
     assert seen == [0, 1, 2, 2, 0]
     if storage.orders_probes:
         assert (await take_n(broker, 1))[0].number == 5
@@ -166,37 +167,37 @@ async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened) 
     await submit(first, "a")
     (late,) = await take_n(first, 1)
     (present,) = await take_n(second, 1)
-    await first.put_off(late, 0.0, Exchange.FAILED)
+    await first.put_off(late, 0.0, ExchangeResult.FAILED)
     assert not await take_all(first, 0.3)
-    await second.put_off(present, 0.0, Exchange.ANSWERED)
+    await second.put_off(present, 0.0, ExchangeResult.ANSWERED)
     assert (await take_n(first, 1))[0].failures == 0
 
 
-async def exchange_in_turn(broker: Broker, *exchanges: dict[str, Exchange]) -> None:
+async def deliver_in_turn(broker: Broker, *turns: dict[str, ExchangeResult]) -> None:
     """Have requests delivered and put off again."""
-    for exchange in exchanges:
-        for message in await take_n(broker, len(exchange)):
-            await broker.put_off(message, 0.0, exchange[operation_of(message)])
+    for results in turns:
+        for message in await take_n(broker, len(results)):
+            await broker.put_off(message, 0.0, results[operation_of(message)])
 
 
 @ORDERING
 async def test_while_requests_fail_the_order_is_that_of_probes(broker: Broker) -> None:
     await submit(broker, "created", "bad", "worse", "answered", "was-answered")
-    await exchange_in_turn(
+    await deliver_in_turn(
         broker,
         {
-            "created": Exchange.CREATED,
-            "bad": Exchange.FAILED,
-            "worse": Exchange.FAILED,
-            "answered": Exchange.ANSWERED,
-            "was-answered": Exchange.ANSWERED,
+            "created": ExchangeResult.CREATED,
+            "bad": ExchangeResult.FAILED,
+            "worse": ExchangeResult.FAILED,
+            "answered": ExchangeResult.ANSWERED,
+            "was-answered": ExchangeResult.ANSWERED,
         },
         {
-            "created": Exchange.NONE,
-            "bad": Exchange.NONE,
-            "worse": Exchange.FAILED,
-            "answered": Exchange.CREATED,  # that it was answered is not forgotten
-            "was-answered": Exchange.FAILED,
+            "created": ExchangeResult.NONE,
+            "bad": ExchangeResult.NONE,
+            "worse": ExchangeResult.FAILED,
+            "answered": ExchangeResult.CREATED,  # that it was answered is not forgotten
+            "was-answered": ExchangeResult.FAILED,
         },
     )
     await submit(broker, "new", "newest")
@@ -208,7 +209,7 @@ async def test_while_requests_fail_the_order_is_that_of_probes(broker: Broker) -
 @ORDERING
 async def test_so_many_as_are_told_are_ones_that_were_never_tried(broker: Broker) -> None:
     await submit(broker, "answered", "created")
-    await exchange_in_turn(broker, {"answered": Exchange.ANSWERED, "created": Exchange.CREATED})
+    await deliver_in_turn(broker, {"answered": ExchangeResult.ANSWERED, "created": ExchangeResult.CREATED})
     await submit(broker, "a", "b", "c")
     taken = list(await broker.take(4, PATIENCE, untried=2))
     assert [operation_of(message) for message in taken] == ["c", "b", "answered", "created"]

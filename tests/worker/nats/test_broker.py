@@ -10,7 +10,7 @@ from nats_server import NatsServer, change_consumer
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.broker import Exchange, UnavailableError
+from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
@@ -71,8 +71,9 @@ async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadl
         await opened.prepare(lease=30.0, service=SERVICE)
         await opened.submit(new_request("txn-1", expires_in=3600.0))
         [message] = await take_n(opened, 1)
-        for delay, exchange in ((1.0, Exchange.ANSWERED), (1800.0, Exchange.ANSWERED), (1.0, Exchange.FAILED)):
-            await opened.put_off(message, delay, exchange)
+        answered, failed = ExchangeResult.ANSWERED, ExchangeResult.FAILED
+        for delay, result in ((1.0, answered), (1800.0, answered), (1.0, failed)):
+            await opened.put_off(message, delay, result)
     assert (delays[0], delays[2]) == (16.0, 1.0)
     assert 1800.0 < delays[1] <= 3600.0
 

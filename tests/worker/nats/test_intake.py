@@ -12,7 +12,7 @@ from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, change_consumer, je
 from waiting import PATIENCE, until
 
 from aiokeyless._rules.probes import Standing
-from aiokeyless.worker.broker import Exchange, UnavailableError
+from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
@@ -409,10 +409,10 @@ async def test_a_put_off_on_a_connection_that_is_closed_is_unsettled(hand: Hand)
 async def test_while_keyless_fails_the_best_of_what_was_pulled_is_taken_first(hand: Hand) -> None:
     hand.intake._now = asyncio.get_running_loop().time
     await hand.publish("bad", "worse", "proven", "new")
-    hand.intake.failures.record(1, Exchange.FAILED)
+    hand.intake.failures.record(1, ExchangeResult.FAILED)
     for _ in range(2):
-        hand.intake.failures.record(2, Exchange.FAILED)
-    hand.intake.failures.record(3, Exchange.ANSWERED)
+        hand.intake.failures.record(2, ExchangeResult.FAILED)
+    hand.intake.failures.record(3, ExchangeResult.ANSWERED)
     await hand.intake.ask(4)
     await hand.delivered(4)
     await asyncio.sleep(0.2)  # better ones have had their time to come
@@ -423,7 +423,7 @@ async def test_while_keyless_fails_the_best_of_what_was_pulled_is_taken_first(ha
 async def test_one_that_failed_waits_a_moment_for_better_ones(hand: Hand) -> None:
     await hand.publish("bad")
     hand.intake._now = asyncio.get_running_loop().time
-    hand.intake.failures.record(1, Exchange.FAILED)
+    hand.intake.failures.record(1, ExchangeResult.FAILED)
     taking = asyncio.create_task(hand.intake.take(1, 60.0, untried=0))
     await hand.delivered(1)
     await hand.publish("good")
@@ -437,8 +437,8 @@ async def test_a_new_one_is_found_behind_more_bad_ones_than_are_pulled_at_once(
     monkeypatch.setattr(intake, "_CHOICE", 2)
     hand.intake._now = asyncio.get_running_loop().time
     await hand.publish("bad", "worse", "answered", "new")
-    for number, exchange in ((1, Exchange.FAILED), (2, Exchange.FAILED), (3, Exchange.ANSWERED)):
-        hand.intake.failures.record(number, exchange)
+    for number, result in ((1, ExchangeResult.FAILED), (2, ExchangeResult.FAILED), (3, ExchangeResult.ANSWERED)):
+        hand.intake.failures.record(number, result)
     [message] = await hand.intake.take(1, PATIENCE, untried=1)
     assert message.body == b"new"
     [message] = await hand.intake.take(1, PATIENCE, untried=0)
@@ -448,7 +448,7 @@ async def test_a_new_one_is_found_behind_more_bad_ones_than_are_pulled_at_once(
 async def test_without_a_new_one_in_time_the_best_of_the_others_is_taken(hand: Hand) -> None:
     hand.intake._now = asyncio.get_running_loop().time
     await hand.publish("created")
-    hand.intake.failures.record(1, Exchange.CREATED)
+    hand.intake.failures.record(1, ExchangeResult.CREATED)
     await hand.intake.ask(1)
     await hand.delivered(1)
     hand.intake._pending = 1  # another worker gets it
@@ -458,7 +458,7 @@ async def test_without_a_new_one_in_time_the_best_of_the_others_is_taken(hand: H
 
 async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:
     await hand.publish("bad", "good")
-    hand.intake.failures.record(1, Exchange.FAILED)
+    hand.intake.failures.record(1, ExchangeResult.FAILED)
     await hand.intake.ask(2)
     await hand.delivered(2)
     hand.time = 2.0
@@ -477,7 +477,7 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(intake, "_REMEMBERED", 2)
     failures = intake.Failures()
     for number in (1, 2, 1, 3):
-        failures.record(number, Exchange.FAILED)
+        failures.record(number, ExchangeResult.FAILED)
     assert [failures.of(number)[0] for number in (1, 2, 3)] == [2, 0, 1]
     failures.forget(1)
     assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED)

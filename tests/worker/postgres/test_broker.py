@@ -15,7 +15,7 @@ from waiting import PATIENCE, until
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
-from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
+from aiokeyless.worker.broker import Claim, ExchangeResult, RefusedError, UnavailableError
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
 from aiokeyless.worker.postgres import broker as module
@@ -343,7 +343,7 @@ async def test_put_offs_and_decisions_of_the_same_requests_never_wait_for_each_o
             messages = await take_n(broker, 20)
             backwards = messages[::-1]
             await asyncio.gather(
-                *(broker.put_off(message, 0.0, Exchange.ANSWERED) for message in messages),
+                *(broker.put_off(message, 0.0, ExchangeResult.ANSWERED) for message in messages),
                 *(other.decide(message, outcome_of(message)) for message in backwards),
                 *(broker.claim(message) for message in messages),
                 *(other.claim(message) for message in backwards),
@@ -629,7 +629,7 @@ async def test_a_take_that_is_cancelled_hands_back_what_it_took(broker: Postgres
         taking.cancel()
         await asyncio.wait({taking})
         if not taking.cancelled():
-            await broker.put_off(taking.result()[0], 0.0, Exchange.NONE)
+            await broker.put_off(taking.result()[0], 0.0, ExchangeResult.NONE)
     (message,) = await take_n(broker, 1)  # not by the end of its lease
     assert message.number == 1
 
@@ -700,7 +700,7 @@ async def test_a_pool_whose_setup_hangs_delays_no_call_and_no_closing(
     await submit(broker, "a")
     (message,) = await take_n(broker, 1)
     with server.paused():
-        putting_off = asyncio.create_task(broker.put_off(message, 1, Exchange.NONE))
+        putting_off = asyncio.create_task(broker.put_off(message, 1, ExchangeResult.NONE))
         await asyncio.sleep(0.5)
         async with asyncio.timeout(PATIENCE):
             await broker.aclose()
@@ -742,8 +742,8 @@ async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer_than_200_sec
     await decide_all(broker, "decided")
     await submit(broker, "a", "b")
     messages = await take_n(broker, 2)
-    await broker.put_off(messages[0], 1e9, Exchange.ANSWERED)
-    await broker.put_off(messages[1], 150.0, Exchange.ANSWERED)
+    await broker.put_off(messages[0], 1e9, ExchangeResult.ANSWERED)
+    await broker.put_off(messages[1], 150.0, ExchangeResult.ANSWERED)
     due_in = await admin.fetchval(
         "SELECT max(extract(epoch FROM due_at - clock_timestamp()))::float FROM keyless.waiting"
     )

@@ -14,7 +14,7 @@ from waiting import PATIENCE, until
 from aiokeyless.errors import BrokerError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
-from aiokeyless.worker.broker import Claim, Exchange, UnavailableError
+from aiokeyless.worker.broker import Claim, ExchangeResult, UnavailableError
 from aiokeyless.worker.messages import FailureReason
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
@@ -125,7 +125,7 @@ async def test_a_delivery_that_a_failover_overtook_decides_no_other_request_of_i
             assert again  # ids did come again
 
             for message in again:
-                await broker.put_off(message, 0.0, Exchange.FAILED)
+                await broker.put_off(message, 0.0, ExchangeResult.FAILED)
             assert await broker.take(_LOST, 0.5) == ()
             for message in again:
                 assert not await broker.has_claim(message)
@@ -193,7 +193,7 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
         await submit(broker, "asked", "new")
         (asked,) = [message for message in await take_n(broker, 2) if operation_of(message) == "asked"]
         await broker.claim(asked)
-        await broker.put_off(asked, 0.0, Exchange.ANSWERED)
+        await broker.put_off(asked, 0.0, ExchangeResult.ANSWERED)
         folder = server.new_folder("backup")
         server.run("pg_dump", *option, "--format=custom", "--file", folder / "backup", server.url(database))
         server.run("pg_dumpall", "--roles-only", "--file", folder / "roles", "--dbname", server.url("postgres"))

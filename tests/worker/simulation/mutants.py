@@ -64,8 +64,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        "                exchange is Exchange.ANSWERED,\n",
-        "                exchange in {Exchange.ANSWERED, Exchange.CREATED},\n",
+        "w.answered OR json_extract(j.value, '$[4]') = 0",
+        "w.answered OR json_extract(j.value, '$[4]') IN (0, 3)",
         "a create counts as a good answer",
     ),
     Mutant(
@@ -131,38 +131,38 @@ MUTANTS: Final = (
     ),
     # -- exchanges
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "claim = await self._broker.claim(delivery.message)",
         "claim = Claim.NEW",
         "the user is asked without a claim",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "and not await self._broker.has_claim(delivery.message)\n        ):",
         "and False\n        ):",
         "an approval from before the request counts",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "claim is Claim.HELD or may_have_taken_effect(error) or",
         "claim is Claim.HELD or",
         "a lost answer to a create gives the claim back",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "if claim is Claim.HELD or not await self._broker.unclaim(delivery.message):",
         "if not await self._broker.unclaim(delivery.message):",
         "a request's own operation is a conflict",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "            if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:\n"
         "                break\n",
         "",
         "each poll is repeated",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "_LATE_REPEATS: Final = 2",
         "_LATE_REPEATS: Final = 0",
         "a final poll after the grace is sent once",
@@ -292,20 +292,20 @@ MUTANTS: Final = (
         "a delivery that hangs outlasts its lease",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "if not is_final(delivery, self._clock()):\n            return await self._create_claimed",
         "if True:\n            return await self._create_claimed",
         "a user is asked after a claim that outlasted the deadline",
     ),
     # -- keys that rotate, and requests that are created and then ask for a pause
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         " | ClientClosedError) and not error.is_transient:",
         " | ClientClosedError):",
         "the refusal of a key that was replaced holds all requests",
     ),
     Mutant(
-        "worker/exchanges.py",
+        "worker/processor.py",
         "if isinstance(error, RateLimitError) and self._circuit.record_refusal(",
         "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause) "
         "and isinstance(error, RateLimitError) and self._circuit.record_refusal(",

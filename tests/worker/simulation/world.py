@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from simulation.service import Service
     from yarl import URL
 
-    from aiokeyless.worker.broker import Exchange
+    from aiokeyless.worker.broker import ExchangeResult
     from aiokeyless.worker.messages import ApprovalEvent, Message
 
 T = TypeVar("T")
@@ -408,11 +408,11 @@ class Broker(SqliteBroker):
         if silent and not self._process.is_dead:
             await asyncio.sleep(silent.ends - self._process.world.loop.time() + _MOMENT)
 
-    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+    async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
         world, process = self._process.world, self._process
         doubts = world.has("doubts", process)
         if not (world.has("forgets", process) or (doubts and random.random() < 0.5)):  # noqa: S311
-            await super().put_off(message, delay, exchange)
+            await super().put_off(message, delay, result)
         if doubts:
             raise UnavailableError("no answer")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiokeyless.worker.broker import Claim, Exchange, NewRequest
+from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest
 from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Message, Outcome
 from aiokeyless.worker.sqlite import SqliteBroker, schema, store
 
@@ -74,7 +74,7 @@ async def process(broker: SqliteBroker, message: Message) -> None:
     if not await broker.has_claim(message):
         if await broker.claim(message) is Claim.NEW:
             say("asked", request.operation_id)
-        await broker.put_off(message, 0.0, Exchange.ANSWERED)
+        await broker.put_off(message, 0.0, ExchangeResult.ANSWERED)
         return
     event = ApprovalEvent(
         version=VERSION,

@@ -18,7 +18,7 @@ from waiting import until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
-from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
+from aiokeyless.worker.broker import Claim, ExchangeResult, RefusedError, UnavailableError
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
 from aiokeyless.worker.tables import row_of
@@ -374,7 +374,7 @@ async def test_a_file_that_is_held_for_long_is_unavailable(
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(UnavailableError, match="locked"):
-            await broker.put_off(message, 1.0, Exchange.NONE)
+            await broker.put_off(message, 1.0, ExchangeResult.NONE)
         with pytest.raises(UnavailableError, match="locked"):
             await submit(broker, "b")
         with pytest.raises(UnavailableError, match="locked"):
@@ -412,7 +412,7 @@ async def test_the_backup_of_the_guide_has_what_a_broker_in_use_holds(
         if operation_of(message) == "decided":
             assert await decide(broker, message)
         else:
-            await broker.put_off(message, 0.0, Exchange.ANSWERED)
+            await broker.put_off(message, 0.0, ExchangeResult.ANSWERED)
     monkeypatch.chdir(path.parent)
     [(statement, copy)] = re.findall(r"^umask 077 && sqlite3 keyless.db \"(VACUUM INTO '(.*)')\"$", GUIDE, re.MULTILINE)
     execute(path, statement)
@@ -437,7 +437,7 @@ async def test_a_delivery_from_before_a_restore_changes_no_other_request_of_its_
     assert await broker.claim(other) is Claim.NEW
     assert not await broker.unclaim(lost)
     assert await broker.has_claim(other)
-    await broker.put_off(lost, 0.0, Exchange.FAILED)
+    await broker.put_off(lost, 0.0, ExchangeResult.FAILED)
     assert not await take_all(broker)
     assert not await decide(broker, lost)
     await unread.put_off(0.0)
@@ -484,7 +484,7 @@ async def test_a_broker_in_memory_has_the_loops_clock(memory: SqliteBroker) -> N
 async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) -> None:
     await submit(memory, "a")
     (message,) = await memory.take(1, 1.0)
-    await memory.put_off(message, 3600.0, Exchange.ANSWERED)
+    await memory.put_off(message, 3600.0, ExchangeResult.ANSWERED)
     assert not await memory.take(1, 199.0)
     assert await memory.take(1, 2.0)
 
@@ -507,7 +507,7 @@ async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer(
     await decide(memory, messages[0])
     outcome = await memory.next_outcome("shop")
     await outcome.put_off()
-    await memory.put_off(messages[1], 20.0, Exchange.ANSWERED)
+    await memory.put_off(messages[1], 20.0, ExchangeResult.ANSWERED)
     clock = memory._clock
     monkeypatch.setattr(memory, "_clock", lambda: clock() - timedelta(days=2))
     loop = asyncio.get_running_loop()
@@ -533,7 +533,7 @@ async def test_what_nobody_needs_any_more_is_removed_in_time(
     await decide(memory, by_operation["read"])
     await (await memory.next_outcome("shop")).mark_handled()
     await decide(memory, by_operation["unread"])
-    await memory.put_off(by_operation["waiting"], 1.0, Exchange.ANSWERED)
+    await memory.put_off(by_operation["waiting"], 1.0, ExchangeResult.ANSWERED)
     monkeypatch.setattr(memory, "_clock", lambda: clock() + timedelta(days=8))
     await asyncio.sleep(3700)
     assert rows(memory, "SELECT count(*) FROM request WHERE body = x''") == 2

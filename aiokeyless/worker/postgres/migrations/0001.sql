@@ -421,9 +421,9 @@ BEGIN
 END
 $function$;
 
--- exchange: 0 a poll was answered well, 1 failed, 2 none, so the delivery does not count, 3 created and no more.
+-- result: 0 a poll was answered well, 1 failed, 2 none, so the delivery does not count, 3 created and no more.
 CREATE FUNCTION {schema}.put_off(
-    ids bigint[], names bigint[], numbers integer[], delays double precision[], exchanges integer[]
+    ids bigint[], names bigint[], numbers integer[], delays double precision[], results integer[]
 ) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
@@ -433,16 +433,16 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true), set_config('idle_in_transaction_session_timeout', '30s', true);
     -- If another transaction has locked a request, it decides it, or has a later delivery of it.
     WITH mine AS (
-        SELECT w.id, p.delay, p.exchange
-        FROM unnest(ids, names, numbers, delays, exchanges) p (id, name, number, delay, exchange)
+        SELECT w.id, p.delay, p.result
+        FROM unnest(ids, names, numbers, delays, results) p (id, name, number, delay, result)
         JOIN {schema}.waiting w ON w.id = p.id AND w.name = p.name AND w.deliveries = p.number
         FOR UPDATE OF w SKIP LOCKED
     )
     UPDATE {schema}.waiting w
     SET due_at = moment + least(mine.delay, 200) * interval '1 s',
-        deliveries = w.deliveries - (mine.exchange = 2)::integer,
-        failures = CASE mine.exchange WHEN 1 THEN least(w.failures + 1, 15) WHEN 2 THEN w.failures ELSE 0 END,
-        answered = w.answered OR mine.exchange = 0
+        deliveries = w.deliveries - (mine.result = 2)::integer,
+        failures = CASE mine.result WHEN 1 THEN least(w.failures + 1, 15) WHEN 2 THEN w.failures ELSE 0 END,
+        answered = w.answered OR mine.result = 0
     FROM mine WHERE w.id = mine.id;
 END
 $function$;

@@ -1,4 +1,4 @@
-"""The exchanges of a delivery with Keyless: it creates the operation, or polls it once.
+"""The exchanges of a delivery with Keyless: they create the operation, or poll it once.
 
 `decisions` decides what an answer means; `aiokeyless._rules.circuit` records how the exchanges went.
 """
@@ -26,7 +26,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import NewOperation, Operation
 
-from .broker import Claim, Exchange
+from .broker import Claim, ExchangeResult
 from .decisions import (
     OTHER_OPERATION,
     OTHER_REQUEST,
@@ -83,8 +83,8 @@ async def check_key(transport: Transport) -> None:
         log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
 
 
-class Exchanges:
-    """The exchanges of one worker. It sends each once, because the broker repeats failed ones."""
+class DeliveryProcessor:
+    """Processes the deliveries of one worker. It sends each request once, because the broker repeats failed ones."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Exchanges:
             step = await self._create(delivery)
         if isinstance(step, Next):
             # The create found the operation, but no poll has yet. One soon will, even if a replica lags behind.
-            return Redeliver(error_delay(1), Exchange.CREATED, found(delivery))
+            return Redeliver(error_delay(1), ExchangeResult.CREATED, found(delivery))
         return step
 
     async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:
