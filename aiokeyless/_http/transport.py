@@ -176,7 +176,7 @@ class Transport:
         """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
         return _Call(self._calls)
 
-    def _shown_path(self, endpoint: protocol.Endpoint[Any], url: URL) -> str:
+    def _show_path(self, endpoint: protocol.Endpoint[Any], url: URL) -> str:
         """Return the path for messages; an external user id may be personal, so then it is the documented route."""
         return endpoint.route if endpoint.is_personal else url.raw_path.removeprefix(self._base_path)
 
@@ -221,7 +221,7 @@ class Transport:
                 status = answer.status
                 request_id = protocol.request_id(answer, key.redaction)
             try:
-                return protocol.read(endpoint, self._shown_path(endpoint, url), answer, key.redaction)
+                return protocol.read(endpoint, self._show_path(endpoint, url), answer, key.redaction)
             except AuthenticationError as error:
                 if self._api_keys.is_replaced(key):
                     error.key_was_replaced = True
@@ -341,11 +341,11 @@ class Transport:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome, failure = self._make_error(method, self._shown_path(endpoint, url), key, error), error
+            outcome, failure = self._make_error(method, self._show_path(endpoint, url), key, error), error
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
-                logger.debug("%s %s -> %d in %.0f ms", method, self._shown_path(endpoint, url), answer.status, elapsed)
+                logger.debug("%s %s -> %d in %.0f ms", method, self._show_path(endpoint, url), answer.status, elapsed)
             return answer
         _drop_tracebacks(failure, handled=sys.exception())
         # Raised outside the except block and without aiohttp's frames. Their variables include the request's headers,

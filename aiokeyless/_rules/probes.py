@@ -48,9 +48,9 @@ class Alternation:
     def __init__(self) -> None:
         self._lead = 0  # of untried ones, from -1 to 1
 
-    def untried(self, count: int) -> int:
-        """Return how many of the next probes take one that was never tried first."""
-        return (count + 1 - self._lead) // 2
+    def count_untried(self, probes: int) -> int:
+        """Return how many of so many probes take one that was never tried first."""
+        return (probes + 1 - self._lead) // 2
 
     def record(self, *, untried: int, others: int) -> None:
         """Record what was taken."""

@@ -54,7 +54,7 @@ class Window:
             started: When the polls in flight started, in order.
         """
         limit = int(self.limit)
-        return now if self._counted(now, started) < limit else started[-limit] + self._hangs_after
+        return now if self._count_recent(now, started) < limit else started[-limit] + self._hangs_after
 
     def record_success(self, now: float, *, started_at: float) -> bool:
         """Record a good answer. Return whether the limit must be adapted."""
@@ -82,7 +82,7 @@ class Window:
         if not self._is_late(quickest):
             self._fell_at = math.inf
             self.limit += _ROUND / self.limit
-            if self.limit > _UNUSED * self._counted(now, started):
+            if self.limit > _UNUSED * self._count_recent(now, started):
                 self.limit = math.inf
         elif self.limit == math.inf:
             if grows:  # else all answers take longer, by whatever cause
@@ -97,7 +97,7 @@ class Window:
         return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE
 
     def _fall(self, now: float, started: Sequence[float]) -> None:
-        self.limit, self._since = max(_LEAST, _LEFT * self._counted(now, started)), now
+        self.limit, self._since = max(_LEAST, _LEFT * self._count_recent(now, started)), now
 
-    def _counted(self, now: float, started: Sequence[float]) -> int:
+    def _count_recent(self, now: float, started: Sequence[float]) -> int:
         return sum(at > now - self._hangs_after for at in started)

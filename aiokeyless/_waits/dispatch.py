@@ -194,7 +194,7 @@ class Dispatcher:
         """Start the ordinary poll that goes first, if one is due."""
         is_fair = not self._circuit.is_closed or self.slots.are_held_by_failing
         queues = self._open_queues(by_time=not is_fair)
-        if is_fair and self._alternation.untried(1):
+        if is_fair and self._alternation.count_untried(1):
             queues = (self._untried, *queues)
         for queue in queues:
             newest_first = is_fair and queue is self._untried

@@ -158,9 +158,9 @@ class Explainer:
             self._fetch(subject, subject.user_id), loop=self._loop, context=context_without_traces()
         )
         self._requests.add(subject.request)
-        subject.request.add_done_callback(functools.partial(self._request_ended, subject))
+        subject.request.add_done_callback(functools.partial(self._on_request_end, subject))
 
-    def _request_ended(self, subject: _Subject, request: asyncio.Task[None]) -> None:
+    def _on_request_end(self, subject: _Subject, request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
         subject.request = None
 

@@ -119,7 +119,7 @@ class Machine:
         if not isinstance(poll, Poll):
             return None
         self._polls += 1
-        self._reporter.poll_started(poll.lag, now, waiting=self._waiting)
+        self._reporter.report_lag(poll.lag, now, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1
             # By time, not by phase: if many deadlines pass at once, this one may not be handled yet.
@@ -206,7 +206,7 @@ class Machine:
             self._deadlines.schedule(wait, wait.deadline)
         if first < wait.deadline:
             self._dispatcher.schedule(polled, first)
-        wait.number = self._reporter.wait_started(wait)
+        wait.number = self._reporter.report_wait_start(wait)
 
     def _polled_operation(self, operation_id: str, wait: Wait) -> PolledOperation:
         polled = self._polled.get(operation_id)
@@ -265,7 +265,7 @@ class Machine:
             self._stop_polling(polled)
         elif final is not None and not final.serves_any():  # the other waits have passed their deadlines, too
             self._dispatcher.cut_off(final)
-        self._reporter.wait_ended(wait, now)
+        self._reporter.report_wait_end(wait, now)
 
     def _stop_polling(self, polled: PolledOperation) -> None:
         """Stop the polls of an operation after its last wait."""
@@ -381,7 +381,7 @@ class Machine:
         poll.is_over = True
         if answer is None and poll.is_overdue:
             answer = self._no_answer(poll.polled.operation_id, now - poll.started_at)
-        self._reporter.poll_ended(poll, answer, now)
+        self._reporter.report_poll(poll, answer, now)
         if answer is None:  # neither good nor bad
             self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
             dispatcher.finish(poll, now)

@@ -201,7 +201,7 @@ class Poller:
         await asyncio.shield(self._ended)
         while self._workers:
             await asyncio.wait(self._workers)
-        self._reporter.closed(self._loop.time())
+        self._reporter.report_end(self._loop.time())
         await self.explainer.aclose()
 
     def _close_batch(self, waits: Iterator[Wait]) -> None:
@@ -269,7 +269,7 @@ class Poller:
             # this loop. Another factory may raise, or accept no context.
             worker = asyncio.Task(self._work(poll), loop=self._loop, context=self._context)
             self._workers.add(worker)
-            worker.add_done_callback(functools.partial(self._worker_ended, poll), context=self._context)
+            worker.add_done_callback(functools.partial(self._on_worker_end, poll), context=self._context)
 
     async def _work(self, poll: Poll | None) -> None:
         """Send one poll after another, for as long as any may start."""
@@ -331,7 +331,7 @@ class Poller:
             self._loop.call_soon(self._apply_more, result, context=self._context)
         self._arm(now)
 
-    def _worker_ended(self, first: Poll, worker: asyncio.Task[None]) -> None:
+    def _on_worker_end(self, first: Poll, worker: asyncio.Task[None]) -> None:
         self._workers.discard(worker)
         if worker.cancelled():  # from outside, perhaps before it started its first poll
             self._finish(first, None)

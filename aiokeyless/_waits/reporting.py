@@ -56,7 +56,7 @@ class Reporter:
 
     # -- events of waits and polls
 
-    def wait_started(self, wait: Wait) -> int:
+    def report_wait_start(self, wait: Wait) -> int:
         """Report a wait that starts, and return its number; 0 if there are no listeners."""
         if self._listeners is None:
             return 0
@@ -72,7 +72,7 @@ class Reporter:
         )
         return number
 
-    def wait_ended(self, wait: Wait, now: float) -> None:
+    def report_wait_end(self, wait: Wait, now: float) -> None:
         """Report a wait that has ended or whose caller is gone."""
         if self._listeners is None:
             return
@@ -89,7 +89,7 @@ class Reporter:
             )
         )
 
-    def poll_ended(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> None:
+    def report_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> None:
         """Report a poll; `answer` is None if it was cut off because no wait needed it any more."""
         if self._listeners is None:
             return
@@ -133,7 +133,7 @@ class Reporter:
             logger.info("Keyless answers again: the circuit is closed, %.1f s after it opened", change.outage)
         self._tell_circuit(change, None if cause is None else type(cause), waiting=waiting)
 
-    def closed(self, now: float) -> None:
+    def report_end(self, now: float) -> None:
         """Report the circuit as closed, to listeners that count the others."""
         if self._transitions.state is not CircuitState.CLOSED:
             change = self._transitions.notice(CircuitState.CLOSED, now)
@@ -143,7 +143,7 @@ class Reporter:
         if self._listeners is not None:
             self._listeners.tell(change.event(cause, waiting))
 
-    def poll_started(self, lag: float, now: float, *, waiting: int) -> None:
+    def report_lag(self, lag: float, now: float, *, waiting: int) -> None:
         """Log once that polls have been late for a while although the service is well, until one is in time again."""
         if lag < _LATE or self._transitions.state is not CircuitState.CLOSED:
             self._late_since = None

@@ -103,8 +103,8 @@ def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliv
     return Redeliver(_scheduled_delay(delivery, now, pacing), ExchangeResult.CREATED, delivery.request)
 
 
-def found(delivery: Delivery) -> ApprovalRequest | None:
-    """Return the request of an operation that is found, if no earlier delivery can have known that it is there.
+def find_unannounced(delivery: Delivery) -> ApprovalRequest | None:
+    """Return the request of an operation that is there, if no earlier delivery can have known that.
 
     The answer to its create was lost. A delivery that is confirmed to have created it, or finds it, does not fail.
     """
@@ -146,7 +146,7 @@ def after_poll(
     if verdict is Verdict.PENDING and not was_final:
         # Not after the deadline: another worker may have decided by then that the user was not asked.
         may_create = isinstance(answer, NotFoundError) and not is_final(delivery, now)
-        created = found(delivery) if isinstance(answer, Operation) else None
+        created = find_unannounced(delivery) if isinstance(answer, Operation) else None
         return Next.CREATE if may_create else Redeliver(_scheduled_delay(delivery, now, pacing), created=created)
     if verdict is Verdict.TRANSIENT:
         if not was_final:

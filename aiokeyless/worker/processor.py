@@ -39,7 +39,7 @@ from .decisions import (
     after_poll,
     after_unclaimed,
     fail,
-    found,
+    find_unannounced,
     is_final,
 )
 from .logs import log
@@ -121,7 +121,7 @@ class DeliveryProcessor:
             step = await self._create(delivery)
         if isinstance(step, Next):
             # The create found the operation, but no poll has yet. One soon will, even if a replica lags behind.
-            return Redeliver(error_delay(1), ExchangeResult.CREATED, found(delivery))
+            return Redeliver(error_delay(1), ExchangeResult.CREATED, find_unannounced(delivery))
         return step
 
     async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:

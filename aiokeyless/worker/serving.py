@@ -171,7 +171,7 @@ class Serving:
         try:
             if room > 0:
                 is_fair = not self._circuit.is_closed or self._slots.are_held_by_failing
-                untried = self._alternation.untried(room) if is_fair else None
+                untried = self._alternation.count_untried(room) if is_fair else None
                 await self._receive(self._broker.take(room, TAKES_FOR, untried=untried))
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.

@@ -36,7 +36,7 @@ def test_of_some_probes_so_many_take_an_untried_one_first() -> None:
 def test_every_second_probe_takes_an_untried_one_first() -> None:
     alternation, asked = Alternation(), []
     for _ in range(4):
-        asked.append(untried := alternation.untried(1))
+        asked.append(untried := alternation.count_untried(1))
         alternation.record(untried=untried, others=1 - untried)
     assert asked == [1, 0, 1, 0]
 
@@ -44,7 +44,7 @@ def test_every_second_probe_takes_an_untried_one_first() -> None:
 def test_half_of_an_odd_number_of_probes_is_in_turn_more_and_less() -> None:
     alternation, asked = Alternation(), []
     for _ in range(4):
-        asked.append(untried := alternation.untried(3))
+        asked.append(untried := alternation.count_untried(3))
         alternation.record(untried=untried, others=3 - untried)
     assert sorted(asked) == [1, 1, 2, 2]
 
@@ -54,9 +54,9 @@ def test_after_a_time_without_untried_ones_one_is_next_and_neither_kind_catches_
     alternation = Alternation()
     for _ in range(count):
         alternation.record(untried=0, others=1)
-    assert alternation.untried(1) == 1
+    assert alternation.count_untried(1) == 1
     for _ in range(3):
         alternation.record(untried=1, others=0)
-    assert alternation.untried(1) == 0
+    assert alternation.count_untried(1) == 0
     alternation.record(untried=0, others=1)
-    assert alternation.untried(1) == 1
+    assert alternation.count_untried(1) == 1

@@ -56,13 +56,13 @@ def test_a_client_that_is_closed_during_an_outage_does_not_log_that_it_is_over(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     reporter.notice_circuit(CircuitState.OPEN, FAILURE, 1.0, waiting=7)
-    reporter.closed(2.0)
+    reporter.report_end(2.0)
     assert len(lines(caplog)) == 1
 
 
 def test_polls_that_are_late_for_a_while_are_one_line(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     for tenth in range(200):
-        reporter.poll_started(6.5, tenth / 10, waiting=90_000)
+        reporter.report_lag(6.5, tenth / 10, waiting=90_000)
     [(level, message)] = lines(caplog)
     assert level == "WARNING"
     assert "90000 waits" in message
@@ -72,13 +72,13 @@ def test_polls_that_are_late_for_a_while_are_one_line(reporter: Reporter, caplog
 
 def test_polls_that_are_late_again_are_logged_again(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     for now, lag in ((0, 2.0), (6, 2.0), (7, 0.0), (8, 2.0), (12, 2.0), (14, 2.0)):
-        reporter.poll_started(lag, float(now), waiting=1)
+        reporter.report_lag(lag, float(now), waiting=1)
     assert len(lines(caplog)) == 2
 
 
 def test_a_moment_is_not_a_line(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     for now, lag in ((0, 20.0), (4.9, 20.0), (5.0, 0.5), (5.1, 20.0), (10.0, 20.0)):
-        reporter.poll_started(lag, float(now), waiting=1)
+        reporter.report_lag(lag, float(now), waiting=1)
     assert lines(caplog) == []
 
 
@@ -88,7 +88,7 @@ def test_while_the_service_fails_polls_are_late_on_purpose(
     reporter.notice_circuit(CircuitState.OPEN, FAILURE, 0.0, waiting=1)
     caplog.clear()
     for now in range(20):
-        reporter.poll_started(9.0, float(now), waiting=1)
+        reporter.report_lag(9.0, float(now), waiting=1)
     assert lines(caplog) == []
 
 

@@ -234,10 +234,10 @@ class PostgresBroker(TableBroker):
 
     async def _take(self, up_to: int, untried: int | None) -> list[Message]:
         began = self.now().timestamp()
-        with self._floor.look() as look:
-            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4)", up_to, self._lease, look.floor, untried)
+        with self._floor.search() as search:
+            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4)", up_to, self._lease, search.floor, untried)
             if untried is None:
-                look.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
+                search.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
         return [_message(row) for row in rows]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:

@@ -54,23 +54,23 @@ def is_about_request(error: Exception) -> bool:
 
 def state_of(error: Exception) -> str:
     """Return the SQL state of an error; empty if it has none."""
-    return _state(_told(error))
+    return _state(_unwrap(error))
 
 
 def first_line(error: Exception) -> str:
     """Return the message of a driver's error, without the values that details and contexts quote."""
-    error = _told(error)
+    error = _unwrap(error)
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _told(error: Exception) -> Exception:
+def _unwrap(error: Exception) -> Exception:
     """Return the driver's own error, if SQLAlchemy or Django has wrapped it."""
-    told, cause = error, error.__cause__
+    own, cause = error, error.__cause__
     while isinstance(cause, Exception):
         if _state(cause):
-            told = cause
+            own = cause
         cause = cause.__cause__
-    return told
+    return own
 
 
 def _state(error: Exception) -> str:

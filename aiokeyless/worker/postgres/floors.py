@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _COMMITS_WITHIN: Final = 1.0  # seconds within which most rows are committed
-_LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two searches without a floor, which find late commits
-_LOOKS_BELOW_WITHIN: Final = 10.0  # seconds, if such a search is slow
+_SEARCHES_ALL_EVERY: Final = 1.0  # seconds between two searches without a floor, which find late commits
+_SEARCHES_ALL_WITHIN: Final = 10.0  # seconds, if such a search is slow
 _SHARE: Final = 20  # until then, they take at most a twentieth of the time
 
 
-class Look:
+class Search:
     """One search.
 
     Attributes:
@@ -36,18 +36,18 @@ class Floor:
 
     def __init__(self) -> None:
         self._floor = 0.0
-        self._looks_below_at = 0.0
+        self._searches_all_at = 0.0
 
     @contextmanager
-    def look(self) -> Iterator[Look]:
-        """Search, and set `Look.oldest` in the body."""
+    def search(self) -> Iterator[Search]:
+        """Search, and set `Search.oldest` in the body."""
         began = time.monotonic()
-        look = Look(self._floor if began < self._looks_below_at else None)
-        if look.floor is None:
-            self._looks_below_at = began + _LOOKS_BELOW_EVERY
-        yield look
-        if look.floor is None:
-            pause = min(_SHARE * (time.monotonic() - began), _LOOKS_BELOW_WITHIN)
-            self._looks_below_at = max(self._looks_below_at, began + pause)
-        if look.oldest is not None:
-            self._floor = look.oldest - _COMMITS_WITHIN
+        search = Search(self._floor if began < self._searches_all_at else None)
+        if search.floor is None:
+            self._searches_all_at = began + _SEARCHES_ALL_EVERY
+        yield search
+        if search.floor is None:
+            pause = min(_SHARE * (time.monotonic() - began), _SEARCHES_ALL_WITHIN)
+            self._searches_all_at = max(self._searches_all_at, began + pause)
+        if search.oldest is not None:
+            self._floor = search.oldest - _COMMITS_WITHIN

@@ -43,13 +43,13 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
                 raise ConfigurationError(
                     "the connection must not be in AUTOCOMMIT, in which nothing is rolled back", argument="broker"
                 )
-            with floor.look() as look:
+            with floor.search() as search:
                 row = await driver.execute(
                     "SELECT id, name, event, pg_current_xact_id()::text, oldest FROM {}.next_outcome($1, $2)",
                     reader,
-                    look.floor,
+                    search.floor,
                 )
-                look.oldest = None if row is None else row[-1]
+                search.oldest = None if row is None else row[-1]
         except driver.errors as error:
             if state_of(error) != _NEW_READER:
                 raise

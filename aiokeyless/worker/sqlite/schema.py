@@ -119,7 +119,7 @@ def _create(path: str) -> None:
         raise BrokerError(f"{path} cannot be opened for writing: {error.strerror}") from None
 
 
-def _existing(path: str) -> list[tuple[Path, os.stat_result]]:
+def _list_files(path: str) -> list[tuple[Path, os.stat_result]]:
     """Return the file and what SQLite reads beside it; none on Windows, whose owners and modes are others."""
     found: list[tuple[Path, os.stat_result]] = []
     real = os.path.realpath(path)  # as for SQLite: of a link, the others are beside the file that it names
@@ -133,7 +133,7 @@ def _existing(path: str) -> list[tuple[Path, os.stat_result]]:
 
 def _check_owner(path: str) -> None:
     """Refuse what another user made, and so could write approvals into."""
-    for file, found in _existing(path):
+    for file, found in _list_files(path):
         if found.st_uid != os.geteuid():
             raise BrokerError(
                 f"{file} belongs to the user {found.st_uid}, and this process runs as the user {os.geteuid()}: run all "
@@ -143,7 +143,7 @@ def _check_owner(path: str) -> None:
 
 def _close_to_others(path: str) -> None:
     """Set the mode to 600 if others could use the file."""
-    for file, found in _existing(path):
+    for file, found in _list_files(path):
         if found.st_mode & 0o077:
             try:
                 file.chmod(found.st_mode & 0o600)

@@ -210,7 +210,7 @@ class Store:
 
     def take(self, up_to: int, lease: float, *, untried: int | None) -> list[TableMessage]:
         """Take requests that are due."""
-        return self._leased(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)
+        return self._deliver(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)
 
     def _due(self, up_to: int) -> list[int]:
         return self._ids("SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", self._now(), up_to)
@@ -237,12 +237,12 @@ class Store:
             now,
             up_to,
         )
-        return self._leased(overdue, lease)
+        return self._deliver(overdue, lease)
 
     def _ids(self, statement: str, *values: object) -> list[int]:
         return [id_ for (id_,) in self._connection.execute(statement, values).fetchall()]
 
-    def _leased(self, ids: list[int], lease: float) -> list[TableMessage]:
+    def _deliver(self, ids: list[int], lease: float) -> list[TableMessage]:
         """Deliver requests, and make them due again after the lease."""
         if not ids:
             return []

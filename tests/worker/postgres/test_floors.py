@@ -1,4 +1,4 @@
-"""From when readers and workers look for what is due, on a clock that the tests move."""
+"""From when readers and workers search for what is due, on a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def search(floor: Floor, clock: Clock, seconds: float = 0.0, oldest: float | None = None) -> float | None:
     """Search for so many seconds; return from when."""
-    with floor.look() as look:
+    with floor.search() as started:
         clock.now += seconds
-        look.oldest = oldest
-    return look.floor
+        started.oldest = oldest
+    return started.floor
 
 
 def test_a_search_starts_a_second_before_the_oldest_that_the_last_one_left(clock: Clock) -> None:
@@ -49,7 +49,7 @@ def test_a_search_starts_a_second_before_the_oldest_that_the_last_one_left(clock
 def test_a_search_that_fails_changes_nothing(clock: Clock) -> None:
     floor = Floor()
     search(floor, clock, oldest=500.0)
-    with pytest.raises(ZeroDivisionError), floor.look():
+    with pytest.raises(ZeroDivisionError), floor.search():
         raise ZeroDivisionError
     assert search(floor, clock) == 499.0
 

@@ -57,8 +57,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        "return self._leased(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)",
-        "return self._leased(self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', "
+        "return self._deliver(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)",
+        "return self._deliver(self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', "
         "self._now(), up_to), lease)",
         "bad requests go first",
     ),
@@ -94,7 +94,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_rules/probes.py",
-        "return (count + 1 - self._lead) // 2",
+        "return (probes + 1 - self._lead) // 2",
         "return 0",
         "new requests wait for all that were created and then failed",
     ),

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Seconds after which a process sees what another one stored. A broker in a file looks each 0.1 s.
+#: Seconds after which a process sees what another one stored. A broker in a file checks each 0.1 s.
 _NOTICED_AFTER: Final = 0.05
-#: Seconds between two looks without a change: for clocks that were set, and for takes that broke off.
-_LOOKS_EVERY: Final = 5.0
+#: Seconds between two checks without a change: for clocks that were set, and for takes that broke off.
+_CHECKS_EVERY: Final = 5.0
 #: Seconds that something takes in a broker's thread, at most, and until a process ends.
 _MOMENT: Final = 0.0005
 #: Seconds within which all tasks of a process end after they were cancelled.
@@ -224,7 +224,7 @@ class World:
         return int(self.database.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])  # noqa: S608
 
     def notify(self) -> None:
-        """Let the processes look, a little later."""
+        """Let the processes check, a little later."""
         self.loop.call_later(_NOTICED_AFTER, self._notify)
 
     def _notify(self) -> None:
@@ -427,7 +427,7 @@ class Broker(SqliteBroker):
         return result
 
     async def _wait_for(self, changed: asyncio.Event, most: float | None) -> None:
-        await super()._wait_for(changed, _LOOKS_EVERY if most is None else min(most, _LOOKS_EVERY))
+        await super()._wait_for(changed, _CHECKS_EVERY if most is None else min(most, _CHECKS_EVERY))
 
 
 with warnings.catch_warnings():
