@@ -1,21 +1,17 @@
 """Which operation or request goes first while polls fail, so that bad ones do not hold up good ones. Pure.
 
-This order is used for probes, and also while failing requests hold over a quarter of the slots.
+This order is used for probes, and also while failing requests hold over a quarter of the slots. The one with the fewest
+transient failures in a row goes first, and among equals the one with the lowest `Standing`. Of those that no poll
+answered well, the newest goes first: many bad ones that came at once hold up no later one.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-T = TypeVar("T")
 
 
 class Standing(IntEnum):
-    """What is known of an operation. The lower one goes first, among those with equally many failures."""
+    """What is known of an operation."""
 
     ANSWERED = 0
     """A poll was answered well."""
@@ -23,21 +19,6 @@ class Standing(IntEnum):
     """It was created or tried, and no poll was answered well. A create that succeeds says nothing about the polls."""
     UNTRIED = 2
     """It was never tried."""
-
-
-class Rank(NamedTuple):
-    """The place in the order; the lowest goes first.
-
-    Attributes:
-        failures: Transient failures in a row.
-        standing: What is known of it.
-        since: When it was due. Of those that no poll answered well, the negative of it: the newest goes first, so many
-            bad ones that came at once hold up no later one.
-    """
-
-    failures: int
-    standing: Standing
-    since: float
 
 
 class Alternation:
@@ -55,17 +36,3 @@ class Alternation:
     def record(self, *, untried: int, others: int) -> None:
         """Record what was taken."""
         self._lead = max(-1, min(1, self._lead + untried - others))
-
-
-def choose(candidates: Iterable[T], rank: Callable[[T], Rank], up_to: int, untried: int) -> list[T]:
-    """Return the candidates that go first.
-
-    Args:
-        candidates: What may go.
-        rank: Tells the rank of each.
-        up_to: How many may go.
-        untried: How many of them are to be ones that were never tried, if there are so many.
-    """
-    ordered = sorted(candidates, key=rank)
-    first = [each for each in ordered if rank(each).standing is Standing.UNTRIED][:untried]
-    return [*first, *(each for each in ordered if each not in first)][:up_to]

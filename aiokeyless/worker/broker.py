@@ -183,11 +183,6 @@ class Broker(ApplicationSide):
     system: str
     destination: str
 
-    @property
-    def keeps_delays(self) -> bool:
-        """Whether deliveries come when they are due. Schedules do not learn from late ones."""
-        return True
-
     async def __aenter__(self) -> Self:
         await self.open()
         return self

@@ -27,7 +27,7 @@ VERSION: Final = 1
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit where its request did
 #: Levels of nested lists and objects. A recursive decoder must cope with them wherever it is called.
 MAX_DEPTH: Final = 64
-_LONGEST: Final = 1e9  # seconds: more than any broker allows
+
 _JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _JSON_BRACKET: Final = re.compile(rb"[\[\]{}]")
 _JSON_NUMBER: Final = re.compile(r"-?\d[\d.]*(?:[eE][+-]?\d+)?")
@@ -173,6 +173,7 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
         body: The request as JSON.
         stored_at: When the broker stored it, by its clock.
         number: Number of this delivery, from 1.
+        is_untried: Whether no exchange was tried for this request, as far as the broker knows.
         failures: Exchanges for this request that failed in a row, as far as the broker knows.
         traceparent: As it was submitted; None if there is none.
     """
@@ -180,13 +181,9 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
     body: bytes
     stored_at: datetime
     number: int
+    is_untried: bool
     failures: int = 0
     traceparent: str | None = None
-
-    @property
-    def is_untried(self) -> bool:
-        """Whether no exchange was tried for the request, as far as the broker knows."""
-        return self.number == 1
 
     @property
     def has_only_failed(self) -> bool:
@@ -229,10 +226,10 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
     if len(data) > largest_request:
         raise InvalidRequestError(f"the request has {len(data)} bytes, more than {largest_request}")
     try:
-        request = _decode_request(data)
+        request = decode_request(data)
         user_id = check_user_id(request.user_id)
         operation_id = check_operation_id(request.operation_id)
-        expires_at, created_at = _wait_of(request, message.stored_at, longest_wait)
+        expires_at, created_at = read_times(request, message.stored_at, longest_wait)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")
         require_auth_type = check_auth_type(request.require_auth_type)
@@ -281,15 +278,25 @@ def _decode(data: bytes, kind: type[T]) -> T:
         raise msgspec.DecodeError(str(error)) from None
 
 
-def _decode_request(data: bytes) -> ApprovalRequest:
+def decode_request(data: bytes) -> ApprovalRequest:
+    """Decode a request, and check nothing in it: for that, see `read_request`.
+
+    Raises:
+        InvalidRequestError: It is not a request.
+    """
     try:
         return _decode(data, ApprovalRequest)
     except msgspec.DecodeError as error:
         raise InvalidRequestError(f"the message is no request for an approval: {str(error)[:200]}") from None
 
 
-def _wait_of(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
-    """Return when waiting ends, and when it began."""
+def read_times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
+    """Return when waiting for a request ends, and when it began.
+
+    Raises:
+        ConfigurationError: `expires_in` is not a number of seconds above 0.
+        InvalidRequestError: `created_at` has no zone, or one of the times is in no calendar.
+    """
     created_at = stored_at
     if request.created_at is not None:
         if request.created_at.utcoffset() is None:
@@ -302,23 +309,6 @@ def _wait_of(request: ApprovalRequest, stored_at: datetime, longest: float) -> t
         return created_at + timedelta(seconds=min(expires_in, longest)), created_at
     except OverflowError:  # the first day of the calendar, and another year in UTC
         raise InvalidRequestError("created_at must be in the years 1 to 9999, UTC") from None
-
-
-def read_names(message: Message) -> tuple[str, str] | None:
-    """Return the operation id and the name of a request, see `request_name`; None if the message is not a request."""
-    try:
-        request = _decode_request(message.body)
-    except InvalidRequestError:
-        return None
-    return request.operation_id, request_name(request)
-
-
-def deadline(message: Message) -> datetime | None:
-    """Return when the time of a request is over; None if the message is not a request."""
-    try:
-        return _wait_of(_decode_request(message.body), message.stored_at, _LONGEST)[0]
-    except (InvalidRequestError, ConfigurationError):
-        return None
 
 
 def read_event(data: bytes | str) -> ApprovalEvent:
@@ -338,21 +328,6 @@ def read_event(data: bytes | str) -> ApprovalEvent:
     if (reason := context_refusal(event.context)) is not None:
         raise msgspec.DecodeError(reason)
     return event
-
-
-def is_about(data: bytes, event: ApprovalEvent) -> bool:
-    """Return whether a worker's message, perhaps of a later version, is about the request that an event is about."""
-    try:
-        other = read_event(data)
-    except NewerVersionError:
-        return True
-    except msgspec.DecodeError:
-        return False
-    return _subject(other) == _subject(event)
-
-
-def _subject(event: ApprovalEvent) -> tuple[object, ...]:
-    return event.operation_id, event.user_id, event.external_user_id, event.payload_sha256, bytes(event.context)
 
 
 class NewerVersionError(msgspec.DecodeError):

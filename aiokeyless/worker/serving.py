@@ -392,8 +392,5 @@ class Serving:
 
     def _learn(self, decided: Decided) -> None:
         """Let the schedule learn when the user approved, or until when they had not."""
-        if not isinstance(self._schedule, wait_adaptive) or not self._broker.keeps_delays:
-            return
-        observed = observation(decided, self._schedule)
-        if observed is not None:
+        if isinstance(self._schedule, wait_adaptive) and (observed := observation(decided, self._schedule)) is not None:
             record_observation(self._schedule, *observed)

@@ -38,12 +38,11 @@ from aiokeyless.worker.messages import (
     Delivery,
     FailureReason,
     Message,
-    is_about,
     read_context,
     read_event,
     read_request,
 )
-from aiokeyless.worker.nats.event_keys import EventKeys
+from aiokeyless.worker.nats.event_keys import EventKeys, is_about
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -245,7 +244,7 @@ def read(data: bytes) -> Delivery:
 
 
 def message(data: bytes) -> Message:
-    return Message(body=data, stored_at=NOW, number=1)
+    return Message(body=data, stored_at=NOW, number=1, is_untried=True)
 
 
 def request(data: bytes) -> None:

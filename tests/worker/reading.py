@@ -55,7 +55,7 @@ EXTREME_NUMBERS = (
 
 
 def a_message(body: bytes = b"", **changed: Any) -> Message:
-    facts: dict[str, Any] = {"stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1}
+    facts: dict[str, Any] = {"stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1, "is_untried": True}
     return Message(body=body, **facts | changed)
 
 

@@ -23,12 +23,8 @@ from aiokeyless.worker.messages import (
     ApprovalRequest,
     Delivery,
     NewerVersionError,
-    Outcome,
-    deadline,
-    is_about,
     read_context,
     read_event,
-    read_names,
     read_request,
     request_name,
 )
@@ -339,9 +335,8 @@ def test_an_absent_text_and_an_empty_one_are_the_same_request() -> None:
 def test_when_it_was_made_and_how_its_user_is_written_does_not_change_the_name() -> None:
     fields = {"operation_id": "txn-1", "operation_payload": "Pay 40", "expires_in": 30, "context": [1]}
     later = {"user_id": "C0FFEE", "expires_in": 30.0, "created_at": "2026-11-24T11:59:00Z"}
-    first, second = (a_message(request(**each)) for each in (fields, fields | later))
-    assert read_names(first) == read_names(second)
-    assert read_names(a_message(b"no request")) is None
+    first, second = (read(request(**each)).request for each in (fields, fields | later))
+    assert request_name(first) == request_name(second)
 
 
 # -- the context
@@ -516,25 +511,3 @@ def test_whatever_the_bytes_they_are_an_event_or_one_kind_of_error(data: bytes) 
 def test_the_deepest_context_is_read_by_every_reader() -> None:
     context = json.loads(nested(MAX_DEPTH))
     assert read_event(event_with(nested(MAX_DEPTH))).read_context(list) == context
-
-
-@pytest.mark.parametrize(
-    ("data", "is_it"),
-    [
-        (msgspec.json.encode(an_event()), True),
-        (msgspec.json.encode(msgspec.structs.replace(an_event(), outcome=Outcome.EXPIRED, deliveries=9)), True),
-        (b'{"version": 2}', True),
-        (msgspec.json.encode(msgspec.structs.replace(an_event(), operation_id="another")), False),
-        (msgspec.json.encode(msgspec.structs.replace(an_event(), user_id="DEAD")), False),
-        (msgspec.json.encode(msgspec.structs.replace(an_event(), context=msgspec.Raw(b"1"))), False),
-        (b"", False),
-    ],
-)
-def test_what_a_worker_signed_about_another_request_is_told_apart(data: bytes, is_it: bool) -> None:
-    assert is_about(data, an_event()) is is_it
-
-
-def test_the_end_of_a_request_is_known_and_of_what_is_none_is_not() -> None:
-    assert deadline(a_message(request(expires_in=30), stored_at=STORED_AT)) == STORED_AT + timedelta(seconds=30)
-    assert deadline(a_message(b"no request")) is None
-    assert deadline(a_message(request(expires_in=-1))) is None

@@ -94,7 +94,7 @@ def a_later_delivery(broker: SqliteBroker) -> Message:
     """Return one of the only request, as if the one in flight had not been settled in time."""
     broker._store._connection.execute("UPDATE waiting SET deliveries = deliveries + 1")
     row = Row(*broker._store._one("SELECT id, name FROM request"))
-    return TableMessage(row=row, body=b"", stored_at=datetime.now(UTC), number=2)
+    return TableMessage(row=row, body=b"", stored_at=datetime.now(UTC), number=2, is_untried=False)
 
 
 @pytest.mark.parametrize("was_in_doubt", [False, True])

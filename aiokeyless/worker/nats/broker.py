@@ -14,7 +14,7 @@ import nats.js.errors
 from nats.aio.client import Client
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.broker import (
@@ -28,11 +28,11 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
-from aiokeyless.worker.messages import ApprovalEvent, Message, deadline, is_about, read_names
+from aiokeyless.worker.messages import ApprovalEvent, Message
 
 from .claims import READ_WITHIN, NatsClaims
 from .connection import check_options, connect, disconnect
-from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT, EventKeys
+from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT, EventKeys, is_about
 from .failures import NoStreamError, broker_errors, raise_lost_cancellations
 from .fleet import KEYLESS, Fleet
 from .inspection import inspect
@@ -148,7 +148,7 @@ class NatsBroker(Broker):
         if self._intake is not None:
             self._intake.forget()
 
-    def _connected(self) -> Client:
+    def _open_connection(self) -> Client:
         if self._loss is not None:
             raise self._loss.with_traceback(None)
         if self._connection is None:
@@ -158,10 +158,10 @@ class NatsBroker(Broker):
         return self._connection
 
     def _stream(self) -> JetStreamContext:
-        return self._fleet.jetstream(self._connected(), _ANSWER_WITHIN)
+        return self._fleet.jetstream(self._open_connection(), _ANSWER_WITHIN)
 
     def _open_intake(self) -> Intake:
-        self._connected()
+        self._open_connection()
         assert self._intake is not None  # noqa: S101  # a worker calls `prepare` first
         return self._intake
 
@@ -193,7 +193,7 @@ class NatsBroker(Broker):
             await asyncio.sleep(error_delay(max(1, failures)))
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
-        connection = self._connected()
+        connection = self._open_connection()
         if reader not in self._readers:
             self._readers[reader] = Reader(connection, self._fleet, reader, self._event_keys)
         return await self._readers[reader].next()
@@ -201,7 +201,7 @@ class NatsBroker(Broker):
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> float:
-        connection, stream = self._connected(), self._stream()
+        connection, stream = self._open_connection(), self._stream()
         if self._event_keys is None:
             advice = "set an event key, or trust all users of the account"
             log(logging.WARNING, "worker.events_unsigned", {"advice": advice})
@@ -223,15 +223,11 @@ class NatsBroker(Broker):
         return window
 
     async def _restore(self) -> None:
-        stream = self._fleet.jetstream(self._connected(), _RESTORED_WITHIN)
+        stream = self._fleet.jetstream(self._open_connection(), _RESTORED_WITHIN)
         await restore_consumer(stream, self._fleet, ack_wait=self._ack_wait)
 
     def now(self) -> datetime:
         return self._clock.now()
-
-    @property
-    def keeps_delays(self) -> bool:
-        return self._intake is None or not self._intake.load_shedding.is_noticeable
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
         return await self._open_intake().take(up_to, within, untried=untried)
@@ -243,20 +239,23 @@ class NatsBroker(Broker):
         intake, delivery = self._open_intake(), _delivery(message)
         intake.failures.record(delivery.id, result)
         if result in {ExchangeResult.ANSWERED, ExchangeResult.CREATED}:
-            delay = self._stretch(message, delay, intake.load_shedding.factor)
+            delay = self._stretch(delivery, delay, intake.load_shedding.factor)
         await intake.put_off(delivery, delay)
 
-    def _stretch(self, message: Message, delay: float, factor: float) -> float:
+    def _stretch(self, delivery: NatsMessage, delay: float, factor: float) -> float:
         """Stretch a delay while new requests wait, but not past the deadline of its own request."""
-        if factor <= 1.0 or (at := deadline(message)) is None:
+        if factor <= 1.0 or (at := delivery.read_deadline()) is None:
             return delay
         return max(delay, min(delay * factor, (at - self.now()).total_seconds()))
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         delivery, data = _delivery(message), msgspec.json.encode(event)
         # A request that is delivered again, such as after a crash, must not get a second outcome. The first is kept.
-        names = read_names(message)
-        name = own_name = delivery.place if names is None else names[1]
+        try:
+            _, name = delivery.read_names()
+        except InvalidRequestError:
+            name = delivery.place
+        own_name = name
         with broker_errors():
             while (stored := await self._publish(event, data, own_name)).duplicate:
                 if await self._is_genuine(stored.seq, event):
@@ -290,17 +289,19 @@ class NatsBroker(Broker):
         return self._event_keys.verify(data, signature, fleet=self._fleet.name) and is_about(data, event)
 
     async def claim(self, message: Message) -> Claim:
-        claim, _delivery(message).claim = await self._claims.claim(*_names(message))
+        delivery = _delivery(message)
+        claim, delivery.claim = await self._claims.claim(*delivery.read_names())
         return claim
 
     async def has_claim(self, message: Message) -> bool:
-        return await self._claims.holds(*_names(message))
+        return await self._claims.holds(*_delivery(message).read_names())
 
     async def unclaim(self, message: Message) -> bool:
-        return await self._claims.unclaim(_names(message)[0], _delivery(message).claim)
+        delivery = _delivery(message)
+        return await self._claims.unclaim(delivery.read_names()[0], delivery.claim)
 
     async def inspect(self) -> Inspection:
-        if not self._connected().is_connected:
+        if not self._open_connection().is_connected:
             raise UnavailableError("there is no connection to the broker")
         found = await inspect(self._stream(), self._fleet, self._clock)
         problem = None if self._intake is None else self._intake.problem
@@ -310,9 +311,3 @@ class NatsBroker(Broker):
 def _delivery(message: Message) -> NatsMessage:
     assert isinstance(message, NatsMessage)  # noqa: S101  # this broker made it
     return message
-
-
-def _names(message: Message) -> tuple[str, str]:
-    names = read_names(message)
-    assert names is not None  # noqa: S101  # a worker has read it as a request
-    return names

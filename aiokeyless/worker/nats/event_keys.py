@@ -12,11 +12,15 @@ import os
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Final, NoReturn, Self
 
+import msgspec
+
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Secret
+from aiokeyless.worker.messages import ApprovalEvent, NewerVersionError, read_event
 
 MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream recognizes a duplicate
 TRACEPARENT: Final = "traceparent"  # the header of W3C Trace Context, of requests and events
@@ -30,6 +34,8 @@ _SHORTEST: Final = 32  # characters
 _LONGEST_FILE: Final = 64 << 10  # bytes
 _FORM: Final = "v1"
 _KEY_ID: Final = 16  # characters of the digest that names a key
+#: What an event says of its request.
+_SUBJECT: Final = attrgetter("operation_id", "user_id", "external_user_id", "payload_sha256", "context")
 
 
 class EventKeys:
@@ -108,6 +114,16 @@ class EventKeys:
         if form != _FORM or key is None or not digest.isascii():
             return False
         return hmac.compare_digest(digest, _digest(key, data, fleet, kind))
+
+
+def is_about(data: bytes, event: ApprovalEvent) -> bool:
+    """Return whether a worker's message, perhaps of a later version, is about the request that an event is about."""
+    try:
+        return _SUBJECT(read_event(data)) == _SUBJECT(event)
+    except NewerVersionError:
+        return True
+    except msgspec.DecodeError:
+        return False
 
 
 def _read(path: Path | str) -> list[str]:

@@ -18,6 +18,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import re
 from collections import OrderedDict
 from contextlib import suppress
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Final
 from nats.aio.msg import Msg  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.probes import Rank, Standing, choose
+from aiokeyless._rules.probes import Standing
+from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog
-from aiokeyless.worker.messages import Message, deadline
+from aiokeyless.worker.messages import Message, decode_request, read_times, request_name
 
 from .event_keys import TRACEPARENT
 from .failures import broker_errors
@@ -83,19 +85,30 @@ class NatsMessage(Message, kw_only=True, eq=False):
     claim: int = 0
 
     @property
-    def is_untried(self) -> bool:
-        return self.standing is Standing.UNTRIED
-
-    @property
-    def rank(self) -> Rank:
-        """Its place in the order of probes, see `Broker.take`."""
-        since = self.arrived_at if self.standing is Standing.ANSWERED else -self.id
-        return Rank(self.failures, self.standing, since)
+    def rank(self) -> tuple[int, Standing, float]:
+        """Its place in the order of probes: the lowest goes first."""
+        return self.failures, self.standing, self.arrived_at if self.standing is Standing.ANSWERED else -self.id
 
     @property
     def place(self) -> str:
         """A name that no other message of a stream has, even if the stream was deleted and made again."""
         return f"message-{self.raw.metadata.stream}-{self.id}-{self.stored_at.timestamp():.6f}"
+
+    def read_names(self) -> tuple[str, str]:
+        """Return the operation id and the name of its request.
+
+        Raises:
+            InvalidRequestError: It is not a request.
+        """
+        request = decode_request(self.body)
+        return request.operation_id, request_name(request)
+
+    def read_deadline(self) -> datetime | None:
+        """Return when the time of its request is over; None if it is not a request."""
+        try:
+            return read_times(decode_request(self.body), self.stored_at, math.inf)[0]
+        except (InvalidRequestError, ConfigurationError):
+            return None
 
 
 class Failures:
@@ -193,8 +206,8 @@ class Intake:
         """Take requests whose deadline was at or before a moment; others stay here for a while."""
         self._check_connection()
         await self._pull(_CHOICE)
-        overdue = [message for message in self._arrived if (at := deadline(message)) is not None and at <= before]
-        taken = overdue[:up_to]
+        deadlines = [(message, message.read_deadline()) for message in self._arrived]
+        taken = [message for message, at in deadlines if at is not None and at <= before][:up_to]
         self._take(taken)
         await self._hand_back_old()
         return taken
@@ -281,7 +294,9 @@ class Intake:
     def _choose(self, up_to: int, untried: int | None, *, is_last: bool) -> list[NatsMessage]:
         taken = self._arrived[:up_to]
         if untried is not None:
-            taken = choose(self._arrived, lambda message: message.rank, up_to, untried)
+            ordered = sorted(self._arrived, key=lambda message: message.rank)
+            first = [message for message in ordered if message.is_untried][:untried]
+            taken = [*first, *(message for message in ordered if message not in first)][:up_to]
             if not is_last and taken and self._may_get_better(taken[0], untried):
                 return []
         self._take(taken)
@@ -332,6 +347,7 @@ class Intake:
                     body=raw.data,
                     stored_at=metadata.timestamp,
                     number=metadata.num_delivered,
+                    is_untried=standing is Standing.UNTRIED,
                     failures=failures,
                     traceparent=(raw.headers or {}).get(TRACEPARENT),
                     raw=raw,

@@ -17,7 +17,6 @@ _MAX_FACTOR: Final = 16.0
 _DOUBLES_IN: Final = 5.0
 _HALVES_IN: Final = 2.5  # seconds, while none waits
 _SEEN_FOR: Final = 1.0  # seconds for which one delivery shows that new requests wait
-_NEGLIGIBLE: Final = 1.1  # as much as the schedule's own jitter
 
 
 class LoadShedding:
@@ -34,11 +33,6 @@ class LoadShedding:
         """What delays are multiplied by, 1 to 16."""
         self._advance()
         return self._factor
-
-    @property
-    def is_noticeable(self) -> bool:
-        """Whether polls are so much later than scheduled that the schedule must not learn from them."""
-        return self.factor > _NEGLIGIBLE
 
     def on_delivery(self, *, redelivered: bool, backlog: int) -> None:
         """Adapt to a delivery.

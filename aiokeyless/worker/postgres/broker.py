@@ -427,6 +427,7 @@ def _message(row: asyncpg.Record) -> TableMessage:
         body=row["body"].encode(),
         stored_at=time_of(row["stored_at"]),
         number=row["number"],
+        is_untried=row["number"] == 1,
         failures=row["failures"],
         traceparent=row["traceparent"],
     )

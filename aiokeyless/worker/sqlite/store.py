@@ -262,6 +262,7 @@ class Store:
                 body=body,
                 stored_at=time_of(stored_at),
                 number=number,
+                is_untried=number == 1,
                 failures=failures,
                 traceparent=traceparent,
             )

@@ -19,19 +19,14 @@ from waiting import PATIENCE, until
 from aiokeyless import ApprovalTicket, ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, BrokerError, Submission, submit_approval
-from aiokeyless.worker.messages import (
-    MAX_CONTEXT,
-    MAX_DEPTH,
-    Outcome,
-    read_names,
-)
+from aiokeyless.worker.messages import MAX_CONTEXT, MAX_DEPTH, Outcome, request_name
 from aiokeyless.worker.nats import EventKeys, NatsBroker, StreamSettings, is_outcome, readers
 from aiokeyless.worker.nats import broker as nats_broker
 from aiokeyless.worker.nats.event_keys import MESSAGE_ID
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 from ..conformance.brokers import new_request  # noqa: TID252
-from ..reading import a_message, an_event, outcomes  # noqa: TID252
+from ..reading import an_event, outcomes  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -175,9 +170,8 @@ async def test_the_name_is_that_which_a_worker_reads(connection: Client, stream:
         expires_in=0.1,
         context={"a": 1},
     )
-    message = await stream.get_msg(REQUESTS, 1)
-    name = (message.headers or {})[MESSAGE_ID]
-    assert read_names(a_message(message.data or b"")) == ("\u00e9 / ", name)
+    request, message = await request_in(stream)
+    assert (message.headers or {})[MESSAGE_ID] == request_name(request)
 
 
 async def test_who_knows_a_whole_request_beforehand_can_make_it_count_as_submitted(

@@ -8,11 +8,17 @@ import secrets
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from error_reports import reports
 
 from aiokeyless import ConfigurationError
+from aiokeyless.ticket import payload_digest
+from aiokeyless.worker import Outcome
 from aiokeyless.worker.nats import EventKeys
+from aiokeyless.worker.nats.event_keys import is_about
+
+from ..reading import an_event  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,3 +166,25 @@ def test_keys_are_not_shown_and_do_not_leave_the_process() -> None:
     for leave in (pickle.dumps, copy.copy):
         with pytest.raises(TypeError, match="cannot be pickled or copied"):
             leave(KEYS)
+
+
+def an_event_with(**changed: object) -> bytes:
+    return msgspec.json.encode(an_event(**changed))
+
+
+@pytest.mark.parametrize(
+    ("data", "is_it"),
+    [
+        (an_event_with(), True),
+        (an_event_with(outcome=Outcome.EXPIRED, deliveries=9), True),
+        (b'{"version": 2}', True),
+        (an_event_with(operation_id="another"), False),
+        (an_event_with(user_id="DEAD"), False),
+        (an_event_with(external_user_id="another"), False),
+        (an_event_with(payload_sha256=payload_digest("Pay 4000")), False),
+        (an_event_with(context=msgspec.Raw(b"1")), False),
+        (b"", False),
+    ],
+)
+def test_what_a_worker_signed_about_another_request_is_told_apart(data: bytes, is_it: bool) -> None:
+    assert is_about(data, an_event()) is is_it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -420,6 +421,20 @@ async def test_while_keyless_fails_the_best_of_what_was_pulled_is_taken_first(ha
     assert [message.body for [message] in taken] == [b"proven", b"new", b"bad", b"worse"]
 
 
+async def test_of_those_that_are_taken_so_many_were_never_tried(hand: Hand) -> None:
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish("answered", "answered-later", "new", "newer", "newest")
+    for number in (1, 2):
+        hand.intake.failures.record(number, ExchangeResult.ANSWERED)
+    await hand.intake.ask(5)
+    await hand.delivered(5)
+    taken = [await hand.intake.take(3, PATIENCE, untried=untried) for untried in (2, 1)]
+    assert [[message.body for message in messages] for messages in taken] == [
+        [b"newest", b"newer", b"answered"],
+        [b"new", b"answered-later"],
+    ]
+
+
 async def test_one_that_failed_waits_a_moment_for_better_ones(hand: Hand) -> None:
     await hand.publish("bad")
     hand.intake._now = asyncio.get_running_loop().time
@@ -454,6 +469,15 @@ async def test_without_a_new_one_in_time_the_best_of_the_others_is_taken(hand: H
     hand.intake._pending = 1  # another worker gets it
     [message] = await hand.intake.take(1, 0.3, untried=1)
     assert (message.body, message.is_untried) == (b"created", False)
+
+
+async def test_only_what_is_a_request_and_past_its_deadline_is_overdue(hand: Hand) -> None:
+    request = '{"version": 1, "user_id": "C0FFEE", "operation_id": "txn-1", "expires_in": %d}'
+    await hand.publish("no request", request % 30, request % 7200, request % -1)
+    await hand.intake.ask(4)
+    await hand.delivered(4)
+    taken = await hand.intake.take_overdue(4, datetime.now(UTC) + timedelta(hours=1))
+    assert [message.body.decode() for message in taken] == [request % 30]
 
 
 async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:

@@ -65,11 +65,3 @@ def test_an_idle_worker_forgets_the_load_of_before() -> None:
     shedding.deliver(60, backlog=1)
     shedding.time += 15
     assert shedding.factor == 1
-
-
-def test_it_is_noticeable_once_delays_differ_from_the_schedule_by_more_than_its_jitter() -> None:
-    shedding = Shedding()
-    shedding.deliver(0.5, backlog=1)
-    assert not shedding.is_noticeable
-    shedding.deliver(0.5, backlog=1)
-    assert shedding.is_noticeable

@@ -22,7 +22,7 @@ from ports import own_port
 from tenacity import wait_fixed
 from waiting import PATIENCE, until
 
-from aiokeyless import KeylessClient, NotFoundError, wait_adaptive
+from aiokeyless import KeylessClient, NotFoundError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.ticket import payload_digest
 from aiokeyless.worker import (
@@ -40,7 +40,6 @@ from aiokeyless.worker.nats import broker as nats_broker
 from aiokeyless.worker.nats.connection import connect
 from aiokeyless.worker.nats.event_keys import MESSAGE_ID, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
-from aiokeyless.worker.nats.load_shedding import LoadShedding
 
 from ..conformance.brokers import new_request  # noqa: TID252
 from ..reading import an_event, read  # noqa: TID252
@@ -538,18 +537,6 @@ async def test_a_reconnection_before_it_serves_changes_nothing(
     monkeypatch.setattr(nats_broker, "connect", connect_twice)
     async with ApprovalWorker(client, broker.url) as worker:
         assert worker.statistics.is_ready
-
-
-async def test_schedule_learns_nothing_while_load_shedding_stretches_it(
-    client: KeylessClient, broker: NatsServer, connection: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LoadShedding, "is_noticeable", property(lambda _: True))
-    observed: list[object] = []
-    monkeypatch.setattr(wait_adaptive, "observe", lambda *arguments: observed.append(arguments))
-    async with working(client, broker, schedule=wait_adaptive()):
-        await submit(connection, "C0FFEE", expires_in=0.2)
-        await all_outcomes(connection)
-    assert not observed
 
 
 # -- a broker that does not do as it should
