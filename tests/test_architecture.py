@@ -1,4 +1,4 @@
-"""What docs/architecture.md says to look at is there, and a contract names each broker and each other module."""
+"""What docs/architecture.md says to look at is there, and only a broker's own folder knows that broker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 from pkgutil import iter_modules
+
+from shared_names import find_overridden, find_unshared
 
 import aiokeyless
 from aiokeyless import worker
@@ -36,6 +38,39 @@ def test_the_contract_that_only_their_folders_know_brokers_names_all_folders_and
     modules = {(f"aiokeyless.worker.{module.name}", module.ispkg) for module in iter_modules(worker.__path__)}
     assert {name for name, is_folder in modules if is_folder} <= {*contract["forbidden_modules"]}
     assert {name for name, is_folder in modules if not is_folder} <= {*contract["source_modules"]}
+
+
+def test_of_what_brokers_share_nothing_is_for_one_broker_alone() -> None:
+    assert find_unshared(PACKAGE) == {}
+
+
+def test_what_one_broker_answers_in_its_own_way_another_one_does_too() -> None:
+    overridden = find_overridden(PACKAGE)
+    assert len(overridden) > 15
+    assert {name: brokers for name, brokers in overridden.items() if len(brokers) == 1} == {}
+
+
+def test_what_is_for_one_broker_alone_is_found(tmp_path: Path) -> None:
+    files = {
+        "_rules/order.py": "def choose(): _rank()\ndef _rank(): ...\ndef alternate(): ...",
+        "worker/broker.py": "class Broker:\n    keeps_delays = True\n    def take(self): ...",
+        "worker/serving.py": "from .broker import Broker\ndef serve(any: Broker): any.take(), any.keeps_delays",
+        "worker/nats/__init__.py": "from ..broker import Broker\nfrom ..._rules.order import alternate, choose\n"
+        "class NatsBroker(Broker):\n    keeps_delays = False\n    def take(self): choose(), alternate()",
+        "worker/sqlite/__init__.py": "from ..broker import Broker\nfrom package._rules import order\n"
+        "class SqliteBroker(Broker):\n    def take(self): order.alternate()",
+        "cli.py": "from .worker.serving import serve\nserve(None)",
+    }
+    for name, text in files.items():
+        file = tmp_path / "package" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    names = ("package._rules.order.choose", "package._rules.order._rank")
+    assert find_unshared(tmp_path / "package") == dict.fromkeys(names, "nats")
+    assert find_overridden(tmp_path / "package") == {
+        "package.worker.broker.Broker.keeps_delays": {"nats"},
+        "package.worker.broker.Broker.take": {"nats", "sqlite"},
+    }
 
 
 def test_each_link_of_the_pages_leads_somewhere() -> None:
