@@ -25,6 +25,7 @@ from .app import (
     OperationId,
     OptionalCount,
     OptionalDelay,
+    OptionalOperationId,
     UserId,
     validator,
 )
@@ -107,11 +108,18 @@ async def approve(
     )
 
 
+def _check_subject(operation_id: str | None = None, *, user: str | None = None, **_others: object) -> None:
+    if operation_id is None and user is None:
+        raise ValueError("Name an OPERATION_ID, or the --user of an attempt without one.")
+
+
 @sandbox.command(
-    help_epilogue="Example:\n  aiokeyless sandbox decline order-7\n  aiokeyless sandbox decline order-7 --code 30004"
+    validator=_check_subject,
+    usage="Usage: aiokeyless sandbox decline [OPTIONS] [OPERATION_ID]",
+    help_epilogue="Example:\n  aiokeyless sandbox decline order-7 --code 30004",
 )
 async def decline(
-    operation_id: OperationId,
+    operation_id: OptionalOperationId = None,
     /,
     *,
     code: Count = 30003,
@@ -119,17 +127,19 @@ async def decline(
     user: User = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an attempt to approve an operation fail; the operation stays pending.
+    """Let an attempt to authenticate fail; its operation stays pending.
 
     Args:
+        operation_id: The operation; if left out, Telemetry shows the user's attempt without an operation id.
         code: Why: 30003 the user left the scan, 30004 the face did not match, or another code of the vendor.
         auth_type: With the face (biom), or with the PIN (pin).
-        user: The user, in hex: needed only if the phone is to create the operation.
+        user: The user, in hex: needed only if the phone is to create the operation, or without one.
     """
     fields = {"operationId": operation_id, "errorCode": code, "authType": auth_type, "userId": user}
     attempt = await _post("decline", fields, Authentication, as_json=as_json)
-    reason = attempt.reason or "failed"
-    line = f"{operation_id} is declined: {reason} ({attempt.error_code}). It stays pending."
+    why = f"{attempt.reason or 'failed'} ({attempt.error_code})."
+    declined = f"{operation_id} is declined: {why} It stays pending."
+    line = declined if operation_id else f"An attempt without an operation id failed: {why}"
     print_result(attempt.to_dict(), line, as_json=as_json)
 
 

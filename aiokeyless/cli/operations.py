@@ -214,7 +214,7 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
     if made:
         print_table(console, [_to_row(attempt) for attempt in made])
     else:
-        console.print("No attempts in the last ten minutes.")
+        console.print("No attempts under this operation's id in the last ten minutes.")
     if answered.truncated:
         console.print("There are more, which the service does not show.")
 

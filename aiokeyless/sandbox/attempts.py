@@ -148,7 +148,7 @@ def telemetry_json(owner: dict[str, str], attempts: Iterable[Authentication], op
 def attempt_fields(attempt: Authentication) -> dict[str, object]:
     """Return an attempt's fields, by their names on the wire."""
     # Spelt out, not derived from models.py: a misspelt name there must make the tests fail.
-    return {
+    fields = {
         "createdAt": attempt.created_at,
         "result": attempt.result,
         "errorCode": attempt.error_code,
@@ -156,3 +156,4 @@ def attempt_fields(attempt: Authentication) -> dict[str, object]:
         "deviceId": attempt.device_id,
         "authType": attempt.auth_type,
     }
+    return {name: value for name, value in fields.items() if value is not None}

@@ -65,11 +65,15 @@ class Approval(Body):
 class Refusal(Body):
     """The arguments of `Sandbox.fail_authentication`. By default, the user cancels."""
 
-    operation_id: _OperationId
+    operation_id: _OperationId | None = None
     error_code: Annotated[int, msgspec.Meta(ge=1)] = CANCELLED
     auth_type: _AuthType = "biom"
     user_id: UserId | None = None
     external_user_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.operation_id is None and self.user_id is None:
+            raise ValueError("name an operationId, or the userId of an attempt without one")
 
 
 class Drop(Body):
@@ -137,8 +141,8 @@ def _approve(sandbox: Service, operation_id: str, user_id: str | None, **others:
     return operation_fields(sandbox.approve(operation_id, user_id=user_id, **others))
 
 
-def _decline(sandbox: Service, operation_id: str, user_id: str | None, **others: Any) -> object:
-    if user_id is None:
+def _decline(sandbox: Service, operation_id: str | None, user_id: str | None, **others: Any) -> object:
+    if operation_id is not None and user_id is None:
         _check_exists(sandbox, operation_id)
     return attempt_fields(sandbox.fail_authentication(operation_id, user_id=user_id, **others))
 

@@ -159,14 +159,14 @@ class Service:
 
     def fail_authentication(
         self,
-        operation_id: str,
+        operation_id: str | None = None,
         error_code: int = MISMATCH,
         *,
         user_id: str | None = None,
         auth_type: str = AuthType.BIOMETRIC,
         external_user_id: str | None = None,
     ) -> Authentication:
-        """Let an attempt to approve an operation fail, as on the phone; the operation stays pending.
+        """Let an attempt to authenticate fail, as on the phone; its operation stays pending.
 
         Telemetry shows the attempt for ten minutes. The fifth failed attempt in a row locks the user out for ten
         minutes. During a lockout, `approve` raises, and each attempt fails with 30007. Cancelled attempts and those
@@ -174,10 +174,12 @@ class Service:
 
         Args:
             operation_id: The operation; it must not be approved. If it does not exist, the attempt is for one that the
-                phone would create.
+                phone would create. Default: none, as if the app passed no operation id to the SDK. Telemetry then shows
+                the attempt of `user_id`, and no wait with ``explain=True`` knows which operation it was for.
             error_code: Why it fails: 30003 the user left the scan, 30004 the face does not match, or another code from
                 the vendor's page "Error handling". Default: 30004.
-            user_id: The user, in hex; required only if there is no such operation. Default: not compared.
+            user_id: The user, in hex; required only if there is no such operation, or none is named. Default: not
+                compared.
             auth_type: ``"biom"`` (biometric) or ``"pin"``. Default: ``"biom"``.
             external_user_id: The customer's own id of the user. Default: none, or not compared.
 
@@ -185,8 +187,8 @@ class Service:
             The attempt, as Telemetry shows it.
 
         Raises:
-            ConfigurationError: There is no such operation and `user_id` is missing, it is approved, the user has no
-                device, or an argument is wrong.
+            ConfigurationError: There is no such operation, or none is named, and `user_id` is missing; it is approved;
+                the user has no device; or an argument is wrong.
         """
         return self._store.fail(
             operation_id,

@@ -109,11 +109,12 @@ class OperationStore:
         operation = self._resolve(operation_id, user_id, external_user_id, operation_payload)
         if operation.is_approved:
             return operation
-        self._check_device(operation)
-        if left := self._attempts.locked_for(operation.user_id):
-            self._add_attempt(operation, LOCKED_OUT, how)
+        user = operation.user_id
+        self._check_device(user)
+        if left := self._attempts.locked_for(user):
+            self._add_attempt(user, operation.external_user_id, operation_id, LOCKED_OUT, how)
             raise ConfigurationError(
-                f"user {operation.user_id} is locked out for {left:.0f} s more, after too many failed attempts: "
+                f"user {user} is locked out for {left:.0f} s more, after too many failed attempts: "
                 f"operation {operation_id!r} cannot be approved until then; wait, or unlock the user",
                 argument="operation_id",
             )
@@ -122,31 +123,40 @@ class OperationStore:
         operation = msgspec.structs.replace(operation, state=OperationState.APPROVED.value, result=True, auth_type=how)
         self._operations[operation_id] = operation
         self._approved_at[operation_id] = self._clock()
-        self._add_attempt(operation, 0, how)
+        self._add_attempt(user, operation.external_user_id, operation_id, 0, how)
         return operation
 
     def fail(
         self,
-        operation_id: str,
+        operation_id: str | None = None,
         *,
         error_code: int = MISMATCH,
         user_id: str | None = None,
         auth_type: str = AuthType.BIOMETRIC,
         external_user_id: str | None = None,
     ) -> Authentication:
-        """Let an attempt to approve fail; see `Sandbox.fail_authentication`."""
+        """Let an attempt to authenticate fail; see `Sandbox.fail_authentication`."""
         how = _check_auth_type(auth_type)
         error_code = whole_number(error_code, "error_code")
-        operation = self._resolve(operation_id, user_id, external_user_id, None)
-        if operation.is_approved:
+        if operation_id is not None:
+            operation = self._resolve(operation_id, user_id, external_user_id, None)
+            if operation.is_approved:
+                raise ConfigurationError(
+                    f"operation {operation_id!r} is approved already: the phone no longer asks for it; use another one",
+                    argument="operation_id",
+                )
+            user, external_user = operation.user_id, operation.external_user_id
+        elif user_id is not None:
+            user, external_user = check_user_id(user_id), check_text(external_user_id, "external_user_id")
+        else:
             raise ConfigurationError(
-                f"operation {operation_id!r} is approved already: the phone no longer asks for it; use another one",
+                "operation_id or user_id must be given: an attempt without an operation needs its user",
                 argument="operation_id",
             )
-        self._check_device(operation)
-        if error_code != CANCELLED and self._attempts.locked_for(operation.user_id):
+        self._check_device(user)
+        if error_code != CANCELLED and self._attempts.locked_for(user):
             error_code = LOCKED_OUT
-        return self._add_attempt(operation, error_code, how)
+        return self._add_attempt(user, external_user, operation_id, error_code, how)
 
     def get_approved(self, operation_id: str) -> tuple[Operation, int]:
         """Return an approved operation, and when it was approved, in nanoseconds since the epoch.
@@ -243,12 +253,10 @@ class OperationStore:
         found = self._attempts.get_by_user(user_id)
         return [] if found is None and self.users.exists(user_id) else found
 
-    def _check_device(self, operation: Operation) -> None:
-        if not self.users.can_approve(operation.user_id):
+    def _check_device(self, user_id: str) -> None:
+        if not self.users.can_approve(user_id):
             raise ConfigurationError(
-                f"user {operation.user_id} has no device: enroll them again, or operation {operation.operation_id!r} "
-                "cannot be approved",
-                argument="operation_id",
+                f"user {user_id} has no device: enroll them again, or they cannot authenticate", argument="operation_id"
             )
 
     def _resolve(
@@ -275,18 +283,20 @@ class OperationStore:
             check_text(external_user_id, "external_user_id"),
         )
 
-    def _add_attempt(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:
+    def _add_attempt(
+        self, user_id: str, external_user_id: str | None, operation_id: str | None, error_code: int, auth_type: str
+    ) -> Authentication:
         """Add an attempt. The documentation names the result "APPROVED"; "FAILED" is the sandbox's own word."""
         attempt = Authentication(
             created_at=timestamp(self._clock()),
             result="FAILED" if error_code else "APPROVED",
             error_code=error_code,
-            operation_id=operation.operation_id,
+            operation_id=operation_id,
             device_id="sandbox-phone",
             auth_type=auth_type,
         )
-        self._attempts.add(operation.user_id, operation.external_user_id, attempt)
-        self._on_attempt(operation.user_id, attempt)
+        self._attempts.add(user_id, external_user_id, attempt)
+        self._on_attempt(user_id, attempt)
         return attempt
 
     def _make(

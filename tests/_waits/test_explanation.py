@@ -175,6 +175,14 @@ class TestWhatIsLearned:
         assert error.attempts == ()
         assert service.asked() == []
 
+    async def test_an_attempt_for_which_the_app_passed_no_operation_id_explains_nothing(
+        self, service: Service, client: KeylessClient
+    ) -> None:
+        ticket = await created(client, expires_in=20)
+        later(3, lambda: service.fail_authentication(user_id=USER))
+        assert (await timed_out(client, ticket)).attempts == ()
+        assert [each.error_code for each in await client.get_authentications(user_id=USER)] == [30004]
+
     async def test_attempts_at_other_operations_are_left_out_whatever_is_answered(
         self, service: Service, client: KeylessClient
     ) -> None:

@@ -61,6 +61,9 @@ async def test_an_operation_is_listed_declined_and_approved(monkeypatch: pytest.
     )
     assert "(30004)" in await printed(monkeypatch, "decline", "a\u202e", "--code", "30004")
     assert "declined: failed (99)" in await printed(monkeypatch, "decline", "a\u202e", "--code", "99")
+    assert await printed(monkeypatch, "decline", "--user", USER) == (
+        "An attempt without an operation id failed: the user left the scan (30003).\n"
+    )
     approved = await printed(monkeypatch, "approve", "a\u202e", "--auth-type", "pin")
     assert approved == "a\\u202e is approved by PIN.\n"
     table = await printed(monkeypatch, "list", "--user", "c0ffee", "--state", "approved")
@@ -188,6 +191,7 @@ async def test_the_key_of_a_tenant_goes_to_no_address_that_was_not_named(monkeyp
         ["approve"],
         ["approve", "a", "--auth-type", "voice"],
         ["approve", "a", "--user", "Alice"],
+        ["decline"],
         ["decline", "a", "--code", "0"],
         ["fail", "--status", "600"],
         ["fail", "--times", "0"],

@@ -325,7 +325,7 @@ async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_a
 async def test_attempts_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
     text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1")
-    assert text.endswith("\nNo attempts in the last ten minutes.\n")
+    assert text.endswith("\nNo attempts under this operation's id in the last ten minutes.\n")
 
 
 async def test_attempts_says_that_there_are_more(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:

@@ -158,6 +158,33 @@ def test_wrong_argument_is_refused_and_leaves_no_attempt(
     assert phone.store.authentications == []
 
 
+def test_an_attempt_without_an_operation_is_its_users_and_of_no_operation(phone: Phone) -> None:
+    failed = phone.store.fail(user_id=USER.lower(), external_user_id="ann@example.com")
+    assert (failed.operation_id, failed.error_code) == (None, 30004)
+    [shown] = phone.telemetry()["content"][0]["authentications"]
+    assert "operationId" not in shown
+    assert phone.codes(operation_id="a") == []
+    answer = phone.store.external_authentications_json("ann@example.com", None)
+    assert answer is not None
+    assert json.loads(answer)["page"]["totalElements"] == 1
+
+
+def test_an_attempt_without_an_operation_needs_a_user_who_has_a_device(phone: Phone) -> None:
+    with pytest.raises(ConfigurationError, match="operation_id or user_id must be given"):
+        phone.store.fail()
+    phone.store.users.enroll(USER, None)
+    phone.store.users.delete(USER)
+    with pytest.raises(ConfigurationError, match="has no device"):
+        phone.store.fail(user_id=USER)
+    assert phone.store.authentications == []
+
+
+def test_attempts_without_an_operation_lock_a_user_out_too(phone: Phone) -> None:
+    for _ in range(5):
+        phone.store.fail(user_id=USER)
+    assert phone.store.locked_for(USER) == LOCKOUT
+
+
 def test_approved_operation_cannot_fail_any_more(phone: Phone) -> None:
     phone.store.approve("a")
     with pytest.raises(ConfigurationError, match="operation 'a' is approved already"):

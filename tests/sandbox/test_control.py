@@ -94,7 +94,8 @@ async def test_operation_is_declined_and_stays_pending(sandbox: Sandbox, http: a
     assert (answer["operationId"], answer["errorCode"], answer["authType"]) == ("a", 30003, "biom")
     assert (await done(http, "decline", operationId="a", errorCode=30004, authType="pin"))["errorCode"] == 30004
     await done(http, "decline", operationId="p", userId=OTHER, errorCode=534)
-    assert [each.error_code for each in sandbox.authentications] == [30003, 30004, 534]
+    assert "operationId" not in await done(http, "decline", userId=USER, errorCode=30008)
+    assert [each.error_code for each in sandbox.authentications] == [30003, 30004, 534, 30008]
     assert not sandbox.operations["a"].is_approved
 
 
@@ -206,6 +207,7 @@ async def test_what_the_state_of_the_sandbox_does_not_permit_is_a_conflict(http:
         ("approve", b'{"operationId": "a", "authType": "voice"}'),
         ("approve", b'{"operationId": "a", "userId": "Alice"}'),
         ("approve", b'{"operation_id": "a"}'),
+        ("decline", b'{"errorCode": 30003}'),
         ("decline", b'{"operationId": "a", "errorCode": 0}'),
         ("decline", b'{"operationId": "a", "errorCode": "30003"}'),
         ("fail", b'{"status": 199}'),
