@@ -355,7 +355,8 @@ class KeylessClient:
         Args:
             user_id: The user, in hex of either case. Exactly one of `user_id` and `external_user_id` must be given.
             external_user_id: Your own id of the user; case matters.
-            operation_id: Only the attempts for this operation. Default: all.
+            operation_id: Only the attempts under this id, which Telemetry knows only if the app passed it to the SDK.
+                Default: all.
 
         Returns:
             The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
@@ -405,16 +406,15 @@ class KeylessClient:
             operation_id: The operation's id, unique in the tenant. Default: a UUID4.
             operation_payload: What the user is asked to approve. Default: none.
             external_user_id: Your own id of the user. Default: none.
-            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
-                expiry: the user can still approve later.
+            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service
+                documents no expiry: the user may still approve later.
             if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
                 the id, if it has the same content and is pending; its deadline starts anew. Default: ``"raise"``.
             require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. It is kept
                 in the ticket and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
 
         Returns:
-            The ticket to wait for, here or in another process. The service sends the phone no push
-            notification: send one now.
+            The ticket to wait for, here or in another process. Notify the phone now.
 
         Raises:
             ConfigurationError: An argument is wrong; nothing was sent.
@@ -577,6 +577,8 @@ class KeylessClient:
     async def delete_user(self, user_id: str) -> None:
         """Delete a user **permanently**, with their devices and their biometric enrolment. There is no way back.
 
+        The SDK on their devices is not notified.
+
         A 404 after an ambiguous failure is a success: the lost request deleted the user.
 
         Args:
@@ -607,7 +609,7 @@ class KeylessClient:
         return await self._open().transport.fetch(protocol.get_devices(user_id))
 
     async def delete_device(self, user_id: str, public_signing_key: str) -> None:
-        """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
+        """Remove a device of a user, such as a lost phone. The SDK on it is not notified.
 
         A 404 after an ambiguous failure is a success: the lost request removed the device.
 
@@ -668,11 +670,11 @@ class KeylessClient:
                 which names the user and the payload, or compare them yourself. Default: ``"raise"``.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
                 raises ends the wait and propagates. Default: none.
-            explain: Whether to ask Telemetry for the user's attempts to authenticate, for the ``attempts`` of
-                `ApprovalUpdate` and of `ApprovalTimeoutError`. The client asks while the operation is pending, at most
-                once in 10 s per operation and 8 times at once. It asks for the last time at the deadline, so the wait
-                may end up to 1 s later. Failures of Telemetry are ignored and logged at debug level. An attempt never
-                approves and never ends the wait; raise in `on_poll` to end it. Default: False.
+            explain: Whether to ask Telemetry for the user's attempts to authenticate under the operation's id, for the
+                ``attempts`` of `ApprovalUpdate` and of `ApprovalTimeoutError`. The client asks while the operation is
+                pending, at most once in 10 s per operation and 8 times at once. It asks for the last time at the
+                deadline, so the wait may end up to 1 s later. Failures of Telemetry are ignored and logged at debug
+                level. An attempt never approves and never ends the wait; raise in `on_poll` to end it. Default: False.
 
         Returns:
             The approved operation.
@@ -791,10 +793,9 @@ class KeylessClient:
             if_exists: See `create_operation`. Default: ``"raise"``.
             require_auth_type: See `create_operation`. Default: any.
             schedule: When to poll. Default: the client's schedule.
-            on_created: Called with the `ApprovalTicket` before the wait, in this task; may be async. It sends the push
-                notification that makes the phone ask the user, since the service sends none. It is also called for an
-                operation that was found after a lost answer or by ``if_exists="resume"``. What it raises propagates,
-                and the operation stays. Default: none.
+            on_created: Called with the `ApprovalTicket` before the wait, in this task; may be async. It sends your
+                app's push notification. It is also called for an operation that was found after a lost answer or by
+                ``if_exists="resume"``. What it raises propagates, and the operation stays. Default: none.
             on_poll: See `wait_for_approval`. Default: none.
             explain: See `wait_for_approval`. Default: False.
 

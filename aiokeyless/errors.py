@@ -202,10 +202,10 @@ class BadRequestError(StatusError):
 
 
 class AuthenticationError(StatusError):
-    """401: the API key is wrong, missing, or of another region.
+    """401: the service refuses the API key.
 
-    What to do: use the secret server key of your tenant, issued for this region or ``base_url``. Two other keys do not
-    work here: the one for downloading the SDK, and the API key in the configuration of the mobile SDK.
+    What to do: use the secret *server* key of your tenant, issued for this region or ``base_url``, and no key of the
+    mobile SDK.
 
     Attributes:
         key_was_replaced: Whether ``api_key`` is a function that no longer returned the refused key. Try again then.
@@ -214,8 +214,8 @@ class AuthenticationError(StatusError):
     key_was_replaced: bool = False
 
     advice = (
-        "this is not the secret server key of this region; the key that downloads the SDK and the mobile SDK's API key "
-        "do not work here, check KEYLESS_API_KEY and the region"
+        "the service refuses the API key; check the region, and that KEYLESS_API_KEY is your tenant's secret server "
+        "key and not one of the mobile SDK's"
     )
 
     @property
@@ -225,7 +225,7 @@ class AuthenticationError(StatusError):
 
 
 class PermissionDeniedError(StatusError):
-    """403: the key is not allowed to do this, or a gateway blocks this network.
+    """403, which the API does not document: the key may not do this, or a gateway blocks this network.
 
     What to do: check the permissions of the key, and whether your address is on the gateway's allow list.
     """
@@ -304,7 +304,7 @@ class UnsupportedMediaTypeError(StatusError):
 
 
 class RateLimitError(StatusError):
-    """429: too many requests.
+    """429, which the API does not document: too many requests.
 
     What to do: wait ``retry_after`` seconds, if it is not None. Use one client per process, so that all requests share
     its limits.
@@ -432,7 +432,7 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
     call ``get_operation``. Never treat a late approval as the answer to a newer question.
 
     Attributes:
-        attempts: The user's attempts to authenticate for this operation, oldest first, as far as a wait with
+        attempts: The user's attempts to authenticate under this operation's id, oldest first, as far as a wait with
             ``explain=True`` knows them; else empty. They explain, and decide nothing.
     """
 

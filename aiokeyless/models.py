@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Region(StrEnum):
-    """The regions of the service; each API key belongs to one."""
+    """The regions of the service."""
 
     EU = "eu"
     US = "us"
@@ -259,7 +259,7 @@ class Authentication(Model, frozen=True, kw_only=True):
         created_at: Time of the attempt as the service wrote it, or None; its zone is not documented.
         result: ``"APPROVED"`` is the only documented value; any other text stays unchanged. Or None.
         error_code: 0 if nothing failed; or None. `reason` explains the known codes.
-        operation_id: The customer's id of the operation that the attempt was for, or None.
+        operation_id: The operation id that the app passed to the SDK for this attempt, or None.
         device_id: The user's device, or None.
         auth_type: How the user authenticated, see `AuthType`; or None.
 

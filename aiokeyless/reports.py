@@ -19,7 +19,7 @@ class ApprovalUpdate(Model, frozen=True, kw_only=True):
         polls: Polls sent on behalf of this wait so far.
         elapsed: Seconds since the wait started.
         next_poll_in: Seconds until the next poll is due, or None if this was the last one.
-        attempts: The user's attempts to authenticate for this operation, oldest first, if the wait has
+        attempts: The user's attempts to authenticate under this operation's id, oldest first, if the wait has
             ``explain=True``; else empty. They explain, and never approve.
     """
 

@@ -104,7 +104,7 @@ async def create(
     console.print()
     print_command(console, wait_command(ticket))
     if sys.stderr.isatty():
-        sys.stderr.write("Next, your application sends the phone a push: Keyless sends none.\n")
+        sys.stderr.write("Next, your application notifies the phone.\n")
 
 
 async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalTicket]]) -> ApprovalTicket:

@@ -128,7 +128,7 @@ Example, with the ticket, so that user, payload and factor are also checked:
 Example, for an operation that the phone will create:
   aiokeyless wait txn-2 --if-missing wait
 
-While the operation is pending, failed attempts of the user are shown. They
+While the operation is pending, failed attempts under its id are shown. They
 decide nothing.
 
 Ctrl-C ends the wait, not the operation, and prints how to resume.

@@ -60,8 +60,8 @@ class Sandbox(Service):
     """A Keyless service on localhost that strictly follows the documentation of the real one.
 
     In a browser, its URL shows the latest requests, and a phone for each user. There a person can approve and create
-    operations, and let the API fail. ``/?user=C0FFEE`` shows the phone of one user. A real phone shows an operation
-    only after your application has sent it a push notification.
+    operations, and let the API fail. ``/?user=C0FFEE`` shows the phone of one user. Your application must
+    notify a real phone.
 
     Enter it with ``async with``, or call `start` and `aclose`. To restart the service in a test, enter it again: it
     keeps its port and its operations.

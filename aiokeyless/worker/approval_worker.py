@@ -56,10 +56,9 @@ class ApprovalWorker:
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Give all
             workers of a broker the same. Default: 30.
         on_created: Called with the `ApprovalRequest` once its operation is created; may be async, and must not block.
-            It sends the push notification that makes the phone ask the user, since Keyless sends none. It runs beside
-            the deliveries, up to `max_in_flight` calls at once, each within 10 s of the create. If it raises, that is
-            logged, and the request goes on. It is seldom called twice for an operation, or not at all if the worker
-            dies at that moment. Default: none.
+            It sends your app's push notification. It runs beside the deliveries, up to `max_in_flight` calls at once,
+            each within 10 s of the create. If it raises, that is logged, and the request goes on. It is seldom called
+            twice for an operation, or not at all if the worker dies at that moment. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong.

@@ -47,14 +47,14 @@ async def test_create_prints_the_operation_and_how_to_wait_for_it(
     [(Terminal(), (), True), (io.StringIO(), (), False), (Terminal(), ("--json",), False)],
     ids=["at a terminal", "elsewhere", "as JSON"],
 )
-async def test_create_says_at_a_terminal_that_the_application_sends_the_push(
+async def test_create_says_at_a_terminal_that_the_application_notifies_the_phone(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, stream: io.StringIO, options: tuple[str, ...], *, is_said: bool
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "-5", *options)
     assert "-5" in service.operations
     # No command for its id: that wait would accept any user's approval.
-    said = "Next, your application sends the phone a push: Keyless sends none.\n"
+    said = "Next, your application notifies the phone.\n"
     assert stream.getvalue() == (said if is_said else "")
 
 
