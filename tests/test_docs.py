@@ -219,6 +219,7 @@ ROWS = {
     "its exchange alone": "aiokeyless, a poll's exchange alone",
     "`get_operation`": "aiokeyless",
     "aiohttp + pydantic": "aiohttp + pydantic",
+    "httpx2 + msgspec": "httpx2 + msgspec",
     "niquests + msgspec": "niquests + msgspec",
     "httpx + msgspec": "httpx + msgspec",
 }
@@ -233,6 +234,15 @@ def test_the_figures_of_the_table_are_those_of_the_committed_run(column: int, lo
         shown = re.findall(rf"^\| {re.escape(row)} \| (.*) \| (.*) \|$", page, re.MULTILINE)[0][column]
         decimals = len(shown.partition(".")[2])
         assert float(shown) == round(measured[name], decimals), (row, loop)
+
+
+def test_the_versions_above_the_table_are_those_of_the_committed_run() -> None:
+    page = (DOCS / "explanation" / "limits.md").read_text()
+    [named] = re.findall(r"with aiohttp and msgspec \(([^)]*)\):", page)
+    versions = saved("request")["machine"]["versions"]
+    shown = dict(each.split() for each in named.split(","))
+    assert shown.keys() == {"aiohttp", "httpx", "httpx2", "niquests"}
+    assert shown.items() <= versions.items()
 
 
 LATENESS = re.compile(

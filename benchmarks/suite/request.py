@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import httpx
+import httpx2
 import niquests
 from msgspec.structs import fields
 from pydantic import TypeAdapter, create_model
@@ -54,8 +55,9 @@ WHOLE_POLL: Final = f"{OURS}, a whole poll of a wait"
 EXCHANGE: Final = f"{OURS}, a poll's exchange alone"
 PYDANTIC: Final = "aiohttp + pydantic"
 HTTPX: Final = "httpx + msgspec"
+HTTPX2: Final = "httpx2 + msgspec"
 NIQUESTS: Final = "niquests + msgspec"
-_SLOW: Final = {HTTPX, NIQUESTS}
+_SLOW: Final = {HTTPX, HTTPX2, NIQUESTS}
 
 
 #: An operation, for pydantic.
@@ -102,8 +104,9 @@ async def _measure(bench: Bench, server: Server) -> dict[str, dict[int, float]]:
         bare = await enter(bare_session())
         transport = client._open().transport  # noqa: SLF001  # there is no public method for a single poll
         # Each with fast settings: as many connections as calls in flight, kept open, and no search for proxies.
-        limits = httpx.Limits(max_connections=_IN_FLIGHT, max_keepalive_connections=_IN_FLIGHT, keepalive_expiry=None)
-        with_httpx = httpx.AsyncClient(headers=HEADERS, limits=limits, trust_env=False)
+        limits = {"max_connections": _IN_FLIGHT, "max_keepalive_connections": _IN_FLIGHT, "keepalive_expiry": None}
+        with_httpx = httpx.AsyncClient(headers=HEADERS, limits=httpx.Limits(**limits), trust_env=False)
+        with_httpx2 = httpx2.AsyncClient(headers=HEADERS, limits=httpx2.Limits(**limits), trust_env=False)
         with_niquests = niquests.AsyncSession(pool_maxsize=_IN_FLIGHT, headers=HEADERS)
         with_niquests.trust_env = False
         gets: dict[str, Callable[[str], Awaitable[object]]] = {
@@ -113,6 +116,7 @@ async def _measure(bench: Bench, server: Server) -> dict[str, dict[int, float]]:
             BARE_REPEATED: BareClient(bare, server).get_operation,
             PYDANTIC: BareClient(bare, server, TypeAdapter(ModelOperation).validate_json).get_operation,
             HTTPX: ContentClient(await enter(with_httpx), server).get_operation,
+            HTTPX2: ContentClient(await enter(with_httpx2), server).get_operation,
             NIQUESTS: ContentClient(await enter(with_niquests), server).get_operation,
         }
         sides: dict[str, Side] = {WHOLE_POLL: partial(_whole_polls, server)}
@@ -176,9 +180,9 @@ async def _whole_polls(server: Server, count: int) -> float:
 
 
 class ContentClient:
-    """httpx or niquests, which share the methods used here."""
+    """httpx, httpx2 or niquests, which share the methods used here."""
 
-    def __init__(self, session: httpx.AsyncClient | niquests.AsyncSession, server: Server) -> None:
+    def __init__(self, session: httpx.AsyncClient | httpx2.AsyncClient | niquests.AsyncSession, server: Server) -> None:
         self._session = session
         self._base = server.base_url + OPERATIONS
 
