@@ -461,15 +461,16 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     text = headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
         return float(text)
-    at = _parse_http_date(text)
+    at = parse_http_date(text)
     if at is None:
         return None
     # The server's clock may differ from ours. Its Date header is from the clock that it computed the date with.
-    now = _parse_http_date(headers.get("Date", ""))
+    now = parse_http_date(headers.get("Date", ""))
     return max(0.0, at - (time.time() if now is None else now))
 
 
-def _parse_http_date(text: str) -> float | None:
+def parse_http_date(text: str) -> float | None:
+    """Return an HTTP date in seconds since 1970; None if it is malformed."""
     try:
         date = parsedate_to_datetime(text)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()

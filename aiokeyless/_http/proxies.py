@@ -30,7 +30,7 @@ def find_proxy(base_url: str) -> Secret | None:
     Raises:
         ConfigurationError: What the environment names is not the URL of a proxy.
     """
-    proxy = _read_environment(URL(base_url))
+    proxy = read_environment(base_url)
     scheme = "http" if proxy is None else _scheme_of(proxy)
     if scheme is None:
         raise ConfigurationError(
@@ -45,18 +45,19 @@ def find_proxy(base_url: str) -> Secret | None:
     return None
 
 
-def show_proxy(proxy: Secret) -> str:
-    """Return the URL of a proxy without its user name and password."""
-    return str(URL(proxy.reveal()).with_user(None))
-
-
-def _read_environment(service: URL) -> Secret | None:
+def read_environment(base_url: str) -> Secret | None:
     """Return the proxy that the environment names for a service; it may be of any kind."""
+    service = URL(base_url)
     host, proxies = service.host or "", getproxies()
     named = proxies.get("https") or proxies.get("all")
     if not named or is_loopback(host) or proxy_bypass(f"{host}:{service.port}"):
         return None
     return Secret(named if "://" in named else f"http://{named}")
+
+
+def show_proxy(proxy: Secret) -> str:
+    """Return the URL of a proxy without its user name and password."""
+    return str(URL(proxy.reveal()).with_user(None))
 
 
 def _scheme_of(proxy: Secret) -> str | None:

@@ -189,10 +189,27 @@ class Transport:
             request: The request.
             attempt: Which attempt of its call this is, for the listeners.
         """
-        url = self._base.with_path(self._base_path + request.path, encoded=True)
-        if request.query:
-            url = URL(f"{url}?{request.query}", encoded=True)
+        url = self._url_of(request)
         return self._send_once(request.endpoint, url, timeouts=self._call_timeout, body=request.body, attempt=attempt)
+
+    async def receive(self, request: protocol.Request[Any]) -> protocol.Answer:
+        """Send a request once, and return its answer whatever the status; no listener is called.
+
+        Raises:
+            KeylessError: No usable answer arrived.
+        """
+        return await self._receive(
+            request.endpoint,
+            self._url_of(request),
+            self._api_keys.current(),
+            timeouts=self._call_timeout,
+            body=request.body,
+            is_first=True,
+        )
+
+    def _url_of(self, request: protocol.Request[Any]) -> URL:
+        url = self._base.with_path(self._base_path + request.path, encoded=True)
+        return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
     def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long."""

@@ -1158,6 +1158,22 @@ async def test_callers_own_deadline_is_kept(sandbox: Sandbox, client: KeylessCli
     assert now() - started == pytest.approx(2, abs=1e-3)
 
 
+# Any answer
+
+
+@pytest.mark.parametrize("sent", [NOTHING, BUSY, answer(b"<html>"), answer(b"", b"Location: /", status=b"302 Found")])
+async def test_an_answer_is_received_whatever_it_is_and_nothing_is_tried_again(sent: bytes) -> None:
+    async with RawServer(sent) as server:
+        sender = transport.Transport(
+            server.url, ApiKeys(Secret(KEY)), session=None, request_timeout=1.0, max_attempts=3
+        )
+        received = await sender.receive(protocol.get_operation("a"))
+        await sender.aclose()
+    assert b" %d " % received.status in sent
+    assert sent.endswith(received.body)
+    assert len(server.heads) == 1
+
+
 # A closed client
 
 
