@@ -174,5 +174,6 @@ def short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests must not depend on a key in the environment of the developer."""
-    for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "KEYLESS_BROKER", "NATS_URL"):
+    ours = ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "KEYLESS_SDK_KEY", "KEYLESS_BROKER", "NATS_URL")
+    for name in ours:
         monkeypatch.delenv(name, raising=False)

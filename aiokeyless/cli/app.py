@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import os
+import signal
 import sys
 from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
@@ -33,7 +34,9 @@ from .error_messages import REQUIREMENTS, VARIABLES, describe, describe_argument
 from .render import escape, show_waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+
+    from aiokeyless.events import Listener
 
 
 class Exit(IntEnum):
@@ -169,6 +172,7 @@ _check_operation_id = validator(check_operation_id, "operation_id")
 UserId = Annotated[
     str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"), help="The user, in hex.")
 ]
+User = Annotated[str | None, Parameter(name="--user", validator=validator(check_user_id, "user_id"))]
 OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id, help="The operation.")]
 AuthType = Literal["biom", "pin"]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
@@ -182,7 +186,9 @@ OptionalCount = Annotated[int | None, _count]
 _port = _limit(range(65536).__contains__, "from 0 to 65535")
 Port = Annotated[int, _port]
 OptionalPort = Annotated[int | None, _port]
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
+Yes = Annotated[bool, Parameter(name="--yes", negative="", show_default=False, help="Do not ask.")]
 AsJson = Annotated[JsonFlag, Parameter(help="Print one JSON object and nothing else.")]
 
 
@@ -199,6 +205,18 @@ def explain_interruption(explanation: str) -> Iterator[None]:
         raise InterruptedCommandError(explanation) from None
 
 
+def ask(question: str) -> bool:
+    """Ask at the terminal, and return whether the answer is yes."""
+    sys.stderr.write(f"{question} Type yes: ")
+    sys.stderr.flush()
+    # asyncio's handler would not interrupt the reading.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return sys.stdin.readline().strip().lower() == "yes"
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 @asynccontextmanager
 async def open_client(*, as_json: bool) -> AsyncGenerator[KeylessClient]:
     """Make a client, see `new_client`, for a command that shows nothing until the service has answered."""
@@ -206,8 +224,11 @@ async def open_client(*, as_json: bool) -> AsyncGenerator[KeylessClient]:
         yield client
 
 
-def new_client() -> KeylessClient:
+def new_client(listeners: Iterable[Listener] = ()) -> KeylessClient:
     """Make a client with the key and the address from the environment; the caller must close it.
+
+    Args:
+        listeners: Called with each event of the client.
 
     Raises:
         CommandError: The environment has no key, or a variable is wrong.
@@ -218,6 +239,6 @@ def new_client() -> KeylessClient:
             "aiokeyless sandbox)"
         )
     try:
-        return KeylessClient(trust_env=True)
+        return KeylessClient(trust_env=True, listeners=listeners)
     except ConfigurationError as error:
         raise CommandError(describe_argument(error, VARIABLES)) from None

@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 from cyclopts import Parameter
 
-from aiokeyless._validation import check_base_url, check_external_user_id, check_user_id, read_api_key
+from aiokeyless._validation import check_base_url, check_external_user_id, read_api_key
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, Device, Operation
 
@@ -22,10 +22,12 @@ from .app import (
     AuthType,
     CommandError,
     Count,
+    Flag,
     OperationId,
     OptionalCount,
     OptionalDelay,
     OptionalOperationId,
+    User,
     UserId,
     validator,
 )
@@ -45,9 +47,7 @@ _IDENTITY: Final = "X-Keyless-Sandbox"
 _DONE: Final = {"done": True}
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
-User = Annotated[str | None, Parameter(name="--user", validator=validator(check_user_id, "user_id"))]
 ExternalUserId = Annotated[str | None, Parameter(validator=validator(check_external_user_id, "external_id"))]
-Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 
 
 class _Listing(msgspec.Struct):

@@ -70,9 +70,9 @@ class _Console(Console):
             raise BrokenPipeError from None
 
 
-def new_console() -> Console:
-    """Make the console for stdout."""
-    console = _Console(highlight=False, markup=False, emoji=False)
+def new_console(*, stderr: bool = False) -> Console:
+    """Make the console for stdout, or for stderr."""
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     # A file has no width, so nothing is folded.
     if not console.is_terminal:
         console.width = _UNLIMITED
@@ -312,7 +312,7 @@ async def show_waiting(whom: str, *, quiet: bool) -> AsyncGenerator[None]:
         whom: Name or address of what answers.
         quiet: Show nothing.
     """
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console = new_console(stderr=True)
     if quiet or not is_terminal(console):
         yield
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Final
@@ -12,7 +11,7 @@ from cyclopts import App, Parameter
 from aiokeyless._validation import check_external_user_id, check_public_signing_key
 from aiokeyless.errors import ConflictError, NotFoundError
 
-from .app import AsJson, CommandError, UserId, app, explain_interruption, open_client, validator
+from .app import AsJson, CommandError, UserId, Yes, app, ask, explain_interruption, open_client, validator
 from .error_messages import quote
 from .render import new_console, print_facts, print_json, print_list, print_object, print_result
 
@@ -44,7 +43,6 @@ ExternalId = Annotated[
     ),
 ]
 DeviceKey = Annotated[str, Parameter(name="KEY", validator=validator(check_public_signing_key, "public_signing_key"))]
-Yes = Annotated[bool, Parameter(name="--yes", negative="", show_default=False, help="Do not ask.")]
 
 _DELETED: Final = {"deleted": True}
 _TAKEN: Final = (
@@ -183,13 +181,5 @@ def _confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise CommandError("this must be confirmed, and stdin is not a terminal; pass --yes")
-    sys.stderr.write(f"{question} Type yes: ")
-    sys.stderr.flush()
-    # asyncio's handler would not interrupt the reading.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        answer = sys.stdin.readline()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if answer.strip().lower() != "yes":
+    if not ask(question):
         raise CommandError("nothing was deleted")

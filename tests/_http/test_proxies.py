@@ -7,6 +7,7 @@ import base64
 import contextlib
 import logging
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -196,11 +197,14 @@ asyncio.run(main())
 """
 
 
-async def run_program(variables: dict[str, str]) -> tuple[str, str]:
-    """Run the program with these variables and no other proxy, and return its output and its errors."""
+async def run_program(variables: dict[str, str], *arguments: str) -> tuple[str, str]:
+    """Run the program, or Python with arguments, with no other proxy, and return its output and its errors."""
     clean = {name: value for name, value in os.environ.items() if name.lower() not in VARIABLES}
     program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", PROGRAM), env=clean | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        *(sys.executable, *(arguments or ("-c", PROGRAM))),
+        env=clean | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     output, errors = await program.communicate()
     return output.decode(), errors.decode()
@@ -249,6 +253,20 @@ async def test_all_requests_reach_a_service_of_a_private_authority_through_the_p
     # A proxy sees the request for a tunnel unencrypted.
     assert not [head for head in proxy.heads if b"x-api-key" in head.lower()]
     assert [b"x-api-key: key" in head.lower() for head in service.heads] == [True, True, False]
+
+
+async def test_doctor_says_what_the_way_through_the_proxy_is(
+    service: RawServer, proxy: RawServer, certificate: tuple[Path, Path]
+) -> None:
+    named = proxy.url.replace("//", f"//ann:{PASSWORD}@")
+    variables = {"HTTPS_PROXY": named, "SSL_CERT_FILE": str(certificate[0]), "KEYLESS_API_KEY": "key-of-the-server"}
+    output, errors = await run_program({**variables, "KEYLESS_BASE_URL": SERVICE}, "-m", "aiokeyless", "doctor")
+    assert re.search(r"connection +IPv4, TLSv1.3, certificate of broker for \d more days\n", output), errors
+    assert re.search(rf"proxy +{proxy.url}\n", output)
+    assert PASSWORD not in output + errors
+    assert b"x-api-key" not in service.heads[0].lower(), "anything may answer the first request"
+    assert b"x-api-key: key-of-the-server" in service.heads[-1].lower()
+    assert not [head for head in proxy.heads if b"x-api-key" in head.lower()]
 
 
 @pytest.mark.parametrize(
