@@ -19,7 +19,7 @@ import aiokeyless
 from aiokeyless.shutdown import close_on_signals
 from aiokeyless.signatures import TransactionVerifier
 
-FINAL = ("paid", "refused", "cancelled", "declined")  # the last one until the customer is asked anew
+FINAL = ("paid", "refused", "cancelled", "timed_out", "declined")  # the last one until the customer is asked anew
 log = logging.getLogger("uvicorn.error")
 
 
@@ -44,7 +44,7 @@ class Order(BaseModel):
     price: str = "38.00 EUR"
     payload: str = Field(default_factory=lambda o: f"Pay {o['price']} to Fern & Clay, order {o['id'][:6].upper()}")
     asked: int = 1  # how often: the questions before this one were declined, and are answered no more
-    state: str = "open"  # then waiting, timed_out or unknown (these may still be approved), or one of FINAL
+    state: str = "open"  # then waiting or unknown (these may still be approved), or one of FINAL
     lifetime: float = float(os.environ.get("CHECKOUT_EXPIRES_IN", "120"))
     ticket: str | None = Field(default=None, exclude=True)
 
@@ -74,7 +74,7 @@ def move(order: Order, state: str, ticket: str | None = None) -> Order:
     approval. Many streams may learn of one approval; one of them changes the row, and that one ships.
     """
     change = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?)"
-    query = change + " WHERE id = ? AND asked = ? AND state NOT IN (?, ?, ?, ?)"
+    query = change + " WHERE id = ? AND asked = ? AND state NOT IN (?, ?, ?, ?, ?)"
     if db.execute(query, (state, ticket, order.id, order.asked, *FINAL)).rowcount == 1 and state == "paid":
         log.info("order %s is paid: ship it", order.id)
     return find(order.session, order.id) or order
@@ -192,7 +192,7 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
             end = "paid"  # only an approval of this ticket gets here: everything else raises
         except aiokeyless.ApprovalUnknownError:  # perhaps approved
             end = "unknown"
-        except aiokeyless.ApprovalTimeoutError:  # not a denial: following this order later polls again
+        except aiokeyless.ApprovalTimeoutError:  # final before the customer is told: a late approval pays for nothing
             end = "timed_out"
         except aiokeyless.ClientClosedError:
             return  # the server is stopping; the browser reconnects by itself, and resumes the wait

@@ -155,6 +155,14 @@ def slow(sandbox: Sandbox, latency: float) -> Iterator[None]:
         sandbox.latency = 0
 
 
+async def follow_into_the_unknown(sandbox: Sandbox, customer: Customer) -> None:
+    """Pay, and follow the order to a deadline at which Keyless cannot be asked."""
+    await customer.pay()
+    sandbox.fail_next(401, None, method="GET")  # also the final poll, which the deadline may send beside the first
+    assert await customer.outcome() == "unknown"
+    sandbox.recover()
+
+
 class TestOverHttp:
     async def test_an_approval_pays_the_order(self, keyless: Sandbox, hasty: Customer) -> None:
         assert await hasty.pay() == 200
@@ -235,14 +243,14 @@ class TestOverHttp:
         assert await hasty.outcome() == "paid"
         assert hasty.backend.shipped(hasty.order_id) == len(asked(keyless, hasty.order["user_id"])) == 1
 
-    async def test_what_is_not_paid_is_not_shipped(self, keyless: Sandbox, hasty: Customer) -> None:
+    async def test_an_approval_after_the_timeout_pays_for_nothing(self, keyless: Sandbox, hasty: Customer) -> None:
         await hasty.pay()
         assert await hasty.outcome() == "timed_out"
-        await hasty.open_shop(after=(old := hasty.order_id))
-        keyless.approve(old)
-        hasty.order["id"] = old
-        assert await hasty.outcome() == "cancelled"
-        assert hasty.backend.shipped(old) == 0
+        keyless.approve(hasty.order_id)
+        assert await hasty.pay() == 200
+        assert await hasty.outcome() == (await hasty.open_shop()).order["state"] == "timed_out"
+        assert hasty.backend.shipped(hasty.order_id) == 0
+        assert len(asked(keyless, hasty.order["user_id"])) == 1
 
     async def test_pay_that_does_not_get_through_can_be_clicked_again(self, keyless: Sandbox, hasty: Customer) -> None:
         keyless.fail_next(429, method="POST", retry_after=60)
@@ -265,28 +273,13 @@ class TestOverHttp:
         assert await hasty.outcome() == "refused"
 
     async def test_an_error_of_ours_pays_nothing_and_loses_nothing(self, keyless: Sandbox, hasty: Customer) -> None:
-        await hasty.pay()
+        await follow_into_the_unknown(keyless, hasty)
         keyless.approve(hasty.order_id)
-        keyless.fail_next(401, None, method="GET")  # also the final poll, which the deadline may send beside the first
-        assert await hasty.outcome() == "unknown"
-        keyless.recover()
         assert (await hasty.open_shop()).order["state"] == "unknown"
         assert await hasty.outcome() == "paid"
 
-    async def test_a_timeout_is_not_paid_and_a_late_approval_is_found_by_checking_again(
-        self, keyless: Sandbox, hasty: Customer
-    ) -> None:
-        await hasty.pay()
-        assert await hasty.outcome() == "timed_out"
-        assert await hasty.pay() == 200
-        assert await hasty.outcome() == "timed_out"
-        keyless.approve(hasty.order_id)
-        assert await hasty.outcome() == "paid"
-        assert len(asked(keyless, hasty.order["user_id"])) == 1
-
     async def test_an_order_that_was_started_over_is_not_paid_late(self, keyless: Sandbox, hasty: Customer) -> None:
-        await hasty.pay()
-        assert await hasty.outcome() == "timed_out"
+        await follow_into_the_unknown(keyless, hasty)
         old = hasty.order_id
         new = (await hasty.open_shop(after=old)).order_id
         assert new != old
@@ -299,8 +292,7 @@ class TestOverHttp:
     async def test_an_order_that_is_started_over_while_its_approval_comes_in_is_not_paid(
         self, keyless: Sandbox, hasty: Customer
     ) -> None:
-        await hasty.pay()
-        assert await hasty.outcome() == "timed_out"
+        await follow_into_the_unknown(keyless, hasty)
         keyless.approve(hasty.order_id)
         with slow(keyless, 0.4):
             stream = asyncio.create_task(hasty.outcome())
@@ -308,8 +300,9 @@ class TestOverHttp:
             await hasty.post(f"/order?after={hasty.order_id}")
             assert await stream == "cancelled"
 
-    async def test_a_customer_who_declines_and_tries_again_pays_once_by_the_new_request(
-        self, keyless: Sandbox, hasty: Customer
+    @pytest.mark.parametrize("approved", [False, True], ids=["only the declined one", "both"])
+    async def test_a_customer_who_declines_and_tries_again_pays_once_and_by_the_new_request_only(
+        self, keyless: Sandbox, hasty: Customer, *, approved: bool
     ) -> None:
         await hasty.pay()
         old, payload = hasty.order_id, hasty.order["payload"]
@@ -318,26 +311,23 @@ class TestOverHttp:
         for status, order in await asyncio.gather(*[hasty.post(f"/order/{old}/again") for _ in range(2)]):
             assert (status, order["state"], order["asked"]) == (200, "waiting", 2)
             assert order["payload"] == f"{payload}, request 2"
-        assert await hasty.outcome() == "timed_out"
         keyless.approve(old)
-        assert await hasty.outcome() == "timed_out"  # the request that was declined pays for nothing any more
-        keyless.approve(f"{old}-2")
-        assert await hasty.outcome() == "paid"
-        assert await hasty.outcome() == "paid"
+        if approved:
+            keyless.approve(f"{old}-2")
+        assert [await hasty.outcome() for _ in range(2)] == ["paid" if approved else "timed_out"] * 2
         assert len(asked(keyless, hasty.order["user_id"])) == 2
-        assert hasty.backend.shipped(old) == 1
+        assert hasty.backend.shipped(old) == approved
 
     async def test_a_customer_who_left_the_scan_has_not_declined_and_may_pay(
-        self, keyless: Sandbox, hasty: Customer
+        self, keyless: Sandbox, customer: Customer
     ) -> None:
-        await hasty.pay()
-        keyless.fail_authentication(hasty.order_id, 30004)
-        keyless.fail_authentication(hasty.order_id, 30003)
-        assert await hasty.outcome() == "timed_out"
-        status, order = await hasty.post(f"/order/{hasty.order_id}/again")
-        assert (status, order["state"], order["asked"]) == (200, "timed_out", 1)
-        keyless.approve(hasty.order_id)
-        assert await hasty.outcome() == "paid"
+        await customer.pay()
+        keyless.fail_authentication(customer.order_id, 30004)
+        keyless.fail_authentication(customer.order_id, 30003)
+        status, order = await customer.post(f"/order/{customer.order_id}/again")
+        assert (status, order["state"], order["asked"]) == (200, "waiting", 1)
+        keyless.approve(customer.order_id)
+        assert await customer.outcome() == "paid"
 
     async def test_an_approval_after_the_customer_declined_pays_nothing_also_if_another_tab_waits_for_it(
         self, keyless: Sandbox, customer: Customer
@@ -392,8 +382,7 @@ class TestOverHttp:
         assert asked(keyless, customer.order["user_id"]) == []
 
     async def test_leaving_the_page_stops_the_polls(self, keyless: Sandbox, hasty: Customer) -> None:
-        await hasty.pay()
-        assert await hasty.outcome() == "timed_out"
+        await follow_into_the_unknown(keyless, hasty)
         with slow(keyless, 3.0):
             stream = asyncio.create_task(hasty.follow())
             await until(lambda: bool(keyless.requests))
@@ -525,7 +514,7 @@ class TestInTheBrowser:
             async with asyncio.timeout(45):
                 await shows(page, "paid")
 
-    async def test_a_timed_out_order_is_checked_again(
+    async def test_a_timed_out_order_stays_so_and_one_whose_outcome_is_unknown_is_checked_again(
         self, keyless: Sandbox, hasty_backend: Backend, browser: Browser
     ) -> None:
         async with Visitor(browser) as visitor:
@@ -533,9 +522,17 @@ class TestInTheBrowser:
             user = await visitor.user_id(page)
             await click(page, "Pay")
             await shows(page, "timed_out")
+            [late] = asked(keyless, user)
+            keyless.approve(late.operation_id)
             await page.reload()
             await shows(page, "timed_out")
-            [operation] = asked(keyless, user)
+            await click(page, "Start over")
+            await shows(page, "open")
+            keyless.fail_next(401, None, method="GET")
+            await click(page, "Pay")
+            await shows(page, "unknown")
+            keyless.recover()
+            [_, operation] = asked(keyless, user)
             keyless.approve(operation.operation_id)
             await click(page, "Check again")
             await shows(page, "paid")
@@ -543,7 +540,7 @@ class TestInTheBrowser:
             await shows(page, "paid")
             await click(page, "Order another")
             await shows(page, "open")
-            assert len(asked(keyless, user)) == 1
+            assert len(asked(keyless, user)) == 2
             assert visitor.errors == []
 
     async def test_a_customer_who_leaves_the_scan_may_try_again_and_one_who_cancels_is_asked_anew(
@@ -591,12 +588,14 @@ class TestInTheBrowser:
             hostile = "<img src=x onerror=document.title='owned'>"
             hasty_backend.sql("UPDATE orders SET payload = ? WHERE user_id = ?", hostile, user)
             await page.reload()
+            keyless.fail_next(401, None, method="GET")
             await click(page, "Pay")
             await expect(page.locator("#payload")).to_have_text(hostile)
-            await shows(page, "timed_out")
+            await shows(page, "unknown")
             [operation] = asked(keyless, user)
             keyless.approve(operation.operation_id)
             keyless.tamper(operation.operation_id, operation_payload="Pay 9000.00 EUR to Mallory")
+            keyless.recover()
             await click(page, "Check again")
             await shows(page, "refused")
             assert await page.locator("#panel img").count() == 0
