@@ -98,10 +98,24 @@ async def test_an_answer_about_something_else_is_refused(tool: Tool, sandbox: Sa
     assert tool.acted == 0
 
 
-async def test_silence_and_an_approval_after_the_end_do_nothing(
+async def test_a_pin_lets_nothing_act_now_or_later(tool: Tool, sandbox: Sandbox) -> None:
+    await tool.call(seconds=1)
+    sandbox.approve(*sandbox.operations, auth_type="pin")
+    assert [await tool.call() for _ in range(2)] == ["refused"] * 2
+    assert tool.acted == 0
+
+
+async def test_an_approval_after_the_timeout_does_nothing(tool: Tool, sandbox: Sandbox) -> None:
+    assert await tool.call(seconds=400) == "refused"
+    await approve(sandbox)
+    assert await tool.call() == "refused"  # this clock has moved, and the ticket's has not
+    assert tool.acted == 0
+
+
+async def test_an_approval_that_is_found_only_after_the_end_does_nothing(
     tool: Tool, record: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
-    assert await tool.call(seconds=400) == "refused"
+    await tool.call(seconds=1)
     await approve(sandbox)
     [operation_id] = sandbox.operations
     ended = ApprovalTicket.for_operation(
@@ -112,7 +126,7 @@ async def test_silence_and_an_approval_after_the_end_do_nothing(
         expires_in=300,
     )
     record.execute("UPDATE calls SET ticket = ?", (ended.to_json(),))
-    assert await tool.call() == "refused"
+    assert [await tool.call() for _ in range(2)] == ["refused"] * 2
     assert tool.acted == 0
 
 

@@ -8,7 +8,6 @@ from contextlib import closing, suppress
 
 from aiokeyless import (
     AlreadyApprovedError,
-    ApprovalError,
     ApprovalTicket,
     ClientClosedError,
     KeylessClient,
@@ -29,27 +28,35 @@ class Guard:
 
     async def guarded(self, call: str, payload: str, act: Callable[[], str], *, seconds: float = 50) -> str:
         """Act once the user has approved this payload; while the answer is "pending", call again with the same call."""
-        ticket = self._checkpoint(call, payload)
-        if ticket is None or not ticket.remaining():
-            return "refused: this call was about something else, or its time is up"
+        ticket, state = self._checkpoint(call, payload)
+        if state != "asked":
+            return state
+        if not ticket.remaining():
+            return self._decide(call, "refused: its time is up")
         try:
             with suppress(AlreadyApprovedError):  # this call's own question, which was approved meanwhile
                 await self._client.create_operation(
                     self._user_id, operation_id=ticket.operation_id, operation_payload=payload, if_exists="resume"
                 )
             operation = await self._client.hold_for_approval(ticket, seconds=seconds)
-        except ApprovalError as error:  # time is up, or an answer about something else
-            return f"refused: {type(error).__name__}"
         except KeylessError as error:
-            again = error.is_transient or isinstance(error, ClientClosedError)  # not reachable, or this process stops
-            return f"{'pending' if again else 'refused'}: {type(error).__name__}"
+            why = type(error).__name__
+            if error.is_transient or isinstance(error, ClientClosedError):  # not reachable, or this process stops
+                return f"pending: {why}"
+            return self._decide(call, f"refused: {why}")  # such as a timeout, or an answer about something else
         if operation is None:
             return "pending: ask the user to look at the phone, and call again"
-        done = self._record.execute("UPDATE calls SET state = 'done' WHERE id = ? AND state = 'asked'", (call,))
-        return act() if done.rowcount == 1 else "done before"
+        return self._decide(call, "done before", act)
 
-    def _checkpoint(self, call: str, payload: str) -> ApprovalTicket | None:
-        """Return the ticket of a call, after storing one for a new call; None if the call was about something else."""
+    def _decide(self, call: str, state: str, act: Callable[[], str] | None = None) -> str:
+        """Decide a call before the agent is told: the first decision counts, and a late approval lets nothing act."""
+        change = "UPDATE calls SET state = ? WHERE id = ? AND state = 'asked'"
+        if self._record.execute(change, (state, call)).rowcount == 1 and act is not None:
+            return act()
+        return str(self._record.execute("SELECT state FROM calls WHERE id = ?", (call,)).fetchone()[0])
+
+    def _checkpoint(self, call: str, payload: str) -> tuple[ApprovalTicket, str]:
+        """Return ticket and state of a call, after storing both for a new call: it is asked, or what to answer."""
         new = ApprovalTicket.for_operation(
             str(uuid.uuid4()),
             user_id=self._user_id,
@@ -59,8 +66,10 @@ class Guard:
         )
         row = (call, payload, new.to_json())
         self._record.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, 'asked')", row)
-        shown, stored = self._record.execute("SELECT payload, ticket FROM calls WHERE id = ?", (call,)).fetchone()
-        return ApprovalTicket.from_json(stored) if shown == payload else None
+        query = "SELECT payload, ticket, state FROM calls WHERE id = ?"
+        shown, stored, state = self._record.execute(query, (call,)).fetchone()
+        state = state if shown == payload else "refused: this call was about something else"
+        return ApprovalTicket.from_json(stored), state
 
 
 async def one_process(call: str, *, seconds: float) -> None:
