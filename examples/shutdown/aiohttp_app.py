@@ -11,16 +11,16 @@ routes = web.RouteTableDef()
 CLIENT = web.AppKey("client", KeylessClient)
 
 
-@routes.post("/approvals")
+@routes.post("/approvals/{order}")
 async def create(request: web.Request) -> web.Response:
     """Ask the user."""
-    return web.json_response(await ask(request.app[CLIENT]))
+    return web.json_response(await ask(request.app[CLIENT], request.match_info["order"]))
 
 
-@routes.get("/approvals/{operation_id}")
+@routes.get("/approvals/{order}")
 async def approval(request: web.Request) -> web.Response:
     """Answer a long poll."""
-    return web.json_response(await state(request.app[CLIENT], request.match_info["operation_id"]))
+    return web.json_response(await state(request.app[CLIENT], request.match_info["order"]))
 
 
 async def make_client(app: web.Application) -> None:

@@ -1,6 +1,12 @@
 """What the servers of this folder share: they ask a user, and answer a long poll. Each of them imports it."""
 
+import os
+import sqlite3
+import uuid
+from contextlib import suppress
+
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
@@ -9,28 +15,56 @@ from aiokeyless import (
     KeylessClient,
 )
 
-tickets: dict[str, ApprovalTicket] = {}  # a real site keeps them in its database, each with the user who may read it
+USER, PAYLOAD = "C0FFEE", "Pay 40 to Alice"  # a real site has them from its login and from the order
+
+# A real site has its database, and keeps the user who may read it with each order.
+record = sqlite3.connect(os.environ.get("APPROVALS_DB", "approvals.sqlite3"), isolation_level=None)  # statements commit
+record.execute("CREATE TABLE IF NOT EXISTS approvals (id PRIMARY KEY, ticket, state)")
 
 
-async def ask(client: KeylessClient) -> dict[str, str]:
-    """Ask the user; the ticket binds each later wait to this user and this payload."""
-    ticket = await client.create_operation("C0FFEE", operation_payload="Pay 40 to Alice", require_auth_type="biom")
-    tickets[ticket.operation_id] = ticket
-    return {"operation_id": ticket.operation_id}
+async def ask(client: KeylessClient, order: str) -> dict[str, str]:
+    """Ask the user about an order, once, however often the browser or the next process repeats it."""
+    new = ApprovalTicket.for_operation(
+        str(uuid.uuid4()), user_id=USER, operation_payload=PAYLOAD, require_auth_type="biom"
+    )
+    record.execute("INSERT OR IGNORE INTO approvals VALUES (?, ?, 'asked')", (order, new.to_json()))  # before asking
+    stored, state = record.execute("SELECT ticket, state FROM approvals WHERE id = ?", (order,)).fetchone()
+    if state == "asked":
+        with suppress(AlreadyApprovedError):  # the answer to this question, which `state` finds
+            await client.create_operation(
+                USER,
+                operation_id=ApprovalTicket.from_json(stored).operation_id,
+                operation_payload=PAYLOAD,
+                if_exists="resume",
+            )
+    return {"state": state}
 
 
-async def state(client: KeylessClient, operation_id: str) -> dict[str, str]:
-    """Answer once the user has approved, or after 25 seconds that it is pending: the caller then asks again."""
-    if (ticket := tickets.get(operation_id)) is None:  # an id out of a URL names a ticket, and is not waited for
+async def state(client: KeylessClient, order: str) -> dict[str, str]:
+    """Answer once an order is decided, or after 25 seconds that it is pending: the caller then asks again."""
+    found = record.execute("SELECT ticket, state FROM approvals WHERE id = ?", (order,)).fetchone()
+    if found is None:
         return {"state": "not asked"}
-    try:
-        operation = await client.hold_for_approval(ticket, seconds=25)
-    except ApprovalUnknownError:  # perhaps approved: the caller asks again in a while, which polls once more
-        return {"state": "unknown"}
-    except ApprovalTimeoutError:
-        return {"state": "timed out"}
-    except ApprovalError:  # a PIN, or an answer about something else
-        return {"state": "refused"}
-    except ClientClosedError:  # the server stops: the caller asks the next one
-        return {"state": "pending"}
-    return {"state": "pending" if operation is None else "approved"}
+    stored, state = found
+    if state == "asked":
+        try:
+            operation = await client.hold_for_approval(ApprovalTicket.from_json(stored), seconds=25)
+            state = "pending" if operation is None else decide(order, "approved")
+        except ApprovalUnknownError:  # perhaps approved: the caller asks again in a while, which polls once more
+            state = "unknown"
+        except ApprovalTimeoutError:
+            state = decide(order, "timed out")
+        except ApprovalError:  # a PIN, or an answer about something else
+            state = decide(order, "refused")
+        except ClientClosedError:  # the server stops: the caller asks the next one
+            state = "pending"
+    return {"state": state}
+
+
+def decide(order: str, state: str) -> str:
+    """Decide an order before anybody is told: the first outcome counts, and a late approval changes nothing."""
+    change = "UPDATE approvals SET state = ? WHERE id = ? AND state = 'asked'"
+    if record.execute(change, (state, order)).rowcount == 1 and state == "approved":
+        print(f"{order}: pay", flush=True)  # once; the order is the payment's idempotency key
+    [decided] = record.execute("SELECT state FROM approvals WHERE id = ?", (order,)).fetchone()
+    return str(decided)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 
 from approvals import ask, state
@@ -10,7 +11,6 @@ from django.core.asgi import get_asgi_application
 from django.core.handlers.asgi import ASGIRequest
 from django.http import JsonResponse
 from django.urls import path
-from django.views.decorators.http import require_POST
 
 from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
@@ -19,18 +19,19 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-@require_POST  # type: ignore[untyped-decorator]  # Django has no types
-async def create(request: ASGIRequest) -> JsonResponse:
-    """Ask the user."""
-    return JsonResponse(await ask(request.scope["state"]["client"]))
+@cache
+def keyless() -> KeylessClient:
+    """Return the client of this process. In a project it has a module of its own; tests replace it."""
+    return KeylessClient()
 
 
-async def approval(request: ASGIRequest, operation_id: str) -> JsonResponse:
-    """Answer a long poll."""
-    return JsonResponse(await state(request.scope["state"]["client"], operation_id))
+async def approval(request: ASGIRequest, order: str) -> JsonResponse:
+    """Ask the user, or answer a long poll."""
+    answer = ask if request.method == "POST" else state  # a link on another site asks nobody: a GET needs no CSRF token
+    return JsonResponse(await answer(keyless(), order))
 
 
-urlpatterns = [path("approvals", create), path("approvals/<operation_id>", approval)]
+urlpatterns = [path("approvals/<order>", approval)]
 
 settings.configure(
     ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY=os.environ.get("DJANGO_SECRET_KEY", "only here")
@@ -44,8 +45,7 @@ async def application(scope: dict[str, Any], receive: Receive, send: Send) -> No
         await django(scope, receive, send)
         return
     await receive()  # the server starts
-    async with KeylessClient() as client, close_on_signals(client):
-        scope["state"]["client"] = client
+    async with keyless() as client, close_on_signals(client):
         await send({"type": "lifespan.startup.complete"})
         await receive()  # it has waited for its requests
     await send({"type": "lifespan.shutdown.complete"})

@@ -20,13 +20,13 @@ async def lifespan(_app: FastAPI) -> AsyncGenerator[dict[str, KeylessClient]]:
 app = FastAPI(lifespan=lifespan)
 
 
-@app.post("/approvals")
-async def create(request: Request) -> dict[str, str]:
+@app.post("/approvals/{order}")
+async def create(request: Request, order: str) -> dict[str, str]:
     """Ask the user."""
-    return await ask(request.state.client)
+    return await ask(request.state.client, order)
 
 
-@app.get("/approvals/{operation_id}")
-async def approval(request: Request, operation_id: str) -> dict[str, str]:
+@app.get("/approvals/{order}")
+async def approval(request: Request, order: str) -> dict[str, str]:
     """Answer a long poll."""
-    return await state(request.state.client, operation_id)
+    return await state(request.state.client, order)

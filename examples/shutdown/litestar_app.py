@@ -19,16 +19,16 @@ async def lifespan(app: Litestar) -> AsyncGenerator[None]:
         yield
 
 
-@post("/approvals")
-async def create(request: Request[None, None, State]) -> dict[str, str]:
+@post("/approvals/{order:str}")
+async def create(request: Request[None, None, State], order: str) -> dict[str, str]:
     """Ask the user."""
-    return await ask(request.app.state.client)
+    return await ask(request.app.state.client, order)
 
 
-@get("/approvals/{operation_id:str}")
-async def approval(request: Request[None, None, State], operation_id: str) -> dict[str, str]:
+@get("/approvals/{order:str}")
+async def approval(request: Request[None, None, State], order: str) -> dict[str, str]:
     """Answer a long poll."""
-    return await state(request.app.state.client, operation_id)
+    return await state(request.app.state.client, order)
 
 
 app = Litestar([create, approval], lifespan=[lifespan])

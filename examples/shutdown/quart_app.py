@@ -23,13 +23,13 @@ async def lifespan() -> AsyncGenerator[None]:
         yield
 
 
-@app.post("/approvals")
-async def create() -> dict[str, str]:
+@app.post("/approvals/<order>")
+async def create(order: str) -> dict[str, str]:
     """Ask the user."""
-    return await ask(app.config["client"])
+    return await ask(app.config["client"], order)
 
 
-@app.get("/approvals/<operation_id>")
-async def approval(operation_id: str) -> dict[str, str]:
+@app.get("/approvals/<order>")
+async def approval(order: str) -> dict[str, str]:
     """Answer a long poll."""
-    return await state(app.config["client"], operation_id)
+    return await state(app.config["client"], order)

@@ -1,12 +1,17 @@
-"""Approvals in Django's synchronous views; `urlpatterns` belongs to the project's `urls.py`."""
+"""Approvals in Django's synchronous views. In a project the model is in `models.py`, and the last line in `urls.py`."""
+
+import uuid
+from contextlib import suppress
 
 from django.contrib.sessions.backends.base import SessionBase
-from django.db import close_old_connections, transaction
+from django.db import close_old_connections, models, transaction
 from django.http import HttpRequest, JsonResponse
+from django.shortcuts import get_object_or_404
 from django.urls import path
 from django.views.decorators.http import require_POST
 
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
@@ -18,38 +23,70 @@ from aiokeyless.sync import KeylessClient
 keyless = KeylessClient()
 
 
-class Request(HttpRequest):  # type: ignore[misc]  # Django has no types
+class Payment(models.Model):  # type: ignore[misc]  # noqa: DJ008  # Django has no types; nobody prints one
+    """A payment: the state changes once, from asked to approved, timed out or refused."""
+
+    objects: models.Manager  # Django makes it
+    order = models.CharField(max_length=100)
+    user_id = models.CharField(max_length=128)
+    ticket = models.TextField()
+    state = models.CharField(max_length=10, default="asked")
+
+    class Meta:
+        """The user is asked about an order once, however often the browser repeats it."""
+
+        app_label = "payments"
+        unique_together = (("order", "user_id"),)
+
+    def decide(self, state: str) -> str:
+        """Decide it before anybody is told: the first outcome counts, and a late approval changes nothing."""
+        if Payment.objects.filter(pk=self.pk, state="asked").update(state=state) and state == "approved":
+            print(f"{self.order}: pay", flush=True)  # once; the order is the payment's idempotency key
+        self.refresh_from_db()
+        return str(self.state)
+
+
+class Request(HttpRequest):  # type: ignore[misc]
     """A request with the session that Django's middleware gives it."""
 
     session: SessionBase
 
 
 @require_POST  # type: ignore[untyped-decorator]  # a link on another site asks nobody: a GET needs no CSRF token
-def pay(request: Request) -> JsonResponse:
+@transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # the payment is stored before the phone is asked
+def pay(request: Request, order: str) -> JsonResponse:
     """Ask the phone of the user whom your login stored in the session, and never of one whom the browser names."""
-    ticket = keyless.create_operation(
-        request.session["user_id"], operation_payload="Pay 40 to Alice", require_auth_type="biom"
+    user, payload = request.session["user_id"], "Pay 40 to Alice"
+    new = ApprovalTicket.for_operation(
+        str(uuid.uuid4()), user_id=user, operation_payload=payload, require_auth_type="biom"
     )
-    request.session["ticket"] = ticket.to_json()
-    return JsonResponse({"id": ticket.operation_id})
+    found, _ = Payment.objects.get_or_create(order=order, user_id=user, defaults={"ticket": new.to_json()})
+    if found.state == "asked":
+        operation_id = ApprovalTicket.from_json(found.ticket).operation_id
+        with suppress(AlreadyApprovedError):  # the answer to this question, which `payment` finds
+            keyless.create_operation(user, operation_id=operation_id, operation_payload=payload, if_exists="resume")
+    return JsonResponse({"state": found.state})
 
 
 @transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # with ATOMIC_REQUESTS, it would hold a transaction
-def payment(request: Request) -> JsonResponse:
-    """Answer once it is approved, or that it is pending: the page then asks again."""
-    ticket = ApprovalTicket.from_json(request.session["ticket"])
-    close_old_connections()  # the session's: a wait needs none
-    try:
-        approved = keyless.hold_for_approval(ticket, seconds=25)
-    except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
-        return JsonResponse({"state": "unknown"})
-    except ApprovalTimeoutError:
-        return JsonResponse({"state": "timed out"})
-    except ApprovalError:  # a PIN, or an answer about something else
-        return JsonResponse({"state": "refused"})
-    except ClientClosedError:  # the server stops: the page asks the next one
-        return JsonResponse({"state": "pending"})
-    return JsonResponse({"state": "pending" if approved is None else "approved"})
+def payment(request: Request, order: str) -> JsonResponse:
+    """Answer once a payment is decided, or that it is pending: the page then asks again."""
+    found = get_object_or_404(Payment, order=order, user_id=request.session["user_id"])
+    state = found.state
+    if state == "asked":
+        close_old_connections()  # a wait needs none
+        try:
+            approved = keyless.hold_for_approval(ApprovalTicket.from_json(found.ticket), seconds=25)
+            state = "pending" if approved is None else found.decide("approved")
+        except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
+            state = "unknown"
+        except ApprovalTimeoutError:
+            state = found.decide("timed out")
+        except ApprovalError:  # a PIN, or an answer about something else
+            state = found.decide("refused")
+        except ClientClosedError:  # the server stops: the page asks the next one
+            state = "pending"
+    return JsonResponse({"state": state})
 
 
-urlpatterns = [path("pay", pay), path("payment", payment)]
+urlpatterns = [path("payments/<order>/pay", pay), path("payments/<order>", payment)]

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-workers = 1  # flask_app keeps its tickets in the process: for more, keep them in a database
+workers = 2  # they share the record of the payments
 threads = 32  # each wait occupies one
 
 

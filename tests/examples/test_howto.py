@@ -1,4 +1,4 @@
-"""The programs of docs/howto/logging.md and docs/howto/sync.md, each in a process of its own."""
+"""The programs of docs/howto/logging.md, resuming.md and sync.md, most in a process of their own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from example_process import example_process
 from factors import ApprovingSandbox
 from waiting import PATIENCE
 
-from aiokeyless import ApprovalTicket
+from aiokeyless import ApprovalTicket, ApprovalUnknownError
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
     from types import ModuleType
+
+    from aiokeyless import KeylessClient
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGES = Path(__file__).parents[2] / "docs" / "howto"
@@ -61,76 +64,39 @@ async def test_structlog_shows_an_outage_as_json_beside_the_applications_lines()
     assert sorted(approved) == WAITS
 
 
-# The browser names a user of its own, who is not asked. Another user learns nothing, and another site starts nothing.
-FLASK = """
-import flask_app
-flask_app.app.secret_key = "key"
-def browser_of(user):
-    browser = flask_app.app.test_client()
-    with browser.session_transaction() as session:
-        session["user_id"] = user
-    return browser
-assert flask_app.app.config["SESSION_COOKIE_SAMESITE"] == "Lax"
-browser = browser_of("C0FFEE")
-payment = browser.post("/payments", data={"user_id": "BAD"}).json["id"]
-[ticket] = flask_app.tickets.values()
-assert ticket.user_id == "C0FFEE"
-assert browser_of("BAD").get(f"/payments/{payment}").status_code == 404
-print(browser.get(f"/payments/{payment}").json["state"])
-"""
-
-DJANGO = """
-from django.conf import settings
-settings.configure(
-    ROOT_URLCONF="django_views", ALLOWED_HOSTS=["testserver"], SECRET_KEY="key",
-    MIDDLEWARE=["django.contrib.sessions.middleware.SessionMiddleware"],
-    SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies",
-)
-import django, django.test
-django.setup()
-browser = django.test.Client()
-session = browser.session
-session["user_id"] = "C0FFEE"
-session.save()
-browser.cookies[settings.SESSION_COOKIE_NAME] = session.session_key
-for ask in browser.get, browser.head, browser.options:
-    assert ask("/pay").status_code == 405 and "ticket" not in browser.session
-browser.post("/pay", {"user_id": "BAD"})
-assert '"user_id":"C0FFEE"' in browser.session["ticket"]
-print(browser.get("/payment").json()["state"])
-"""
-
 CELERY = """
 import celery_tasks
-print(celery_tasks.settle.apply([celery_tasks.ask("C0FFEE")]).get())
+print(celery_tasks.settle.apply([celery_tasks.ask("C0FFEE")]).get(), flush=True)
 """
 
 
 each_program = pytest.mark.parametrize(
     ("program", "printed", "by_pin"),
     [
-        (FLASK, "approved\n", "refused\n"),
-        (DJANGO, "approved\n", "refused\n"),
         (CELERY, "paid\n", "not paid\n"),
         ("import script", "approved\n", "OperationMismatchError"),
     ],
-    ids=["flask", "django", "celery", "script"],
+    ids=["celery", "script"],
 )
 
 
 @each_program
-async def test_synchronous_code_waits_in_a_background_loop_and_ends(program: str, printed: str, by_pin: str) -> None:
-    assert await output_of(program, "biom") == printed
-    output = await output_of(program, "pin")
+async def test_synchronous_code_waits_in_a_background_loop_and_ends(
+    program: str, printed: str, by_pin: str, tmp_path: Path
+) -> None:
+    assert (await output_of(program, "biom", tmp_path)).endswith(printed)
+    output = await output_of(program, "pin", tmp_path)
     assert by_pin in output
     assert "approved\n" not in output
+    assert "pay, " not in output
 
 
-async def output_of(program: str, factor: str) -> str:
+async def output_of(program: str, factor: str, folder: Path) -> str:
     """Run a program beside a service whose users approve by this factor."""
+    record = {"PAYMENTS_DB": str(folder / "payments.sqlite3")}
     async with (
         ApprovingSandbox(factor) as sandbox,
-        example_process("-c", program, folder=EXAMPLES / "sync", sandbox=sandbox) as process,
+        example_process("-c", program, folder=EXAMPLES / "sync", sandbox=sandbox, **record) as process,
         asyncio.timeout(PATIENCE),
     ):
         output, _ = await process.communicate()
@@ -148,71 +114,49 @@ def expired(operation_id: str, payload: str = "Pay 40 to Alice") -> ApprovalTick
     )
 
 
-async def ask_of_flask(module: ModuleType, ticket: ApprovalTicket) -> str:
-    module.app.secret_key = "key"
-    module.tickets["C0FFEE", "order-1"] = ticket
-    browser = module.app.test_client()
-    with browser.session_transaction() as session:
-        session["user_id"] = "C0FFEE"
-    return str((await asyncio.to_thread(browser.get, "/payments/order-1")).json["state"])
+@pytest.fixture
+async def celery_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sandbox: Sandbox) -> AsyncGenerator[ModuleType]:
+    """The program for Celery, imported anew."""
+    monkeypatch.setenv("PAYMENTS_DB", str(tmp_path / "payments.sqlite3"))
+    monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+    monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+    monkeypatch.syspath_prepend(EXAMPLES / "sync")
+    monkeypatch.delitem(sys.modules, "celery_tasks", raising=False)
+    program = importlib.import_module("celery_tasks")
+    yield program
+    await asyncio.to_thread(program.keyless.close)
 
 
-async def ask_of_django(module: ModuleType, ticket: ApprovalTicket) -> str:
-    request = type("Request", (), {"session": {"ticket": ticket.to_json()}})()
-    return str(json.loads((await asyncio.to_thread(module.payment, request)).content)["state"])
-
-
-async def ask_of_celery(module: ModuleType, ticket: ApprovalTicket) -> str:
+async def settled(program: ModuleType, ticket: ApprovalTicket) -> str:
+    """Run the task, here and not in a worker of Celery."""
     try:
-        return str(await asyncio.to_thread(module.settle, ticket.to_json()))
-    except Exception as error:  # noqa: BLE001  # what it is called with, here and not by a worker of Celery
-        return type(error).__name__
+        return str(await asyncio.to_thread(program.settle, ticket.to_json()))
+    except ApprovalUnknownError:
+        return "run again later"
 
 
-async def ask_of_a_server(module: ModuleType, ticket: ApprovalTicket) -> str:
-    module.tickets["order-1"] = ticket
-    async with module.KeylessClient() as client:
-        return str((await module.state(client, "order-1"))["state"])
-
-
-@pytest.mark.parametrize(
-    ("name", "ask", "unknown", "approved"),
-    [
-        ("sync/flask_app", ask_of_flask, "unknown", "approved"),
-        ("sync/django_views", ask_of_django, "unknown", "approved"),
-        ("sync/celery_tasks", ask_of_celery, "ApprovalUnknownError", "paid"),
-        ("shutdown/approvals", ask_of_a_server, "unknown", "approved"),
-    ],
-    ids=["flask", "django", "celery", "servers"],
-)
 async def test_an_approval_that_an_outage_hides_at_the_deadline_is_found_later(
-    name: str, ask: Any, unknown: str, approved: str, monkeypatch: pytest.MonkeyPatch
+    celery_tasks: ModuleType, sandbox: Sandbox, client: KeylessClient
 ) -> None:
-    async with Sandbox() as sandbox, sandbox.client() as client:
-        await client.create_operation("C0FFEE", operation_id="order-1", operation_payload="Pay 40 to Alice")
-        sandbox.approve("order-1")
-        monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
-        monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
-        program = imported(EXAMPLES / f"{name}.py", monkeypatch)
-        if name == "sync/django_views":
-            from django.conf import settings
-
-            if not settings.configured:
-                settings.configure()
-        ticket = expired("order-1")
-        sandbox.fail_next(503, times=None, method="GET")
-        assert await ask(program, ticket) == unknown
-        sandbox.recover()
-        assert await ask(program, ticket) == approved
-        if ask is not ask_of_a_server:
-            await asyncio.to_thread(program.keyless.close)
+    await client.create_operation("C0FFEE", operation_id="order-1", operation_payload="Pay 40 to Alice")
+    sandbox.approve("order-1")
+    sandbox.fail_next(503, times=None, method="GET")
+    assert await settled(celery_tasks, expired("order-1")) == "run again later"
+    sandbox.recover()
+    assert await settled(celery_tasks, expired("order-1")) == "paid"
 
 
-def imported(program: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import a program of the examples anew."""
-    monkeypatch.syspath_prepend(program.parent)
-    monkeypatch.delitem(sys.modules, program.stem, raising=False)
-    return importlib.import_module(program.stem)
+async def test_a_task_that_is_delivered_again_decides_nothing_anew(
+    celery_tasks: ModuleType, sandbox: Sandbox, client: KeylessClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for operation_id in ("late", "paid"):
+        await client.create_operation("C0FFEE", operation_id=operation_id, operation_payload="Pay 40 to Alice")
+    sandbox.approve("paid")
+    before = [await settled(celery_tasks, expired(operation_id)) for operation_id in ("late", "paid")]
+    sandbox.approve("late")
+    after = [await settled(celery_tasks, expired(operation_id)) for operation_id in ("late", "paid")]
+    assert before == after == ["not paid", "paid"]
+    assert {*capsys.readouterr().out.splitlines()} == {"pay, with the idempotency key paid"}
 
 
 def program_of(page: str, number: int = 0) -> str:

@@ -91,11 +91,12 @@ async def test_celery_asks_for_approvals_in_the_processes_of_its_pool(approving:
     assert process.returncode == 0, ending.decode()
 
 
-async def test_the_task_of_a_killed_process_runs_again(sandbox: Sandbox) -> None:
+async def test_the_task_of_a_killed_process_runs_again(sandbox: Sandbox, tmp_path: Path) -> None:
     command = ["-m", "celery", "-A", "settling", "worker", "-P", "prefork", "-c", "1", "-l", "info"]
     alone = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     path = os.pathsep.join([str(FOLDER.parents[2] / "examples" / "sync"), os.environ.get("PYTHONPATH", "")])
-    async with example_process(*command, *alone, folder=FOLDER, sandbox=sandbox, PYTHONPATH=path) as process:
+    environment = {"PYTHONPATH": path, "PAYMENTS_DB": str(tmp_path / "payments.sqlite3")}
+    async with example_process(*command, *alone, folder=FOLDER, sandbox=sandbox, **environment) as process:
         await printed(process, "(settle).* received")
         await until(lambda: any(request.method == "GET" for request in sandbox.requests))
         os.kill(only_child_of(process.pid), signal.SIGKILL)

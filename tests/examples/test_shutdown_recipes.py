@@ -85,22 +85,21 @@ async def until_polled(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str) -> None:
+async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str, tmp_path: Path) -> None:
+    environment = {"PORT": "0", "APPROVALS_DB": str(tmp_path / "approvals.sqlite3")}
     async with (
         Sandbox() as sandbox,
         aiohttp.ClientSession() as http,
-        running(*RECIPES[name], sandbox=sandbox, PORT="0") as program,
+        running(*RECIPES[name], sandbox=sandbox, **environment) as program,
     ):
         port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
-        approvals = f"http://127.0.0.1:{port}/approvals"
-        async with http.get(f"{approvals}/order-1") as response:
-            assert await response.json() == {"state": "not asked"}  # an id that somebody chose is not polled
-        async with http.get(approvals) as response:
-            assert response.status == 405  # a link asks nobody
-        async with http.post(approvals) as response:
-            operation_id = (await response.json())["operation_id"]
+        approval = f"http://127.0.0.1:{port}/approvals/order-1"
+        async with http.get(approval) as response:
+            assert await response.json() == {"state": "not asked"}  # a link asks nobody
+        async with http.post(approval) as response:
+            assert await response.json() == {"state": "asked"}
         assert not any(request.method == "GET" for request in sandbox.requests)
-        answer = asyncio.create_task(http.get(f"{approvals}/{operation_id}"))
+        answer = asyncio.create_task(http.get(approval))
         await until_polled(sandbox)
         stopping = asyncio.create_task(program.stop())
         async with asyncio.timeout(AT_ONCE), await answer as response:
@@ -120,20 +119,21 @@ def session_of(user_id: str) -> str:
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "--max-requests"])
-async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(end: str) -> None:
+async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(end: str, tmp_path: Path) -> None:
+    environment = {"FLASK_SECRET_KEY": SECRET_KEY, "FLASK_PAYMENTS_DB": str(tmp_path / "payments.sqlite3")}
     command = ("-m", "gunicorn", "-c", "gunicorn_conf.py", "-w", "1", "-b", "127.0.0.1:0", "--max-requests", "3")
     async with (
         Sandbox() as sandbox,
         aiohttp.ClientSession(headers={"Cookie": f"session={session_of('C0FFEE')}"}) as http,
         example_process(
-            *command, "flask_app:app", folder=FOLDER.parent / "sync", sandbox=sandbox, FLASK_SECRET_KEY=SECRET_KEY
+            *command, "flask_app:app", folder=FOLDER.parent / "sync", sandbox=sandbox, **environment
         ) as process,
     ):
         program = Program(process)
         payments = (await program.read_until(r"(http://127\.0\.0\.1:[1-9]\d*)"))[1] + "/payments"
-        async with http.post(payments) as response:
-            payment = (await response.json())["id"]
-        answer = asyncio.create_task(http.get(f"{payments}/{payment}"))
+        async with http.post(f"{payments}/order-1") as response:
+            assert response.status == 200
+        answer = asyncio.create_task(http.get(f"{payments}/order-1"))
         await until_polled(sandbox)
         async with asyncio.timeout(AT_ONCE):
             if end == "SIGTERM":
@@ -145,7 +145,10 @@ async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(
                 assert await response.json() == {"state": "pending"}
 
 
-async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("APPROVALS_DB", str(tmp_path / "approvals.sqlite3"))
     async with ApprovingSandbox("biom") as sandbox:
         monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
         monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
@@ -153,25 +156,43 @@ async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(monkeypat
         from approvals import ask, state
         from fastapi_app import app, lifespan
 
-        for _ in range(2):
+        for number in range(2):
             async with lifespan(app) as serving:
                 client = serving["client"]
-                assert await state(client, (await ask(client))["operation_id"]) == {"state": "approved"}
+                await ask(client, f"order-{number}")
+                assert await state(client, f"order-{number}") == {"state": "approved"}
 
 
-async def test_a_pin_is_refused() -> None:
+#: A test of Django's own, without an ASGI server and its lifespan: the client is replaced.
+DJANGO_TEST = """
+import asyncio
+import django_app
+from aiokeyless import KeylessClient
+from django.test import AsyncClient
+async def test():
+    async with KeylessClient() as client:
+        django_app.keyless = lambda: client
+        browser = AsyncClient(headers={"host": "127.0.0.1"})
+        await browser.post("/approvals/order-1")
+        print((await browser.get("/approvals/order-1")).json()["state"])
+asyncio.run(test())
+"""
+
+
+async def test_the_async_views_of_django_can_be_tested_without_a_server() -> None:
+    async with (
+        ApprovingSandbox("biom") as sandbox,
+        running("-c", DJANGO_TEST, sandbox=sandbox, APPROVALS_DB=":memory:") as program,
+    ):
+        await program.read_until(r"(?m)^approved$")
+
+
+async def test_a_pin_is_no_approval_for_a_bot() -> None:
     async with (
         ApprovingSandbox("pin") as sandbox,
         BotApiServer() as telegram,
-        aiohttp.ClientSession() as http,
-        running(*RECIPES["FastAPI"], sandbox=sandbox) as program,
         running("aiogram_bot.py", sandbox=sandbox, BOT_TOKEN=TOKEN, BOT_API_URL=telegram.url),
     ):
-        approvals = (await program.read_until(r"unning on (http://127\.0\.0\.1:[1-9]\d*)"))[1] + "/approvals"
-        async with http.post(approvals) as response:
-            operation_id = (await response.json())["operation_id"]
-        async with http.get(f"{approvals}/{operation_id}") as response:
-            assert await response.json() == {"state": "refused"}
         await telegram.say(7, "Pay 40 to Alice")
         await telegram.read(7, "nothing is paid")
 

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.looptime
 
 
 @pytest.fixture
-async def program(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[ModuleType]:
+async def program(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncGenerator[ModuleType]:
+    monkeypatch.setenv("PAYMENTS_DB", str(tmp_path / "payments.sqlite3"))
     monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
     monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
@@ -49,6 +50,20 @@ async def test_a_task_waits_in_pieces_until_its_ticket_is_decided(
     before = asyncio.get_running_loop().time()
     assert await settled(program, ticket.to_json()) == outcome
     assert asyncio.get_running_loop().time() - before == pytest.approx(60 if factor else 120, abs=3)
+
+
+async def test_a_task_that_is_delivered_again_decides_nothing_anew(
+    program: ModuleType, client: KeylessClient, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late, paid = [
+        (await client.create_operation("C0FFEE", operation_payload="Pay 40", require_auth_type="biom"))
+        for _ in range(2)
+    ]
+    sandbox.approve(paid.operation_id)
+    before = [await settled(program, ticket.to_json()) for ticket in (late, paid)]
+    sandbox.approve(late.operation_id)  # after the timeout
+    assert [await settled(program, ticket.to_json()) for ticket in (late, paid)] == before == ["not paid", "paid"]
+    assert {*capsys.readouterr().out.splitlines()} == {f"pay, with the idempotency key {paid.operation_id}"}
 
 
 async def test_a_task_runs_again_until_an_outage_ends(

@@ -1,0 +1,218 @@
+"""Programs of the examples that answer browsers, in processes of their own: one approval pays once, and never late."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from example_server import ExampleServer
+from waiting import until
+
+from aiokeyless import ApprovalTicket
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ROOT = Path(__file__).parents[2]
+
+
+class Program(NamedTuple):
+    """How a program is started, and where it is asked."""
+
+    file: str
+    database: str  # the variable that names its file
+    table: str
+    ask: str
+    answer: str
+    has_users: bool = True
+
+
+PROGRAMS = {
+    "examples/sync/flask_app.py": Program(
+        "tests/examples/servers/flask_site.py", "FLASK_PAYMENTS_DB", "payments", "/payments/{}", "/payments/{}"
+    ),
+    "examples/sync/django_views.py": Program(
+        "tests/examples/servers/django_site.py", "PAYMENTS_DB", "payments_payment", "/payments/{}/pay", "/payments/{}"
+    ),
+    "examples/shutdown/approvals.py": Program(
+        "examples/shutdown/aiohttp_app.py",
+        "APPROVALS_DB",
+        "approvals",
+        "/approvals/{}",
+        "/approvals/{}",
+        has_users=False,
+    ),
+}
+
+
+class Site(ExampleServer):
+    """Such a program, its database, and what browsers and phones do."""
+
+    def __init__(self, program: Program, sandbox: Sandbox, folder: Path) -> None:
+        self.sandbox = sandbox
+        self.program = program
+        self._database = folder / "payments.sqlite3"
+        path = os.pathsep.join([str(ROOT / "examples" / "sync"), os.environ.get("PYTHONPATH", "")])
+        settings = {program.database: str(self._database), "PYTHONPATH": path, "FLASK_SECRET_KEY": "of the sessions"}
+        super().__init__(ROOT / program.file, sandbox, folder, port="PORT", **settings)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another test: what was asked before does not count."""
+        self._before = {*self.sandbox.operations}
+        self.sandbox.requests.clear()
+
+    @property
+    def asked(self) -> list[str]:
+        """The operations of this test."""
+        return [operation for operation in self.sandbox.operations if operation not in self._before]
+
+    async def ask(self, order: str, user: str = "C0FFEE", **form: str) -> str | int:
+        """Ask about an order; return its state, or the status if there is none."""
+        return await self._request("POST", self.program.ask.format(order), user, form)
+
+    async def answer(self, order: str, user: str = "C0FFEE") -> str | int:
+        """Wait for the answer of a long poll."""
+        return await self._request("GET", self.program.answer.format(order), user, {})
+
+    async def _request(self, method: str, path: str, user: str, form: dict[str, str]) -> str | int:
+        async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as browser:
+            if self.program.has_users:
+                async with browser.get(f"{self.url}/login/{user}") as logged_in:
+                    logged_in.raise_for_status()
+            async with browser.request(method, f"{self.url}{path}", data=form) as answer:
+                return str((await answer.json())["state"]) if answer.status == 200 else answer.status
+
+    def approve(self, number: int = 0, auth_type: str = "biom") -> None:
+        """Approve the operation of this number."""
+        self.sandbox.approve(self.asked[number], auth_type=auth_type)
+
+    def end_time(self) -> None:
+        """Let the time of all open orders be up: the next wait for each is one final poll."""
+        with closing(sqlite3.connect(self._database, isolation_level=None)) as record:
+            query = f"SELECT ticket FROM {self.program.table} WHERE state = 'asked'"  # noqa: S608  # a constant
+            for [stored] in record.execute(query).fetchall():
+                ticket = ApprovalTicket.from_json(stored)
+                ended = ApprovalTicket.for_operation(
+                    ticket.operation_id,
+                    user_id=ticket.user_id,
+                    operation_payload="Pay 40 to Alice",
+                    expires_in=0.001,
+                    require_auth_type="biom",
+                )
+                change = f"UPDATE {self.program.table} SET ticket = ? WHERE ticket = ?"  # noqa: S608  # as above
+                record.execute(change, (ended.to_json(), stored))
+
+    async def restart(self, number: signal.Signals) -> None:
+        await self.end(number)
+        await self.start()
+
+    def paid(self, order: str) -> int:
+        return self.log.read_text().count(f"{order}: pay\n")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=PROGRAMS)
+async def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Site]:
+    async with (
+        Sandbox() as sandbox,
+        Site(PROGRAMS[request.param], sandbox, tmp_path_factory.mktemp("site")) as site,
+    ):
+        yield site
+
+
+@pytest.fixture
+def site(running: Site) -> Site:
+    running.begin()
+    return running
+
+
+async def test_an_approval_after_the_timeout_counts_for_nothing(site: Site) -> None:
+    await site.ask("late")
+    site.end_time()
+    assert await site.answer("late") == "timed out"
+    site.approve()
+    assert [await site.answer("late"), await site.ask("late")] == ["timed out"] * 2
+    assert (site.paid("late"), len(site.asked)) == (0, 1)
+
+
+async def test_a_pin_is_refused_for_good(site: Site) -> None:
+    await site.ask("pin")
+    site.approve(auth_type="pin")
+    assert [await site.answer("pin") for _ in range(2)] == ["refused"] * 2
+    assert site.paid("pin") == 0
+
+
+@pytest.mark.parametrize("running", [name for name in PROGRAMS if PROGRAMS[name].has_users], indirect=True)
+async def test_an_approval_is_of_the_user_who_asked_and_of_no_other(site: Site) -> None:
+    await site.ask("own", user_id="BAD")
+    site.approve()
+    assert site.sandbox.operations[site.asked[0]].user_id == "C0FFEE"
+    assert await site.answer("own", user="BAD") == 404
+    await site.ask("own", user="BAD")
+    site.end_time()
+    assert [await site.answer("own", user="BAD"), await site.answer("own")] == ["timed out", "approved"]
+    assert site.paid("own") == 1
+
+
+async def test_an_approval_is_of_the_tab_that_asked(site: Site) -> None:
+    await site.ask("tab-1")
+    await site.ask("tab-2")
+    site.approve(1)
+    site.end_time()
+    assert [await site.answer("tab-1"), await site.answer("tab-2")] == ["timed out", "approved"]
+    assert [site.paid("tab-1"), site.paid("tab-2")] == [0, 1]
+
+
+async def test_an_approval_outlives_its_process_wherever_that_ends(site: Site) -> None:
+    site.sandbox.latency = 600
+    asking = asyncio.create_task(site.ask("restart"))
+    await until(lambda: len(site.asked) == 1)
+    await site.restart(signal.SIGTERM)
+    await asyncio.gather(asking, return_exceptions=True)
+    site.sandbox.latency = 0
+    assert await site.ask("restart") == "asked"  # as a browser that got no answer does
+    waiting = asyncio.create_task(site.answer("restart"))
+    await until(lambda: site.sandbox.requests[-1].method == "GET")
+    await site.restart(signal.SIGKILL)
+    await asyncio.gather(waiting, return_exceptions=True)
+    site.approve()
+    assert await site.answer("restart") == "approved"
+    await site.restart(signal.SIGKILL)
+    assert await site.answer("restart") == "approved"
+    assert (site.paid("restart"), len(site.asked)) == (1, 1)
+
+
+async def test_a_browser_that_asks_twice_at_once_is_told_the_same_and_pays_once(site: Site) -> None:
+    assert await asyncio.gather(*[site.ask("twice") for _ in range(5)]) == ["asked"] * 5
+    answers = asyncio.gather(*[site.answer("twice") for _ in range(5)])
+    await until(lambda: site.sandbox.requests[-1].method == "GET")
+    site.approve()
+    assert await answers == ["approved"] * 5
+    assert (site.paid("twice"), len(site.asked)) == (1, 1)
+
+
+async def test_an_approval_that_an_outage_hides_at_the_deadline_is_found_later(site: Site) -> None:
+    await site.ask("outage")
+    site.approve()
+    site.end_time()
+    site.sandbox.fail_next(503, times=None, method="GET")
+    assert await site.answer("outage") == "unknown"
+    site.sandbox.recover()
+    assert await site.answer("outage") == "approved"
+    assert site.paid("outage") == 1
+
+
+async def test_a_link_asks_nobody(site: Site) -> None:
+    assert await site.answer("link") in {404, "not asked"}
+    assert not site.sandbox.requests
