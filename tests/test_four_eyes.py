@@ -146,6 +146,15 @@ async def test_a_process_that_stops_decides_nothing_and_the_next_one_pays(
     assert len(sandbox.operations) == 3, "nobody was asked twice"
 
 
+async def test_a_payment_that_is_decided_twice_at_once_is_paid_once(
+    sandbox: Sandbox, client: KeylessClient, treasury: Treasury
+) -> None:
+    taps = asyncio.create_task(approve(sandbox, treasury, "alice", "bob"))
+    assert sorted(await asyncio.gather(*[treasury.decide(client) for _ in range(3)])) == [False, False, True]
+    await taps
+    assert len(sandbox.operations) == 3, "nobody was asked twice"
+
+
 async def test_an_outage_decides_nothing(
     sandbox: Sandbox, client: KeylessClient, treasury: Treasury, capsys: pytest.CaptureFixture[str]
 ) -> None:

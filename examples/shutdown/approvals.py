@@ -65,6 +65,6 @@ def decide(order: str, state: str) -> str:
     """Decide an order before anybody is told: the first outcome counts, and a late approval changes nothing."""
     change = "UPDATE approvals SET state = ? WHERE id = ? AND state = 'asked'"
     if record.execute(change, (state, order)).rowcount == 1 and state == "approved":
-        print(f"{order}: pay", flush=True)  # once; the order is the payment's idempotency key
+        print(f"{order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
     [decided] = record.execute("SELECT state FROM approvals WHERE id = ?", (order,)).fetchone()
     return str(decided)

@@ -41,7 +41,7 @@ class Payment(models.Model):  # type: ignore[misc]  # noqa: DJ008  # Django has 
     def decide(self, state: str) -> str:
         """Decide it before anybody is told: the first outcome counts, and a late approval changes nothing."""
         if Payment.objects.filter(pk=self.pk, state="asked").update(state=state) and state == "approved":
-            print(f"{self.order}: pay", flush=True)  # once; the order is the payment's idempotency key
+            print(f"{self.order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
         self.refresh_from_db()
         return str(self.state)
 

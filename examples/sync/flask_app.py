@@ -85,6 +85,6 @@ def decide(order: str, state: str) -> str:
     with record() as db:
         change = "UPDATE payments SET state = ? WHERE id = ? AND user_id = ? AND state = 'asked'"
         if db.execute(change, (state, order, session["user_id"])).rowcount == 1 and state == "approved":
-            print(f"{order}: pay", flush=True)  # once; the order is the payment's idempotency key
+            print(f"{order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
     [(_, decided)] = find(order)
     return decided

@@ -185,6 +185,19 @@ async def test_a_program_that_resumes_is_not_ended_by_an_expired_ticket(tmp_path
             assert record.execute("SELECT id FROM requests").fetchall() == []
 
 
+async def test_two_processes_that_resume_at_once_report_an_approval_once(
+    sandbox: Sandbox, client: KeylessClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {}
+    exec(program_of("resuming.md", 1).rpartition("asyncio.run(")[0], names)  # noqa: S102  # without its last line
+    with closing(sqlite3.connect(tmp_path / "requests.sqlite3", isolation_level=None)) as record:
+        record.execute("CREATE TABLE requests (id TEXT PRIMARY KEY, ticket TEXT)")
+        await names["ask"](client, record)
+        sandbox.approve(*sandbox.operations)
+        await asyncio.gather(*[names["resume"](client, record) for _ in range(2)])
+    assert capsys.readouterr().out == "approved: Pay 40 to Alice\n"
+
+
 async def test_a_wait_that_fails_does_not_end_the_others_of_its_program(tmp_path: Path) -> None:
     asked = 0
 

@@ -8,14 +8,18 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from chromium import chromium, lose_answers
 from example_process import output_of, serving
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
@@ -73,6 +77,18 @@ async def log_in(browser: Browser, site: str, phone: str) -> None:
         while await status.text_content() != "logged in":
             await page.evaluate(SHOWN)
             await asyncio.sleep(1)
+
+
+async def test_a_pin_logs_nobody_in(sandbox: Sandbox, client: KeylessClient) -> None:
+    names: dict[str, Any] = {}
+    exec(SITE, names)  # noqa: S102  # our own page
+    app = names["make_app"]()
+    app.state.client = client
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://site") as browser:
+        await browser.post("/login")
+        sandbox.approve(*sandbox.operations, auth_type="pin")
+        answers = [(await browser.get("/login")).json() for _ in range(2)]
+    assert answers == [{"state": "refused"}] * 2
 
 
 async def test_tutorial_works_as_written(tmp_path: Path) -> None:
