@@ -427,9 +427,9 @@ class ApprovalError(KeylessError):
 class ApprovalTimeoutError(ApprovalError, TimeoutError):
     """The deadline passed, and the final poll found the operation still pending.
 
-    What to do: refuse what the user wanted to do. A timeout is not a denial: the API has no cancel, so the user can
-    still approve later. Before you repeat anything, wait for `ticket` again, which polls once; after a wait for an id,
-    call ``get_operation``. Never treat a late approval as the answer to a newer question.
+    What to do: end the request in your own record, then refuse what the user wanted to do. A timeout is not a denial:
+    the API has no cancel, so the user can still approve later. Once you have refused, that must have no effect. Ask
+    again only under a new operation id.
 
     Attributes:
         attempts: The user's attempts to authenticate under this operation's id, oldest first, as far as a wait with
@@ -442,8 +442,9 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
 class ApprovalUnknownError(ApprovalTimeoutError):
     """The deadline passed, and the final poll got no answer, or could not be sent: the outcome is unknown.
 
-    What to do: refuse, and later wait for `ticket` again; a wait for an expired ticket polls once. Do not create a
-    second operation before you know the outcome of the first.
+    What to do: leave the request open in your own record, and say that the outcome is not known yet. Later, wait for
+    `ticket` again: a wait for an expired ticket polls once. Do not create a second operation before you know the
+    outcome of the first.
     """
 
 

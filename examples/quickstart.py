@@ -25,8 +25,8 @@ async def main() -> None:
                 require_auth_type="biom",  # a face: a PIN does not pay
                 on_created=push,
             )
-        except ApprovalTimeoutError as timeout:  # not a denial: it can still be approved later
-            print(f"Not paid. Before asking anew, wait for the ticket of {timeout.operation_id}")
+        except ApprovalTimeoutError:  # not a denial: it can still be approved later
+            print("Not paid, and a later approval pays for nothing.")
         else:
             print(f"Approved ({operation.auth_type}): pay.")
 
