@@ -24,9 +24,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from operator import add
-from typing import Annotated, Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
-import msgspec
 from tenacity import RetryCallState, Retrying
 from tenacity.wait import wait_base
 
@@ -83,19 +82,6 @@ _MAX_COUNTED: Final = 256
 #: A RetryCallState needs an owner; this one is never run.
 _RETRYING: Final = Retrying()
 
-_STATE_VERSION: Final = 1
-#: A bound above every weight that can occur: as they fade, all together stay below 722.
-_Weight = Annotated[float, msgspec.Meta(ge=0, le=10_000)]
-
-
-class _StateVersion(msgspec.Struct):
-    version: int
-
-
-class _State(_StateVersion):
-    approved: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS, max_length=_BINS)]
-    pending: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS + 1, max_length=_BINS + 1)]
-
 
 class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so, and this is one of them
     """Poll often when approval is likely and seldom when it is not, and learn from every wait.
@@ -124,7 +110,6 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         wait_adaptive(poll_cost=1.0, min_interval=0.25, max_interval=20.0, jitter=0.0)
         >>> schedule.observe(4.0, 6.5)  # pending at 4 s, approved at 6.5 s
         >>> schedule.observe(120.0, None)  # still pending when the wait ended
-        >>> restarted = wait_adaptive.from_json(schedule.to_json(), poll_cost=1.0, jitter=0)
     """
 
     def __init__(
@@ -141,7 +126,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
             max_interval, "max_interval", "a finite number of seconds, at least min_interval", least=self._min_interval
         )
         self._jitter = check_number(jitter, "jitter", "a fraction from 0 to 1", least=0.0, most=1.0)
-        self._observed = _Histogram([0.0] * _BINS, [0.0] * (_BINS + 1))
+        self._observed = _Histogram()
         # The curve of `_observed`; None: to be computed.
         self._curve: _Curve | None = None
 
@@ -222,33 +207,6 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
             self._observed.age()
             self._observed.add_pending(after)
         self._curve = None
-
-    def to_json(self) -> str:
-        """Return the learned state as one line of JSON, for `from_json`. It does not contain the options."""
-        # Reduces the unanswered waits.
-        self._observed.curve()
-        state = _State(version=_STATE_VERSION, approved=self._observed.approved, pending=self._observed.pending)
-        return msgspec.json.encode(state).decode()
-
-    @classmethod
-    def from_json(cls, text: str | bytes, **options: float) -> Self:
-        """Create a schedule from a saved state, after a restart or in another process.
-
-        Args:
-            text: The saved state, from `to_json`.
-            **options: The class's arguments: ``poll_cost``, ``min_interval``, ``max_interval``, ``jitter``.
-
-        Returns:
-            A schedule that, with the same options, gives the same delays as the saved one.
-
-        Raises:
-            ConfigurationError: The text is not a saved schedule, its version is unknown to this release, or an option
-                is wrong.
-        """
-        schedule = cls(**options)
-        state = _decode_state(text)
-        schedule._observed = _Histogram(state.approved, state.pending)
-        return schedule
 
 
 def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) -> float:
@@ -415,9 +373,9 @@ class _Histogram:
 
     __slots__ = ("approved", "gain", "pending")
 
-    def __init__(self, approved: list[float], pending: list[float]) -> None:
-        self.approved = approved
-        self.pending = pending
+    def __init__(self) -> None:
+        self.approved = [0.0] * _BINS
+        self.pending = [0.0] * (_BINS + 1)
         self.gain = 1.0
 
     def rescale(self) -> None:
@@ -438,7 +396,7 @@ class _Histogram:
         curve = _estimate(self.approved, self.pending)
         while (never := self._share_of_never(curve)) > _MOST_NEVER + _NEARLY:
             # This is exact if the waits lasted longer than half of the approvals took: the odds are then those of the
-            # sums. Otherwise it reduces too little, and is repeated. A saved state must not be reduced again.
+            # sums. Otherwise it reduces too little, and is repeated. A second call must reduce nothing.
             kept = _MOST_NEVER / (1.0 - _MOST_NEVER) * (1.0 - never) / never
             self.pending = [weight * kept for weight in self.pending]
             curve = _estimate(self.approved, self.pending)
@@ -498,19 +456,3 @@ def _make_prior() -> tuple[float, ...]:
 
 
 _PRIOR: Final = _make_prior()
-
-
-def _decode_state(text: str | bytes) -> _State:
-    try:
-        version = msgspec.json.decode(text, type=_StateVersion).version
-        if version == _STATE_VERSION:
-            return msgspec.json.decode(text, type=_State)
-    except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
-        raise ConfigurationError(
-            f"not a saved schedule ({error}); pass what wait_adaptive.to_json() returned", argument="text"
-        ) from None
-    raise ConfigurationError(
-        f"the saved schedule has version {version}, and only {_STATE_VERSION} is supported; start with a new "
-        "wait_adaptive(), or use the release of aiokeyless that wrote it",
-        argument="text",
-    )

@@ -401,7 +401,6 @@ last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
         *(("text", partial(ApprovalTicket.from_json, value)) for value in ("", '{"version": 2}')),
         ("expires_in", lambda: ApprovalTicket.for_operation("txn-1", user_id="AB", expires_in=1e12)),
         ("poll_cost", lambda: wait_adaptive(poll_cost=0)),
-        *(("text", partial(wait_adaptive.from_json, value)) for value in ("", '{"version": 0}')),
         *(
             ("schedule", partial(next_delay, strategy, attempt_number=1, since_start=0.0))
             for strategy in broken_strategies

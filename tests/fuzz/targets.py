@@ -28,7 +28,6 @@ from aiokeyless._rules.backoff import requested_pause
 from aiokeyless._token import Expectation, KeySet, read_token, verify
 from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestError, SignatureError, StatusError
 from aiokeyless.models import Secret
-from aiokeyless.schedule import next_delay, wait_adaptive
 from aiokeyless.ticket import ApprovalTicket
 from aiokeyless.worker.decisions import fail, fail_unreadable
 from aiokeyless.worker.messages import (
@@ -210,29 +209,6 @@ def ticket(data: bytes) -> None:
         assert ApprovalTicket.from_json(found.to_json()) == found
 
 
-AGES: Final = (0.0, 0.5, 3.0, 17.0, 119.0, 121.0, 4000.0, 5000.0, 1e9)
-
-
-def schedule(data: bytes) -> None:
-    """The saved state of a schedule."""
-    try:
-        found = wait_adaptive.from_json(data, jitter=0)
-    except ConfigurationError:
-        return
-    again = wait_adaptive.from_json(found.to_json(), jitter=0)
-    still_pending = [1.0 / inverse for inverse in found._observed.curve().inverse]
-    assert 1.0 >= max(still_pending) >= min(still_pending) > 0.0
-    assert still_pending == sorted(still_pending, reverse=True)
-    for age in AGES:
-        delay = next_delay(found, attempt_number=1, since_start=age)
-        assert 0.25 <= delay <= 20.0
-        assert delay == next_delay(again, attempt_number=1, since_start=age)
-        assert 0.0 <= found.previous_poll(age) <= age
-    for after, until in ((5.0, 6.0), (120.0, None), (300.0, 310.0), (900.0, None)):
-        found.observe(after, until)
-    wait_adaptive.from_json(found.to_json())
-
-
 # -- the worker's messages
 
 ROOM_FOR_EVENT: Final = 8 << 10  # bytes
@@ -403,7 +379,6 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
         authentications,
         refusal,
         ticket,
-        schedule,
         request,
         event,
         signature,
