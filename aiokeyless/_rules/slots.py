@@ -47,10 +47,10 @@ class Slots(Generic[T]):
         self._held: dict[T, tuple[float, Hashable, bool]] = {}  # since when, see `take`; the oldest first
         self._failed: set[T] = set()
         self.of_retries: int = 0
-        """Slots that are held by operations whose last poll failed, as of the last call of `held`."""
+        """Slots that are held by operations whose last poll failed."""
 
     def __len__(self) -> int:
-        """Return how many slots are held, as of the last call of `held`."""
+        """Return how many slots are held; `release_slow` first releases those of slow polls."""
         return len(self._held)
 
     def take(self, holder: T, now: float, *, is_retry: bool, operation: Hashable = None) -> None:
@@ -70,8 +70,8 @@ class Slots(Generic[T]):
         self._failed.discard(holder)
         self._free(holder)
 
-    def held(self, now: float) -> int:
-        """Return how many slots are held, without slow ones and those from before the circuit opened.
+    def release_slow(self, now: float) -> None:
+        """Release the slots of slow polls, and of those from before the circuit opened.
 
         A slow probe counts as failed, once, from its start. It is not cut off, since its answer may still be good.
         """
@@ -85,7 +85,6 @@ class Slots(Generic[T]):
             if circuit.state is CircuitState.OPEN and not is_from_before and not self.has_failed(holder):
                 self.count_as_failed(holder)
                 circuit.record_failure(since, operation, started_at=since, is_probe=True)
-        return len(self._held)
 
     def slow_at(self) -> float:
         """Return when the oldest holder gives its slot back at the latest; infinity if there is none."""

@@ -130,7 +130,8 @@ class Dispatcher:
         """Start the next ordinary poll, or return when one may start."""
         circuit = self._circuit
         ready_at = self._rate.ready_at(now)
-        if self.slots.held(now) >= circuit.limit:  # 2
+        self.slots.release_slow(now)
+        if len(self.slots) >= circuit.limit:  # 2
             ready_at = max(ready_at, self.slots.slow_at())
         if self._window.limit < math.inf:
             ready_at = max(ready_at, self._window.opens_at(now, self._ordinary_starts()))

@@ -165,6 +165,7 @@ class Serving:
 
     async def _take_more(self, now: float) -> None:
         """Take as many deliveries as there is room for; without room, wait for some."""
+        self._slots.release_slow(now)
         room = self._room(now)
         if (polls := self._rate.room(now)) is not None:
             room = min(room, polls)
@@ -213,10 +214,10 @@ class Serving:
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative if there are too many."""
-        held, in_flight = self._slots.held(now), len(self._deliveries)
+        in_flight = len(self._deliveries)
         if self._key_check is not None:
             return -in_flight
-        return min(self._circuit.room(now) - held, self._most_in_flight(now) - in_flight)
+        return min(self._circuit.room(now) - len(self._slots), self._most_in_flight(now) - in_flight)
 
     def _most_in_flight(self, now: float) -> int:
         most = most_in_flight(self._limits.max_in_flight, now, answered_at=self._circuit.answered_at)
@@ -304,8 +305,10 @@ class Serving:
             What kept it from being settled, if anything did.
         """
         try:
+            now = self._loop.time()
+            self._slots.release_slow(now)
             # If the circuit has opened since the take, there is less room now.
-            is_too_much = self._room(now := self._loop.time()) < 0
+            is_too_much = self._room(now) < 0
             decision = self._decide_without_exchange(message, now) if is_too_much else await self._decide(message)
             await self._settle(message, decision)
         except RefusedError as error:

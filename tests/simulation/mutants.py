@@ -253,8 +253,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "if self.slots.held(now) >= circuit.limit:  # 2",
-        "if self.slots.held(now) > circuit.limit:  # 2",
+        "if len(self.slots) >= circuit.limit:  # 2",
+        "if len(self.slots) > circuit.limit:  # 2",
         "one poll too many is in flight",
     ),
     Mutant(
