@@ -40,12 +40,6 @@ AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is t
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture
-async def broker() -> AsyncGenerator[SqliteBroker]:
-    async with SqliteBroker(":memory:") as broker:
-        yield broker
-
-
 @asynccontextmanager
 async def working(client: KeylessClient, broker: SqliteBroker, **options: Any) -> AsyncGenerator[ApprovalWorker]:
     async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(0.05), **options}) as worker:
@@ -98,22 +92,22 @@ async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
 
 
 async def test_a_client_that_repeats_calls_sends_each_call_of_the_worker_once(
-    broker: SqliteBroker, sandbox: Sandbox
+    memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    async with sandbox.client(max_attempts=3) as client, working(client, broker) as worker:
+    async with sandbox.client(max_attempts=3) as client, working(client, memory) as worker:
         sandbox.fail_next(times=2, method="POST")
-        operation_id = await submit(broker, "C0FFEE")
+        operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         assert worker.statistics.transient_failures == 2
         assert sum(record.method == "POST" for record in sandbox.requests) == 3
 
 
 async def test_keyless_that_is_down_at_the_start_is_waited_for(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
     sandbox.fail_next()
-    async with working(client, broker):
-        operation_id = await submit(broker, "C0FFEE")
+    async with working(client, memory):
+        operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
 
 
@@ -129,25 +123,25 @@ async def test_keyless_that_is_down_at_the_start_is_waited_for(
     ids=["503", "429 with Retry-After", "503 with Retry-After", "a page", "dropped"],
 )
 async def test_a_create_that_fails_for_a_moment_costs_no_approval(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, fail: Callable[[Sandbox], None]
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, fail: Callable[[Sandbox], None]
 ) -> None:
-    async with working(client, broker) as worker:
+    async with working(client, memory) as worker:
         fail(sandbox)
-        operation_id = await submit(broker, "C0FFEE")
+        operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
-        [event] = await all_outcomes(broker)
+        [event] = await all_outcomes(memory)
         assert event.outcome is Outcome.APPROVED
         assert worker.statistics.transient_failures >= 2
     assert list(sandbox.operations) == [operation_id]
 
 
 async def test_failures_are_retried_with_a_separate_backoff(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
     random.seed(5)  # the backoff is random
-    async with working(client, broker, schedule=wait_fixed(0.02)):
-        operation_id = await submit(broker, "C0FFEE")
+    async with working(client, memory, schedule=wait_fixed(0.02)):
+        operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.fail_next(times=4, method="GET")
         await until(lambda: sum(record.status == 503 for record in sandbox.requests) == 4)
@@ -156,11 +150,11 @@ async def test_failures_are_retried_with_a_separate_backoff(
 
 
 async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
     random.seed(5)  # the backoff of the probes is random
-    async with working(client, broker, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
-        ids = [await submit(broker, "C0FFEE") for _ in range(200)]
+    async with working(client, memory, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
+        ids = [await submit(memory, "C0FFEE") for _ in range(200)]
         await until(lambda: len(sandbox.operations) == 200)
         sandbox.fail_next(times=None)
         await until(lambda: worker.statistics.circuit == "open")
@@ -170,7 +164,7 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
         sandbox.recover()
         for operation_id in ids:
             sandbox.approve(operation_id)
-        events = await all_outcomes(broker)
+        events = await all_outcomes(memory)
         assert worker.statistics.circuit == "closed"
     assert 4 <= probes <= 8 + 20  # what was in flight, and few more; 200 waits would poll 8000 times in these seconds
     assert sorted((event.operation_id or "", event.outcome) for event in events) == sorted(
@@ -179,7 +173,7 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
 
 
 async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_recovers(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random.seed(5)  # the backoff of the probes is random
     fetch = Transport.fetch
@@ -194,13 +188,13 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
             hanging.discard(operation_id)
         return await fetch(transport, request)
 
-    async with working(client, broker, max_in_flight=3) as worker:
-        slow = {await submit(broker, "C0FFEE") for _ in range(2)}
+    async with working(client, memory, max_in_flight=3) as worker:
+        slow = {await submit(memory, "C0FFEE") for _ in range(2)}
         await until(lambda: slow <= sandbox.operations.keys())
         monkeypatch.setattr(Transport, "fetch", hang)
         await until(lambda: hanging == slow)
         for _ in range(5):
-            await submit(broker, "C0FFEE")
+            await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 7)
         sandbox.fail_next(times=None, method="GET")
         await until(lambda: worker.statistics.circuit == "open")
@@ -211,11 +205,11 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
 
 
 async def test_a_rate_limit_pauses_the_whole_intake(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    async with working(client, broker, max_in_flight=4) as worker:
+    async with working(client, memory, max_in_flight=4) as worker:
         for _ in range(30):
-            await submit(broker, "C0FFEE")
+            await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
         sandbox.fail_next(status=429, times=2, retry_after=1.5)  # of two requests, so it is the tenant's
         await until(lambda: worker.statistics.transient_failures == 2)
@@ -227,78 +221,78 @@ async def test_a_rate_limit_pauses_the_whole_intake(
 
 
 async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    async with working(client, broker, max_in_flight=8) as worker:
+    async with working(client, memory, max_in_flight=8) as worker:
         sandbox.fail_next(status=503, retry_after=2)
-        first = await submit(broker, "C0FFEE")
+        first = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
         paused = now()
-        other = await submit(broker, "C0FFEE")
+        other = await submit(memory, "C0FFEE")
         await until(lambda: other in sandbox.operations)
         assert first not in sandbox.operations
         await until(lambda: first in sandbox.operations)
         assert now() > paused + 1.9
 
 
-async def test_final_poll_starts_at_the_deadline(client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox) -> None:
-    async with working(client, broker, schedule=AT_THE_DEADLINE):
+async def test_final_poll_starts_at_the_deadline(client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox) -> None:
+    async with working(client, memory, schedule=AT_THE_DEADLINE):
         asked_at = now()
-        operation_id = await submit(broker, "C0FFEE", expires_in=1.0)
-        [event] = await all_outcomes(broker)
+        operation_id = await submit(memory, "C0FFEE", expires_in=1.0)
+        [event] = await all_outcomes(memory)
     [_before_the_create, poll] = polls_of(sandbox, operation_id)
     assert 0.99 < poll.at - asked_at < 2.0
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
 
 
 async def test_a_request_that_expires_before_anybody_was_asked_says_so(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    async with working(client, broker, grace=0):
+    async with working(client, memory, grace=0):
         sandbox.fail_next(times=None)
-        operation_id = await submit(broker, "C0FFEE", expires_in=0.5)
-        [event] = await all_outcomes(broker)
+        operation_id = await submit(memory, "C0FFEE", expires_in=0.5)
+        [event] = await all_outcomes(memory)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, False)
     assert operation_id not in sandbox.operations
 
 
 @pytest.mark.parametrize("approved", [True, False])
 async def test_request_first_delivered_after_its_deadline_gets_one_poll(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, *, approved: bool
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, *, approved: bool
 ) -> None:
     await client.create_operation("C0", operation_id="txn-1")  # not for this request
     if approved:
         sandbox.approve("txn-1")
     sandbox.requests.clear()
-    await publish(broker, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
-    async with working(client, broker):
-        [event] = await all_outcomes(broker)
+    await publish(memory, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, memory):
+        [event] = await all_outcomes(memory)
     reason = FailureReason.ALREADY_APPROVED if approved else FailureReason.CONFLICT
     assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
     assert len(polls_of(sandbox, "txn-1")) == 1
 
 
 async def test_one_failure_long_after_the_deadline_costs_no_approval(
-    client: KeylessClient, other_client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, other_client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    async with working(client, broker, schedule=AT_THE_DEADLINE):
+    async with working(client, memory, schedule=AT_THE_DEADLINE):
         asked_at = now()
-        operation_id = await submit(broker, "C0", expires_in=2)
+        operation_id = await submit(memory, "C0", expires_in=2)
         await until(lambda: operation_id in sandbox.operations)
     sandbox.approve(operation_id)
     await until(lambda: now() > asked_at + 2.1)
-    async with working(other_client, broker, grace=0):
+    async with working(other_client, memory, grace=0):
         sandbox.fail_next(times=2)
-        [event] = await all_outcomes(broker)
+        [event] = await all_outcomes(memory)
     assert event.outcome is Outcome.APPROVED
 
 
 async def test_nobody_is_asked_after_the_deadline(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    await publish(broker, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
-    async with working(client, broker):
-        [event] = await all_outcomes(broker)
+    await publish(memory, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, memory):
+        [event] = await all_outcomes(memory)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
     assert not sandbox.operations
 
@@ -306,18 +300,18 @@ async def test_nobody_is_asked_after_the_deadline(
 @pytest.mark.parametrize("poll_fails_too", [False, True])
 @pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
 async def test_create_whose_answer_was_lost_makes_no_second_operation(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, loses: str, *, poll_fails_too: bool
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, loses: str, *, poll_fails_too: bool
 ) -> None:
-    async with working(client, broker):
+    async with working(client, memory):
         getattr(sandbox, loses)(stored=True, method="POST")
         if poll_fails_too:
             sandbox.fail_next(404, method="GET")  # the poll before the create
             sandbox.fail_next(method="GET")
-        operation_id = await submit(broker, "C0FFEE")
+        operation_id = await submit(memory, "C0FFEE")
         # Before the create, and after it: what is approved by then was approved before this request asked.
         await until(lambda: len(polls_of(sandbox, operation_id)) > 1)
         sandbox.approve(operation_id)
-        [event] = await all_outcomes(broker)
+        [event] = await all_outcomes(memory)
     assert event.outcome is Outcome.APPROVED
     assert list(sandbox.operations) == [operation_id]
     assert sum(record.method == "POST" for record in sandbox.requests) == 1
@@ -350,7 +344,7 @@ def first_poll_finds_nothing(sandbox: Sandbox) -> None:
 )
 async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
     client: KeylessClient,
-    broker: SqliteBroker,
+    memory: SqliteBroker,
     sandbox: Sandbox,
     *,
     besides: Callable[[Sandbox], None],
@@ -359,13 +353,13 @@ async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
     await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
     if approved_before:
         sandbox.approve("txn-1")
-    async with working(client, broker):
+    async with working(client, memory):
         besides(sandbox)
-        await publish(broker, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        await publish(memory, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
         if not approved_before:
             await until(lambda: bool(polls_of(sandbox, "txn-1")))
             sandbox.approve("txn-1")
-        [event] = await all_outcomes(broker)
+        [event] = await all_outcomes(memory)
     assert event.outcome is Outcome.FAILED
     assert event.reason in {FailureReason.ALREADY_APPROVED, FailureReason.CONFLICT}
     if approved_before and besides is not first_poll_finds_nothing:  # else the create finds that the id is taken
@@ -374,14 +368,14 @@ async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
 
 async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
     client: KeylessClient,
-    broker: SqliteBroker,
+    memory: SqliteBroker,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(processor, "after_creation", lambda *_: 1 / 0)
-    async with working(client, broker) as worker:
-        operation_id = await submit(broker, "C0FFEE", context={"order": 7})
-        [event] = await all_outcomes(broker)
+    async with working(client, memory) as worker:
+        operation_id = await submit(memory, "C0FFEE", context={"order": 7})
+        [event] = await all_outcomes(memory)
         assert worker.statistics.deliveries == 1
         assert worker.statistics.is_ready
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INTERNAL)
@@ -393,14 +387,14 @@ async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
 
 
 async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
-    async with working(client, broker, max_in_flight=3):
+    async with working(client, memory, max_in_flight=3):
         sandbox.requests.clear()
         sandbox.latency = 0.1
         for _ in range(12):
-            await submit(broker, "C0FFEE", expires_in=1)
-        await all_outcomes(broker)
+            await submit(memory, "C0FFEE", expires_in=1)
+        await all_outcomes(memory)
     assert most_at_once(sandbox.requests) == 3
 
 
@@ -432,29 +426,29 @@ class Remembering(wait_adaptive):
 
 
 async def test_schedule_learns_when_people_approve(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
 ) -> None:
     schedule = Remembering()
-    async with working(client, broker, schedule=schedule) as worker:
-        operation_id = await submit(broker, "C0FFEE")
+    async with working(client, memory, schedule=schedule) as worker:
+        operation_id = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.deliveries >= 3)  # the first creates it, and the second polls it
         sandbox.approve(operation_id)
-        [event] = await all_outcomes(broker)
+        [event] = await all_outcomes(memory)
     age = (event.decided_at - event.requested_at).total_seconds()
     assert schedule.observations == [(schedule.observations[0][0], age)]
     assert 0 < schedule.observations[0][0] < age
 
 
 async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
-    client: KeylessClient, broker: SqliteBroker, caplog: pytest.LogCaptureFixture
+    client: KeylessClient, memory: SqliteBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(wait_adaptive):
         def observe(self, after: float, until: float | None) -> None:
             raise RuntimeError("not today")
 
-    async with working(client, broker, schedule=Failing()) as worker:
-        await submit(broker, "C0FFEE", expires_in=0.2)
-        [event] = await all_outcomes(broker)
+    async with working(client, memory, schedule=Failing()) as worker:
+        await submit(memory, "C0FFEE", expires_in=0.2)
+        [event] = await all_outcomes(memory)
         await until(lambda: worker.statistics.expired == 1)
         assert worker.statistics.is_ready
     assert event.outcome is Outcome.EXPIRED
@@ -464,28 +458,28 @@ async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
 
 async def test_logs_hold_no_payload_no_context_and_no_key(
     client: KeylessClient,
-    broker: SqliteBroker,
+    memory: SqliteBroker,
     sandbox: Sandbox,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG, "aiokeyless")
     secrets = {"operation_payload": "hidden payload", "context": msgspec.Raw(b'"hidden context"')}
-    async with working(client, broker):
+    async with working(client, memory):
         sandbox.fail_next()
         for operation_id in ("approved", "lying", "unreadable"):
-            await publish(broker, {"operation_id": operation_id, **secrets})
-        await publish(broker, {"operation_id": "late", "created_at": LONG_AGO, **secrets})
-        await publish(broker, {"operation_id": "..", **secrets})
-        await publish(broker, {"operation_id": "no JSON"}, b"hidden payload, and no JSON")
+            await publish(memory, {"operation_id": operation_id, **secrets})
+        await publish(memory, {"operation_id": "late", "created_at": LONG_AGO, **secrets})
+        await publish(memory, {"operation_id": "..", **secrets})
+        await publish(memory, {"operation_id": "no JSON"}, b"hidden payload, and no JSON")
         await until(lambda: len(sandbox.operations) == 3)
         sandbox.tamper("lying", operation_payload="another hidden payload")
         sandbox.tamper("unreadable", operation_payload=["hidden payload"])
         sandbox.approve("approved")
-        await all_outcomes(broker)
+        await all_outcomes(memory)
         monkeypatch.setattr(processor, "after_creation", lambda *_: 1 / 0)
-        await publish(broker, {"operation_id": "internal", **secrets})
-        events = await all_outcomes(broker)
+        await publish(memory, {"operation_id": "internal", **secrets})
+        events = await all_outcomes(memory)
     lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("aiokeyless")]
     assert len(events) == 7
     assert {msgspec.json.decode(line, type=dict[str, object])["event"] for line in lines} >= {
@@ -501,7 +495,7 @@ async def test_logs_hold_no_payload_no_context_and_no_key(
 
 
 async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_room(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decide, room_at = SqliteBroker.decide, now() + 20.0
 
@@ -511,11 +505,11 @@ async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_roo
         return await decide(broker, message, event)
 
     monkeypatch.setattr(SqliteBroker, "decide", decide_with_room)
-    async with working(client, broker) as worker:
-        operation_id = await submit(broker, "C0FFEE")
+    async with working(client, memory) as worker:
+        operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
-        [event] = await read(broker)
+        [event] = await read(memory)
         assert now() < room_at + 3.0
         assert worker.statistics.unsettled < 14  # without haste
     assert event.outcome is Outcome.APPROVED
