@@ -15,7 +15,7 @@ from .report import CannotMeasureError
 from .server import pin, split_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,19 +61,6 @@ class Bench:
 def order(variants: list[T], round_number: int) -> list[T]:
     """Return the order of a round: alternately forwards and backwards, so that no variant always comes first."""
     return variants if round_number % 2 == 0 else variants[::-1]
-
-
-async def until(is_so: Callable[[], bool | Awaitable[bool]], *, within: float, every: float = 0.01) -> None:
-    """Wait until something is so, if no event tells it.
-
-    Raises:
-        CannotMeasureError: It is not so within that many seconds.
-    """
-    deadline = time.monotonic() + within
-    while not (so if isinstance(so := is_so(), bool) else await so):
-        if time.monotonic() > deadline:
-            raise CannotMeasureError(f"it took more than {within:g} s")
-        await asyncio.sleep(every)
 
 
 async def cancel(held: Iterable[object]) -> None:

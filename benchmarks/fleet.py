@@ -18,8 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless import KeylessClient
 from aiokeyless.worker import ApprovalWorker, approval_request, submit_approval
 
-from .bench import until
-from .programs import spawn_server
+from .programs import spawn_server, until
 from .report import CannotMeasureError
 from .server import API_KEY, EXTERNAL_USER_ID, OPERATION_PAYLOAD, USER_ID
 from .storages import cpu, total

@@ -1,4 +1,7 @@
-"""Other processes: how they begin, how some are started again, as a supervisor does, and what else disturbs a run."""
+"""Other processes: how they begin, how some are started again, as a supervisor does, and what else disturbs a run.
+
+The tests use it too, so this module needs only the standard library.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from unittest.mock import patch
+
+from .report import CannotMeasureError
 
 if TYPE_CHECKING:
     import random
@@ -83,6 +89,19 @@ async def repeat(every: float, source: random.Random, do: Callable[[], Awaitable
     while True:
         await asyncio.sleep(every * source.uniform(0.75, 1.25))
         await do()
+
+
+async def until(is_so: Callable[[], bool | Awaitable[bool]], *, within: float, every: float = 0.01) -> None:
+    """Wait until something is so, if no event tells it.
+
+    Raises:
+        CannotMeasureError: It is not so within that many seconds.
+    """
+    deadline = time.monotonic() + within
+    while not (so if isinstance(so := is_so(), bool) else await so):
+        if time.monotonic() > deadline:
+            raise CannotMeasureError(f"it took more than {within:g} s")
+        await asyncio.sleep(every)
 
 
 async def wholly(disturbance: Coroutine[Any, Any, None]) -> None:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from benchmarks import programs
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
 PATIENCE: Final = 180.0  # seconds, against hangs only: what takes one may take minutes on a busy machine
 
-
-async def until(condition: Callable[[], bool | Awaitable[bool]], patience: float = PATIENCE) -> None:
-    """Wait until the condition holds. A moved clock moves meanwhile."""
-    deadline = time.monotonic() + patience
-    while True:
-        met = condition()
-        if met if isinstance(met, bool) else await met:
-            return
-        assert time.monotonic() < deadline, "the condition never held"
-        await asyncio.sleep(0.01)
+until: Final = partial(programs.until, within=PATIENCE)
+"""Waits until a condition holds. A moved clock moves meanwhile."""
 
 
 async def spin_until(condition: Callable[[], object]) -> None:

@@ -18,8 +18,9 @@ from tenacity import wait_chain, wait_random
 from aiokeyless import ApprovalTimeoutError, KeylessClient, KeylessError
 from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
-from benchmarks.bench import cancel, until
+from benchmarks.bench import cancel
 from benchmarks.process import resident
+from benchmarks.programs import until
 from benchmarks.report import Report, Table, quantile
 from benchmarks.server import API_KEY, OPERATION_PAYLOAD, USER_ID, Server, Workload, approved_after, serving
 

@@ -22,11 +22,10 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
-from benchmarks.bench import until
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer
 from benchmarks.process import THRESHOLD
-from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
+from benchmarks.programs import Program, keep_running, meanwhile, repeat, until, wholly
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 from benchmarks.soak import fleet, growth
 from benchmarks.soak.fleet import Shop, Told

@@ -17,8 +17,9 @@ from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient
 from benchmarks.baselines import OURS
-from benchmarks.bench import cancel, until
+from benchmarks.bench import cancel
 from benchmarks.process import resident
+from benchmarks.programs import until
 from benchmarks.report import Goal, Report, Table
 from benchmarks.server import API_KEY, Server, serving
 

@@ -113,7 +113,7 @@ async def test_each_order_is_paid_once_whatever_is_killed(
                     await shop.end(signal.SIGKILL)
                     await shop.start()
             await placing
-            await until(lambda: count("SELECT count(*) FROM orders WHERE state = 'paid'") == ORDERS, 150)
+            await until(lambda: count("SELECT count(*) FROM orders WHERE state = 'paid'") == ORDERS, within=150)
         assert count("SELECT count(*) FROM payments") == ORDERS
         assert count("SELECT count(*) FROM keyless.request") == ORDERS
         assert count("SELECT count(*) FROM keyless.unread") == 0
@@ -143,8 +143,8 @@ async def test_a_pin_pays_nothing_whoever_submitted_the_request(server: Postgres
                 server.execute("INSERT INTO orders VALUES ('order-2', 'C0FFEE', 'Pay', 'asked')", database)
                 forged = '{"version": 1, "user_id": "C0FFEE", "operation_id": "order-2", "operation_payload": "Pay"}'
                 server.execute(f"SELECT keyless.submit('{forged}')", database)
-                await until(lambda: "is no face's" in programs[1].log.read_text(), 60)
-                await until(lambda: "order order-1: failed" in programs[1].log.read_text(), 60)
+                await until(lambda: "is no face's" in programs[1].log.read_text(), within=60)
+                await until(lambda: "order order-1: failed" in programs[1].log.read_text(), within=60)
                 states = server.execute("SELECT state FROM orders ORDER BY id", database)
                 assert [state for (state,) in states] == ["not paid", "asked"]
                 assert not server.execute("SELECT * FROM payments", database)

@@ -81,7 +81,7 @@ async def running(*command: str, sandbox: Sandbox, **environment: str) -> AsyncG
 
 
 async def until_polled(sandbox: Sandbox) -> None:
-    await until(lambda: any(request.method == "GET" for request in sandbox.requests), PATIENCE)
+    await until(lambda: any(request.method == "GET" for request in sandbox.requests))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -489,7 +489,7 @@ async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
     monkeypatch.undo()
     assert not sandbox.operations
     async with working(client, broker):
-        await until(lambda: len(sandbox.operations) == 1, patience=30)
+        await until(lambda: len(sandbox.operations) == 1, within=30)
 
 
 @pytest.mark.slow
