@@ -20,7 +20,7 @@ from aiokeyless.errors import (
     NotFoundError,
     TransportError,
 )
-from aiokeyless.models import ExternalUser, Operation, OperationState
+from aiokeyless.models import ExternalUser, Operation, OperationState, SuccessAnswer
 
 from . import protocol
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .transport import Transport
 
 T = TypeVar("T")
+Answer = TypeVar("Answer")
 Result = TypeVar("Result")
 
 #: Seconds between searches after a 409, while a lagging replica does not have the object yet: 5 in all.
@@ -40,7 +41,7 @@ _OTHER_CONTENT: Final = (
 )
 
 
-class Creation(ABC, Generic[Result]):
+class Creation(ABC, Generic[Answer, Result]):
     """A POST that is repeated only if it had no effect.
 
     After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
@@ -48,23 +49,24 @@ class Creation(ABC, Generic[Result]):
 
     Args:
         transport: Sends the requests.
+        post: The POST.
         resumes: Whether the client also searches after a 409 on the first attempt.
     """
 
-    def __init__(self, transport: Transport, *, resumes: bool = False) -> None:
+    def __init__(self, transport: Transport, post: protocol.Request[Answer], *, resumes: bool = False) -> None:
         self._transport = transport
+        self._post = post
         self._resumes = resumes
         # The last failure of an attempt that may have taken effect.
         self._ambiguous: KeylessError | None = None
         self._is_final = False
 
     @abstractmethod
-    async def _create(self, number: int) -> Result:
-        """Send the POST, and return its result.
+    def _read(self, answer: Answer) -> Result:
+        """Return the result for an answer to the POST.
 
         Raises:
             DecodeError: The answer proves nothing.
-            KeylessError: The POST failed.
         """
 
     @abstractmethod
@@ -97,7 +99,7 @@ class Creation(ABC, Generic[Result]):
 
     async def _attempt(self, number: int) -> Result:
         try:
-            result = await self._create(number)
+            result = self._read(await self._transport.send(self._post, attempt=number))
         except KeylessError as error:
             failure = error.with_traceback(None)
         else:
@@ -166,7 +168,7 @@ class Creation(ABC, Generic[Result]):
         )
 
 
-class OperationCreation(Creation[bool]):
+class OperationCreation(Creation[SuccessAnswer, bool]):
     """The creation of one operation. The result is whether the operation is reconciled.
 
     A reconciled operation was not confirmed by this call's POST, but found under its id with this content:
@@ -190,15 +192,13 @@ class OperationCreation(Creation[bool]):
     def __init__(
         self, transport: Transport, user_id: str, operation: NewOperation, *, id_is_new: bool, resumes: bool
     ) -> None:
-        super().__init__(transport, resumes=resumes)
-        self._post = protocol.create_operation(user_id, operation)
+        super().__init__(transport, protocol.create_operation(user_id, operation), resumes=resumes)
         self._user_id = user_id
         self._operation = operation
         self._id_is_new = id_is_new
         self._get = protocol.get_operation(operation.operation_id)
 
-    async def _create(self, number: int) -> bool:
-        answer = await self._transport.send(self._post, attempt=number)
+    def _read(self, answer: SuccessAnswer) -> bool:
         # The documentation knows no false, so its meaning is unknown.
         if not answer.success:
             raise _make_error(self._post, "without success")
@@ -231,7 +231,7 @@ class OperationCreation(Creation[bool]):
         )
 
 
-class ExternalUserCreation(Creation[ExternalUser]):
+class ExternalUserCreation(Creation[ExternalUser, ExternalUser]):
     """The creation of one external user, which is the result.
 
     If the search finds the user under the external user id, this call or an equal earlier one has linked them.
@@ -243,14 +243,12 @@ class ExternalUserCreation(Creation[ExternalUser]):
     """
 
     def __init__(self, transport: Transport, user_id: str, external_user_id: str) -> None:
-        super().__init__(transport)
-        self._post = protocol.create_external_user(user_id, external_user_id)
+        super().__init__(transport, protocol.create_external_user(user_id, external_user_id))
         self._user_id = user_id
         self._external_user_id = external_user_id
         self._get = protocol.find_users(external_user_id)
 
-    async def _create(self, number: int) -> ExternalUser:
-        answer = await self._transport.send(self._post, attempt=number)
+    def _read(self, answer: ExternalUser) -> ExternalUser:
         return confirm_external_user(answer, self._post, self._user_id, self._external_user_id)
 
     async def _search(self) -> ExternalUser | None:
