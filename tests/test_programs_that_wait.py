@@ -132,6 +132,15 @@ TABLE: Mapping[str, Row] = {
     ),
     "examples/logs/dict_config.py": NOTHING,
     "examples/logs/structlog_lines.py": NOTHING,
+    "examples/message_handler.py": asked_in(
+        "examples/test_message_handler.py",
+        "test_an_approval_after_the_timeout_pays_nothing",
+        "test_a_pin_pays_nothing",
+        "test_another_payment_under_the_id_is_rejected_and_takes_nothing_from_the_first",
+        "test_another_payment_under_the_id_is_rejected_and_takes_nothing_from_the_first",
+        "test_a_message_whose_client_closes_is_kept_and_paid_by_the_next_process",
+        "test_a_message_that_is_delivered_twice_at_once_is_asked_about_once_and_decided_once",
+    ),
     "examples/observability/load.py": NOTHING,
     "examples/outcomes/keycloak.py": {
         PIN: "examples/test_outcomes.py::test_keycloak_gets_the_result_of_a_login_once",
