@@ -44,7 +44,7 @@ FIRST_TIER: Final = f"not (benchmarks or {SECOND_TIER})"
 #: The ways in which the suite runs: arguments for pytest, and the environment.
 LEGS: Final[dict[str, tuple[tuple[str, ...], dict[str, str]]]] = {
     "plain": (("-m", FIRST_TIER), {}),
-    "complete": (("-m", "not benchmarks"), {}),
+    "complete": (("-m", "not (benchmarks or rabbitmq)"), {}),
     # On the machine's own clock. looptime stays away: its plugin changes the loops of unmarked tests too.
     "real_clock": (("-n", "2", "-p", "no:looptime_plugin", "-m", "real_clock"), {}),
     # Tasks that begin to run when they are made; from Python 3.12 on.
@@ -144,7 +144,8 @@ def coverage(session: nox.Session) -> None:
     pytest(session, "-m", f"not (benchmarks or {WITH_EXAMPLES})", env=data | WITH_TEST, run_by=measured)
     install(session, "-e", ".[dev]")
     files = ("tests/examples", *files_with("browser"))
-    pytest(session, "-m", WITH_EXAMPLES, *files, env=data | WITH_DEV, run_by=measured)
+    selection = f"({WITH_EXAMPLES}) and not rabbitmq"
+    pytest(session, "-m", selection, *files, env=data | WITH_DEV, run_by=measured)
     session.run("coverage", "combine", "-q", env=data)
     session.run("coverage", "report", env=data)
 
@@ -313,6 +314,13 @@ def soaks(session: nox.Session) -> None:
     names = ("soak_fleet", "soak_failover", "soak_nats")
     arguments = session.posargs or ["--minutes", "3"]
     session.run("python", "-m", "benchmarks", *names, *arguments, env=environment(session))
+
+
+@nox.session(tags=NIGHTLY)
+def rabbitmq(session: nox.Session) -> None:
+    """Kill what the message handler of the examples depends on, and the handler, on nodes of RabbitMQ."""
+    install(session, "-e", ".[examples,test]")
+    pytest(session, "-m", "rabbitmq", "tests/examples", env=WITH_DEV)
 
 
 @nox.session(tags=NIGHTLY)
