@@ -53,6 +53,7 @@ from .models import (
     PendingOperation,
     Region,
     Secret,
+    StartedBy,
     User,
 )
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
@@ -112,6 +113,7 @@ __all__ = [
     "ServerError",
     "SignatureError",
     "SignatureReason",
+    "StartedBy",
     "StatusError",
     "TransportError",
     "UnsupportedMediaTypeError",

@@ -12,14 +12,14 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast, get_args
 from urllib.parse import urlsplit
 
 from tenacity.wait import wait_base
 from yarl import URL
 
 from ._base_errors import ConfigurationError, InvalidIdentifierError
-from .models import AuthType, Region, Secret
+from .models import AuthType, Region, Secret, StartedBy
 
 if TYPE_CHECKING:
     from .events import Listener
@@ -161,6 +161,13 @@ def check_auth_type(auth_type: object) -> str | None:
     if not isinstance(auth_type, str) or auth_type not in tuple(AuthType):
         raise _wrong("require_auth_type", f"must be 'biom' for a face, 'pin', or None for any, not {auth_type!r:.80}")
     return str.__str__(auth_type)  # without the name of an enum
+
+
+def check_started_by(started_by: object) -> StartedBy:
+    """Return who starts an operation: the backend, by a create, or the phone."""
+    if started_by not in get_args(StartedBy):
+        raise _wrong("started_by", f"must be 'backend' or 'phone', not {started_by!r:.80}")
+    return cast("StartedBy", started_by)
 
 
 def check_required_text(text: str, name: str) -> str:

@@ -45,6 +45,7 @@ from ._validation import (
     check_rate,
     check_region,
     check_schedule,
+    check_started_by,
     check_text,
     check_user_id,
     finite_seconds,
@@ -68,7 +69,17 @@ from .errors import (
     TransportError,
 )
 from .events import Listener, OperationCreated
-from .models import Authentications, Device, ExternalUser, NewOperation, Operation, PendingOperation, Region, User
+from .models import (
+    Authentications,
+    Device,
+    ExternalUser,
+    NewOperation,
+    Operation,
+    PendingOperation,
+    Region,
+    StartedBy,
+    User,
+)
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
@@ -91,7 +102,7 @@ IfExists: TypeAlias = Literal["raise", "resume"]
 WaitTimeout: TypeAlias = float | DefaultTimeout | None
 """Seconds for a whole wait, None for no limit, or the default."""
 OnCreated: TypeAlias = Callable[[ApprovalTicket], Awaitable[object] | object]
-"""Called with the ticket of a new operation, to tell the phone: a plain function, or an async one."""
+"""Called with the ticket of an operation, to tell the phone: a plain function, or an async one."""
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 """Called for each poll of a wait: a plain function, or an async one."""
 T = TypeVar("T")
@@ -426,6 +437,30 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Operations, "Create operation".
         """
+        return await self._begin(
+            user_id,
+            operation_id=operation_id,
+            operation_payload=operation_payload,
+            external_user_id=external_user_id,
+            expires_in=expires_in,
+            if_exists=if_exists,
+            require_auth_type=require_auth_type,
+            started_by="backend",
+        )
+
+    async def _begin(
+        self,
+        user_id: str,
+        *,
+        operation_id: str | None,
+        operation_payload: str | None,
+        external_user_id: str | None,
+        expires_in: float,
+        if_exists: IfExists,
+        require_auth_type: str | None,
+        started_by: StartedBy,
+    ) -> ApprovalTicket:
+        """Create an operation, or check the id with which the phone will start it; return its ticket."""
         opened = self._open()
         _check_if_exists(if_exists)
         operation = NewOperation(
@@ -449,12 +484,17 @@ class KeylessClient:
                 created_at=created_at,
                 expires_at=created_at + lifetime,
                 require_auth_type=require_auth_type,
+                started_by=started_by,
                 reconciled=reconciled,
                 traceparent=current_traceparent(),
             )
 
         try:
-            ticket = make_ticket(reconciled=await creation.run())
+            if started_by == "backend":
+                reconciled = await creation.run()
+            else:  # nobody can have used an id that was generated just now
+                reconciled = operation_id is not None and await creation.find()
+            ticket = make_ticket(reconciled=reconciled)
         except (ClientClosedError, DecodeError, StatusError, TransportError) as error:
             error.operation_id = operation.operation_id
             if isinstance(error, AlreadyApprovedError):
@@ -462,7 +502,7 @@ class KeylessClient:
             raise
         if not ticket.reconciled:
             opened.poller.record_creation(ticket)
-        if opened.listeners is not None:
+        if opened.listeners is not None and started_by == "backend":
             opened.listeners.tell(OperationCreated(operation_id=ticket.operation_id, user_id=user_id))
         return ticket
 
@@ -666,8 +706,9 @@ class KeylessClient:
                 ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
             schedule: When to poll. Default: the client's schedule.
             if_missing: On a 404, ``"raise"`` raises `NotFoundError`. ``"wait"`` waits for an operation that the phone
-                will create. With a bare id, an approval by any user then counts. Pass `ApprovalTicket.for_operation`,
-                which names the user and the payload, or compare them yourself. Default: ``"raise"``.
+                will create, as a wait for a ticket with ``started_by="phone"`` always does. With a bare id, an approval
+                by any user then counts. So use such a ticket, or compare user and payload yourself. Default:
+                ``"raise"``.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
                 raises ends the wait and propagates. Default: none.
             explain: Whether to ask Telemetry for the user's attempts to authenticate under the operation's id, for the
@@ -687,8 +728,8 @@ class KeylessClient:
             OperationMismatchError: An answer is about another operation, user or payload, or has another factor than
                 the ticket requires.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
-            NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
-                that, since a replica may lag.
+            NotFoundError: There is no such operation, and the phone will not create it, as far as the wait knows. A
+                ticket must be 5 s old for that, since a replica may lag.
             StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
             DecodeError: An answer is JSON that does not have the documented shape.
             ClientClosedError: The client was closed.
@@ -775,6 +816,7 @@ class KeylessClient:
         expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
         require_auth_type: str | None = None,
+        started_by: StartedBy = "backend",
         schedule: wait_base | None = None,
         on_created: OnCreated | None = None,
         on_poll: OnPoll | None = None,
@@ -782,7 +824,8 @@ class KeylessClient:
     ) -> Operation:
         """Create an operation, tell the phone, and wait until the user approves it.
 
-        That is `create_operation`, `on_created` and `wait_for_approval`.
+        That is `create_operation`, `on_created` and `wait_for_approval`. If the phone starts the operation, nothing is
+        created: `on_created` hands the id to your app, whose authentication creates the operation.
 
         Args:
             user_id: The user, in hex of either case.
@@ -792,10 +835,14 @@ class KeylessClient:
             expires_in: Seconds for the wait, from the create on. Default: 120.
             if_exists: See `create_operation`. Default: ``"raise"``.
             require_auth_type: See `create_operation`. Default: any.
+            started_by: ``"phone"`` if your app starts the operation. A 404 then means that the user has not approved
+                yet. An id that you chose is read once before `on_created`. Payload and external user id are what the
+                app sends, so they are no independent check. Default: ``"backend"``.
             schedule: When to poll. Default: the client's schedule.
             on_created: Called with the `ApprovalTicket` before the wait, in this task; may be async. It sends your
-                app's push notification. It is also called for an operation that was found after a lost answer or by
-                ``if_exists="resume"``. What it raises propagates, and the operation stays. Default: none.
+                app's push notification, with the operation's id. It is also called for an operation that was found
+                after a lost answer or by ``if_exists="resume"``. What it raises propagates, and the operation stays.
+                Default: none.
             on_poll: See `wait_for_approval`. Default: none.
             explain: See `wait_for_approval`. Default: False.
 
@@ -805,11 +852,16 @@ class KeylessClient:
         Raises:
             KeylessError: Any error of `create_operation` or `wait_for_approval`.
         """
+        check_started_by(started_by)
+        if started_by == "phone" and if_exists == "resume":
+            raise ConfigurationError(
+                "if_exists must be 'raise' if the phone starts the operation: nothing is created", argument="if_exists"
+            )
         check_schedule(schedule)  # before anything is created
         check_handler(on_created, "on_created")
         check_handler(on_poll, "on_poll")
         check_flag(explain, "explain")
-        ticket = await self.create_operation(
+        ticket = await self._begin(
             user_id,
             operation_id=operation_id,
             operation_payload=operation_payload,
@@ -817,6 +869,7 @@ class KeylessClient:
             expires_in=expires_in,
             if_exists=if_exists,
             require_auth_type=require_auth_type,
+            started_by=started_by,
         )
         if on_created is not None:
             await _call_back("on_created", on_created, ticket)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -26,8 +26,12 @@ __all__ = [
     "PendingOperation",
     "Region",
     "Secret",
+    "StartedBy",
     "User",
 ]
+
+StartedBy: TypeAlias = Literal["backend", "phone"]
+"""Who starts an operation: your backend creates it, or your app authenticates under an id that your backend gave it."""
 
 
 class Region(StrEnum):

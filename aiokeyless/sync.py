@@ -38,12 +38,12 @@ from typing import (
 
 from tenacity.wait import wait_base
 
-from ._validation import check_flag, check_handler, check_schedule
+from ._validation import check_flag, check_handler, check_schedule, check_started_by
 from .client import DefaultTimeout, IfExists, IfMissing, WaitTimeout, for_another_process
 from .client import KeylessClient as AsyncKeylessClient
 from .errors import ClientClosedError, ConfigurationError
 from .events import Listener
-from .models import Operation, Region, Secret
+from .models import Operation, Region, Secret, StartedBy
 from .reports import ApprovalUpdate, ClientStatistics
 from .ticket import DEFAULT_LIFETIME, ApprovalTicket
 from .worker import ApprovalEvent, Broker, Submission, applications
@@ -549,24 +549,34 @@ class KeylessClient:
         expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
         require_auth_type: str | None = None,
+        started_by: StartedBy = "backend",
         schedule: wait_base | None = None,
         on_created: OnCreated | None = None,
         on_poll: OnPoll | None = None,
         explain: bool = False,
     ) -> Operation:
         """Create an operation, tell the phone, and wait until the user approves it."""
+        check_started_by(started_by)
+        if started_by == "phone" and if_exists == "resume":
+            raise ConfigurationError(
+                "if_exists must be 'raise' if the phone starts the operation: nothing is created", argument="if_exists"
+            )
         check_schedule(schedule)  # before anything is created
         check_handler(on_created, "on_created", is_plain=True)
         check_handler(on_poll, "on_poll", is_plain=True)
         check_flag(explain, "explain")
-        ticket = self.create_operation(
-            user_id,
-            operation_id=operation_id,
-            operation_payload=operation_payload,
-            external_user_id=external_user_id,
-            expires_in=expires_in,
-            if_exists=if_exists,
-            require_auth_type=require_auth_type,
+        background, client = self._open()
+        ticket = background.call(
+            lambda: client._begin(  # noqa: SLF001
+                user_id,
+                operation_id=operation_id,
+                operation_payload=operation_payload,
+                external_user_id=external_user_id,
+                expires_in=expires_in,
+                if_exists=if_exists,
+                require_auth_type=require_auth_type,
+                started_by=started_by,
+            )
         )
         if on_created is not None:
             on_created(ticket)

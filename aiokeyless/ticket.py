@@ -13,7 +13,16 @@ from typing import Final
 import msgspec
 
 from ._base_errors import ConfigurationError
-from ._validation import check_auth_type, check_operation_id, check_text, check_user_id, finite_seconds, is_traceparent
+from ._validation import (
+    check_auth_type,
+    check_operation_id,
+    check_started_by,
+    check_text,
+    check_user_id,
+    finite_seconds,
+    is_traceparent,
+)
+from .models import StartedBy
 
 __all__ = ["ApprovalTicket"]
 
@@ -35,7 +44,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     """The data needed to resume a wait for an operation, also in another process.
 
     It contains no secret, and only a hash of the payload. `KeylessClient.create_operation` returns one;
-    `ApprovalTicket.for_operation` creates one for an operation that exists already or that the phone will create.
+    `ApprovalTicket.for_operation` creates one for an operation that exists already or that the phone will start.
 
     It is not signed. An attacker who can write to your store of tickets can make a wait accept the approval of another
     operation. So compare the operation, the user and the payload with your own record. A payload that can be guessed
@@ -46,9 +55,12 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         user_id: The user, in upper-case hex.
         external_user_id: The customer's own id of the user, or None.
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of the empty text if there is no payload.
-        created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
+        created_at: When the service confirmed the operation, or, if the phone starts it, when the wait's time began:
+            aware, UTC, by this machine's clock.
         expires_at: When a wait for the ticket ends by default: aware, UTC.
         require_auth_type: The factor that an approval must have, see `AuthType`; None for any.
+        started_by: ``"backend"`` if a create starts the operation. ``"phone"`` if the app does: there is no operation
+            until the user has authenticated, so a wait for the ticket takes a 404 for pending.
         reconciled: True if the POST of this call was not confirmed, and a GET found the operation under its id with
             this content. It may belong to an earlier or a concurrent request.
         traceparent: The position in the trace that created it (W3C Trace Context); None without a trace.
@@ -65,6 +77,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     expires_at: datetime
     require_auth_type: str | None = None
+    started_by: StartedBy = "backend"
     reconciled: bool = False
     traceparent: str | None = None
     version: int = TICKET_VERSION
@@ -75,6 +88,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "user_id", check_user_id(self.user_id))
         check_text(self.external_user_id, "external_user_id")
         msgspec.structs.force_setattr(self, "require_auth_type", check_auth_type(self.require_auth_type))
+        check_started_by(self.started_by)
         digest: object = self.payload_sha256
         if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ConfigurationError(
@@ -98,11 +112,12 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         created_at: datetime | None = None,
         expires_in: float = DEFAULT_LIFETIME,
         require_auth_type: str | None = None,
+        started_by: StartedBy = "backend",
     ) -> ApprovalTicket:
-        """Create a ticket for an operation that exists already, or that the phone will create.
+        """Create a ticket for an operation that exists already, or that the phone will start.
 
         It binds a wait to a user and a payload: an approval of the same id by another user, or of another payload, is
-        then refused. For an operation that the phone creates, wait for it with ``if_missing="wait"``.
+        then refused.
 
         Args:
             operation_id: The customer's id of the operation.
@@ -113,6 +128,8 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             expires_in: Seconds from `created_at` until a wait for the ticket ends by default. Default: 120.
             require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. Default:
                 any.
+            started_by: ``"phone"`` for an operation that the app starts, with the id that you gave to it. Default:
+                ``"backend"``.
 
         Returns:
             The ticket to wait for.
@@ -129,6 +146,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             created_at=created_at,
             expires_at=_later(created_at, expires_in),
             require_auth_type=require_auth_type,
+            started_by=started_by,
         )
 
     def remaining(self, now: datetime | None = None) -> float:

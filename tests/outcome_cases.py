@@ -23,6 +23,7 @@ from aiokeyless import (
     PermissionDeniedError,
     RateLimitError,
     ServerError,
+    StartedBy,
     StatusError,
     TransportError,
 )
@@ -106,6 +107,7 @@ class OutcomeCase:
         was_seen: Whether an earlier poll found the operation.
         is_young: Whether the operation was created just now.
         if_missing: What a 404 means to the caller of a wait.
+        started_by: Who starts the operation, as its ticket or its request says.
         worker: Where the worker must differ.
     """
 
@@ -117,6 +119,7 @@ class OutcomeCase:
     was_seen: bool = False
     is_young: bool = False
     if_missing: Literal["raise", "wait"] = "raise"
+    started_by: StartedBy = "backend"
     worker: WorkerDiffers | None = None
 
     def __str__(self) -> str:
@@ -274,6 +277,13 @@ CASES: Final = (
         arrange=Sandbox.forget,
         if_missing="wait",
         worker=_CREATES,
+    ),
+    OutcomeCase(
+        name="404 of what the phone will start",
+        rule="O6",
+        answer=_MISSING,
+        arrange=Sandbox.forget,
+        started_by="phone",
     ),
     OutcomeCase(name="404 otherwise", rule="O7", answer=_MISSING, arrange=Sandbox.forget, worker=_CREATES),
     OutcomeCase(

@@ -276,6 +276,19 @@ async def test_the_phone_is_told_in_the_thread_that_asks_before_it_waits(
     await asyncio.to_thread(program)
 
 
+async def test_the_phone_may_start_the_operation(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    def authenticate(ticket: ApprovalTicket) -> None:
+        sandbox.approve(ticket.operation_id, user_id="C0FFEE")
+
+    def program() -> None:
+        assert keyless.request_approval("C0FFEE", started_by="phone", on_created=authenticate).is_approved
+        with pytest.raises(ConfigurationError, match="if_exists must be 'raise'"):
+            keyless.request_approval("C0FFEE", started_by="phone", if_exists="resume")
+
+    await asyncio.to_thread(program)
+    assert [record.method for record in sandbox.requests] == ["GET"]
+
+
 class AsyncObject:
     async def __call__(self, _told: object) -> None: ...
 

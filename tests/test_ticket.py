@@ -29,6 +29,7 @@ TICKET: dict[str, Any] = {
     "created_at": "2026-11-24T12:00:00Z",
     "expires_at": "2026-11-24T12:02:00Z",
     "require_auth_type": None,
+    "started_by": "backend",
     "reconciled": False,
     "traceparent": None,
     "version": 1,
@@ -62,6 +63,7 @@ tickets = st.builds(
     created_at=instants,
     expires_at=instants,
     require_auth_type=st.sampled_from([None, "biom", "pin"]),
+    started_by=st.sampled_from(["backend", "phone"]),
     reconciled=st.booleans(),
 )
 
@@ -130,6 +132,8 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
         ({"external_user_id": []}, "external_user_id"),
         ({"require_auth_type": "face"}, "require_auth_type"),
         ({"require_auth_type": 1}, "require_auth_type"),
+        ({"started_by": "web"}, "started_by"),
+        ({"started_by": None}, "started_by"),
         ({"reconciled": 1}, "reconciled"),
         ({"payload_sha256": "0" * 63}, "payload_sha256"),
         ({"payload_sha256": "0" * 65}, "payload_sha256"),
@@ -208,6 +212,7 @@ def test_a_ticket_for_an_operation_binds_user_payload_and_external_id() -> None:
         created_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
         expires_in=60,
         require_auth_type=AuthType.BIOMETRIC,
+        started_by="phone",
     )
     assert made == ApprovalTicket(
         operation_id="txn-1",
@@ -217,6 +222,7 @@ def test_a_ticket_for_an_operation_binds_user_payload_and_external_id() -> None:
         created_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
         expires_at=datetime(2026, 11, 24, 12, 1, tzinfo=UTC),
         require_auth_type="biom",
+        started_by="phone",
     )
     assert type(made.require_auth_type) is str
 
@@ -249,6 +255,7 @@ def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
         ({"expires_in": math.nan}, "expires_in"),
         ({"expires_in": math.inf}, "expires_in"),
         ({"expires_in": 1e12}, "expires_in must end before the year 10000"),
+        ({"started_by": ["phone"]}, "started_by must be 'backend' or 'phone', not "),
     ],
 )
 def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
@@ -257,7 +264,7 @@ def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any],
     assert [caught.value.argument] == list(arguments)
 
 
-OPTIONAL = {"external_user_id", "require_auth_type", "reconciled", "traceparent"}
+OPTIONAL = {"external_user_id", "require_auth_type", "started_by", "reconciled", "traceparent"}
 
 
 @pytest.mark.parametrize("field", sorted(TICKET.keys() - OPTIONAL))

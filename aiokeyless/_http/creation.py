@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import is_same_user
@@ -209,18 +210,38 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
             return True
         return await super()._resolve(conflicts=conflicts)
 
+    async def find(self) -> bool:
+        """Return whether the operation is there and pending, without a create: the phone starts it.
+
+        Raises:
+            ConflictError: As for `run`.
+            KeylessError: The search failed.
+        """
+        try:
+            found = await self._transport.fetch(self._get)
+        except NotFoundError:
+            return False
+        self._check(found, self._get)
+        return True
+
     async def _search(self) -> bool | None:
         found = await self._fetch(self._get, may_be_missing=True)
         if found is None:
             return None
         # An answer about another operation proves nothing.
-        if found.operation_id != self._operation.operation_id:
-            raise self._ambiguous or ConflictError(status=409, method="POST", path=self._post.path)
-        if not self._is_ours(found):
-            raise ConflictError(status=409, method="POST", path=self._post.path, advice=_OTHER_CONTENT)
-        if found.state == OperationState.APPROVED and not self._id_is_new:
-            raise AlreadyApprovedError(status=409, method="POST", path=self._post.path)
+        if found.operation_id != self._operation.operation_id and self._ambiguous is not None:
+            raise self._ambiguous
+        self._check(found, self._post)
         return True
+
+    def _check(self, found: Operation, request: protocol.Request[Any]) -> None:
+        refuse = partial(ConflictError, status=409, method=request.endpoint.method, path=request.path)
+        if found.operation_id != self._operation.operation_id:
+            raise refuse()
+        if not self._is_ours(found):
+            raise refuse(advice=_OTHER_CONTENT)
+        if found.state == OperationState.APPROVED and not self._id_is_new:
+            raise AlreadyApprovedError(status=409, method=request.endpoint.method, path=request.path)
 
     def _is_ours(self, found: Operation) -> bool:
         # An absent text and an empty one are the same.

@@ -51,8 +51,8 @@ def poll_verdict(
         answer: The operation as the service answered it, or the failure of the poll.
         operation_id: The operation that was polled.
         ticket: Its ticket; None for a bare id.
-        may_be_missing: Whether a 404 counts as pending: the phone will create the operation, or it is younger than
-            `YOUNG` and a replica may lag.
+        may_be_missing: Whether a 404 counts as pending: the caller says so, or the operation is younger than `YOUNG`
+            and a replica may lag. It always does if the ticket says that the phone starts the operation.
         was_seen: Whether an earlier poll found the operation. Operations do not vanish, so a 404 is then a fault of the
             moment.
     """
@@ -63,7 +63,7 @@ def poll_verdict(
     if isinstance(answer, NotFoundError):
         if was_seen:
             return Verdict.TRANSIENT
-        if may_be_missing:
+        if may_be_missing or (ticket is not None and ticket.started_by == "phone"):
             return Verdict.PENDING
     return Verdict.FAILED
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 from outcome_cases import (
     AUTH_TYPE,
@@ -56,7 +57,7 @@ VERDICTS: Final = {
 
 def verdict(case: OutcomeCase, **facts: Any) -> Verdict | Rejection:
     known: dict[str, Any] = {
-        "ticket": TICKET,
+        "ticket": msgspec.structs.replace(TICKET, started_by=case.started_by),
         "may_be_missing": case.is_young or case.if_missing == "wait",
         "was_seen": case.was_seen,
     }

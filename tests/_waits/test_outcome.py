@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from outcome_cases import AUTH_TYPE, CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, USER_ID, OutcomeCase, Result
 from tenacity import wait_fixed
@@ -73,7 +74,7 @@ def facts(answer: Operation | KeylessError) -> tuple[object, ...]:
 async def test_a_poll_before_the_deadline_does_to_a_wait_what_the_table_says(
     case: OutcomeCase, sandbox: Sandbox, client: KeylessClient
 ) -> None:
-    ticket = await create(client)
+    ticket = msgspec.structs.replace(await create(client), started_by=case.started_by)
     updates = client.watch_approval(
         ticket, timeout=1000, schedule=wait_fixed(interval(case)), if_missing=case.if_missing
     )
@@ -111,7 +112,7 @@ async def result_of_the_next_poll(updates: AsyncGenerator[ApprovalUpdate], case:
 async def test_a_final_poll_does_to_a_wait_what_the_table_says(
     case: OutcomeCase, sandbox: Sandbox, client: KeylessClient
 ) -> None:
-    ticket = await create(client)
+    ticket = msgspec.structs.replace(await create(client), started_by=case.started_by)
     created_at = asyncio.get_running_loop().time()
     timeout = interval(case) * (1.5 if case.was_seen else 0.75)  # after one poll, or before any
     wait = asyncio.create_task(

@@ -33,6 +33,7 @@ from aiokeyless import (
     Secret,
     SignatureError,
     SignatureReason,
+    StartedBy,
     User,
     WaitTimeout,
     sync,
@@ -146,7 +147,8 @@ async def ask(
     """Pass the arguments of a wait on, typed by exported names alone."""
     if_exists: IfExists = "resume"
     if_missing: IfMissing = "wait"
-    await client.request_approval("C0FFEE", on_created=on_created, on_poll=on_poll)
+    started_by: StartedBy = "phone"
+    await client.request_approval("C0FFEE", started_by=started_by, on_created=on_created, on_poll=on_poll)
     ticket = await client.create_operation("C0FFEE", if_exists=if_exists)
     return await client.wait_for_approval(ticket, timeout=timeout, if_missing=if_missing, on_poll=on_poll)
 
