@@ -604,6 +604,7 @@ def submit_approval(
     created_at: datetime | None = None,
     context: object = None,
     require_auth_type: str | None = None,
+    started_by: StartedBy = "backend",
 ) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it."""
     broker = hide_url(broker)
@@ -619,6 +620,7 @@ def submit_approval(
             created_at=created_at,
             context=context,
             require_auth_type=require_auth_type,
+            started_by=started_by,
         )
     )
     return submission

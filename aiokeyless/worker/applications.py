@@ -12,9 +12,16 @@ from typing import Final
 import msgspec
 
 from aiokeyless._tracing import current_traceparent
-from aiokeyless._validation import check_auth_type, check_operation_id, check_text, check_user_id, finite_seconds
+from aiokeyless._validation import (
+    check_auth_type,
+    check_operation_id,
+    check_started_by,
+    check_text,
+    check_user_id,
+    finite_seconds,
+)
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
-from aiokeyless.models import Secret
+from aiokeyless.models import Secret, StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError, broker_for, hide_url
@@ -55,6 +62,7 @@ def approval_request(
     created_at: datetime | None = None,
     context: object = None,
     require_auth_type: str | None = None,
+    started_by: StartedBy = "backend",
 ) -> str:
     """Return a request for an approval as text, for a broker that takes it by other means than `submit_approval`.
 
@@ -73,6 +81,7 @@ def approval_request(
         created_at=None if created_at is None else _check_aware(created_at),
         context=_encode(context),
         require_auth_type=check_auth_type(require_auth_type),
+        started_by=check_started_by(started_by),
     )
     return msgspec.json.encode(request).decode()
 
@@ -88,6 +97,7 @@ async def submit_approval(
     created_at: datetime | None = None,
     context: object = None,
     require_auth_type: str | None = None,
+    started_by: StartedBy = "backend",
 ) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it.
 
@@ -113,6 +123,9 @@ async def submit_approval(
             returns it.
         require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. Any other,
             or none, is ``failed`` with `FailureReason.MISMATCH`. Default: any.
+        started_by: ``"phone"`` if your app starts the operation: give it the id, the payload and the external user id,
+            which it sends. The worker creates nothing, calls no `on_created`, and waits until the user has
+            authenticated. Default: ``"backend"``, so the worker creates the operation.
 
     Returns:
         The operation's id, and whether exactly this request was stored already.
@@ -133,6 +146,7 @@ async def submit_approval(
         created_at=created_at,
         context=context,
         require_auth_type=require_auth_type,
+        started_by=started_by,
     ).encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
     side = _open_side(broker)

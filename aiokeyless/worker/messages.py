@@ -17,6 +17,7 @@ import msgspec
 
 from aiokeyless._validation import check_auth_type, check_operation_id, check_text, check_user_id, seconds
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
+from aiokeyless.models import StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
 
 __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
@@ -92,6 +93,8 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         context: Any JSON of yours, up to 64 KiB, which the event returns unchanged. Its numbers have at most 400
             characters, and are 0 or of a magnitude from 1e-307 to 1.8e308. Default: null.
         require_auth_type: The factor that an approval must have: ``"biom"`` for a face, or ``"pin"``. Default: any.
+        started_by: ``"phone"`` if your app starts the operation with its id: the worker then creates nothing. Default:
+            ``"backend"``.
     """
 
     version: int
@@ -103,6 +106,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     created_at: datetime | None = None
     context: msgspec.Raw = _NOTHING
     require_auth_type: str | None = None
+    started_by: StartedBy = "backend"
 
     def __repr__(self) -> str:  # neither a payload nor an application's context belongs in a log
         return f"<ApprovalRequest of user {self.user_id!r}, operation {self.operation_id!r}>"
@@ -245,6 +249,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
         created_at=created_at,
         expires_at=expires_at,
         require_auth_type=require_auth_type,
+        started_by=request.started_by,
     )
     refusal = None
     if request.expires_in > longest_wait:

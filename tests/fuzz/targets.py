@@ -262,6 +262,8 @@ def check_request(delivery: Delivery, said: Mapping[str, Any]) -> None:
         expires_in=said.get("expires_in", 120.0),
         created_at=ticket.created_at,
         context=delivery.request.context,
+        require_auth_type=ticket.require_auth_type,
+        started_by=ticket.started_by,
     )
     again = read(msgspec.json.encode(asked_again))
     assert (again.ticket, again.request.operation_payload) == (ticket, delivery.request.operation_payload)

@@ -121,16 +121,24 @@ async def test_what_is_wrong_is_refused_before_anything_is_stored(memory: Sqlite
             await submit_approval(url, "C0FFEE", operation_id="txn-1")
     with pytest.raises(ConfigurationError, match="require_auth_type must be 'biom' for a face, 'pin'"):
         await submit_approval(memory, "C0FFEE", operation_id="txn-1", require_auth_type="face")
+    with pytest.raises(ConfigurationError, match="started_by must be 'backend' or 'phone'"):
+        await submit_approval(memory, "C0FFEE", operation_id="txn-1", started_by="web")  # type: ignore[arg-type]  # that is the mistake
     with pytest.raises(ConfigurationError, match="not int"):
         await submit_approval(7, "C0FFEE", operation_id="txn-1")
 
 
 async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker) -> None:
-    arguments: dict[str, Any] = {"operation_id": "txn-1", "operation_payload": "Pay 40", "context": {"order": 7}}
+    arguments: dict[str, Any] = {
+        "operation_id": "txn-1",
+        "operation_payload": "Pay 40",
+        "context": {"order": 7},
+        "started_by": "phone",
+    }
     await submit_approval(memory, "c0ffee", **arguments)
     text = approval_request("c0ffee", **arguments)
     assert memory._store._one("SELECT body FROM request")[0] == text.encode()
-    assert msgspec.json.decode(text, type=ApprovalRequest).user_id == "C0FFEE"
+    request = msgspec.json.decode(text, type=ApprovalRequest)
+    assert (request.user_id, request.started_by) == ("C0FFEE", "phone")
 
 
 async def test_a_request_that_is_too_large_is_refused(memory: SqliteBroker) -> None:

@@ -121,6 +121,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"operation_payload": 40}, "Expected `str | null`"),
         ({"external_user_id": "\udfff"}, "no request"),
         ({"external_user_id": []}, "Expected `str | null`"),
+        ({"started_by": "web"}, "Invalid enum value 'web'"),
         ({"require_auth_type": "face"}, "require_auth_type must be 'biom' for a face, 'pin'"),
         ({"expires_in": 0}, "expires_in must be a number of seconds above 0"),
         ({"expires_in": -1}, "expires_in must be a number of seconds above 0"),
@@ -258,6 +259,7 @@ def test_a_request_with_everything_is_read_whole() -> None:
             created_at="2026-11-24T13:59:50+02:00",
             context={"order": 7},
             require_auth_type="biom",
+            started_by="phone",
         )
     )
     ticket = delivery.ticket
@@ -265,7 +267,7 @@ def test_a_request_with_everything_is_read_whole() -> None:
     assert ticket.created_at == STORED_AT - timedelta(seconds=10)
     assert ticket.expires_at == STORED_AT + timedelta(seconds=20)
     assert ticket.payload_sha256 == payload_digest("Pay 40")
-    assert ticket.require_auth_type == "biom"
+    assert (ticket.require_auth_type, ticket.started_by) == ("biom", "phone")
     assert delivery.request.operation_payload == "Pay 40"
     assert bytes(delivery.request.context) == b'{"order": 7}'
 

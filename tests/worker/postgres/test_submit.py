@@ -188,6 +188,8 @@ async def test_a_request_that_commits_late_is_taken_all_the_same(
         (text_of(external_user_id=["a"]), "must be texts"),
         (text_of(require_auth_type=["biom"]), "require_auth_type must be"),
         (text_of(require_auth_type="face"), "require_auth_type must be biom, pin or null"),
+        (text_of(started_by="web"), "started_by must be backend or phone"),
+        (text_of(started_by=None), "started_by must be backend or phone"),
         (text_of(expires_in="120"), "expires_in must be"),
         (text_of(expires_in=0), "expires_in must be"),
         (text_of(expires_in=-1), "expires_in must be"),
@@ -289,6 +291,7 @@ VALUES: dict[str, list[list[Any]]] = {
     "created_at": [["2026-01-31T12:00:00Z", "2026-01-31T12:00:00+05:30"]],
     "context": [[], [""], [[None]], [{}], [{"a": None}], [{"a": {}}], [{"a": {"b": None}}]],
     "require_auth_type": [[], ["biom"], ["pin"]],
+    "started_by": [[], ["phone"]],
 }
 
 

@@ -93,7 +93,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $func
 #variable_conflict use_variable
 DECLARE
     fields jsonb;
-    known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context,require_auth_type}';
+    known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context,require_auth_type,started_by}';
     bounds constant text := 'must have at most 400 characters, and be 0 or of a magnitude from 1e-307 to 1.8e308';
     kept_for constant interval := '400 days';
     moment constant timestamptz := clock_timestamp();
@@ -133,6 +133,8 @@ BEGIN
         RAISE 'operation_payload, external_user_id and created_at must be texts' USING ERRCODE = 'invalid_parameter_value';
     ELSIF fields -> 'require_auth_type' NOT IN ('"biom"', '"pin"', 'null') THEN
         RAISE 'require_auth_type must be biom, pin or null' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF fields -> 'started_by' NOT IN ('"backend"', '"phone"') THEN
+        RAISE 'started_by must be backend or phone' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_path_exists(
         fields -> 'context', 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")'
     ) THEN
@@ -156,12 +158,12 @@ BEGIN
         -- No request is made after it was stored. A clock that is ahead must not prolong a wait.
         created_at := least((fields ->> 'created_at')::timestamptz, moment);
     END IF;
-    -- An absent text and an empty one are the same. A context counts as it is, with the nulls in it.
+    -- An absent text, an empty one and a default are the same. A context counts as it is, with the nulls in it.
     content := encode(sha256(convert_to((
         SELECT jsonb_object_agg(key, value)
         FROM jsonb_each(fields - 'version' - 'created_at'
             || jsonb_build_object('user_id', upper(fields ->> 'user_id'), 'expires_in', seconds))
-        WHERE value <> 'null' AND (value <> '""' OR key = 'context')
+        WHERE value <> 'null' AND (value <> '""' OR key = 'context') AND (key, value) <> ('started_by', '"backend"')
     )::text, 'UTF8')), 'hex');
 
     WITH stored AS (
