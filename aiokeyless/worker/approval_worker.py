@@ -58,7 +58,8 @@ class ApprovalWorker:
         on_created: Called with the `ApprovalRequest` once its operation is created; may be async, and must not block.
             It sends your app's push notification. It runs beside the deliveries, up to `max_in_flight` calls at once,
             each within 10 s of the create. If it raises, that is logged, and the request goes on. It is seldom called
-            twice for an operation, or not at all if the worker dies at that moment. Default: none.
+            twice for an operation, or not at all if the worker dies at that moment, and never if the phone starts the
+            operation. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong.

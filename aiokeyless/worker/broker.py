@@ -178,10 +178,12 @@ class Broker(ApplicationSide):
     Attributes:
         system: Kind of the broker, for listeners, by OpenTelemetry's conventions.
         destination: The place of its requests, by the same conventions.
+        forgets_claims: Whether an operation id can be claimed anew after about a day.
     """
 
     system: str
     destination: str
+    forgets_claims: bool = False
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -272,7 +274,8 @@ class Broker(ApplicationSide):
 
     # An operation does not say which request asked for it. An earlier request of the same content may have, and its
     # approval must not count twice. So a request claims its operation id before it creates the operation, and only if
-    # there was none. An approval counts only for a request that holds its id.
+    # there was none. If the phone starts the operation, the request claims the id before its first poll. An approval
+    # counts only for a request that holds its id.
 
     @abstractmethod
     async def claim(self, message: Message) -> Claim:

@@ -7,6 +7,7 @@ a delay. docs/rules.md lists the differences of the two engines.
 from __future__ import annotations
 
 import math
+from datetime import UTC, timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 OTHER_OPERATION: Final = "the operation id is taken by another operation"
 OTHER_REQUEST: Final = "the operation id belongs to a different request"
 _LONGEST_TEXT: Final = 500  # characters of an answer: a longer event might not fit where the request did
+#: The zone of the service's times is not documented: one behind UTC makes an operation seem up to 12 hours older.
+_MUCH_OLDER: Final = timedelta(hours=15)
 _FIRST_POLL: Final = 2  # the delivery of the first poll: the one before it created the operation
 
 
@@ -144,6 +147,8 @@ def after_poll(
         # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
         verdict = Verdict.TRANSIENT if was_final else Verdict.PENDING
     if verdict is Verdict.PENDING and not was_final:
+        if delivery.is_started_by_phone:  # nothing is to be created, and the application itself told the phone
+            return Redeliver(_scheduled_delay(delivery, now, pacing))
         # Not after the deadline: another worker may have decided by then that the user was not asked.
         may_create = isinstance(answer, NotFoundError) and not is_final(delivery, now)
         created = find_unannounced(delivery) if isinstance(answer, Operation) else None
@@ -173,6 +178,12 @@ def _end(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict,
     # If the answer does not show that the user was asked, the claim may.
     asked = isinstance(answer, Operation)
     return _decide(delivery, now, Outcome.EXPIRED, answered=verdict is Verdict.PENDING, asked=asked)
+
+
+def is_older(operation: Operation, delivery: Delivery) -> bool:
+    """Return whether an operation was there long before its request, or may have been. Its time is read as UTC."""
+    created_at = operation.created_at
+    return created_at is None or delivery.message.stored_at - created_at.replace(tzinfo=UTC) > _MUCH_OLDER
 
 
 def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
@@ -270,7 +281,7 @@ def _cut_to_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
 def _reject(delivery: Delivery, rejection: Rejection, answer: Operation | KeylessError, *, now: datetime) -> Decided:
     if not rejection.is_mismatch:
         reason = FailureReason.INCONSISTENT
-    elif rejection in {Rejection.OTHER_OPERATION, Rejection.OTHER_AUTH_TYPE}:
+    elif rejection in {Rejection.OTHER_OPERATION, Rejection.OTHER_AUTH_TYPE} or delivery.is_started_by_phone:
         reason = FailureReason.MISMATCH
     else:
         reason = FailureReason.CONFLICT
@@ -298,7 +309,7 @@ def _decide(
         payload_sha256=ticket.payload_sha256,
         auth_type=None if auth_type is None else auth_type[:_LONGEST_TEXT],
         answered=answered,
-        asked=asked,
+        asked=asked if asked is None else asked or delivery.is_started_by_phone,
         reason=reason,
         detail=None if detail is None else detail[:_LONGEST_TEXT],
         requested_at=ticket.created_at,

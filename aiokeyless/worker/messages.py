@@ -62,8 +62,8 @@ class FailureReason(StrEnum):
     """An operation of the same content was approved under this id before this request asked. That approval belongs to
     an earlier request. The user was not asked for this one, and did not approve it."""
     MISMATCH = "mismatch"
-    """An answer was about another operation, or had another factor than the request requires; treat it as refused, and
-    investigate."""
+    """An answer was about another operation, or had another factor than the request requires. Or the phone started it
+    with another user, payload or external user id. Treat it as refused, and investigate."""
     INCONSISTENT = "inconsistent"
     """An answer contradicted itself or had an unknown state; treat it as refused, and investigate."""
     REJECTED = "rejected"
@@ -128,6 +128,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         answered: If expired, whether the final poll was answered: the operation was pending, or did not exist. If
             False, the outcome is unknown; check the operation at Keyless before you repeat anything.
         asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve.
+            Always True if the phone starts the operation.
         reason: If failed, why; see `FailureReason`.
         detail: If failed, what happened, in words.
         requested_at: When `expires_in` began to count.
@@ -210,6 +211,11 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     request: ApprovalRequest
     ticket: ApprovalTicket
     refusal: str | None = None
+
+    @property
+    def is_started_by_phone(self) -> bool:
+        """Whether the app starts the operation, so that the worker creates none."""
+        return self.ticket.started_by == "phone"
 
     def __repr__(self) -> str:  # as above
         return f"<Delivery {self.message.number} of operation {self.ticket.operation_id!r}>"

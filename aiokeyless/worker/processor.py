@@ -41,6 +41,7 @@ from .decisions import (
     fail,
     find_unannounced,
     is_final,
+    is_older,
 )
 from .logs import log
 from .messages import FailureReason, Outcome
@@ -114,6 +115,10 @@ class DeliveryProcessor:
         Raises:
             KeylessError: The fault is this worker's, and not the request's.
         """
+        # The app may authenticate before the first poll, so only a claim tells two requests under one id apart.
+        is_first = delivery.is_started_by_phone and delivery.message.is_untried
+        if is_first and (conflict := await self._claim_for_phone(delivery)) is not None:
+            return conflict
         # Poll before creating, too. A request holds an operation id only if there was no operation before. So an
         # approval under an id that it holds answers this request, even if something fails afterwards.
         step = await self._poll_until_answered(delivery)
@@ -199,21 +204,34 @@ class DeliveryProcessor:
             pacing=self._pacing(delivery, answer),
             was_created=was_created,
         )
-        if (
-            isinstance(answer, Operation)
-            and _needs_claim(delivery, step)
-            and not await self._broker.has_claim(delivery.message)
-        ):
-            return after_unclaimed(delivery, answer, now=self._clock())
+        if isinstance(answer, Operation) and _needs_claim(delivery, step):
+            return await self._disown(delivery, answer) or step
         return step
+
+    async def _disown(self, delivery: Delivery, operation: Operation) -> Decided | None:
+        """Decide about an operation that is not this request's. Return None if it is."""
+        if delivery.is_started_by_phone:
+            if not (self._broker.forgets_claims and is_older(operation, delivery)):
+                # Again, since the first claim may have failed. This one is kept for as long as the outcome.
+                return await self._claim_for_phone(delivery)
+        elif await self._broker.has_claim(delivery.message):
+            return None
+        return after_unclaimed(delivery, operation, now=self._clock())
+
+    async def _claim_for_phone(self, delivery: Delivery) -> Decided | None:
+        """Claim the id with which the phone starts the operation. Return the decision if another request has it."""
+        if await self._broker.claim(delivery.message) is Claim.ANOTHERS:
+            return fail(delivery, FailureReason.CONFLICT, OTHER_REQUEST, now=self._clock())
+        return None
 
     async def _was_created(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> bool:
         """Return whether a refusal contradicts that this request may have created the operation.
 
-        A 404 before the deadline does not: the operation may not exist yet, and the worker creates it.
+        A 404 before the deadline does not: the operation may not exist yet, and the worker creates it. Nor does one of
+        an operation that the phone has not started.
         """
         contradicts = isinstance(answer, PermissionDeniedError) or (
-            isinstance(answer, NotFoundError) and is_final(delivery, polled_at)
+            isinstance(answer, NotFoundError) and is_final(delivery, polled_at) and not delivery.is_started_by_phone
         )
         return contradicts and await self._broker.has_claim(delivery.message)
 

@@ -43,6 +43,7 @@ from aiokeyless.worker.decisions import (
     fail,
     fail_unreadable,
     is_final,
+    is_older,
     observation,
 )
 from aiokeyless.worker.messages import VERSION, ApprovalRequest, Delivery, FailureReason, Outcome
@@ -309,6 +310,53 @@ def test_no_event_holds_the_payload_or_the_key_of_the_answer() -> None:
     encoded = msgspec.json.encode(decided(answered(5, **APPROVED)).event)
     assert b"Pay 40" not in encoded
     assert b"sdk-key" not in encoded
+
+
+# -- an operation that the phone starts
+
+
+PHONE = msgspec.structs.replace(DELIVERY, ticket=msgspec.structs.replace(DELIVERY.ticket, started_by="phone"))
+
+
+def test_an_operation_that_the_phone_has_not_started_is_polled_again_when_the_schedule_says() -> None:
+    assert polled(MISSING, 10, schedule=EVERY_THREE, delivery=PHONE) == Redeliver(3)
+
+
+def test_what_the_phone_started_is_no_news_to_the_application() -> None:
+    delivery = msgspec.structs.replace(PHONE, message=a_message(number=2, failures=1))
+    decision = polled(operation(), 10, delivery=delivery)
+    assert isinstance(decision, Redeliver)
+    assert decision.created is None
+
+
+@pytest.mark.parametrize(("answer", "is_answered"), [(MISSING, True), (UNREACHABLE, False)], ids=str)
+def test_the_application_asked_the_user_itself(answer: KeylessError, *, is_answered: bool) -> None:
+    expired = polled(answer, LATE, delivery=PHONE), after_outage(PHONE, now=at(LATE))
+    assert [decided(each).event.asked for each in expired] == [True, True]
+    assert decided(expired[0]).event.answered is is_answered
+
+
+@foreign
+def test_what_the_app_sent_in_place_of_what_it_was_given_is_a_mismatch(other: dict[str, Any]) -> None:
+    event, *_ = decided(polled(operation(**APPROVED, **other), 10, delivery=PHONE))
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.MISMATCH)
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "expected"),
+    [
+        ("2026-11-23T21:00:00", False),
+        ("2026-11-23T20:59:59.999999", True),
+        ("2026-11-25T02:00:00", False),  # a zone before UTC
+        ("0001-01-01T00:00:00", True),
+        ("", True),
+        ("2026-11-24T12:00:00Z", True),
+    ],
+)
+def test_an_operation_is_older_than_its_request_if_no_zone_and_no_clock_explain_it(
+    timestamp: str, *, expected: bool
+) -> None:
+    assert is_older(operation(timestamp=timestamp), DELIVERY) is expected
 
 
 # -- an operation that is not this request's

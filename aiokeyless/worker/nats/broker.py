@@ -69,6 +69,8 @@ class NatsBroker(Broker):
         ConfigurationError: The broker sets one of the options itself.
     """
 
+    forgets_claims = True
+
     def __init__(
         self,
         broker: str | Client,

@@ -138,8 +138,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/processor.py",
-        "and not await self._broker.has_claim(delivery.message)\n        ):",
-        "and False\n        ):",
+        "elif await self._broker.has_claim(delivery.message):",
+        "else:",
         "an approval from before the request counts",
     ),
     Mutant(
@@ -166,6 +166,12 @@ MUTANTS: Final = (
         "_LATE_REPEATS: Final = 2",
         "_LATE_REPEATS: Final = 0",
         "a final poll after the grace is sent once",
+    ),
+    Mutant(
+        "worker/processor.py",
+        "                return await self._claim_for_phone(delivery)\n        elif",
+        "                return None\n        elif",
+        "one tap pays for two requests under one id",
     ),
     # -- announcements
     Mutant(

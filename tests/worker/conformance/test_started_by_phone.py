@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tenacity import wait_fixed
+from waiting import until
+
+from aiokeyless.errors import InvalidRequestError
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
+
+from ..reading import read  # noqa: TID252
+
+if TYPE_CHECKING:
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker import Broker
+
+    from .brokers import Storage
+
+CONTENT: dict[str, Any] = {"operation_payload": "Pay 40", "external_user_id": "ann"}
+
+
+def worker_at(broker: Broker, client: KeylessClient) -> ApprovalWorker:
+    return ApprovalWorker(client, broker, schedule=wait_fixed(0.2))
+
+
+async def submit(broker: Broker, **changed: Any) -> None:
+    await submit_approval(broker, "C0FFEE", **{"operation_id": "txn-1", "started_by": "phone", **CONTENT, **changed})
+
+
+def authenticate(sandbox: Sandbox) -> None:
+    sandbox.approve("txn-1", user_id="C0FFEE", **CONTENT)
+
+
+def ends(events: list[ApprovalEvent]) -> list[tuple[Outcome, str | None]]:
+    return sorted((event.outcome, event.reason) for event in events)
+
+
+@pytest.mark.parametrize("is_early", [False, True], ids=["polled before", "before its first delivery"])
+async def test_what_the_phone_starts_is_waited_for_and_not_created(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, *, is_early: bool
+) -> None:
+    async with storage.broker() as broker:
+        if is_early:
+            authenticate(sandbox)
+        async with worker_at(broker, client) as worker:
+            await submit(broker)
+            if not is_early:
+                await until(lambda: worker.statistics.polls >= 3)
+                authenticate(sandbox)
+            [event] = await read(broker)
+    assert (event.outcome, event.deliveries == 1) == (Outcome.APPROVED, is_early)
+    assert {record.method for record in sandbox.requests} == {"GET"}
+
+
+async def test_one_tap_pays_for_one_of_two_orders_under_one_id(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with storage.broker() as broker, worker_at(broker, client) as worker:
+        await submit(broker, context={"order": 1})
+        await until(lambda: worker.statistics.polls >= 1)
+        if storage.refuses_conflicts:
+            with pytest.raises(InvalidRequestError):
+                await submit(broker, context={"order": 2})
+            authenticate(sandbox)
+            events = await read(broker)
+        else:
+            await submit(broker, context={"order": 2})
+            authenticate(sandbox)
+            events = await read(broker, 2)
+    others = [] if storage.refuses_conflicts else [(Outcome.FAILED, FailureReason.CONFLICT)]
+    assert ends(events) == [(Outcome.APPROVED, None), *others]
+
+
+async def test_a_worker_that_takes_a_request_over_counts_its_approval(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with storage.broker() as broker:
+        async with worker_at(broker, client) as first:
+            await submit(broker)
+            await until(lambda: first.statistics.polls >= 2)
+        authenticate(sandbox)
+        async with worker_at(broker, client):
+            [event] = await read(broker)
+    assert event.outcome is Outcome.APPROVED
+
+
+@pytest.mark.parametrize("timestamp", ["2020-01-02T03:04:05.68", "yesterday"])
+async def test_an_operation_that_is_older_than_the_claims_that_a_broker_keeps_is_an_earlier_requests(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, timestamp: str
+) -> None:
+    authenticate(sandbox)
+    sandbox.tamper("txn-1", timestamp=timestamp)
+    async with storage.broker() as broker, worker_at(broker, client):
+        await submit(broker)
+        [event] = await read(broker)
+        forgets = broker.forgets_claims
+    assert event.reason == (FailureReason.ALREADY_APPROVED if forgets else None)
+    assert event.outcome is (Outcome.FAILED if forgets else Outcome.APPROVED)
