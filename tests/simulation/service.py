@@ -100,11 +100,14 @@ class Service:
             operation.approved_at = operation.created_at + person.approves_after
         self.operations[operation.operation_id] = operation
 
-    def store_by_phone(self, operation_id: str, user_id: str, payload: str, now: float) -> None:
+    def store_by_phone(
+        self, operation_id: str, user_id: str, payload: str, now: float, external_user_id: str | None = None
+    ) -> None:
         """Store an operation that the phone starts: it exists from its approval on."""
         approved_at = now + self._people[payload].approves_after
         if approved_at < math.inf:
-            self.operations[operation_id] = Stored(operation_id, user_id, payload, None, approved_at, approved_at)
+            operation = Stored(operation_id, user_id, payload, external_user_id, approved_at, approved_at)
+            self.operations[operation_id] = operation
 
     def receive(
         self,

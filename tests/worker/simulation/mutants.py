@@ -129,6 +129,18 @@ MUTANTS: Final = (
         "answered=True, asked=asked)",
         "no answer counts as one",
     ),
+    Mutant(
+        "worker/decisions.py",
+        "        if delivery.is_started_by_phone:  # nothing",
+        "        if False:  # nothing",
+        "the worker creates what the phone is to start",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "asked or delivery.is_started_by_phone",
+        "asked",
+        "the user whom the application asked was not asked",
+    ),
     # -- exchanges
     Mutant(
         "worker/processor.py",
@@ -166,12 +178,6 @@ MUTANTS: Final = (
         "_LATE_REPEATS: Final = 2",
         "_LATE_REPEATS: Final = 0",
         "a final poll after the grace is sent once",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "                return await self._claim_for_phone(delivery)\n        elif",
-        "                return None\n        elif",
-        "one tap pays for two requests under one id",
     ),
     # -- announcements
     Mutant(

@@ -156,9 +156,34 @@ def no_wrong_approval(seen: Evidence) -> Iterator[Broken]:
     """An approval is the user's, of this content, in answer to this request."""
     for ask, each in seen.decided:
         stored = seen.history.operations.get(ask.operation_id)
-        is_right = stored and seen.was_created(ask) and stored.payload == ask.payload and stored.approved_at <= each.at
+        is_asked = ask.phone or seen.was_created(ask)
+        is_right = stored and is_asked and stored.payload == ask.payload and stored.approved_at <= each.at
         if each.event.outcome == "approved" and not is_right:
             yield ask, each.at, f"approved, and the service has {stored}"
+
+
+def one_tap_pays_once(seen: Evidence) -> Iterator[Broken]:
+    """Of the requests under one id, one is approved at most."""
+    approved: set[str] = set()
+    for ask, each in seen.decided:
+        if each.event.outcome == "approved":
+            if ask.operation_id in approved:
+                yield ask, each.at, "approved once more"
+            approved.add(ask.operation_id)
+
+
+def left_to_the_phone(seen: Evidence) -> Iterator[Broken]:
+    """A worker neither creates what the phone starts, nor tells the phone; and the user was asked."""
+    phones = [ask for ask in seen.story.asks if ask.phone]
+    for ask in phones:
+        for post in seen.sent(ask, "POST"):
+            yield ask, post.sent_at, "a POST"
+        for told in seen.history.told:
+            if told.operation_id == ask.operation_id:
+                yield ask, told.at, "told"
+    for ask, each in seen.decided:
+        if ask.phone and each.event.outcome == "expired" and not each.event.asked:
+            yield ask, each.at, "not asked"
 
 
 def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
@@ -195,7 +220,8 @@ def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
         was_not = event.asked is False or event.reason in {"rejected", "conflict", "already_approved"}
         if was_not and seen.was_created(ask) and not seen.is_lied_about(ask):
             yield ask, each.at, f"{event.outcome} {event.reason}, and the user was asked"
-        if event.asked and not seen.sent(ask, "POST") and not ask.earlier and seen.story.is_steady:
+        is_asked = seen.sent(ask, "POST") or ask.earlier or ask.phone
+        if event.asked and not is_asked and seen.story.is_steady:
             yield ask, each.at, "asked, and no POST was sent"
 
 
@@ -250,7 +276,8 @@ def asked_soon(seen: Evidence) -> Iterator[Broken]:
     """Bad requests hold no good one up."""
     for ask, _ in seen.decided:
         stored_at = seen.history.stored[ask.operation_id][0]
-        first = min((post.sent_at for post in seen.sent(ask, "POST")), default=math.inf)
+        asked = seen.sent(ask, "GET" if ask.phone else "POST")
+        first = min((exchange.sent_at for exchange in asked), default=math.inf)
         within = ASKED_BY_PROBES if seen.is_down else ASKED + ASKED * seen.story.has("rotation")
         if seen.is_well(ask) and not ask.earlier and first > stored_at + within:
             yield ask, stored_at, f"stored at {stored_at:.3f}, asked at {first:.3f}"
@@ -288,12 +315,15 @@ def true_reason(seen: Evidence) -> Iterator[Broken]:
         refused = {e.method for e in sent if e.status in {400, 401, 403}}
         may_exist = any(e.method == "POST" and _is_in_doubt(e) for e in sent)
         is_lied_about = seen.is_lied_about(ask)
+        stored = seen.history.operations.get(ask.operation_id)
+        is_anothers = bool(ask.phone) and stored is not None and stored.payload != ask.payload
         allowed = {
             "conflict": ask.earlier or is_lied_about,
             "already_approved": ask.earlier == "the same",
             "rejected": "POST" in refused and not may_exist,
             "poll_refused": refused,
-        } | dict.fromkeys(("mismatch", "inconsistent", "unreadable"), is_lied_about)
+            "mismatch": is_lied_about or is_anothers,
+        } | dict.fromkeys(("inconsistent", "unreadable"), is_lied_about)
         if each.event.outcome == "failed" and not allowed.get(str(each.event.reason)):
             yield ask, each.at, f"{each.event.reason}: {each.event.detail}"
 
@@ -354,6 +384,7 @@ def paced(seen: Evidence) -> Iterator[Broken]:
         for first, second in pairwise(seen.deliveries(ask)):
             ended_at, again = first[-1].ended_at, second[0].sent_at
             is_scheduled = _says(first[-1], b'"pending"') or _says(first[-1], b"success")
+            is_scheduled = is_scheduled or (bool(ask.phone) and first[-1].status == 404)
             is_excused = seen.is_delivered_twice(ask, first[0].sent_at, again) or seen.is_lied_about(ask)
             if is_scheduled and not is_excused and again < ended_at + every - EPS and seen.wall(again) < deadline - EPS:
                 yield ask, again, f"{again - ended_at:.3f} s after an answer"
@@ -383,6 +414,8 @@ PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
         one_outcome,
         own_content,
         no_wrong_approval,
+        one_tap_pays_once,
+        left_to_the_phone,
         no_approval_lost,
         truth_about_asking,
         asked_once,

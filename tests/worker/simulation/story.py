@@ -62,6 +62,8 @@ class Ask:
     """How the processes fare that submit it, one after the other."""
     earlier: str = ""
     """What was approved under its id before: nothing, "the same", or "another" content."""
+    phone: str = ""
+    """When the phone gets the id of the operation, which it starts: "before" the request is stored, or "after" that."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ async def _submit(world: World, ask: Ask) -> None:
                 external_user_id=ask.external_user_id,
                 expires_in=ask.expires_in,
                 context=ask.number,
+                started_by="phone" if ask.phone else "backend",
             )
             results.append("duplicate" if submission.duplicate else "stored")
         except InvalidRequestError:
@@ -205,13 +208,22 @@ async def _submit(world: World, ask: Ask) -> None:
         except BrokerError:
             results.append("unknown")
 
+    def hand_out() -> None:
+        if ask.operation_id not in world.service.operations:  # the user taps once
+            now, content = world.loop.time(), (USER, ask.payload)
+            world.service.store_by_phone(ask.operation_id, *content, now, ask.external_user_id)
+
     await asyncio.sleep(ask.at)
+    if ask.phone == "before":
+        hand_out()
     for number, life in enumerate(chain(ask.lives, repeat(Life(after=1.0))), 1):
         results: list[str] = []
         await asyncio.sleep(life.after)
         await Process(world, f"application {ask.number}", life).run(submit)
         [result] = results or ["unknown"]
         world.history.submitted.append((ask.number, result))
+        if ask.phone and result in {"stored", "duplicate"}:
+            hand_out()
         if number >= len(ask.lives) and result != "unknown":
             return
 
@@ -346,7 +358,7 @@ def make_up(seed: int) -> Story:
     )
     telling = random.Random(f"{seed} telling").choice(("", "", "raises", "slow", "hangs", "dies"))  # noqa: S311
     story = replace(_with_cancellations(_with_created_ones(_with_a_bad_moment(story))), telling=telling)
-    return _with_a_mishap(story, random.Random(f"{seed} mishap"))  # noqa: S311
+    return _with_phones(_with_a_mishap(story, random.Random(f"{seed} mishap")))  # noqa: S311
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -413,6 +425,24 @@ def _with_a_bad_moment(story: Story) -> Story:
         refusal = Gateway(0.0, 30.0, Failure("status", 400), share=0.5, methods="POST")
         return replace(story, faults=(doubt, refusal, *story.faults))
     return story
+
+
+def _with_phones(story: Story) -> Story:
+    """Let the phone start the operations of some stories, several perhaps under one id. Likewise."""
+    rng = random.Random(f"{story.seed} phones")  # noqa: S311
+    if rng.random() < 0.7 or len(story.asks) > 6:
+        return story
+    others = {ask.operation_id for ask in story.asks if ask.earlier or rng.random() < 0.3}
+    ids = [ask.operation_id for ask in story.asks if ask.operation_id not in others]
+    if rng.random() < 0.5:
+        ids = ids[:1] * len(ids)
+
+    def by_phone(ask: Ask) -> Ask:
+        if ask.operation_id in others:
+            return ask
+        return replace(ask, operation_id=ids.pop(), phone=rng.choice(("before", "after")))
+
+    return replace(story, asks=tuple(map(by_phone, story.asks)))
 
 
 def _with_a_mishap(story: Story, rng: random.Random) -> Story:

@@ -81,6 +81,9 @@ def test_stories_try_everything() -> None:
     assert {mishap.kind for story in stories for mishap in story.mishaps} == set(MISHAPS)
     assert {story.telling for story in stories} == {"", "raises", "slow", "hangs", "dies"}
     assert {ask.earlier for ask in asks} == {"", "the same", "another"}
+    assert {ask.phone for ask in asks} == {"", "before", "after"}
+    phones = [[ask.operation_id for ask in story.asks if ask.phone] for story in stories]
+    assert any(len({*ids}) < len(ids) for ids in phones)
     assert any(len(ask.lives) > 1 for ask in asks)
     assert all(any(getattr(life, end) != getattr(Life(), end) for life in lives) for end in Life.__dataclass_fields__)
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
