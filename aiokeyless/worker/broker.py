@@ -183,7 +183,7 @@ class Broker(ApplicationSide):
 
     system: str
     destination: str
-    forgets_claims: bool = False
+    forgets_claims: bool
 
     async def __aenter__(self) -> Self:
         await self.open()

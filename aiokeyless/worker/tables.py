@@ -76,6 +76,7 @@ class TableBroker(Broker):
 
     def __init__(self) -> None:
         self.largest_request: int = LARGEST_REQUEST
+        self.forgets_claims = False
         self._lease = 0.0
         self._housekeeping: asyncio.Task[None] | None = None
         self._not_cleaned = RateLimitedLog(logging.WARNING, "broker.not_cleaned")

@@ -69,8 +69,6 @@ class NatsBroker(Broker):
         ConfigurationError: The broker sets one of the options itself.
     """
 
-    forgets_claims = True
-
     def __init__(
         self,
         broker: str | Client,
@@ -81,6 +79,7 @@ class NatsBroker(Broker):
         connect_options: Mapping[str, object] | None = None,
     ) -> None:
         self.system = "nats"
+        self.forgets_claims = True
         self._fleet = fleet
         self._url = Secret(broker) if isinstance(broker, str) else None
         self._connection: Client | None = None if isinstance(broker, str) else broker
