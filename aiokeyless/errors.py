@@ -237,7 +237,7 @@ class NotFoundError(StatusError):
     """404: no such operation or user.
 
     What to do: check the id. An operation that the phone will create does not exist until the user has approved it.
-    Wait for it with ``if_missing="wait"``.
+    Wait for it with ``started_by="phone"``, or ``if_missing="wait"``.
     """
 
     advice = 'no such operation; check the id (for one that the phone creates: wait with if_missing="wait")'

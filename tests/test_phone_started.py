@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -215,3 +217,59 @@ async def test_a_wrong_argument_is_named_before_anything_is_sent(
         await request(client, **arguments)
     assert [wrong.value.argument] == list(arguments)
     assert not sandbox.requests
+
+
+# -- the program of docs/howto/resuming.md
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "resuming.md").read_text()
+PROGRAM = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[-1]
+
+
+@pytest.fixture
+def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[None]]:
+    """The page's program, with an app that authenticates with what it makes up in place of what it is given."""
+    monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+    monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+
+    async def run(**made_up: Any) -> None:
+        def hand_out(ticket: ApprovalTicket) -> None:
+            content = {"user_id": USER, "operation_payload": "Pay 40 to Alice", **made_up}
+            asyncio.get_running_loop().call_later(8, lambda: sandbox.approve(ticket.operation_id, **content))
+
+        names: dict[str, Any] = {"__name__": "program"}
+        exec(PROGRAM.rpartition("asyncio.run(")[0], names)  # noqa: S102  # our own page
+        names["hand_out"] = hand_out
+        await names["main"]()
+
+    return run
+
+
+async def test_the_face_of_the_user_on_this_payload_pays(
+    run: Callable[..., Awaitable[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    await run()
+    assert capsys.readouterr().out == "approved: pay\n"
+
+
+@pytest.mark.parametrize(
+    "made_up",
+    [
+        {"auth_type": "pin"},
+        {"user_id": "BAD"},
+        {"user_id": "BAD", "external_user_id": "alice"},
+        {"operation_payload": "Pay 1 to Alice"},
+        {"operation_payload": None},
+    ],
+    ids=str,
+)
+async def test_what_an_app_makes_up_pays_nothing(
+    sandbox: Sandbox,
+    run: Callable[..., Awaitable[None]],
+    capsys: pytest.CaptureFixture[str],
+    made_up: dict[str, str | None],
+) -> None:
+    sandbox.enroll("BAD")  # an enrolment can carry the operation, too
+    with pytest.raises(OperationMismatchError):
+        await run(**made_up)
+    assert not capsys.readouterr().out
