@@ -128,6 +128,15 @@ async def test_an_id_under_which_the_same_is_pending_is_handed_out(sandbox: Sand
     assert handed[0].reconciled
 
 
+async def test_two_calls_at_once_under_one_id_both_return_its_one_approval(
+    client: KeylessClient, authenticate: Callable[[ApprovalTicket], None]
+) -> None:
+    """A limit, and why an application pays by its own record: no create refuses the second one."""
+    ticket = ApprovalTicket.for_operation(OPERATION, user_id=USER)
+    asyncio.get_running_loop().call_later(5, authenticate, ticket)
+    assert [operation.is_approved for operation in await asyncio.gather(request(client), request(client))] == [True] * 2
+
+
 async def test_an_answer_about_another_operation_is_no_reason_to_hand_an_id_out(
     sandbox: Sandbox, client: KeylessClient
 ) -> None:
