@@ -249,6 +249,12 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-q", "-n", "-W", "--keep-going", "-b", "html", "-E", "docs", str(folder))
 
 
+@nox.session(venv_backend="none")
+def pages(session: nox.Session) -> None:
+    """Write the programs, tables and signatures that pages show; ``-- --check`` only names the pages to write."""
+    session.run("python", "docs/pages.py", *session.posargs)
+
+
 @nox.session(tags=CI)
 def simulate(session: nox.Session) -> None:
     """Try to lose an approval, in stories made up from seeds: ``nox -s simulate -- --seconds 600 --seed N``.

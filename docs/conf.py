@@ -32,8 +32,9 @@ html_favicon = "style/favicon.svg"
 templates_path = ["templates"]
 maximum_signature_line_length = 100  # longer ones have a line for each argument
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["alert"]
 myst_heading_anchors = 3
+myst_heading_slug_func = "github"  # the pages are read there too
 default_role = "py:obj"  # `Name` in a docstring links to the name
 
 autodoc_member_order = "bysource"
@@ -93,10 +94,6 @@ CORRECTIONS = {
 }
 
 
-#: A part of the table of contents on the first page: its caption, and its pages.
-CONTENTS = re.compile(r"^:caption: (.*)\n:maxdepth: 1\n\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
 def accessible(html: str) -> str:
     """Return a page as axe-core wants it."""
     for pattern, right in CORRECTIONS.items():
@@ -109,19 +106,33 @@ def add_to_context(_app: Sphinx, _page: str, _template: str, context: dict[str, 
     context["accessible"] = accessible
 
 
+#: Directives, which GitHub would show as they are written, and which stand in comments for that reason.
+FOR_THE_SITE = re.compile(r"^<!-- site\n(.*?)^-->", re.DOTALL | re.MULTILINE)
+#: A list of pages in the first page: its heading, and the links.
+PAGES = re.compile(r"^## (.*)\n\n((?:- \[.*\]\(.*\.md\)\n)+)", re.MULTILINE)
+
+
+def show_directives(_app: Sphinx, page: str, source: list[str]) -> None:
+    """Read the directives in comments, and the lists of pages in the first page as the table of contents."""
+    text = FOR_THE_SITE.sub(r"\1", source[0])
+    if page == "index":
+        text, heading, lists = text.partition("\n## ")
+        contents = PAGES.sub(r"```{toctree}\n:caption: \1\n:maxdepth: 1\n\n\2```\n", heading + lists)
+        contents = re.sub(r"^- \[.*\]\((.*)\.md\)$", r"\1", contents, flags=re.MULTILINE)
+        text += f"\n````{{container}} contents-columns\n{contents}````\n"
+    source[0] = text
+
+
 def write_llms_txt(app: Sphinx, failure: Exception | None) -> None:
-    """Write llms.txt: its head, and the pages as the first page lists them."""
-    if failure is not None or app.builder.format != "html":
-        return
-    text = (app.srcdir / "llms.txt").read_text()
-    for caption, pages in CONTENTS.findall((app.srcdir / "index.md").read_text()):
-        links = [f"- [{app.env.titles[page].astext()}]({page}.html)" for page in pages.split()]
-        text += "\n".join(["", f"## {caption}", "", *links, ""])
-    (app.outdir / "llms.txt").write_text(text)
+    """Write llms.txt, with links to the pages of the site."""
+    if failure is None and app.builder.format == "html":
+        text = (app.srcdir / "llms.txt").read_text()
+        (app.outdir / "llms.txt").write_text(re.sub(r"(?<=]\()(.*)\.md\)$", r"\1.html)", text, flags=re.MULTILINE))
 
 
 def setup(app: Sphinx) -> None:
     """Connect what is above."""
+    app.connect("source-read", show_directives)
     app.connect("build-finished", write_llms_txt)
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-process-docstring", describe_alias)

@@ -73,9 +73,27 @@ def test_what_is_for_one_broker_alone_is_found(tmp_path: Path) -> None:
     }
 
 
+def anchors(text: str) -> list[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^(```+).*?^\1|^<!-- site\n.*?^-->", "", text, flags=re.DOTALL | re.MULTILINE)
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        shown = re.sub(r"\]\([^)]*\)", "", heading)  # a link's text
+        found.append(re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-"))
+    repeated = [found[:k].count(anchor) for k, anchor in enumerate(found)]
+    return [f"{anchor}-{number}" if number else anchor for anchor, number in zip(found, repeated, strict=True)]
+
+
+def test_anchors_are_githubs() -> None:
+    text = "# The phone's half\n\n```sh\n# a comment\n```\n\n## `a_b`, [c](d.md#e)\n\n## Each\n\n## Each\n"
+    assert anchors(text) == ["the-phones-half", "a_b-c", "each", "each-1"]
+
+
 def test_each_link_of_the_pages_leads_somewhere() -> None:
     folders = ("docs", "examples", "benchmarks")
     pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
     for page in pages:
-        for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.relative_to(ROOT)}: {target}"
+            assert not anchor or anchor in anchors(file.read_text()), f"{page.relative_to(ROOT)}: {target}#{anchor}"

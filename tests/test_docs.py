@@ -64,7 +64,10 @@ if TYPE_CHECKING:
     from benchmarks.approval_times import ApprovalTimes
 
 DOCS = Path(__file__).parents[1] / "docs"
-FENCE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+#: A program that stands in a page only: docs/pages.py writes the others below a comment that names their file.
+FENCE = re.compile(
+    r"(?<! -->\n)^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE
+)
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 
@@ -91,17 +94,14 @@ LOOP, *FAILURES = blocks("why-not-a-loop.md")
 #: tests/examples/test_tutorial.py follows the tutorial.
 OTHERS = [block for page in PAGES if page not in {LOOP.page, "tutorial.md"} for block in blocks(page)]
 TESTS = [block for block in OTHERS if "def test_" in block.code]
-#: The programs of the examples have tests of their own.
-EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
 #: Programs beside a worker, which need a broker.
 APPLICATIONS = [
     block
     for block in OTHERS
     if "next_outcome" in block.code and block.page in {"howto/running-workers.md", "howto/sync.md"}
 ]
-EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
 PROGRAMS = [
-    *(block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS),
+    *(block for block in OTHERS if block not in TESTS + APPLICATIONS),
     Block("howto/paid-once.md", (DOCS.parent / "examples" / "paid_once.py").read_text(), "paid, once\n"),
 ]
 #: Programs that do more with an approval than to show how one waits for it.
@@ -528,9 +528,14 @@ def test_no_text_installs_the_package_from_an_index_on_which_it_is_not() -> None
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    index = (DOCS / "index.md").read_text()
-    missing = [page for page in PAGES if page != "index.md" and not re.search(rf"^{page[:-3]}$", index, re.MULTILINE)]
-    assert not missing
+    listed = re.findall(r"^- \[.*\]\((.*)\)$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == [page for page in PAGES if page != "index.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_github_shows_no_page_with_the_source_of_a_directive(page: str) -> None:
+    shown = re.sub(r"^<!-- site\n.*?^-->", "", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^ *(?:(?:```|:::)\{|\(.*\)=$|: ).*$", shown, re.MULTILINE) == []
 
 
 def test_every_public_name_is_in_the_reference() -> None:

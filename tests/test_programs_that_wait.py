@@ -270,14 +270,13 @@ class Source(NamedTuple):
 
 
 def sources() -> Iterator[Source]:
-    """All programs but tests; those that a page shows of the examples are in the examples."""
+    """All programs but tests. What a page shows of an example, below a comment, is in the examples."""
     programs = [path for path in sorted((ROOT / "examples").rglob("*.py")) if not path.name.startswith("test_")]
-    examples = [Source(path.relative_to(ROOT).as_posix(), path.read_text()) for path in programs]
-    yield from examples
-    fence = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+    for path in programs:
+        yield Source(path.relative_to(ROOT).as_posix(), path.read_text())
+    fence = re.compile(r"(?<! -->\n)^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        blocks = (textwrap.dedent(block) for _, block in fence.findall(page.read_text()))
-        own = [code for code in blocks if not any(code in example.code for example in examples)]
+        own = (textwrap.dedent(block) for _, block in fence.findall(page.read_text()))
         for number, code in enumerate(own, start=1):
             if "def test_" not in code:
                 yield Source(f"{page.relative_to(ROOT).as_posix()}#{number}", code)

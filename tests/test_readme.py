@@ -39,11 +39,6 @@ def test_the_two_commands_stand_there_as_agreed() -> None:
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest\n' in README
 
 
-def test_the_first_program_is_the_quickstart() -> None:
-    quickstart = (ROOT / "examples" / "quickstart.py").read_text()
-    assert quickstart.endswith(BLOCKS[0])
-
-
 def test_it_takes_two_minutes() -> None:
     assert len(README.split()) <= 700
 

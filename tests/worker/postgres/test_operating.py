@@ -22,8 +22,7 @@ from worker.conformance.brokers import LEASE, decide, operation_of, submit, take
 
 HOWTO = Path(__file__).parents[3] / "docs" / "howto"
 PAGE = HOWTO / "operating-postgres.md"
-GRANTS = (HOWTO.parents[1] / "examples" / "postgres_shop" / "grants.sql").read_text()
-APART, ROLES, TEAM, FIGURES, REMOVED_READER, REMOVED = re.findall(
+APART, ROLES, TEAM, GRANTS, FIGURES, REMOVED_READER, REMOVED = re.findall(
     r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
 )
 
