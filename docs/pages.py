@@ -158,6 +158,8 @@ def _definition(path: Path, body: list[ast.stmt], name: str) -> Definition:
 
 # -- signatures
 
+#: The folder that has the package.
+SOURCES: Final = ROOT
 WIDTH: Final = 100
 #: Their methods are for workers.
 WITHOUT_METHODS: Final = {"Broker", "NatsBroker", "PostgresBroker", "PostgresConnection", "SqliteBroker"}
@@ -171,12 +173,13 @@ def signatures(module: str) -> str:
 
 @functools.cache
 def public(module: str) -> list[Definition]:
-    """Return the public names of a module: those of ``__all__``, or else the fixtures."""
+    """Return the public names of a module, exceptions last: those of ``__all__``, or else the fixtures."""
     path = _path(module)
     defined = definitions(path, parse(read(path)).body)
     match defined.get("__all__"):
         case Definition(statement=ast.Assign(value=value)):
-            names = sorted({*ast.literal_eval(value)} - {"__version__"})
+            exported = {*ast.literal_eval(value)} - {"__version__"}
+            names = sorted(exported, key=lambda name: (name.endswith("Error"), name))
         case _:
             fixtures = {name for name, each in defined.items() if "@pytest.fixture" in ast.unparse(each.statement)}
             names = [name for name in defined if name in fixtures and not name.startswith("_")]
@@ -190,13 +193,13 @@ def find(path: Path, name: str) -> Definition | None:
         return found
     level, module = found.statement.level, found.statement.module or ""
     if level:
-        module = ".".join([*path.parents[level - 1].relative_to(ROOT).parts, module]).rstrip(".")
+        module = ".".join([*path.parents[level - 1].relative_to(SOURCES).parts, module]).rstrip(".")
     [original] = (alias.name for alias in found.statement.names if name == (alias.asname or alias.name))
     return find(_path(module), original) if module.startswith("aiokeyless") else None
 
 
 def _path(module: str) -> Path:
-    path = ROOT.joinpath(*module.split("."))
+    path = SOURCES.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
