@@ -31,8 +31,8 @@ class KeylessError(Exception):
         """Whether the same call may well succeed a little later, so that an HTTP handler of yours answers 503.
 
         True for a `TransportError`, for 408, 425, 429 and 5xx, and for a `NotJsonError`: rule 4 of ``docs/rules.md``.
-        True also for a `SignatureError` whose reason is that the keys are unavailable, and for a 401 if the key was
-        replaced meanwhile.
+        True also for a `SignatureError` whose reason is that the keys are unavailable, for a 401 if the key was
+        replaced meanwhile, and for a function ``api_key`` that fails after it returned keys.
         Repeat a create under the same operation id. An `ApprovalError` is not transient: its wait has ended.
         """
         return False
@@ -49,13 +49,21 @@ class ConfigurationError(KeylessError, ValueError):
     Attributes:
         argument: Name of the wrong argument, as in the message, such as ``"user_id"``; None where the error is not
             about one argument.
+        key_was_good: Whether ``api_key`` is a function that returned a key before. Try again then.
     """
+
+    key_was_good: bool = False
 
     __module__ = PUBLIC_MODULE
 
     def __init__(self, message: str, *, argument: str | None = None) -> None:
         super().__init__(message)
         self.argument = argument
+
+    @property
+    def is_transient(self) -> bool:
+        """True if a function that returned keys before returned none; see `KeylessError.is_transient`."""
+        return self.key_was_good
 
 
 class InvalidIdentifierError(ConfigurationError):

@@ -32,7 +32,7 @@ def decode_content(body: bytes, encoding: str, limit: int) -> bytes:
     # A status without a body may have the header.
     if not body or name in {"", "identity"}:
         return body
-    if name != "gzip":
+    if name not in {"gzip", "x-gzip"}:  # the same, by RFC 9110
         raise UnusableContentError(f"the answer has the content encoding {encoding}, but none was accepted")
     inflation = zlib.decompressobj(_GZIP)
     try:

@@ -56,7 +56,11 @@ class ApiKeys:
             ConfigurationError: The function raised, or did not return a key.
         """
         if self._ask is not None:
-            return self._update(_read(self._ask))
+            try:
+                return self._update(_read(self._ask))
+            except ConfigurationError as error:
+                error.key_was_good = self._current is not None
+                raise
         assert self._current is not None  # noqa: S101  # it is either a key or a function
         return self._current
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiokeyless.models import Secret
 
 #: Characters of a redacted text, at most.
@@ -17,6 +20,8 @@ MAX_DETAIL: Final = 200
 _SHORTEST_KEY: Final = 8
 #: Characters of the longest spelling of one character: &#x00002F;
 _LONGEST_SPELLING: Final = 10
+#: A run of characters that are never encoded.
+_PLAIN: Final = re.compile(r"[^\W_]+")
 _ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apos", "'"))
 
 
@@ -27,19 +32,14 @@ class Redaction:
         api_keys: The keys, at least one.
     """
 
-    # No attribute is a key itself, since error reporters print attributes by their repr.
-    __slots__ = ("_echo", "_echo_in_bytes", "_reach", "_repeated")
+    # No attribute shows a key: error reporters print attributes by their repr, and that of a pattern shows the pattern.
+    __slots__ = ("_is_hinted_at", "_patterns")
 
     def __init__(self, *api_keys: Secret) -> None:
-        # With runs of blanks folded as in `redact`. Longer keys first: another one may begin like them.
-        keys = sorted({" ".join(key.reveal().split()) for key in api_keys}, key=len, reverse=True)
-        self._echo = _compile_patterns(keys)
-        # Those for which answers are searched: a placeholder is in texts by chance.
-        self._repeated = _compile_patterns([key for key in keys if len(key) >= _SHORTEST_KEY])
-        self._echo_in_bytes = re.compile(self._repeated.pattern.encode())
-        # The longest input that can become MAX_DETAIL characters. Each of these is a character of the text, or part of
-        # the "***" for an echo of a key.
-        self._reach = MAX_DETAIL * _LONGEST_SPELLING * (len(keys[0]) + 1)
+        # Compiled on first use. It takes milliseconds, and a function may return a new key for each exchange.
+        self._patterns = functools.cache(lambda: _Patterns(api_keys))
+        hints = tuple(max(_PLAIN.findall(key), key=len, default="").encode() for key in _searched(api_keys))
+        self._is_hinted_at: Callable[[bytes], bool] = lambda body: any(hint in body for hint in hints)
 
     def is_echoed_in(self, answer: object, body: bytes) -> bool:
         """Return whether a text of an answer repeats a key; a `Secret` does not count.
@@ -50,27 +50,54 @@ class Redaction:
             answer: The decoded answer.
             body: Its JSON.
         """
-        # Without a backslash, the JSON contains each text unchanged, so one search is enough for nearly all answers.
-        if b"\\" not in body and self._echo_in_bytes.search(body) is None:
+        # Without a backslash, the JSON contains each text unchanged. In no form of a key are its letters and digits
+        # encoded, so one look is enough for nearly all answers.
+        if b"\\" not in body and not self._is_hinted_at(body):
             return False
-        return self._is_in(answer)
-
-    def _is_in(self, answer: object) -> bool:
-        if isinstance(answer, list):
-            return any(map(self._is_in, answer))
-        if isinstance(answer, msgspec.Struct):
-            return any(map(self._is_in, msgspec.structs.astuple(answer)))
-        return isinstance(answer, str) and self._repeated.search(answer) is not None
+        return _is_in(answer, self._patterns().repeated)
 
     def redact(self, text: str) -> str | None:
         """Return at most 200 printable characters of a text, without the keys; None if nothing is left."""
         # Redacted before the cut, so that no part of a key remains.
-        text = self._echo.sub("***", " ".join(text.split())[: self._reach])
+        patterns = self._patterns()
+        text = patterns.echo.sub("***", " ".join(text.split())[: patterns.reach])
         text = text[:MAX_DETAIL]
         # Nearly all texts are printable; with listeners, this runs for each poll.
         if not text.isprintable():
             text = "".join(c if c.isprintable() else " " for c in text)
         return text.strip() or None
+
+
+class _Patterns:
+    """The compiled patterns of keys."""
+
+    __slots__ = ("echo", "reach", "repeated")
+
+    def __init__(self, api_keys: tuple[Secret, ...]) -> None:
+        keys = _folded(api_keys)
+        self.echo = _compile_patterns(keys)
+        self.repeated = _compile_patterns(_searched(api_keys))
+        # The longest input that can become MAX_DETAIL characters. Each of these is a character of the text, or part of
+        # the "***" for an echo of a key.
+        self.reach = MAX_DETAIL * _LONGEST_SPELLING * (len(keys[0]) + 1)
+
+
+def _folded(api_keys: tuple[Secret, ...]) -> list[str]:
+    """Return the keys with runs of blanks folded, as in `redact`; longer ones first, as others may begin like them."""
+    return sorted({" ".join(key.reveal().split()) for key in api_keys}, key=len, reverse=True)
+
+
+def _searched(api_keys: tuple[Secret, ...]) -> list[str]:
+    """Return the keys for which answers are searched: a placeholder is in texts by chance."""
+    return [key for key in _folded(api_keys) if len(key) >= _SHORTEST_KEY]
+
+
+def _is_in(answer: object, pattern: re.Pattern[str]) -> bool:
+    if isinstance(answer, list):
+        return any(_is_in(item, pattern) for item in answer)
+    if isinstance(answer, msgspec.Struct):
+        return any(_is_in(field, pattern) for field in msgspec.structs.astuple(answer))
+    return isinstance(answer, str) and pattern.search(answer) is not None
 
 
 def _compile_patterns(keys: list[str]) -> re.Pattern[str]:

@@ -20,7 +20,7 @@ def test_body_without_an_encoding_stays_as_it_is(encoding: str) -> None:
     assert decode_content(ZIPPED, encoding, LIMIT) == ZIPPED
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "GZIP", " gzip "])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", " gzip ", "x-gzip"])
 def test_one_member_of_gzip_is_inflated(encoding: str) -> None:
     assert decode_content(ZIPPED, encoding, LIMIT) == BODY
 
@@ -57,7 +57,6 @@ UNUSABLE = {
     ),
     "deflate": (zlib.compress(BODY), "deflate", "the answer has the content encoding deflate, but none was accepted"),
     "br": (BODY, "br", "the answer has the content encoding br, but none was accepted"),
-    "x-gzip": (ZIPPED, "x-gzip", "the answer has the content encoding x-gzip, but none was accepted"),
     "two": (ZIPPED, "gzip, gzip", "the answer has the content encoding gzip, gzip, but none was accepted"),
 }
 

@@ -13,7 +13,14 @@ import pytest
 from error_reports import reports
 from raw_server import RawServer, answer, operation, reset
 
-from aiokeyless import AuthenticationError, ConfigurationError, KeylessClient, KeylessError, Secret
+from aiokeyless import (
+    ApprovalUnknownError,
+    AuthenticationError,
+    ConfigurationError,
+    KeylessClient,
+    KeylessError,
+    Secret,
+)
 from aiokeyless._http.keys import ApiKey, ApiKeys, make_api_keys
 
 if TYPE_CHECKING:
@@ -146,14 +153,53 @@ async def test_wrong_key_ends_the_call_and_sends_nothing(key: object, words: str
 
 @pytest.mark.looptime
 @wrong
-async def test_wrong_key_ends_the_wait(sandbox: Sandbox, key: object, words: str) -> None:
+async def test_wrong_key_for_a_moment_is_a_failure_of_the_moment(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, key: object, words: str
+) -> None:
+    rotation = Rotation(sandbox.api_key)
+    async with KeylessClient(rotation, base_url=sandbox.url) as client:
+        ticket = await client.create_operation(USER)
+        loop = asyncio.get_running_loop()
+        loop.call_later(5, setattr, rotation, "key", key)
+        loop.call_later(10, setattr, rotation, "key", sandbox.api_key)
+        loop.call_later(10, sandbox.approve, ticket.operation_id)
+        await client.wait_for_approval(ticket)
+        assert loop.time() < 11.5
+    [warning] = [record for record in caplog.records if "polls go on" in record.getMessage()]
+    assert words in warning.getMessage()
+
+
+@pytest.mark.looptime
+@wrong
+async def test_wrong_key_at_the_deadline_leaves_the_outcome_unknown(sandbox: Sandbox, key: object, words: str) -> None:
     rotation = Rotation(sandbox.api_key)
     async with KeylessClient(rotation, base_url=sandbox.url) as client:
         ticket = await client.create_operation(USER)
         asyncio.get_running_loop().call_later(5, setattr, rotation, "key", key)
-        with pytest.raises(ConfigurationError) as caught:
+        with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval(ticket)
-        assert str(caught.value).startswith(words)
+    assert words in str(caught.value)
+    assert type(caught.value.last_error) is ConfigurationError
+
+
+@pytest.mark.looptime
+async def test_a_minute_without_a_key_ends_a_wait_without_a_deadline(sandbox: Sandbox) -> None:
+    rotation = Rotation(sandbox.api_key)
+    async with KeylessClient(rotation, base_url=sandbox.url) as client:
+        ticket = await client.create_operation(USER)
+        loop = asyncio.get_running_loop()
+        loop.call_later(5, setattr, rotation, "key", LookupError())
+        with pytest.raises(ConfigurationError, match="not raises LookupError"):
+            await client.wait_for_approval(ticket, timeout=None)
+        assert 65 <= loop.time() <= 75
+
+
+@pytest.mark.looptime
+async def test_function_that_never_returned_a_key_ends_the_wait_at_once() -> None:
+    async with KeylessClient(Rotation(LookupError()), base_url="http://127.0.0.1:9") as client:
+        with pytest.raises(ConfigurationError) as caught:
+            await client.wait_for_approval("txn-1")
+        assert not caught.value.is_transient
 
 
 async def test_async_function_is_refused_at_once() -> None:
