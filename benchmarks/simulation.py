@@ -16,6 +16,7 @@ import looptime
 
 from aiokeyless._http.transport import Transport
 from aiokeyless._listeners import Listeners
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._waits.poller import Poller
 from aiokeyless.errors import RateLimitError, StatusError
 from aiokeyless.models import Operation
@@ -80,7 +81,7 @@ class SimulatedTransport(Transport):
         self.most_in_flight = 0
         self.approved_at: dict[str, float] = {}
 
-    async def poll(self, operation_id: str) -> Operation:
+    async def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Operation:  # noqa: ARG002
         """Answer as the service says."""
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -118,7 +119,7 @@ class Simulation:
         schedule: wait_base,
         *,
         seed: int = 1,
-        max_in_flight: int = 64,
+        max_in_flight: int = 256,
         listeners: tuple[Listener, ...] = (),
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:

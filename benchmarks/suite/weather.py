@@ -9,38 +9,61 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
+import socket
 import statistics
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from unittest import mock
 
 import looptime
+import msgspec
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from tenacity import wait_fixed
 
-from aiokeyless import ApprovalUnknownError, KeylessError, Operation, wait_adaptive
+from aiokeyless import (
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    KeylessClient,
+    KeylessError,
+    Operation,
+    wait_adaptive,
+)
 from aiokeyless.events import PollEnded, PollResult
 from aiokeyless.sandbox import Sandbox
-from benchmarks.approval_times import ApprovalTimes, seeded_random
+from benchmarks.approval_times import seeded_random
+from benchmarks.beside_loops import (
+    ARRIVALS,
+    EVERYBODY,
+    TIMEOUT,
+    Weather,
+    brown_out,
+    compare,
+    dead_shard,
+    flapping,
+    limited,
+    share,
+)
 from benchmarks.report import Goal, Report, Table, p95
-from benchmarks.simulation import GOOD, HANGING, LATENCY, MOST_POLLS, Answer, Simulation, failing
+from benchmarks.simulation import GOOD, HANGING, LATENCY, MOST_POLLS, Answer, Simulation, failing, operation
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from aiokeyless import KeylessClient
     from benchmarks.bench import Bench
 
 T = TypeVar("T")
 
 ON_PAGE: Final = True
 
-_EVERYBODY: Final = ApprovalTimes(((1.0, 8.0, 0.8),), never=0.0)
-_ARRIVALS: Final = 120.0  # seconds in which waits start
-_TIMEOUT: Final = 120.0
 _WARM: Final = 20.0  # seconds before an outage
 _LIMIT: Final = 500  # polls a second that a service answers
 _USER: Final = "C0FFEE"
+_ADDRESSES: Final = ("127.0.0.1", "127.0.0.2")
+_PATIENCE: Final = 120.0  # seconds that a wait may take
 
 Start = tuple[float, str, float]  # of a wait: when, for which operation, seconds until its approval
 
@@ -57,10 +80,10 @@ class Crowd(NamedTuple):
         return [f"{statistics.mean(self.late):.2f}", f"{p95(self.late):.2f}", among]
 
 
-def thirds(arrivals: float, answer: Answer, *, seconds: float = _ARRIVALS) -> Crowd:
+def thirds(arrivals: float, answer: Answer, *, seconds: float = ARRIVALS) -> Crowd:
     """Let so many waits a second start for a time; every third operation always gets this answer."""
     source = seeded_random(1)
-    starts = sorted((source.uniform(0, seconds), _EVERYBODY.draw(source)) for _ in range(round(arrivals * seconds)))
+    starts = sorted((source.uniform(0, seconds), EVERYBODY.draw(source)) for _ in range(round(arrivals * seconds)))
     return _healthy_of(
         [(at, f"{'good' if k % 3 else 'bad'}-{k}", approved_in) for k, (at, approved_in) in enumerate(starts)],
         answer,
@@ -71,9 +94,9 @@ def thirds(arrivals: float, answer: Answer, *, seconds: float = _ARRIVALS) -> Cr
 def beside(bad: int, answer: Answer, *, within: float = 5.0, healthy: int = 200) -> Crowd:
     """Let operations that always get this answer start, evenly within so many seconds, beside healthy ones."""
     source = seeded_random(1)
-    starts = [(source.uniform(0, _ARRIVALS), f"good-{k}", _EVERYBODY.draw(source)) for k in range(healthy)]
+    starts = [(source.uniform(0, ARRIVALS), f"good-{k}", EVERYBODY.draw(source)) for k in range(healthy)]
     starts += [(within * k / bad, f"bad-{k}", math.inf) for k in range(bad)]
-    return _healthy_of(sorted(starts), answer, seconds=_ARRIVALS)
+    return _healthy_of(sorted(starts), answer, seconds=ARRIVALS)
 
 
 def _healthy_of(starts: list[Start], answer: Answer, *, seconds: float) -> Crowd:
@@ -82,8 +105,8 @@ def _healthy_of(starts: list[Start], answer: Answer, *, seconds: float) -> Crowd
     async def scenario() -> None:
         for at, name, approved_in in starts:
             await simulation.sleep_until(at)
-            simulation.start(name, approved_in=approved_in, timeout=_TIMEOUT)
-        await simulation.sleep_until(seconds + _TIMEOUT + 3)
+            simulation.start(name, approved_in=approved_in, timeout=TIMEOUT)
+        await simulation.sleep_until(seconds + TIMEOUT + 3)
 
     simulation = Simulation(lambda name, _: answer if name.startswith("bad") else GOOD, wait_adaptive())
     simulation.run(scenario())
@@ -135,52 +158,6 @@ def limiter(clients: int, *, waits: int = 2000, seconds: float = 180.0) -> Share
     would = _LIMIT * (seconds - warm)
     jain = sum(shares) ** 2 / (clients * sum(share * share for share in shares))
     return Shared(sum(shares) / would, jain, refused / would)
-
-
-class BrownOut(NamedTuple):
-    """The measurements of a service whose answers fail at random."""
-
-    late: float  # seconds, mean
-    requests: float
-
-
-def brown_out(hanging: float, *, is_loop: bool, waits: int = 300, seeds: int = 8) -> BrownOut:
-    """Let half of the answers be 503, and this share of the requests hang, for waits of ours or loops of a second."""
-    found = [_brown_out(hanging, waits, seed, is_loop=is_loop) for seed in range(seeds)]
-    return BrownOut(*(statistics.mean(figures) for figures in zip(*found, strict=True)))
-
-
-def _brown_out(hanging: float, waits: int, seed: int, *, is_loop: bool) -> BrownOut:
-    source, users = seeded_random(seed), seeded_random(seed + 1)
-    starts = sorted((users.uniform(0, _ARRIVALS), _EVERYBODY.draw(users)) for _ in range(waits))
-
-    def service(_: str, __: float) -> Answer:
-        drawn = source.random()
-        return HANGING if drawn < hanging else failing(503) if drawn < hanging + 0.5 * (1 - hanging) else GOOD
-
-    async def loop(name: str, approved_at: float) -> None:
-        simulation.transport.approved_at[name] = approved_at
-        while True:
-            with contextlib.suppress(TimeoutError, KeylessError):
-                async with asyncio.timeout(simulation.transport.request_timeout):
-                    if (await simulation.transport.poll(name)).is_approved:
-                        break
-            await asyncio.sleep(1)
-        simulation.lateness[name] = simulation.now - approved_at
-
-    async def scenario() -> None:
-        async with asyncio.TaskGroup() as loops:
-            for k, (at, approved_in) in enumerate(starts):
-                await simulation.sleep_until(at)
-                if is_loop:
-                    loops.create_task(loop(f"op-{k}", simulation.now + approved_in))
-                else:
-                    simulation.start(f"op-{k}", approved_in=approved_in, timeout=_TIMEOUT)
-        await simulation.sleep_until(_ARRIVALS + _TIMEOUT + 3)
-
-    simulation = Simulation(service, wait_adaptive(), seed=seed)
-    simulation.run(scenario())
-    return BrownOut(statistics.mean(simulation.lateness.values()), len(simulation.transport.sent))
 
 
 class Saturated(NamedTuple):
@@ -239,6 +216,53 @@ async def after_failover(sandbox: Sandbox, client: KeylessClient, waits: int, **
             group.create_task(notice(name, at))
         loop.call_at(fails_over_at, sandbox.reset_connections)
     return late
+
+
+async def after_failover_by_name(waits: int, stale: int = 503) -> tuple[list[float], int]:
+    """Return how late waits notice approvals around a failover by DNS, and how many never do.
+
+    Another address answers from then on. The old one goes on, with this status, and with what it knew.
+    """
+    loop, source = asyncio.get_running_loop(), seeded_random(1)
+    approved_at: dict[str, float] = {}
+    fails_over_at = loop.time() + 30
+    late: list[float] = []
+
+    async def answer(request: web.Request, address: str) -> web.Response:
+        name, now, is_old = request.match_info["name"], loop.time(), address == _ADDRESSES[0]
+        if is_old and now >= fails_over_at:
+            now = fails_over_at
+            if stale != 200:
+                return web.Response(status=stale)
+        found = operation(name, is_approved=now >= approved_at[name])
+        return web.Response(body=msgspec.json.encode(found), content_type="application/json")
+
+    async def resolve(_: object, port: int, **_options: object) -> list[Any]:
+        address = _ADDRESSES[loop.time() >= fails_over_at]
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))]
+
+    async def notice(client: KeylessClient, at: float, name: str) -> None:
+        await asyncio.sleep(at)
+        approved_at[name] = loop.time() + EVERYBODY.draw(source)
+        with contextlib.suppress(ApprovalTimeoutError):
+            await client.wait_for_approval(name, timeout=_PATIENCE)
+            late.append(loop.time() - approved_at[name])
+
+    vars(loop)["getaddrinfo"] = resolve
+    async with contextlib.AsyncExitStack() as stack:
+        # aiohttp forgets addresses after ten seconds of this clock.
+        stack.enter_context(mock.patch("aiohttp.connector.monotonic", loop.time))
+        port = 0
+        for address in _ADDRESSES:
+            application = web.Application()
+            application.router.add_get("/v2/operations/{name}", functools.partial(answer, address=address))
+            server = TestServer(application, host=address, port=port)
+            await stack.enter_async_context(server)
+            port = server.port or 0
+        client = await stack.enter_async_context(KeylessClient("key", base_url=f"http://localhost:{port}"))
+        await asyncio.gather(*(notice(client, 60 * number / waits, str(number)) for number in range(waits)))
+    in_time = sum(at < loop.time() for at in approved_at.values())
+    return late, in_time - len(late)
 
 
 async def _failover(waits: int, *, at_each_request: bool = False) -> float:
@@ -378,7 +402,8 @@ def run(bench: Bench) -> Report:
     """Simulate all of it."""
     report = Report("weather: shards that hang, limits, outages, answers that fail at random, lost connections")
     _crowds(bench, report)
-    _brown_outs(bench, report)
+    _beside_loops(bench, report)
+    _short_outages(bench, report)
     _limits(bench, report)
     _saturated(bench, report)
     _outages(bench, report)
@@ -389,7 +414,7 @@ def run(bench: Bench) -> Report:
 
 def _crowds(bench: Bench, report: Report) -> None:
     columns = ["", "late, mean s", "p95 s", "unknown"]
-    seconds = bench.pick(full=_ARRIVALS, smoke=2.0)
+    seconds = bench.pick(full=ARRIVALS, smoke=2.0)
     report.tables.append(among := Table("healthy waits, a third of the operations beside them bad", columns))
     for kind, arrivals, answer in (
         ("none is bad", 10, GOOD),
@@ -416,18 +441,92 @@ def _limits(bench: Bench, report: Report) -> None:
         report.raw[f"limit, {clients} clients"] = {**shared._asdict()}
 
 
-def _brown_outs(bench: Bench, report: Report) -> None:
-    columns = ["", "late, mean s", "of a loop of 1 s", "requests, of the loop's"]
-    report.tables.append(table := Table("300 waits, half of the answers are 503", columns))
-    seeds, waits = bench.pick(full=(16, 300), smoke=(1, 30))
-    for name, hanging, most in (("the others are good", 0.0, 1.0), ("and 5 % of the requests hang", 0.05, 1.1)):
-        bench.progress(f"  a brown-out, {name}")
-        ours, loop = (brown_out(hanging, is_loop=is_loop, waits=waits, seeds=seeds) for is_loop in (False, True))
-        requests = ours.requests / loop.requests
-        table.rows.append([name, f"{ours.late:.2f}", f"{loop.late:.2f}", f"{requests:.2f}"])
-        report.goals.append(Goal(f"half fail, {name}: late, of the loop", most, ours.late / loop.late))
-        report.goals.append(Goal(f"half fail, {name}: requests, of the loop's", 1.2, requests))
-        report.raw[f"half fail, {name}"] = {"ours": ours._asdict(), "loop": loop._asdict()}
+#: Weather, how many waits there are in so many seconds, and how late ours may be: times the loop's, and seconds more.
+_BESIDE_LOOPS: Final[dict[str, tuple[Weather, int, float, float, float]]] = {
+    "half of the answers are 503": (brown_out(), 300, 120.0, 1.0, 0.0),
+    "the same, and 5 % of the requests hang": (brown_out(hanging=0.05), 300, 120.0, 1.1, 0.0),
+    "70 % of the answers are 502": (share(of=failing(502), at=0.7), 300, 120.0, 1.0, 0.0),
+    "half are 503 with Retry-After: 30, for 20 s": (
+        share(of=failing(503, retry_after=30), at=0.5, between=(50.0, 70.0)),
+        *(300, 120.0, 1.2, 0.0),
+    ),
+    "503 with Retry-After: 10 for 2 s of each 5": (
+        flapping(of=failing(503, retry_after=10), down=2.0, every=5.0),
+        *(300, 120.0, 2.0, 0.0),
+    ),
+    "the same, three waits": (flapping(of=failing(503, retry_after=10), down=2.0, every=5.0), 3, 5.0, 2.5, 0.0),
+    "403 for 10 s": (share(of=failing(403), at=1.0, between=(50.0, 60.0)), 300, 120.0, 1.2, 0.0),
+    "5 % of the answers are 429": (share(of=failing(429), at=0.05), 300, 120.0, 1.2, 0.0),
+    "20 % of the answers are 429": (share(of=failing(429), at=0.2), 300, 120.0, 1.3, 0.0),
+    "a limit of 50 a second, a neighbour sends 25": (limited(50.0, neighbour=25.0), 300, 120.0, 1.0, 0.3),
+    "a limit of 20 a second": (limited(20.0), 300, 120.0, 1.0, 0.0),
+    "a limit of 20 a second from the middle on": (limited(20.0, since=60.0), 300, 120.0, 1.0, 0.0),
+    "round trips of 400 ms, 660 waits in 5 s": (lambda _: lambda _, __: (0.4, None), 660, 5.0, 1.2, 0.0),
+    "a fifth of the operations always get 503 with Retry-After: 60": (
+        dead_shard(of=failing(503, retry_after=60)),
+        *(300, 120.0, 1.3, 0.0),
+    ),
+}
+
+
+def _beside_loops(bench: Bench, report: Report) -> None:
+    columns = ["", "late, mean s", "p95", "of loops", "p95", "lost", "by loops", "requests, of the loops'"]
+    report.tables.append(table := Table("waits of ours, and loops of one poll a second", columns))
+    seeds = bench.pick(full=8, smoke=1)
+    for name, (weather, waits, arrivals, times, more) in _BESIDE_LOOPS.items():
+        bench.progress(f"  {name}")
+        ours, loops = compare(weather, waits=waits, arrivals=arrivals, seeds=seeds)
+        requests = ours.requests / loops.requests
+        late = [f"{figure:.2f}" for found in (ours, loops) for figure in (found.late, found.p95)]
+        table.rows.append([name, *late, str(ours.lost), str(loops.lost), f"{requests:.2f}"])
+        report.goals.append(Goal(f"{name}: late, mean", times * loops.late + more, ours.late, " s"))
+        report.goals.append(Goal(f"{name}: lost", loops.lost, ours.lost))
+        report.raw[name] = {"ours": ours._asdict(), "loops": loops._asdict()}
+
+
+class ShortOutage(NamedTuple):
+    """The measurements of one short outage."""
+
+    late: float
+    """Mean seconds from its end to the notice of approvals that came in it."""
+    requests: float
+    """While it lasted."""
+
+
+def short_outage(down: float, *, waits: int, seeds: int) -> ShortOutage:
+    """Let all answers be 503 for some seconds, in which all approve."""
+    found = [_short_outage(down, waits, seed) for seed in range(seeds)]
+    return ShortOutage(*(statistics.mean(figures) for figures in zip(*found, strict=True)))
+
+
+def _short_outage(down: float, waits: int, seed: int) -> ShortOutage:
+    source, end = seeded_random(seed), _WARM + down
+
+    async def scenario() -> None:
+        for number in range(waits):
+            await simulation.sleep_until(5 * number / waits)
+            simulation.start(str(number), approved_in=_WARM + source.uniform(0, down) - simulation.now)
+        await simulation.sleep_until(end + 60)
+
+    simulation = Simulation(lambda _, now: failing(503) if _WARM <= now < end else GOOD, wait_adaptive(), seed=seed)
+    simulation.run(scenario())
+    late = statistics.mean(at - end for at, _ in simulation.outcomes.values())
+    return ShortOutage(late, sum(_WARM <= poll.at < end for poll in simulation.transport.sent))
+
+
+def _short_outages(bench: Bench, report: Report) -> None:
+    columns = ["", "late after it, mean s", "requests a second"]
+    report.tables.append(table := Table("short outages, in which all approve", columns))
+    for down in (4.0, 10.0, 20.0):
+        for waits in (1, 3, 30, 200):
+            bench.progress(f"  an outage of {down:g} s, {waits} waits")
+            found = short_outage(down, waits=waits, seeds=bench.pick(full=64 if waits < 10 else 8, smoke=1))
+            name = f"{down:g} s, {waits} waits"
+            table.rows.append([name, f"{found.late:.2f}", f"{found.requests / down:.1f}"])
+            report.goals.append(Goal(f"an outage of {name}: late after it", 0.9, found.late, " s"))
+            most = 1.4 * waits if waits < 5 else 2.5 + min(waits, 64) / down / 4
+            report.goals.append(Goal(f"an outage of {name}: requests a second", most, found.requests / down))
+            report.raw[f"an outage of {name}"] = {**found._asdict()}
 
 
 def _saturated(bench: Bench, report: Report) -> None:
@@ -454,6 +553,12 @@ def _lost_connections(bench: Bench, report: Report) -> None:
 
     for waits in bench.pick(full=(20, 60, 100), smoke=(5,)):
         add(f"a failover, {waits} waits: late, mean", _on_moved_clock(_failover(waits)), 1.0, " s")
+    for stale in (503, 200):
+        waits = bench.pick(full=120, smoke=5)
+        late, lost = _on_moved_clock(after_failover_by_name(waits, stale))
+        name = f"a failover by DNS, the old host answers {stale}, {waits} waits"
+        add(f"{name}: late, mean", statistics.mean(late), 1.0 if stale == 503 else 10.0, " s")
+        add(f"{name}: lost", lost, 0, "")
     waits = bench.pick(full=20, smoke=5)
     name = f"each connection is lost at its second request, {waits} waits: late, mean"
     add(name, _on_moved_clock(_failover(waits, at_each_request=True)), 0.7, " s")
