@@ -364,7 +364,7 @@ class KeylessClient:
         max_attempts: Attempts of one call on transient failures; 1 means no retry. If many calls fail, only some are
             retried, and the errors of the others say so. Default: 3.
         max_in_flight: Polls of all waits together that have been in flight for less than a second. Slower polls and
-            final polls have room of their own: at most ten times as many connections. Default: 64.
+            final polls have room of their own. By default, all need 768 connections at most. Default: 256.
         max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. If more are
             due, the one due longest goes first; ``statistics.lag`` shows how late polls are. Final polls count, but do
             not wait for it. If the service refuses polls with 429, the rate is halved, and recovers within about a
@@ -396,7 +396,7 @@ class KeylessClient:
         trust_env: bool = False,
         request_timeout: float = 10.0,
         max_attempts: int = 3,
-        max_in_flight: int = 64,
+        max_in_flight: int = 256,
         max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),

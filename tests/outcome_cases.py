@@ -199,8 +199,10 @@ def _transient(name: str, answer: KeylessError, arrange: Arrangement) -> Outcome
     return OutcomeCase(name=name, rule="O4", answer=answer, arrange=arrange)
 
 
-def _failed(name: str, answer: KeylessError, arrange: Arrangement) -> OutcomeCase:
-    return OutcomeCase(name=name, rule="O7", answer=answer, arrange=arrange)
+def _odd(name: str, answer: KeylessError, arrange: Arrangement) -> tuple[OutcomeCase, OutcomeCase]:
+    """An answer that ends a wait, but not once the operation was seen."""
+    seen = OutcomeCase(name=f"{name}, once it was seen", rule="O5", answer=answer, arrange=arrange, was_seen=True)
+    return seen, OutcomeCase(name=name, rule="O7", answer=answer, arrange=arrange, worker=_CLAIMED)
 
 
 def _status(kind: type[StatusError], status: int, *, retry_after: float | None = None) -> StatusError:
@@ -212,7 +214,8 @@ def _undecoded(kind: type[DecodeError]) -> DecodeError:
 
 
 _MISSING: Final = _status(NotFoundError, 404)
-_CREATES: Final = WorkerDiffers("a 404 (O6, O7)", WorkerDoes.CREATE, Result.UNANSWERED)
+_CREATES: Final = WorkerDiffers("a 404 (O5, O6, O7)", WorkerDoes.CREATE, Result.UNANSWERED)
+_CLAIMED: Final = WorkerDiffers("another odd answer (O5, O7)", Result.TRANSIENT, Result.UNANSWERED)
 
 CASES: Final = (
     OutcomeCase(
@@ -260,7 +263,7 @@ CASES: Final = (
         answer=_MISSING,
         arrange=Sandbox.forget,
         was_seen=True,
-        worker=WorkerDiffers("O5", WorkerDoes.CREATE, Result.UNANSWERED),
+        worker=_CREATES,
     ),
     OutcomeCase(
         name="404 of a young operation",
@@ -293,18 +296,10 @@ CASES: Final = (
         arrange=_answer(401),
         worker=WorkerDiffers("401", WorkerDoes.END, WorkerDoes.END),
     ),
-    _failed("400", _status(BadRequestError, 400), _answer(400)),
-    OutcomeCase(
-        name="403",
-        rule="O7",
-        answer=_status(PermissionDeniedError, 403),
-        arrange=_answer(403),
-        worker=WorkerDiffers("403", Result.TRANSIENT, Result.UNANSWERED),
-    ),
-    _failed("a redirect", _status(StatusError, 302), _answer(302, headers={"Location": "/elsewhere"})),
-    _failed("204", _status(StatusError, 204), _answer(204, body=b"")),
-    _failed("JSON of the wrong shape", _undecoded(DecodeError), _lie(state=1)),
-    _failed(
-        "an approval with result false and result true", _undecoded(DecodeError), _answer_approval_with_two_results
-    ),
+    *_odd("400", _status(BadRequestError, 400), _answer(400)),
+    *_odd("403", _status(PermissionDeniedError, 403), _answer(403)),
+    *_odd("a redirect", _status(StatusError, 302), _answer(302, headers={"Location": "/elsewhere"})),
+    *_odd("204", _status(StatusError, 204), _answer(204, body=b"")),
+    *_odd("JSON of the wrong shape", _undecoded(DecodeError), _lie(state=1)),
+    *_odd("an approval with result false and result true", _undecoded(DecodeError), _answer_approval_with_two_results),
 )

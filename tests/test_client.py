@@ -709,7 +709,7 @@ class TestPublicNames:
             "trust_env": False,
             "request_timeout": 10.0,
             "max_attempts": 3,
-            "max_in_flight": 64,
+            "max_in_flight": 256,
             "max_polls_per_second": 1000.0,
             "schedule": None,
             "listeners": (),

@@ -17,12 +17,14 @@ import sys
 import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import aiohttp
 from multidict import istr
 from tenacity import wait_random_exponential
 from yarl import URL
 
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.quota import RepetitionQuota
 from aiokeyless._version import __version__
 from aiokeyless.errors import (
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
     from aiokeyless._listeners import Listeners
@@ -69,6 +72,10 @@ _NOT_CONNECTED: Final = (
 )
 #: Bytes that aiohttp reads ahead.
 _BUFFER: Final = 1 << 18
+#: Seconds after which a connection is not used again. A host that is no longer the service's may go on answering.
+_MAX_AGE: Final = 60.0
+#: When a connection was made, or used for the first time.
+_MADE_AT: Final[WeakKeyDictionary[ResponseHandler, float]] = WeakKeyDictionary()
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -180,7 +187,9 @@ class Transport:
         """Return the path for messages; an external user id may be personal, so then it is the documented route."""
         return endpoint.route if endpoint.is_personal else url.raw_path.removeprefix(self._base_path)
 
-    def send(self, request: protocol.Request[T], *, attempt: int = 1) -> Coroutine[Any, Any, T]:
+    def send(
+        self, request: protocol.Request[T], *, attempt: int = 1, circuit: CircuitState = CircuitState.CLOSED
+    ) -> Coroutine[Any, Any, T]:
         """Send a request once and read its answer.
 
         It returns the exchange's own coroutine: another one around it would make each call a little slower.
@@ -188,9 +197,16 @@ class Transport:
         Args:
             request: The request.
             attempt: Which attempt of its call this is, for the listeners.
+            circuit: As for `poll`.
         """
-        url = self._url_of(request)
-        return self._send_once(request.endpoint, url, timeouts=self._call_timeout, body=request.body, attempt=attempt)
+        return self._send_once(
+            request.endpoint,
+            self._url_of(request),
+            timeouts=self._call_timeout,
+            body=request.body,
+            attempt=attempt,
+            circuit=circuit,
+        )
 
     async def receive(self, request: protocol.Request[Any]) -> protocol.Answer:
         """Send a request once, and return its answer whatever the status; no listener is called.
@@ -205,17 +221,25 @@ class Transport:
             timeouts=self._call_timeout,
             body=request.body,
             is_first=True,
+            circuit=CircuitState.CLOSED,
         )
 
     def _url_of(self, request: protocol.Request[Any]) -> URL:
         url = self._base.with_path(self._base_path + request.path, encoded=True)
         return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
-    def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
-        """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long."""
+    def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Coroutine[Any, Any, Operation]:
+        """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
+
+        Args:
+            operation_id: The operation.
+            circuit: The state of the circuit. While it is open, the poll has a new connection. After a failover by DNS,
+                a kept one may lead to a host that goes on failing. While the circuit is not closed, a status of 500 or
+                more closes the connection.
+        """
         path = self._base_path + protocol.operation_path(operation_id)
         url = self._base.with_path(path, encoded=True)
-        return self._send_once(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
+        return self._send_once(protocol.GET_OPERATION, url, timeouts=self._poll_timeout, circuit=circuit)
 
     async def _send_once(
         self,
@@ -225,6 +249,7 @@ class Transport:
         timeouts: aiohttp.ClientTimeout,
         body: bytes | None = None,
         attempt: int = 1,
+        circuit: CircuitState = CircuitState.CLOSED,
     ) -> T:
         """Send a request, read its answer, and report the end to the listeners."""
         started = self._now()
@@ -233,7 +258,9 @@ class Transport:
         failure: str | None = None
         try:
             key = self._api_keys.current()
-            answer = await self._receive(endpoint, url, key, timeouts=timeouts, body=body, is_first=attempt == 1)
+            answer = await self._receive(
+                endpoint, url, key, timeouts=timeouts, body=body, is_first=attempt == 1, circuit=circuit
+            )
             if self._listeners is not None:
                 status = answer.status
                 request_id = protocol.request_id(answer, key.redaction)
@@ -267,11 +294,16 @@ class Transport:
                     )
                 )
 
-    async def fetch(self, request: protocol.Request[T]) -> T:
-        """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total."""
+    async def fetch(self, request: protocol.Request[T], *, circuit: CircuitState = CircuitState.CLOSED) -> T:
+        """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total.
+
+        Args:
+            request: The request.
+            circuit: As for `poll`.
+        """
         with self.call():
             try:
-                answer = await self.send(request)
+                answer = await self.send(request, circuit=circuit)
             except KeylessError as error:
                 return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
             self.quota.give_back()
@@ -339,6 +371,7 @@ class Transport:
         timeouts: aiohttp.ClientTimeout,
         body: bytes | None,
         is_first: bool,
+        circuit: CircuitState,
     ) -> protocol.Answer:
         """Send a request and return its answer. What goes wrong becomes a `KeylessError` without aiohttp's frames."""
         if self._calls.are_closed:
@@ -350,9 +383,9 @@ class Transport:
         try:
             if timeouts is self._call_timeout:
                 async with asyncio.timeout(self.request_timeout):
-                    answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first)
+                    answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first, circuit=circuit)
             else:
-                answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first)
+                answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first, circuit=circuit)
         # Most often, a cancellation.
         except _PROPAGATED as interruption:
             outcome = interruption
@@ -384,6 +417,7 @@ class Transport:
         body: bytes | None,
         *,
         is_first: bool,
+        circuit: CircuitState,
     ) -> protocol.Answer:
         """Send a request and return its answer.
 
@@ -395,7 +429,7 @@ class Transport:
         if self._proxy is not None:
             options["proxy"] = self._proxy.reveal()
         # Only the session of new connections never sends the key by itself.
-        if is_first and endpoint.sends_key:
+        if is_first and endpoint.sends_key and circuit is not CircuitState.OPEN:
             try:
                 response = await self._session.request(
                     endpoint.method, url, headers=self._add_headers(None if self._sends_key else key, body), **options
@@ -404,9 +438,12 @@ class Transport:
                 if endpoint.method != "GET" or error.had_begun:
                     raise
         if response is None:
-            response = await self._session_of_new_connections.request(
-                endpoint.method, url, headers=self._add_headers(key if endpoint.sends_key else None, body), **options
-            )
+            headers = self._add_headers(key if endpoint.sends_key else None, body)
+            if circuit is CircuitState.OPEN and not self._owned_sessions:
+                headers = {**(headers or {}), "Connection": "close"}  # so the next one is new
+            response = await self._session_of_new_connections.request(endpoint.method, url, headers=headers, **options)
+        if circuit is not CircuitState.CLOSED and response.status >= 500 and isinstance(response, _Response):
+            response.close_connection()
         try:
             content = await _read(response, endpoint.max_body)
         # After a cancellation, too, the rest of the answer must not reach the next request.
@@ -470,7 +507,11 @@ class Transport:
         if isinstance(failure, aiohttp.ClientProxyConnectionError):
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
-            return "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only; check base_url"
+            if "HTTP/1" in failure.message or not failure.message.startswith("Bad status line"):
+                problem = "the answer is not well-formed"
+            else:
+                problem = "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only"
+            return f"{problem}; check base_url"
         if isinstance(failure, _NOT_CONNECTED) and self._ignores_proxy():
             return "$HTTPS_PROXY is set, but not used: make the client, or its session, with trust_env=True"
         return "try again later"
@@ -546,10 +587,25 @@ class _Response(aiohttp.ClientResponse):
     while that was idle for the answer to the next request, whose own answer then goes to the one after it.
     """
 
+    _handler: ResponseHandler | None = None
+
+    def close_connection(self) -> None:
+        """Close the connection, once the body is read."""
+        if self._handler is not None:
+            if self.connection is not None:
+                self._handler.force_close()
+            else:  # it is read, and the connection is in the pool again
+                self._handler.close()
+
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        # The loop has not read since this request was written.
-        if getattr(connection.protocol, "should_close", False):
-            raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
+        self._handler = connection.protocol
+        if self._handler is not None:
+            # The loop has not read since this request was written.
+            if self._handler.should_close:
+                raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
+            now = self._loop.time()
+            if now - _MADE_AT.setdefault(self._handler, now) >= _MAX_AGE:
+                self._handler.force_close()
         try:
             return await super().start(connection)
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:

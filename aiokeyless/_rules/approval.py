@@ -15,6 +15,7 @@ from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
+    ConfigurationError,
     InconsistentOperationError,
     KeylessError,
     OperationMismatchError,
@@ -160,8 +161,10 @@ def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
 
 def unknown_error(record: WaitRecord, why: Unanswered) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer, or could not be sent."""
+    # Of these, only a function that returned no key does not end a wait before.
+    cause = f" ({record.last_error})" if isinstance(record.last_error, ConfigurationError) else ""
     message = (
-        f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}; the outcome is "
+        f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}{cause}; the outcome is "
         f"unknown; before you repeat anything, {record.check}"
     )
     return ApprovalUnknownError(message, **record._asdict())

@@ -12,18 +12,19 @@ from aiokeyless.schedule import next_delay
 if TYPE_CHECKING:
     from aiokeyless.errors import KeylessError
 
-_MAY_ASK_FOR_A_PAUSE: Final = frozenset({429, 503})
 #: Seconds of a ``Retry-After`` that count. A value of days must not turn a wait into a sleep.
 MAX_PAUSE: Final = 120.0
 #: The delay is random in the second half of a window, which doubles from 0.5 s to 5 s. Delays below 2.5 s cost requests
 #: while a service is down. Delays above 5 s cost time after it has recovered.
 _ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)
-#: If answers fail at random, no more failures than this count.
-_AT_RANDOM: Final = 2
-#: They do if a good answer came within so many seconds, and one to this operation within so many. One of its polls may
-#: have hung in between.
+#: No more failures than this count while they may be short: the delays are 0.5 to 1 s.
+MOST_AT_FIRST: Final = 2
+#: Seconds for which an outage, or an operation that fails, counts as short.
+SHORT: Final = 30.0
+#: Answers fail at random if a good one came within so many seconds.
 _GOOD: Final = 1.0
-_OWN: Final = 30.0
+#: After so many failures the delay is the longest.
+_MANY: Final = 10
 
 
 def error_delay(failures: int) -> float:
@@ -31,22 +32,29 @@ def error_delay(failures: int) -> float:
     return next_delay(_ERROR_BACKOFF, attempt_number=failures, since_start=0.0)
 
 
-def failures_that_count(failures: int, *, since_good: float, since_own: float) -> int:
-    """Return how many of an operation's transient failures in a row count for its backoff.
+def failures_that_count(failures: int, *, since_own: float, since_good: float, is_spared: bool) -> int:
+    """Return how many of an operation's failures in a row count for its backoff.
 
-    If the service answers other polls well, and answered this operation well lately, its answers fail at random. A
-    longer backoff would then make the wait late and spare the service little.
+    A longer backoff would make the wait late and spare the service little, if the service answers other polls well, or
+    if few polls are sent anyway.
 
     Args:
         failures: Failures in a row.
-        since_good: Seconds since a good answer to any poll.
         since_own: Seconds since a poll of this operation started that was answered well.
+        since_good: Seconds since a good answer to any poll, if this operation ever had one; else infinity.
+        is_spared: Whether the circuit, or the number of waits, limits the polls.
     """
-    return min(failures, _AT_RANDOM) if since_good <= _GOOD and since_own <= _OWN else failures
+    is_short = since_own <= SHORT and (is_spared or since_good <= _GOOD)
+    return min(failures, MOST_AT_FIRST) if is_short else failures
 
 
 def requested_pause(error: KeylessError) -> float:
-    """Return the seconds of the pause that the service asks for: ``Retry-After`` on 429 and 503; at most 120."""
-    if isinstance(error, StatusError) and error.status in _MAY_ASK_FOR_A_PAUSE:
-        return min(error.retry_after or 0.0, MAX_PAUSE)
-    return 0.0
+    """Return the seconds of the pause that the service asks for by ``Retry-After``.
+
+    On 429 it is at most 120 s. On 503 it is at most the longest delay: one of many servers may say it for itself.
+    """
+    if not isinstance(error, StatusError) or not error.retry_after:
+        return 0.0
+    if error.status == 429:
+        return min(error.retry_after, MAX_PAUSE)
+    return min(error.retry_after, error_delay(_MANY)) if error.status == 503 else 0.0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless.events import CircuitChanged
 
-from .backoff import MAX_PAUSE, error_delay, requested_pause
+from .backoff import MAX_PAUSE, MOST_AT_FIRST, SHORT, error_delay, requested_pause
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 FAILURES_UNTIL_OPEN: Final = 5
 #: Otherwise, this many times the number that usually fails between two good answers must fail in addition. If two of
 #: three polls fail at random, five failures in a row are common.
-_TIMES_USUAL: Final = 7
+_TIMES_USUAL: Final = 12
 #: Failures lower the limit no further than this. It is lower only after the circuit has opened.
 _LEAST: Final = 4.0
 #: Weight of the newest good answer in the moving average of failures.
-_NEWEST: Final = 1 / 8
+_NEWEST: Final = 1 / 16
 #: A moving average below this counts as no failures.
 _NEGLIGIBLE: Final = 0.01
-#: If two operations are refused within so many seconds, the limit is the tenant's and not one operation's.
-_REFUSED_TOGETHER: Final = 2.0
+#: If over a third of the last forty polls were refused, the limit is the tenant's, and all polls must respect it. While
+#: they respect one, a sudden onset shows that they have reached it again: more than three times as many refusals as
+#: among the forty polls before. If somebody else uses up the limit, refusals come at any rate of ours.
+_LAST: Final = 40
+_MANY_REFUSED: Final = 14
+_ONSET: Final = 3
 #: With few waits, the limit takes long to rise. So the circuit also closes after so many seconds half open, if failures
 #: are rare by then.
 _PROVEN: Final = 30.0
@@ -69,9 +73,10 @@ class Circuit:
         "_full",
         "_held_until",
         "_limit",
+        "_opened_at",
         "_probe_at",
         "_probes",
-        "_refusals",
+        "_refused",
         "_usual",
         "answered_at",
         "is_calm",
@@ -92,7 +97,8 @@ class Circuit:
         """When the last good answer came."""
         self._failed: set[Hashable] = set()  # the operations that failed since then
         self._usual = 0.0  # the moving average of their number at a good answer
-        self._refusals: list[tuple[Hashable, float]] = []  # the last two operations that got a 429, and when; in order
+        self._refused = 0  # a bit for each of the last polls, the newest one lowest: whether it got a 429
+        self._opened_at = -math.inf  # when it opened for the first time since it was closed
         self._held_until = -math.inf  # the end of a rate limit's pause, which no good answer ends
         self._probes = 0  # failed in a row, with the failure that opened the circuit; 0: it is not probed
         self._probe_at = -math.inf
@@ -129,6 +135,7 @@ class Circuit:
         self.answered_at = now
         if self.is_calm:
             return
+        self._record_end(is_refusal=False)
         self._usual += _NEWEST * (len(self._failed) - self._usual)
         self._failed.clear()
         self._probes = 0
@@ -143,37 +150,34 @@ class Circuit:
         if self._limit == self._full or self._is_proven(now):
             self._enter(CircuitState.CLOSED, now)
             if self._limit == self._full and self._usual < _NEGLIGIBLE:
-                self.is_calm, self._usual = True, 0.0
+                self.is_calm, self._usual, self._refused = True, 0.0, 0
 
-    def record_refusal(
-        self, now: float, operation: Hashable, error: RateLimitError, *, is_probe: bool, is_repeated: bool
-    ) -> bool:
-        """Record a 429, in addition to the failure that it is.
+    def record_refusal(self, now: float, error: RateLimitError, *, is_probe: bool, is_limited: bool) -> bool:
+        """Respect a 429, after it was recorded as the failure that it is.
 
-        If another operation got its first one a moment ago, the limit is the tenant's, and ``Retry-After`` is meant for
-        all polls. Otherwise the limit is the operation's own.
+        If many of the last polls were refused, the limit is the tenant's, and ``Retry-After`` is meant for all polls.
+        Otherwise the limit is the operation's own, or somebody else uses it up for a moment.
 
         Args:
             now: The time.
-            operation: The operation whose poll was refused.
             error: The refusal.
             is_probe: Whether it was an ordinary poll. A final poll is sent during a pause, and does not extend it.
-            is_repeated: Whether the operation's last poll failed, too. An operation that is always refused is no sign.
+            is_limited: Whether an earlier refusal limits the rate of polls.
 
         Returns:
             Whether the limit is the tenant's.
         """
-        if is_repeated:
-            return False
-        self._refusals = [refusal for refusal in self._refusals if refusal[0] != operation][-1:]
-        is_tenants = any(now - at <= _REFUSED_TOGETHER for _, at in self._refusals)
-        self._refusals.append((operation, now))
+        before = (self._refused >> _LAST).bit_count()
+        last = self._refused.bit_count() - before
+        is_tenants = last >= _MANY_REFUSED or (is_limited and last >= _ONSET + _ONSET * before)
         pause = requested_pause(error)
         if is_tenants and pause and (is_probe or now >= self._held_until):
             self.record_pause(now, pause)
         return is_tenants
 
-    def record_failure(self, now: float, operation: Hashable, *, started_at: float, is_probe: bool) -> None:
+    def record_failure(
+        self, now: float, operation: Hashable, *, started_at: float, is_probe: bool, is_refusal: bool = False
+    ) -> None:
         """Record a transient failure.
 
         Args:
@@ -181,8 +185,10 @@ class Circuit:
             operation: The operation whose poll failed.
             started_at: When the failed poll started.
             is_probe: Whether it was an ordinary poll. A final poll starts in any state, and delays no probe.
+            is_refusal: Whether it is a 429.
         """
         self.is_calm = False
+        self._record_end(is_refusal=is_refusal)
         if self.is_probed:
             if is_probe and started_at >= self.since:
                 self._schedule_probe(now)
@@ -228,6 +234,8 @@ class Circuit:
 
     def _enter(self, state: CircuitState, now: float) -> None:
         """Change the state. Only this method does so."""
+        if self.state is CircuitState.CLOSED:
+            self._opened_at = now
         self.state = state
         if state is CircuitState.CLOSED:
             return
@@ -239,8 +247,16 @@ class Circuit:
         self._keep_distance(now)
 
     def _keep_distance(self, since: float) -> None:
-        """Let the next probe start no sooner than one step of the backoff after a time."""
-        self._probe_at = max(self._probe_at, since + error_delay(self._probes))
+        """Let the next probe start no sooner than one step of the backoff after a time.
+
+        Most outages are short, so the first probes come quickly. A service that refuses polls is not to be asked often.
+        """
+        is_short = since - self._opened_at <= SHORT and not self._refused & 1
+        delay = error_delay(min(self._probes, MOST_AT_FIRST) if is_short else self._probes)
+        self._probe_at = max(self._probe_at, since + delay)
+
+    def _record_end(self, *, is_refusal: bool) -> None:
+        self._refused = (self._refused << 1 | is_refusal) & ((1 << 2 * _LAST) - 1)
 
 
 class Transition(NamedTuple):

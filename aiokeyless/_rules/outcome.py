@@ -8,9 +8,11 @@ All cases, in the order in which they are checked, as docs/rules.md numbers them
 | O2 | an answer that is rejected | a `Rejection` |
 | O3 | pending | PENDING |
 | O4 | a transient failure | TRANSIENT |
-| O5 | 404, the operation was seen before | TRANSIENT |
+| O5 | an odd answer, the operation was seen before | TRANSIENT |
 | O6 | 404 that counts as pending | PENDING |
 | O7 | any other error | FAILED |
+
+An odd answer is any status but 401, or an answer that cannot be read: a gateway's, for a moment.
 
 If the poll was the final one, PENDING means "timed out", and TRANSIENT "unanswered".
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.errors import NotFoundError
+from aiokeyless.errors import AuthenticationError, ConfigurationError, DecodeError, NotFoundError, StatusError
 from aiokeyless.events import PollResult
 from aiokeyless.models import Operation
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 _POLL_PENDING: Final = PollResult.PENDING
 #: Seconds after a create within which a replica that lags may answer 404.
 YOUNG: Final = 5.0
+#: Seconds of unexpected failures that end a wait without a deadline.
+UNEXPECTED_FOR: Final = 60.0
 
 
 def poll_verdict(
@@ -53,19 +57,32 @@ def poll_verdict(
         ticket: Its ticket; None for a bare id.
         may_be_missing: Whether a 404 counts as pending: the caller says so, or the operation is younger than `YOUNG`
             and a replica may lag. It always does if the ticket says that the phone starts the operation.
-        was_seen: Whether an earlier poll found the operation. Operations do not vanish, so a 404 is then a fault of the
-            moment.
+        was_seen: Whether an earlier poll found the operation.
     """
     if isinstance(answer, Operation):
         return evaluate(answer, operation_id, ticket)
-    if answer.is_transient:
+    if is_failure(answer, was_seen=was_seen):
         return Verdict.TRANSIENT
-    if isinstance(answer, NotFoundError):
-        if was_seen:
-            return Verdict.TRANSIENT
-        if may_be_missing or (ticket is not None and ticket.started_by == "phone"):
-            return Verdict.PENDING
-    return Verdict.FAILED
+    may_be_missing = may_be_missing or (ticket is not None and ticket.started_by == "phone")
+    return Verdict.PENDING if may_be_missing and isinstance(answer, NotFoundError) else Verdict.FAILED
+
+
+def is_failure(error: KeylessError, *, was_seen: bool) -> bool:
+    """Return whether the error of a poll is a failure of the moment: of the service, or of a gateway before it.
+
+    Operations do not vanish, and whoever may read one may go on reading it. So once it was seen, only a wrong key is
+    an answer to believe.
+    """
+    is_odd = isinstance(error, StatusError | DecodeError) and not isinstance(error, AuthenticationError)
+    return error.is_transient or (was_seen and is_odd)
+
+
+def is_unexpected(error: KeylessError) -> bool:
+    """Return whether a failure of a poll, see `is_failure`, is not one that the service itself would give.
+
+    It is a gateway's answer, or the application's own function returned no key.
+    """
+    return not error.is_transient or isinstance(error, ConfigurationError)
 
 
 def poll_result(answer: Operation | KeylessError | None) -> PollResult:

@@ -63,6 +63,10 @@ class PollRate:
             return self._limit
         return rate
 
+    def is_limited(self, now: float) -> bool:
+        """Return whether an earlier refusal limits the rate."""
+        return self.per_second(now) < self._limit
+
     def ready_at(self, now: float) -> float:
         """Return the time from which the next poll may start; not after `now` if it may start at once."""
         if self._tokens >= 1.0:  # as of the last poll; there are more by now

@@ -17,21 +17,27 @@ T = TypeVar("T", bound="Hashable")
 
 #: Seconds after which a poll in flight gives its slot back.
 SLOW: Final = 1.0
-#: The most ordinary polls in flight, in multiples of the slots: while the service also answers well, and while it does
-#: not.
-_MOST_BESIDE_GOOD: Final = 6
-_MOST: Final = 2
 
 
 def most_in_flight(slots: int, now: float, *, answered_at: float) -> int:
     """Return how many ordinary polls may be in flight, slow ones included.
+
+    There are fewer while the service answers none well. Many systems give a process 1024 descriptors, so large numbers
+    of slots have fewer beside them.
 
     Args:
         slots: How many slots there are.
         now: The time.
         answered_at: When the last good answer came.
     """
-    return (_MOST_BESIDE_GOOD if now - answered_at <= SLOW else _MOST) * slots
+    if now - answered_at <= SLOW:
+        return max(2 * slots, min(6 * slots, 512))
+    return max(3 * slots // 2, min(2 * slots, 384))
+
+
+def most_final_in_flight(slots: int) -> int:
+    """Return how many final polls may be in flight while the circuit is closed."""
+    return max(slots, min(4 * slots, 256))
 
 
 class Slots(Generic[T]):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered, may_start
 from aiokeyless._rules.probes import Alternation
-from aiokeyless._rules.slots import SLOW, Slots, most_in_flight
+from aiokeyless._rules.slots import SLOW, Slots, most_final_in_flight, most_in_flight
 from aiokeyless._rules.window import Window
 
 from .state import Poll, PolledOperation
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
 
-#: The most final polls in flight, in multiples of `max_in_flight`.
-_MOST_FINAL: Final = 4
 #: Probes prefer operations that failed less often in a row. From this many failures on, they make no difference.
 _MOST_FAILURES: Final = 8
 #: The most queued polls that one call skips, because their waits have ended or are about to.
@@ -206,7 +204,7 @@ class Dispatcher:
                 if polled.rank:
                     self._count(polled.rank, -1)
                 if waits := polled.active_waits():
-                    poll = Poll(polled, now, waits, max(0.0, now - polled.due))
+                    poll = Poll(polled, now, waits, max(0.0, now - polled.due), circuit=self._circuit.state)
                     self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
                     self.in_flight[poll] = None
                     self.slots.take(poll, now, is_retry=polled.rank > 1, operation=polled.operation_id)
@@ -234,13 +232,13 @@ class Dispatcher:
                 ends_at = poll.started_at + FINAL_POLL_TIMEOUT
                 if not poll.is_over and ends_at > now + RESOLUTION:
                     return ends_at
-        elif len(self.final_in_flight) >= _MOST_FINAL * self._max_in_flight:
+        elif len(self.final_in_flight) >= most_final_in_flight(self._max_in_flight):
             return math.inf
         for _ in range(min(_MOST_SKIPPED, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll(now):
-                poll = Poll(polled, now, polled.active_waits(), final=True)
+                poll = Poll(polled, now, polled.active_waits(), final=True, circuit=self._circuit.state)
                 self.in_flight[poll] = self.final_in_flight[poll] = None
                 self._rate.record_poll(now)
                 if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due

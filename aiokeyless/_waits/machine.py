@@ -22,12 +22,12 @@ from aiokeyless._rules.approval import (
     unknown_error,
 )
 from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
-from aiokeyless._rules.circuit import Circuit
+from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
-from aiokeyless._rules.outcome import YOUNG, poll_verdict
+from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_failure, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import SLOW
-from aiokeyless.errors import ApprovalTimeoutError, KeylessError, RateLimitError
+from aiokeyless.errors import ApprovalTimeoutError, KeylessError, NotFoundError, RateLimitError
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
@@ -97,6 +97,8 @@ class Machine:
             request_timeout=request_timeout,
         )
         self._polled: dict[str, PolledOperation] = {}
+        # Operations that a 503 holds, with the end of their own backoff. Few, as a good answer or the circuit ends it.
+        self._held: dict[PolledOperation, float] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
         self._expired_at = self._woke_at = -math.inf  # when `expire` was called last; when, after the loop stood still
         self._slept = 0.0  # seconds between these calls
@@ -390,11 +392,12 @@ class Machine:
                     wait.final_poll = None
                     dispatcher.queue_final_poll(poll.polled, now)
             return None
-        if isinstance(answer, KeylessError) and answer.is_transient:
-            self._failures += 1
+        if isinstance(answer, Operation) or (isinstance(answer, NotFoundError) and not poll.polled.was_seen):
+            self._record_success(poll, now)
+        elif is_failure(answer, was_seen=_was_seen(poll.polled, answer)):
             self._record_error(poll, answer, now)
-        else:  # also a 404 about an operation that was seen: the service answers, and only this operation backs off
-            dispatcher.record_success(poll, now)
+        else:  # it ends the waits, and says nothing about the service
+            self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
         self._reporter.notice_circuit(self._circuit.state, answer, now, waiting=self._waiting)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             dispatcher.finish(poll, now)
@@ -402,13 +405,27 @@ class Machine:
         result = BatchedResult(poll, answer)
         return result if self.apply_more(result, now) else None
 
+    def _record_success(self, poll: Poll, now: float) -> None:
+        """Record a good answer, and let operations that a 503 holds go on after their own backoff."""
+        self._dispatcher.record_success(poll, now)
+        if self._held:
+            for polled, due in self._held.items():
+                if polled.before_deadline:
+                    self._dispatcher.schedule(polled, due)
+            self._held.clear()
+
     def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
         """Record a transient failure in the circuit and, if it is a 429, in the rate."""
-        operation_id, is_probe = poll.polled.operation_id, not poll.final
+        self._failures += 1
+        if is_unexpected(error):
+            self._reporter.report_unexpected(error, now)
+        is_probe, is_refusal = not poll.final, isinstance(error, RateLimitError)
         if not self._dispatcher.slots.has_failed(poll):
-            self._circuit.record_failure(now, operation_id, started_at=poll.started_at, is_probe=is_probe)
+            self._circuit.record_failure(
+                now, poll.polled.operation_id, started_at=poll.started_at, is_probe=is_probe, is_refusal=is_refusal
+            )
         if isinstance(error, RateLimitError) and self._circuit.record_refusal(
-            now, operation_id, error, is_probe=is_probe, is_repeated=poll.polled.failures > 0
+            now, error, is_probe=is_probe, is_limited=self._rate.is_limited(now)
         ):
             self._rate.record_refusal(now, started_at=poll.started_at)
 
@@ -524,23 +541,44 @@ class Machine:
         if not result.failed:
             result.failed = True
             polled.failures += 1
-            self._failures += not error.is_transient  # transient ones are counted already
-            counted = polled.failures
-            if error.is_transient and polled.pending_at is not None:  # a 404 is a fault of this operation
-                since_good, since_own = now - self._circuit.answered_at, now - polled.pending_at
-                counted = failures_that_count(counted, since_good=since_good, since_own=since_own)
-            result.retry_at = now + max(error_delay(counted), requested_pause(error))
-            # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
-            if polled.before_deadline and polled.poll in (None, poll):
-                self._dispatcher.schedule(polled, result.retry_at)
-        backoff = max(error_delay(1), requested_pause(error))
+            if polled.failures == 1:
+                polled.unexpected_since = math.inf
+            if is_unexpected(error):
+                polled.unexpected_since = min(polled.unexpected_since, now)
+            result.retry_at = self._back_off(poll, error, now)
+        is_refusal = isinstance(error, RateLimitError)
+        backoff = max(error_delay(1), requested_pause(error) if is_refusal else 0.0)
+        is_stuck = is_unexpected(error) and now - polled.unexpected_since >= UNEXPECTED_FOR
         for wait in waits:
             wait.error = error
-            if wait.final_poll is poll:
+            if is_stuck and wait.deadline == math.inf:
+                self.end(wait, copy.copy(error), now)
+            elif wait.final_poll is poll:
                 self._repeat_final(wait, error, backoff, now)
             else:
                 due = min(polled.due, result.retry_at)
                 _update(wait, now, error, due=max(due, self._circuit.retry_at()))
+
+    def _back_off(self, poll: Poll, error: KeylessError, now: float) -> float:
+        """Schedule the next poll of an operation after a failure, and return when it is due at the latest."""
+        polled, is_refusal = poll.polled, isinstance(error, RateLimitError)
+        counted = polled.failures
+        if not is_refusal:
+            counted = failures_that_count(
+                counted,
+                since_own=now - (polled.origin if polled.pending_at is None else polled.pending_at),
+                since_good=now - self._circuit.answered_at,
+                is_spared=self._circuit.is_probed or len(self._polled) < FAILURES_UNTIL_OPEN,
+            )
+        due = now + error_delay(counted)
+        held_until = now + requested_pause(error)
+        if not is_refusal and held_until > due:  # until the next good answer to any poll
+            self._held[polled] = due
+        due = max(due, held_until)
+        # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
+        if polled.before_deadline and polled.poll in (None, poll):
+            self._dispatcher.schedule(polled, due)
+        return due
 
     def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
         """Repeat a final poll that failed; if that is too late, end the wait at once."""
@@ -592,7 +630,7 @@ class BatchedResult:
         self.answer = answer
         self.left = poll.polled.active_waits()  # to which it was not applied yet
         self._verdicts: dict[tuple[ApprovalTicket | None, bool], Verdict | Rejection] = {}
-        self.was_seen = poll.polled.was_seen  # before this poll
+        self.was_seen = _was_seen(poll.polled, answer)  # before this poll
         # The waits that the poll is for.
         self.served = set(poll.waits)
         self.delays: dict[tuple[int, int], float | KeylessError] = {}  # by the id of the schedule and the attempt
@@ -614,6 +652,14 @@ class BatchedResult:
                 self.answer, poll.polled.operation_id, wait.ticket, may_be_missing=key[1], was_seen=self.was_seen
             )
         return self._verdicts[key]
+
+
+def _was_seen(polled: PolledOperation, answer: Operation | KeylessError) -> bool:
+    """Return whether an earlier poll found the operation, or was answered that it does not exist yet.
+
+    The latter says nothing about another 404.
+    """
+    return polled.was_seen or (polled.pending_at is not None and not isinstance(answer, NotFoundError))
 
 
 def _deadlines_in_a_turn(now: float, due: float) -> int:

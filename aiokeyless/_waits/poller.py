@@ -283,7 +283,7 @@ class Poller:
                 if not poll.is_over:  # else the last wait left before it started
                     self._poll_tasks[poll] = worker
                     try:
-                        answer = await send(poll.polled.operation_id)
+                        answer = await send(poll.polled.operation_id, poll.circuit)
                     except KeylessError as error:
                         answer = _strip_frames(error)
                     except asyncio.CancelledError as cancellation:

@@ -26,6 +26,8 @@ logger = logging.getLogger("aiokeyless")
 _LATE: Final = 1.0
 #: Seconds for which all polls must be late before that is logged.
 _LATE_FOR: Final = 5.0
+#: Seconds between two warnings of the same kind.
+_WARN_AGAIN: Final = 60.0
 #: Shared by all clients, since a listener may serve several.
 _NUMBERS: Final = itertools.count(1)
 
@@ -53,6 +55,7 @@ class Reporter:
         self._transitions = Transitions(now)
         self._late_since: float | None = None  # the first of the late polls; None: the last one was in time
         self._late_logged = False
+        self._warned_at = -math.inf
 
     # -- events of waits and polls
 
@@ -121,7 +124,8 @@ class Reporter:
         """
         if state is self._transitions.state:
             return
-        cause = answer if isinstance(answer, KeylessError) and answer.is_transient else None
+        # A good answer never opens it, and may be a 404.
+        cause = answer if isinstance(answer, KeylessError) and state is CircuitState.OPEN else None
         change = self._transitions.notice(state, now)
         if change.is_outage:
             logger.warning(
@@ -132,6 +136,12 @@ class Reporter:
         elif change.outage is not None:
             logger.info("Keyless answers again: the circuit is closed, %.1f s after it opened", change.outage)
         self._tell_circuit(change, None if cause is None else type(cause), waiting=waiting)
+
+    def report_unexpected(self, error: KeylessError, now: float) -> None:
+        """Log, once a minute, that polls go on after a failure that the service itself would not give."""
+        if now - self._warned_at >= _WARN_AGAIN:
+            self._warned_at = now
+            logger.warning("a poll failed, but the operation, or the key, was good before, so polls go on: %s", error)
 
     def report_end(self, now: float) -> None:
         """Report the circuit as closed, to listeners that count the others."""

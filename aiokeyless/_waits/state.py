@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.final import may_start
 from aiokeyless.models import Operation
 
@@ -122,6 +123,8 @@ class PolledOperation(_Opaque, Scheduled, msgspec.Struct, eq=False):
     """Of the live ones, those that are in the phase POLLING."""
     failures: int = 0
     """Transient ones in a row."""
+    unexpected_since: float = math.inf
+    """When the first of these came that the service would not give; if there is none, infinity, or any earlier time."""
     pending_at: float | None = None
     """Start of the last poll that was answered with pending."""
     was_seen: bool = False
@@ -179,6 +182,8 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     """Seconds by which it started late."""
     final: bool = False
     """Whether it takes no slot, for waits whose deadline has passed. An ordinary one is final to an expired wait."""
+    circuit: CircuitState = CircuitState.CLOSED
+    """The state of the circuit when it started."""
     is_over: bool = False
     """Whether it was cut off, or has ended: nothing stops it any more."""
     is_overdue: bool = False

@@ -48,8 +48,8 @@ class ApprovalWorker:
         client: Any client. The worker sends each call once, whatever ``max_attempts`` is, because the broker repeats
             failed ones. The caller closes the client, after the worker.
         broker: An open broker, or a URL such as ``sqlite:keyless.db``. The worker opens and closes the broker of a URL.
-        max_in_flight: Deliveries that have been in flight for less than a second. With slower ones, at most six times
-            as many are in flight, and twice as many while Keyless answers none. Default: 64.
+        max_in_flight: Deliveries that have been in flight for less than a second. Slower ones have room of their own.
+            By default, at most 384 are in flight, and 128 while Keyless answers none. Default: 64.
         max_polls_per_second: Polls of this worker in a second; None for as many as fit. Further due polls stay at
             the broker, for this worker or another. A 429 halves the rate, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.

@@ -97,8 +97,8 @@ class Pacing(NamedTuple):
     grace: float
 
     def after_failure(self, most: float = math.inf) -> float:
-        """Return a random number of seconds to wait after a failure. `most` limits the wait for the circuit."""
-        return max(error_delay(self.failures), self.paused_for, min(self.closed_for, most))
+        """Return a random number of seconds to wait after a failure. `most` limits all but the backoff."""
+        return max(error_delay(self.failures), min(max(self.paused_for, self.closed_for), most))
 
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
@@ -131,8 +131,8 @@ def after_poll(
         polled_at: When the poll started; at the deadline or later, it is the final one.
         now: The time.
         pacing: When to go on.
-        was_created: Whether this request may have created the operation, as far as the broker knows. If so, a 403 or a
-            404 says nothing about it, because gateways give such answers for a moment.
+        was_created: Whether this request may have created the operation, as far as the broker knows. If so, an odd
+            answer says nothing about it: see `is_failure`.
 
     Returns:
         The decision; `Next.CREATE` if there is no operation, and it is not too late for it.
@@ -143,9 +143,6 @@ def after_poll(
     if isinstance(verdict, Rejection):
         return _reject(delivery, verdict, answer, now=now)
     was_final = is_final(delivery, polled_at)
-    if was_created and isinstance(answer, PermissionDeniedError):
-        # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
-        verdict = Verdict.TRANSIENT if was_final else Verdict.PENDING
     if verdict is Verdict.PENDING and not was_final:
         if delivery.is_started_by_phone:  # nothing is to be created, and the application itself told the phone
             return Redeliver(_scheduled_delay(delivery, now, pacing))

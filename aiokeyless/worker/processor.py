@@ -13,6 +13,7 @@ from aiokeyless._http.creation import OperationCreation
 from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, requested_pause
+from aiokeyless._rules.outcome import is_failure
 from aiokeyless.errors import (
     AlreadyApprovedError,
     AuthenticationError,
@@ -21,7 +22,6 @@ from aiokeyless.errors import (
     ConflictError,
     KeylessError,
     NotFoundError,
-    PermissionDeniedError,
     RateLimitError,
 )
 from aiokeyless.models import NewOperation, Operation
@@ -181,7 +181,7 @@ class DeliveryProcessor:
             may_exist = (
                 claim is Claim.HELD or may_have_taken_effect(error) or not await self._broker.unclaim(delivery.message)
             )
-            self._record_error(delivery, error, started_at, is_probe=True)
+            self._record_error(delivery, error, started_at, is_probe=True, was_seen=may_exist)
             return after_failed_creation(
                 delivery, error, now=self._clock(), pacing=self._pacing(delivery, error), may_exist=may_exist
             )
@@ -191,11 +191,14 @@ class DeliveryProcessor:
 
     async def _poll(self, delivery: Delivery) -> Decision | Next:
         """Poll the operation. Return `Next.CREATE` if there is none and it is not too late to create it."""
-        polled_at = self._clock()
+        polled_at, started_at = self._clock(), self._now()
         answer = await self._get(delivery, polled_at)
         was_created = await self._was_created(delivery, answer, polled_at)
-        if was_created:
-            self._reporter.count("transient_failures")
+        if isinstance(answer, KeylessError):
+            is_probe = not is_final(delivery, polled_at)
+            self._record_error(delivery, answer, started_at, is_probe=is_probe, was_seen=was_created)
+        else:
+            self._record_success(started_at)
         step = after_poll(
             delivery,
             answer,
@@ -225,31 +228,30 @@ class DeliveryProcessor:
         return None
 
     async def _was_created(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> bool:
-        """Return whether a refusal contradicts that this request may have created the operation.
+        """Return whether this request may have created the operation, so that an odd answer is a gateway's.
 
-        A 404 before the deadline does not: the operation may not exist yet, and the worker creates it. Nor does one of
-        an operation that the phone has not started.
+        A 404 is none before the deadline, since the operation may not exist yet and the worker creates it, nor if the
+        phone has not started the operation.
         """
-        contradicts = isinstance(answer, PermissionDeniedError) or (
-            isinstance(answer, NotFoundError) and is_final(delivery, polled_at) and not delivery.is_started_by_phone
-        )
-        return contradicts and await self._broker.has_claim(delivery.message)
+        if not isinstance(answer, KeylessError) or answer.is_transient or not is_failure(answer, was_seen=True):
+            return False
+        may_be_missing = delivery.is_started_by_phone or not is_final(delivery, polled_at)
+        if isinstance(answer, NotFoundError) and may_be_missing:
+            return False
+        return await self._broker.has_claim(delivery.message)
 
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""
-        started_at, operation_id, final = self._now(), delivery.ticket.operation_id, is_final(delivery, polled_at)
+        started_at, operation_id = self._now(), delivery.ticket.operation_id
         self._reporter.count("polls")
         self._rate.record_poll(started_at)
         answer: Operation | KeylessError
         try:
-            answer = await self._transport.fetch(get_operation(operation_id))
+            answer = await self._transport.fetch(get_operation(operation_id), circuit=self._circuit.state)
         except KeylessError as error:
             answer = error.with_traceback(None)
+        final = is_final(delivery, polled_at)
         self._reporter.report_poll(operation_id, answer, is_final=final, started_at=started_at)
-        if isinstance(answer, KeylessError):
-            self._record_error(delivery, answer, started_at, is_probe=not final)
-        else:
-            self._record_success(started_at)
         return answer
 
     def _now(self) -> float:
@@ -259,24 +261,31 @@ class DeliveryProcessor:
         self._circuit.record_success(self._now(), started_at=started_at)
         self._reporter.report_exchange(None)
 
-    def _record_error(self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool) -> None:
+    def _record_error(
+        self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool, was_seen: bool
+    ) -> None:
         """Record what a failure says about the service. If it says something about this worker, raise it."""
-        # Of these, only the refusal of a key that was replaced meanwhile is transient.
+        # Of these, only what may pass by itself is transient: a key that was replaced, a function that returned none.
         if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError) and not error.is_transient:
             raise error
-        if not error.is_transient:
-            self._record_success(started_at)
+        if not is_failure(error, was_seen=was_seen):
+            if isinstance(error, NotFoundError):
+                self._record_success(started_at)
+            else:  # it ends the request, and says nothing about the service
+                self._circuit.record_cut(started_at=started_at, is_probe=is_probe)
             return
         self._reporter.count("transient_failures")
-        now, operation_id = self._now(), delivery.ticket.operation_id
+        now, is_refusal = self._now(), isinstance(error, RateLimitError)
         is_probe = is_probe and not self._slots.has_failed(delivery.message)
-        self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
+        self._circuit.record_failure(
+            now, delivery.ticket.operation_id, started_at=started_at, is_probe=is_probe, is_refusal=is_refusal
+        )
         if isinstance(error, RateLimitError) and self._circuit.record_refusal(
-            now, operation_id, error, is_probe=is_probe, is_repeated=delivery.message.failures > 0
+            now, error, is_probe=is_probe, is_limited=self._rate.is_limited(now)
         ):
             self._rate.record_refusal(now, started_at=started_at)
         self._reporter.report_exchange(error)
-        log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
+        log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:
         own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from raw_server import RawServer, answer, hang, now, operation, reset
 from tenacity import wait_fixed
 
-from aiokeyless import KeylessClient, RequestTimeoutError, TransportError
+from aiokeyless import KeylessClient, RequestTimeoutError, Secret, ServerError, TransportError
+from aiokeyless._http.keys import ApiKeys
+from aiokeyless._http.transport import Transport
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless.events import PollEnded, RequestEnded
 from aiokeyless.sandbox import Sandbox
 from benchmarks.suite.weather import after_failover
@@ -240,3 +245,79 @@ async def test_a_request_that_is_not_repeated_fails_if_an_answer_came_before_it(
         with pytest.raises(TransportError) as caught:
             await client.delete_user(USER)
         assert caught.value.sent
+
+
+class Host:
+    """A service that answers polls with some status, and knows on which connection each came."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.body = operation()
+        self.connections: list[object] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.connections.append(request.transport)
+        return web.Response(status=self.status, body=self.body, content_type="application/json")
+
+    def used(self) -> int:
+        """Return how many connections were used since the last call."""
+        count = len(set(map(id, self.connections)))
+        self.connections.clear()
+        return count
+
+
+@pytest.fixture
+async def host() -> AsyncGenerator[tuple[Host, str]]:
+    service = Host()
+    application = web.Application()
+    application.router.add_get("/v2/operations/{name}", service.answer)
+    async with TestServer(application) as server:
+        yield service, str(server.make_url("")).rstrip("/")
+
+
+@pytest.fixture(params=["own session", "borrowed session"])
+async def sender(request: pytest.FixtureRequest, host: tuple[Host, str]) -> AsyncGenerator[Transport]:
+    async with aiohttp.ClientSession() as session:
+        borrowed = session if request.param == "borrowed session" else None
+        keys = ApiKeys(Secret("key"))
+        transport = Transport(host[1], keys, session=borrowed, request_timeout=5.0, max_attempts=1)
+        yield transport
+        await transport.aclose()
+
+
+async def test_each_probe_of_an_open_circuit_has_a_new_connection(host: tuple[Host, str], sender: Transport) -> None:
+    await sender.poll("a")
+    host[0].used()
+    for _ in range(3):
+        await sender.poll("a", CircuitState.OPEN)
+    assert host[0].used() == 3
+
+
+@pytest.mark.parametrize("body", [b"busy", b""], ids=["with a body", "without one"])
+@pytest.mark.parametrize(("circuit", "connections"), [(CircuitState.CLOSED, 1), (CircuitState.HALF_OPEN, 4)])
+async def test_connection_that_brought_a_500_is_kept_only_while_the_circuit_is_closed(
+    host: tuple[Host, str], sender: Transport, circuit: CircuitState, connections: int, body: bytes
+) -> None:
+    service = host[0]
+    service.status, service.body = 503, body
+    for _ in range(4):
+        with pytest.raises(ServerError):
+            await sender.poll("a", circuit)
+    assert service.used() == (connections if sender._owned_sessions else 1)  # aiohttp has put it back already
+
+
+async def test_good_answer_keeps_its_connection_while_the_circuit_is_half_open(
+    host: tuple[Host, str], sender: Transport
+) -> None:
+    for _ in range(3):
+        await sender.poll("a", CircuitState.HALF_OPEN)
+    assert host[0].used() == 1
+
+
+async def test_no_connection_of_ours_is_used_for_over_a_minute(host: tuple[Host, str]) -> None:
+    service, url = host
+    async with KeylessClient("key", base_url=url) as client:
+        for _ in range(13):
+            await client.get_operation("a")
+            await asyncio.sleep(10)
+        assert service.used() == 2  # the second from 70 s on

@@ -668,6 +668,17 @@ async def test_gateway_that_speaks_http_2_only_is_named() -> None:
             await client.get_operation("txn-1")
 
 
+@pytest.mark.parametrize(
+    "start",
+    [b"HTTP/1.1 200 OK\r\nNo Name: 1", b"HTTP/1.1 two OK", b"HTTP/1.1 200 OK\r\nContent-Length: x"],
+    ids=["header", "status", "length"],
+)
+async def test_malformed_answer_is_not_blamed_on_http_2(start: bytes) -> None:
+    async with RawServer(start + b"\r\n\r\n") as gateway, once(gateway.url) as client:
+        error = await failure(client.get_operation("txn-1"))
+    assert str(error).endswith("the answer is not well-formed; check base_url")
+
+
 ECHOES: dict[str, bytes | Handler] = {
     "a reset": reset,
     "silence": hang,

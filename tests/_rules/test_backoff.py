@@ -35,20 +35,22 @@ def test_the_delay_after_very_many_failures_is_no_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failures", "since_good", "since_own", "counted"),
+    ("failures", "since_own", "since_good", "is_spared", "counted"),
     [
-        (1, 0.0, 0.0, 1),
-        (2, 0.0, 0.0, 2),
-        (9, 1.0, 30.0, 2),
-        (9, 1.01, 30.0, 9),
-        (9, 1.0, 30.01, 9),
-        (9, math.inf, math.inf, 9),
+        (1, 0.0, 0.0, False, 1),
+        (2, 0.0, 0.0, True, 2),
+        (9, 30.0, 1.0, False, 2),
+        (9, 30.0, 1.01, False, 9),
+        (9, 30.01, 1.0, False, 9),
+        (9, 30.0, math.inf, True, 2),
+        (9, 30.01, 0.0, True, 9),
     ],
 )
-def test_where_answers_fail_at_random_two_failures_count(
-    failures: int, since_good: float, since_own: float, counted: int
+def test_two_failures_count_for_half_a_minute_if_answers_fail_at_random_or_few_polls_are_sent(
+    failures: int, since_own: float, since_good: float, counted: int, *, is_spared: bool
 ) -> None:
-    assert failures_that_count(failures, since_good=since_good, since_own=since_own) == counted
+    counts = failures_that_count(failures, since_own=since_own, since_good=since_good, is_spared=is_spared)
+    assert counts == counted
 
 
 # -- what the service asks for
@@ -59,7 +61,8 @@ def test_where_answers_fail_at_random_two_failures_count(
     [
         (RateLimitError(status=429, method="GET", path=PATH, retry_after=3.0), 3.0),
         (ServerError(status=503, method="GET", path=PATH, retry_after=0.0), 0.0),
-        (ServerError(status=503, method="GET", path=PATH, retry_after=86_400.0), 120.0),
+        (RateLimitError(status=429, method="GET", path=PATH, retry_after=86_400.0), 120.0),
+        (ServerError(status=503, method="GET", path=PATH, retry_after=2.5), 2.5),
         (status_error(429), 0.0),
         (status_error(503), 0.0),
         (status_error(500, retry_after=3.0), 0.0),
@@ -72,3 +75,9 @@ def test_where_answers_fail_at_random_two_failures_count(
 )
 def test_only_a_429_and_a_503_ask_for_a_pause_and_two_minutes_count(error: KeylessError, pause: float) -> None:
     assert requested_pause(error) == pause
+
+
+def test_a_longer_pause_of_a_503_is_the_longest_delay() -> None:
+    pauses = [requested_pause(status_error(503, retry_after=30.0)) for _ in range(300)]
+    assert 0.5 * LONGEST <= min(pauses) < 0.65 * LONGEST
+    assert 0.85 * LONGEST < max(pauses) <= LONGEST

@@ -42,17 +42,12 @@ def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float = 0.0) ->
 
 
 def refuse(
-    circuit: Circuit,
-    now: float,
-    operation: str,
-    *,
-    pause: float | None = 10.0,
-    is_probe: bool = True,
-    is_repeated: bool = False,
+    circuit: Circuit, now: float, *, pause: float | None = 10.0, is_probe: bool = True, is_limited: bool = False
 ) -> bool:
-    """Let an operation get a 429, and return whether the limit is the tenant's."""
+    """Let one operation get a 429, and return whether the limit is the tenant's."""
     error = RateLimitError(status=429, method="GET", path="/", retry_after=pause)
-    return circuit.record_refusal(now, operation, error, is_probe=is_probe, is_repeated=is_repeated)
+    circuit.record_failure(now, "refused", started_at=now, is_probe=is_probe, is_refusal=True)
+    return circuit.record_refusal(now, error, is_probe=is_probe, is_limited=is_limited)
 
 
 def open_at(now: float, limit: int = LIMIT) -> Circuit:
@@ -114,7 +109,7 @@ def test_five_in_a_row_are_no_news_where_several_fail_between_two_good_answers()
     for now in range(100):
         fail(circuit, float(now), 3)
         circuit.record_success(float(now), started_at=float(now))
-    fail(circuit, 100.0, 20)
+    fail(circuit, 100.0, 35)
     assert not circuit.is_probed
     fail(circuit, 100.0, 6)
     assert circuit.is_probed
@@ -125,9 +120,9 @@ def test_a_service_that_is_well_again_for_a_while_counts_as_well() -> None:
     for now in range(100):
         fail(circuit, float(now), 3)
         circuit.record_success(float(now), started_at=float(now))
-    for now in range(100, 150):
+    for now in range(100, 200):
         circuit.record_success(float(now), started_at=float(now))
-    fail(circuit, 150.0, 6)
+    fail(circuit, 200.0, 6)
     assert circuit.is_probed
 
 
@@ -136,7 +131,7 @@ def test_an_operation_that_usually_fails_between_good_answers_raises_the_number_
     for now in range(100):
         fail(circuit, float(now))
         circuit.record_success(float(now), started_at=float(now))
-    fail(circuit, 100.0, FAILURES_UNTIL_OPEN + 5)
+    fail(circuit, 100.0, FAILURES_UNTIL_OPEN + 10)
     assert circuit.is_closed
     fail(circuit, 100.0, 2)
     assert circuit.is_probed
@@ -182,16 +177,40 @@ def test_unanswered_final_polls_open_the_circuit_too() -> None:
 
 
 @pytest.mark.usefixtures("full_backoff")
-def test_probes_follow_the_backoff_counted_from_the_opening() -> None:
-    circuit = Circuit(LIMIT)
-    now = 1000.0
-    fail(circuit, now, 5)
+def test_probes_come_within_a_second_for_half_a_minute_and_then_on_the_backoff() -> None:
+    circuit = open_at(1000.0)
+    assert gaps_of_probes(circuit, 1000.0, 34) == [0.5, *[1.0] * 30, 5.0, 5.0, 5.0]
+
+
+@pytest.mark.usefixtures("full_backoff")
+def test_flapping_does_not_begin_the_half_minute_anew() -> None:
+    circuit = open_at(1000.0)
+    circuit.record_success(1029.0, started_at=1028.9)
+    assert circuit.state is CircuitState.HALF_OPEN
+    while not circuit.is_probed:
+        fail(circuit, 1029.0)
+    assert gaps_of_probes(circuit, 1029.0, 5) == [0.5, 1.0, 2.0, 4.0, 5.0]
+    for now in range(1050, 1200):
+        circuit.record_success(float(now), started_at=now - 0.1)
+    assert circuit.is_closed
+    fail(circuit, 1200.0, 5)
+    assert gaps_of_probes(circuit, 1200.0, 5) == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.usefixtures("full_backoff")
+def test_probes_that_are_refused_follow_the_backoff_from_the_beginning() -> None:
+    circuit = open_at(1000.0)
+    assert gaps_of_probes(circuit, 1000.0, 6, is_refusal=True) == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def gaps_of_probes(circuit: Circuit, now: float, times: int, *, is_refusal: bool = False) -> list[float]:
+    """Let so many probes fail at once, and return the pauses before them."""
     gaps = []
-    for _ in range(9):
+    for _ in range(times):
         gaps.append(circuit.retry_at() - now)
         now = circuit.retry_at()
-        fail(circuit, now)
-    assert gaps == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0]
+        circuit.record_failure(now, next(OPERATIONS), started_at=now, is_probe=True, is_refusal=is_refusal)
+    return gaps
 
 
 @pytest.mark.usefixtures("full_backoff")
@@ -447,49 +466,76 @@ def test_a_retry_after_while_half_open_starts_again_from_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("refusals", "is_tenants"),
-    [
-        ([(100.0, "a", {})], False),
-        ([(100.0, "a", {}), (100.5, "a", {})], False),
-        ([(100.0, "a", {}), (102.0, "b", {})], True),
-        ([(100.0, "a", {}), (102.1, "b", {})], False),
-        ([(100.0, "a", {}), (100.5, "b", {"is_repeated": True})], False),
-        ([(100.0, "a", {"is_repeated": True}), (100.5, "b", {})], False),
-        ([(100.0, "a", {}), (101.0, "b", {}), (102.5, "b", {})], False),
-        ([(100.0, "a", {}), (101.5, "b", {}), (102.5, "a", {})], True),
-        ([(100.0, "a", {"pause": None}), (100.5, "b", {"pause": None})], True),
-    ],
-    ids=["one", "one twice", "two", "too late", "a repeated one", "after one", "last of b", "last of a", "no pause"],
+    ("refused", "among", "is_tenants"),
+    [(13, 40, False), (14, 40, True), (14, 14, True), (13, 13, False), (26, 80, False)],
 )
-def test_a_limit_is_the_tenants_if_two_operations_are_refused_that_had_not_failed(
-    refusals: list[tuple[float, str, dict[str, bool]]], *, is_tenants: bool
+def test_a_limit_is_the_tenants_if_over_a_third_of_the_last_forty_polls_were_refused(
+    refused: int, among: int, *, is_tenants: bool
 ) -> None:
     circuit = Circuit(LIMIT)
-    said = [refuse(circuit, at, operation, **options) for at, operation, options in refusals]
-    assert said[-1] is is_tenants
-    asks = refusals[-1][2].get("pause", 10.0)
-    assert (circuit.state is CircuitState.OPEN) is (said.count(True) > 0 and asks is not None)
+    said = False
+    for number in range(among):  # spread evenly
+        if (number + 1) * refused // among > number * refused // among:
+            said = refuse(circuit, 100.0)
+        else:
+            circuit.record_success(100.0, started_at=99.9)
+    assert said is is_tenants
+    assert (circuit.state is CircuitState.OPEN) is is_tenants
+
+
+@pytest.mark.parametrize(("before", "last"), [(0, 3), (1, 6), (2, 9)])
+def test_a_sudden_onset_of_refusals_is_the_tenants_limit_again_while_polls_respect_one(before: int, last: int) -> None:
+    circuit = Circuit(LIMIT)
+    for _ in range(before):
+        refuse(circuit, 100.0)
+    for number in range(40 - before):
+        if number % 4:
+            circuit.record_success(100.0, started_at=99.9)
+        else:  # it is not calm, which forgets refusals
+            circuit.record_failure(100.0, "failing", started_at=99.9, is_probe=True)
+    assert not any(refuse(circuit, 100.0, is_limited=True) for _ in range(last - 1))
+    assert not refuse(circuit, 100.0, is_limited=False)
+    assert refuse(circuit, 100.0, is_limited=True)
+
+
+def test_refusals_from_before_the_circuit_was_calm_are_forgotten() -> None:
+    circuit = Circuit(LIMIT)
+    refuse_thirteen(circuit, 100.0)
+    while not circuit.is_calm:
+        circuit.record_success(101.0, started_at=100.9)
+    assert not refuse(circuit, 102.0)
+
+
+def test_a_limit_without_a_pause_opens_nothing() -> None:
+    circuit = Circuit(LIMIT)
+    refuse_thirteen(circuit, 100.0)
+    assert refuse(circuit, 100.0, pause=None)
+    assert circuit.is_closed
 
 
 def test_the_pause_of_a_limit_that_is_the_tenants_holds_all_polls() -> None:
     circuit = Circuit(LIMIT)
-    refuse(circuit, 100.0, "a", pause=60.0)
-    assert circuit.room(100.0) == LIMIT
-    refuse(circuit, 101.0, "b", pause=10.0)
+    refuse_thirteen(circuit, 100.0)
+    assert circuit.room(100.0) > 0
+    refuse(circuit, 101.0, pause=10.0)
     assert (circuit.retry_at(), circuit.is_probed) == (111.0, False)
 
 
 def test_a_pause_that_a_final_poll_is_asked_for_extends_none_and_begins_one() -> None:
     circuit = Circuit(LIMIT)
-    for now, operation in ((100.0, "a"), (100.0, "b"), (105.0, "c"), (105.0, "d")):
-        refuse(circuit, now, operation, is_probe=now < 105.0)
+    refuse_thirteen(circuit, 100.0)
+    refuse(circuit, 100.0)
+    refuse(circuit, 105.0, is_probe=False)
     assert circuit.retry_at() == 110.0
-    for operation in "ef":
-        refuse(circuit, 110.0, operation, is_probe=False)
+    refuse(circuit, 110.0, is_probe=False)
     assert circuit.retry_at() == 120.0
-    for operation in "gh":
-        refuse(circuit, 115.0, operation)
+    refuse(circuit, 115.0)
     assert circuit.retry_at() == 125.0
+
+
+def refuse_thirteen(circuit: Circuit, now: float) -> None:
+    """Let as many polls be refused as are no limit yet."""
+    assert not any(refuse(circuit, now, pause=60.0) for _ in range(13))
 
 
 # -- both at once
@@ -519,7 +565,7 @@ def test_a_short_retry_after_with_every_failure_does_not_let_probes_run_faster_t
         now = sent_at + 0.25  # an answer takes its time, and the probe was sent before the pause that it brings
         circuit.record_failure(now, "probe", started_at=sent_at, is_probe=True)
         circuit.record_pause(now, pause)
-    assert gaps == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0]
+    assert gaps == [0.5, *[1.0] * 7]
 
 
 @pytest.mark.usefixtures("full_backoff")
@@ -704,6 +750,6 @@ def test_it_is_calm_again_once_its_limit_is_full_and_failures_are_forgotten() ->
     for answers in range(1, 64):
         assert circuit.is_calm is False
         circuit.record_success(2.0 * answers, started_at=2.0 * answers - 1.0)
-        assert circuit.is_closed == (answers >= 16)
+        assert circuit.is_closed == (answers >= 19)
         assert circuit.limit == 1 + answers
     assert circuit.is_calm is True

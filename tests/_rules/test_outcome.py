@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Final
 
 import msgspec
 import pytest
+from fuzz.mutations import mutate
+from multidict import CIMultiDict
 from outcome_cases import (
     AUTH_TYPE,
     CASES,
@@ -22,12 +25,15 @@ from outcome_cases import (
     Result,
 )
 
-from aiokeyless import ApprovalTicket, NotFoundError, Operation
+from aiokeyless import ApprovalTicket, KeylessError, NotFoundError, Operation, Secret
+from aiokeyless._http import protocol
+from aiokeyless._http.redaction import Redaction
 from aiokeyless._rules import outcome
 from aiokeyless._rules.approval import Rejection, Verdict
 from aiokeyless._rules.outcome import poll_result, poll_verdict
 from aiokeyless.events import PollResult
 from aiokeyless.ticket import payload_digest
+from benchmarks.approval_times import seeded_random
 
 NOON: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
 TICKET: Final = ApprovalTicket(
@@ -81,15 +87,27 @@ def test_the_final_poll_has_the_same_verdict_under_another_name(case: OutcomeCas
         assert case.final is case.before is Result.REJECTED
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not isinstance(case.answer, NotFoundError)], ids=str)
-def test_only_a_404_depends_on_whether_the_operation_was_seen_or_may_be_missing(case: OutcomeCase) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.rule in {"O1", "O2", "O3", "O4"}], ids=str)
+def test_an_answer_about_the_operation_and_a_transient_failure_mean_the_same_in_all_waits(case: OutcomeCase) -> None:
     for may_be_missing, was_seen in itertools.product((False, True), repeat=2):
         assert verdict(case, may_be_missing=may_be_missing, was_seen=was_seen) is expected(case)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not isinstance(case.answer, NotFoundError)], ids=str)
+def test_only_a_404_depends_on_whether_the_operation_may_be_missing(case: OutcomeCase) -> None:
+    for may_be_missing in (False, True):
+        assert verdict(case, may_be_missing=may_be_missing) is expected(case)
+
+
+def test_a_wrong_key_ends_a_wait_also_once_the_operation_was_seen() -> None:
+    [case] = (case for case in CASES if case.name == "401")
+    assert verdict(case, was_seen=True) is Verdict.FAILED
+
+
 def test_an_operation_that_was_seen_is_never_missing_even_where_it_may_be() -> None:
-    [case] = (case for case in CASES if case.rule == "O5")
-    assert verdict(case, may_be_missing=True) is Verdict.TRANSIENT
+    for case in CASES:
+        if case.rule == "O5":
+            assert verdict(case, may_be_missing=True) is Verdict.TRANSIENT
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.answer, Operation)], ids=str)
@@ -100,6 +118,32 @@ def test_a_bare_id_is_bound_to_no_user_and_no_payload(case: OutcomeCase) -> None
         assert verdict(case, ticket=None) is (Verdict.APPROVED if case.answer.is_approved else Verdict.PENDING)
     else:
         assert verdict(case, ticket=None) is expected(case)
+
+
+def test_no_mutated_answer_is_an_approval_unless_all_in_it_says_so() -> None:
+    source = seeded_random(1)
+    answers = [msgspec.json.encode(case.answer) for case in CASES if isinstance(case.answer, Operation)]
+    pages = (b"{}", b'{"message": "denied"}', b"<html></html>", b"", b"null", b"[]")
+    approved = 0
+    for _ in range(20_000):
+        body = mutate(source.choice((*answers, *pages)), source)
+        status = source.choice((200, 200, 200, 201, 202, 204, 302, 400, 403, 404, 410, 503))
+        try:
+            answer: Operation | KeylessError = protocol.read(
+                protocol.GET_OPERATION, "/", protocol.Answer(status, CIMultiDict(), body), Redaction(Secret("k" * 36))
+            )
+        except KeylessError as error:
+            answer = error
+        for was_seen in (False, True):
+            found = poll_verdict(answer, OPERATION_ID, TICKET, may_be_missing=False, was_seen=was_seen)
+            if found is Verdict.APPROVED:
+                approved += 1
+                fields = json.loads(body)
+                assert (status, fields["state"], fields["result"]) == (200, "approved", True)
+                assert (fields["operationId"], fields["userId"].upper()) == (OPERATION_ID, USER_ID)
+                assert (fields["operationPayload"], fields["externalUserId"]) == (PAYLOAD, EXTERNAL_USER_ID)
+                assert fields["authType"] == AUTH_TYPE
+    assert approved > 10  # of answers with a change that says nothing about it
 
 
 @each_case

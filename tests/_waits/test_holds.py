@@ -377,7 +377,7 @@ class TestSeries:
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await old_ticket(client)
-        sandbox.fail_next(status=503, retry_after=30, method="GET")
+        sandbox.fail_next(status=429, retry_after=30, method="GET")
         start = now()
         every_minute = wait_fixed(60)
         holds = [hold_on(client, ticket, pieces=8, seconds=5, schedule=every_minute) for _ in range(2)]

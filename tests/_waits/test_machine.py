@@ -10,7 +10,7 @@ from rich.pretty import pretty_repr
 from tenacity import wait_exponential, wait_fixed
 from tenacity.wait import wait_base
 
-from aiokeyless import ApprovalTicket, ConfigurationError, wait_adaptive
+from aiokeyless import ApprovalTicket, AuthenticationError, ConfigurationError, DecodeError, KeylessError, wait_adaptive
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.final import Unanswered
@@ -24,6 +24,9 @@ from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+#: So many operations that are refused at once show that the limit is the tenant's.
+MANY = 14
+UNREADABLE = DecodeError("cannot be decoded", status=200, method="GET", path="/v2/operations/op")
 TICKET = ApprovalTicket.for_operation("op", user_id=USER, expires_in=20.0)
 
 
@@ -366,11 +369,22 @@ class TestSlots:
         assert len([*machine.started(0.2), *machine.started(0.5)]) == 2
         assert machine.wakes(0.5) == 0.2 + TIMEOUT
 
-    def test_an_operation_that_always_fails_is_polled_again_and_again(self) -> None:
+    @pytest.mark.parametrize(("answer", "first"), [(error(500), 30), (error(403), 30), (error(429), 10)], ids=str)
+    def test_an_operation_that_always_fails_is_polled_each_second_for_half_a_minute_and_then_less(
+        self, answer: KeylessError, first: int
+    ) -> None:
         machine = Calls()
-        machine.wait()
-        polls = machine.run(100.0, lambda *_: error(500))
-        assert [at for at, _ in polls] == [0.25 * number * (number + 1) for number in range(20)]
+        machine.wait(timeout=200.0)
+        polls = [at for at, _ in machine.run(100.0, lambda _, at: answer if at else "pending")]
+        assert len([at for at in polls if 1.0 < at <= 31.0]) == first
+        assert 4 <= len([at for at in polls if at > 31.0]) <= 9
+
+    def test_of_five_operations_that_fail_one_is_polled_each_second_for_half_a_minute(self) -> None:
+        machine = Calls()
+        for number in range(5):
+            machine.wait(f"op-{number}")
+        polls = [at for at, _ in machine.run(100.0, lambda _, at: error(500) if at else "pending")]
+        assert len([at for at in polls if 3.0 <= at <= 31.0]) <= 56
 
     def test_in_a_brown_out_an_operation_that_answered_lately_counts_two_of_its_failures(self) -> None:
         machine = Calls(schedule=wait_fixed(0.5))
@@ -381,15 +395,34 @@ class TestSlots:
         assert times[:35] == [0.0, 0.5, 1.0, 1.5, *range(2, 33)]
         assert times[35] > 45.0  # it always fails
 
-    @pytest.mark.parametrize("failing", [503, 404])
-    def test_nothing_but_a_brown_out_cuts_the_backoff_of_an_operation(self, failing: int) -> None:
-        machine = Calls(schedule=wait_fixed(0.5))
-        if failing == 404:  # then the service is well, but this operation alone is not
-            machine.wait("well")
-        machine.wait("bad")
-        polls = machine.run(20.0, lambda name, at: error(failing) if name == "bad" and at > 1.0 else "pending")
-        times = [at for at, name in polls if name == "bad"]
-        assert times == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 6.5, 9.0, 12.0, 15.5, 19.5]
+    def test_a_503_holds_its_operation_until_another_poll_is_answered_well(self) -> None:
+        machine = Calls(schedule=wait_fixed(3))
+        for name, at in (("held", 0.0), ("well", 1.0)):
+            machine.wait(name, at=at)
+            machine.answer(machine.one(at), at)
+        machine.answer(machine.one(3.0), 3.0, error(503, retry_after=60))
+        assert machine.wakes(3.6) == 4.0  # its own backoff is over
+        machine.answer(machine.one(4.0), 4.0)
+        assert names(machine.started(4.0)) == ["held"]
+
+    def test_without_a_good_answer_a_503_holds_its_operation_for_the_longest_delay(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aiokeyless._rules.backoff.error_delay", lambda _failures: 4.0)
+        machine = Calls()
+        machine.wait()
+        machine.answer(machine.one(0.0), 0.0, error(503, retry_after=60))
+        assert machine.wakes(0.0) == 4.0
+
+    def test_a_held_operation_whose_waits_are_gone_is_not_polled(self) -> None:
+        machine = Calls(schedule=wait_fixed(3))
+        held = machine.wait("held")
+        machine.wait("well", at=0.0)
+        held_poll, well = machine.started(0.0)
+        machine.answer(held_poll, 0.0, error(503, retry_after=60))
+        machine.give_up(held, 0.1)
+        machine.answer(well, 0.2)
+        assert machine.run(2.0, lambda *_: "pending", since=0.2) == []
 
     def test_a_wait_for_an_operation_whose_caller_was_cancelled_is_polled_at_once(self) -> None:
         machine = Calls()
@@ -482,11 +515,12 @@ class TestRate:
 
     def test_a_refusal_halves_the_rate(self) -> None:
         machine = Calls(rate=100.0)
-        for name in ("one", "other"):
+        for number in range(MANY):
             assert machine.statistics(0.0).rate_limit == 100.0
-            machine.wait(name)
-            machine.answer(machine.one(0.0), 0.0, error(429))
-        assert machine.statistics(0.0).rate_limit == 1.0
+            machine.wait(f"op-{number}")
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(429))
+        assert machine.statistics(0.0).rate_limit == MANY / 2
         assert Calls().statistics(0.0).rate_limit is None
 
 
@@ -527,7 +561,7 @@ class TestCircuit:
         second = machine.one(6.0)
         assert machine.statistics(6.0).in_flight == 2
         machine.answer(probe, 6.5, error(500))
-        assert machine.wakes(7.0) == 12.0
+        assert machine.wakes(7.0) == 10.0
         machine.answer(second, 9.0)
         assert machine.statistics(9.0).circuit == "half_open"
 
@@ -612,9 +646,9 @@ class TestCircuit:
         assert len(polls) == 3 + 61
         assert (machine.statistics(60.0).circuit, machine.statistics(60.0).rate_limit) == ("closed", 100.0)
 
-    def test_a_refusal_of_two_operations_holds_all(self) -> None:
+    def test_a_refusal_of_many_operations_holds_all(self) -> None:
         machine = Calls(rate=100.0, schedule=wait_fixed(1))
-        for name in ("one", "other", "well"):
+        for name in (*map(str, range(MANY)), "well"):
             machine.wait(name)
         for poll in machine.started(0.0):
             is_well = poll.polled.operation_id == "well"
@@ -698,12 +732,12 @@ class TestCircuit:
     @pytest.mark.parametrize("is_final", [False, True])
     def test_only_ordinary_polls_extend_a_pause(self, *, is_final: bool) -> None:
         machine = Calls(rate=100.0, schedule=wait_fixed(1))
-        for name in ("one", "other", "third"):
-            machine.wait(name, timeout=1.0 if is_final and name == "third" else math.inf)
-        one, other, third = machine.started(0.0)
+        for name in (*map(str, range(MANY)), "last"):
+            machine.wait(name, timeout=1.0 if is_final and name == "last" else math.inf)
+        *many, third = machine.started(0.0)
         if is_final:
             machine.answer(third, 0.0)
-        for poll in (one, other):
+        for poll in many:
             machine.answer(poll, 0.5, error(429, retry_after=5))
         assert machine._circuit.retry_at() == 5.5
         if is_final:
@@ -713,19 +747,10 @@ class TestCircuit:
 
     def test_an_operation_that_is_always_refused_is_no_sign_of_a_limit(self) -> None:
         machine = Calls(rate=100.0, schedule=wait_fixed(1))
-        machine.wait("always")
-        machine.answer(machine.one(0.0), 0.0, error(429))
-        machine.wait("once", at=0.4)
-        machine.answer(machine.one(0.4), 0.4, error(429))  # two together: the tenant's limit
-        assert machine.statistics(0.4).rate_limit == 1.0
-        machine = Calls(rate=100.0, schedule=wait_fixed(1))
-        machine.wait("always")
-        for at in (0.0, 0.5):
-            machine.answer(machine.one(at), at, error(429))
-        machine.wait("once", at=2.1)  # the first one of "always" is no longer near
-        for poll in machine.started(2.1):
-            machine.answer(poll, 2.1, error(429))
-        assert machine.statistics(2.1).rate_limit == 100.0
+        for name in ("always", "well"):
+            machine.wait(name)
+        machine.run(60.0, lambda name, _: error(429) if name == "always" else "pending")
+        assert machine.statistics(60.0).rate_limit == 100.0
 
     def test_while_the_service_recovers_only_polls_from_then_on_widen_the_limit(self) -> None:
         machine = Calls(8, schedule=wait_fixed(100))
@@ -835,11 +860,12 @@ class TestDeadlines:
             ([error(500), "approved"], "approved", 5.5),
             ([error(500), "pending"], "ApprovalTimeoutError", 5.5),
             ([error(500), error(503), error(500), error(500)], "ApprovalUnknownError", 6.5),
-            ([error(503, retry_after=1.5), "approved"], "approved", 6.5),
-            ([error(503, retry_after=1.51)], "ApprovalUnknownError", 5.0),
+            ([error(503, retry_after=60), "approved"], "approved", 5.5),
+            ([error(429, retry_after=1.5), "approved"], "approved", 6.5),
+            ([error(429, retry_after=1.51)], "ApprovalUnknownError", 5.0),
             (4 * [error(404)], "ApprovalUnknownError", 6.5),
         ],
-        ids=["approved", "pending", "unknown", "asked for", "too late", "404"],
+        ids=["approved", "pending", "unknown", "asked for", "refused", "too late", "404"],
     )
     def test_a_final_poll_that_fails_is_repeated_for_two_seconds(
         self, answers: list[Any], outcome: str, at: float
@@ -1211,6 +1237,49 @@ class TestResults:
         machine.answer(machine.one(1.5), 1.5, error(404))
         assert machine.statistics(1.5).transient_failures == 2
 
+    @pytest.mark.parametrize("odd", [error(400), error(403), error(404), error(302), UNREADABLE], ids=str)
+    def test_an_odd_answer_once_the_operation_was_seen_is_a_failure_of_the_moment(self, odd: KeylessError) -> None:
+        machine = Calls()
+        wait = machine.wait(timeout=60.0)
+        polls = machine.run(20.0, lambda _, at: "approved" if at > 10.0 else odd if at else "pending")
+        assert (wait.outcome, polls[-1][0] < 11.5) == ("approved", True)
+
+    def test_an_odd_answer_after_a_404_that_was_waited_for_is_a_failure_of_the_moment_too(self) -> None:
+        machine = Calls()
+        wait = machine.wait(timeout=60.0, may_be_missing=True)
+        machine.run(20.0, lambda _, at: "approved" if at > 10.0 else error(403 if at > 5.0 else 404))
+        assert wait.outcome == "approved"
+
+    def test_a_wrong_key_ends_a_wait_also_once_the_operation_was_seen(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        machine.run(20.0, lambda _, at: AuthenticationError(status=401, method="GET", path="/") if at else "pending")
+        assert wait.outcome == "AuthenticationError"
+
+    def test_odd_answers_open_the_circuit_and_do_not_close_it(self) -> None:
+        machine = Calls()
+        for number in range(5):
+            machine.wait(f"op-{number}")
+        machine.run(30.0, lambda _, at: error(403) if at else "pending")
+        assert machine.statistics(30.0).circuit == "open"
+
+    def test_a_first_poll_that_is_refused_says_nothing_about_the_service(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        retry_at = opened(machine, 0.0)
+        wait = machine.wait("new")
+        machine.answer(machine.one(retry_at), retry_at, error(403))
+        assert (wait.outcome, machine.statistics(retry_at).circuit) == ("ServerError", "open")
+
+    def test_a_minute_of_odd_answers_ends_a_wait_without_a_deadline(self) -> None:
+        machine = Calls()
+        endless, other = machine.wait(), machine.wait(timeout=300.0)
+        odd = error(403)
+        polls = machine.run(400.0, lambda _, at: odd if at > 100.0 else error(500) if at else "pending")
+        first = next(at for at, _ in polls if at > 100.0)
+        ended = next(at for at, _ in polls if at >= first + 60.0)
+        assert (endless.outcome, other.outcome) == ("ServerError", "ApprovalUnknownError")
+        assert endless.polls == len([at for at, _ in polls if at <= ended])
+
     def test_a_404_that_counted_as_pending_is_no_sight_of_the_operation(self) -> None:
         machine = Calls()
         patient = machine.wait(may_be_missing=True)
@@ -1226,7 +1295,7 @@ class TestResults:
             (0.0, error(500)),
             (0.5, error(500)),
             (1.5, "pending"),
-            (2.5, error(503, retry_after=7.0)),
+            (2.5, error(429, retry_after=7.0)),
             (9.5, error(500)),
             (10.5, "pending"),
         ):
@@ -1447,14 +1516,14 @@ class TestRecords:
         assert (type(result).__name__, result.last_operation) == ("ApprovalTimeoutError", None)
         assert result.last_error is missing
 
-    @pytest.mark.parametrize("ends", ["hangs", "fails", "asks"])
+    @pytest.mark.parametrize("ends", ["hangs", "fails", "refuses"])
     def test_an_unknown_outcome_tells_of_the_failure_and_never_of_an_operation(self, ends: str) -> None:
         machine, events = self.watched(schedule=wait_fixed(60))
         updates = Updates()
         wait = machine.wait(at=3.0, timeout=5.0, updates=updates)
         machine.answer(machine.one(3.0), 3.0)
         poll = machine.one(8.0)
-        failure = error(503, retry_after=5.0 if ends == "asks" else None)
+        failure = error(429, retry_after=5.0) if ends == "refuses" else error(503)
         if ends == "hangs":
             machine.expire(10.0)
         else:
@@ -1466,7 +1535,7 @@ class TestRecords:
         assert result.last_error is failure if ends != "hangs" else "within 2 s" in str(result.last_error)
         assert ends == "hangs" or [update.error for update in updates[1:]] == [failure] * (len(updates) - 1)
         (ended,) = (event for event in events if isinstance(event, WaitEnded))
-        assert ended.seconds == {"hangs": 7.0, "fails": 7.0, "asks": 5.5}[ends]
+        assert ended.seconds == {"hangs": 7.0, "fails": 7.0, "refuses": 5.5}[ends]
 
     def test_outcomes_are_counted(self) -> None:
         machine, _ = self.watched()
@@ -1757,12 +1826,12 @@ class TestSharing:
             machine.wait(name)
         for poll in machine.started(0.0):
             machine.answer(poll, 0.0, error(500))
-        for at in (0.5, 1.5, 3.0):  # one at a time: half of two
+        for at in (0.5, 1.5, 2.5):  # one at a time: half of two
             (poll,) = machine.started(at)
             machine.answer(poll, at, error(500))
-        (poll,) = machine.started(3.0)
-        machine.answer(poll, 3.0)
-        assert names(machine.started(4.0)) in (["a"], ["b"])
+        (poll,) = machine.started(2.5)
+        machine.answer(poll, 2.5)
+        assert sorted(names(machine.started(3.5))) == ["a", "b"]
 
     def test_of_two_queues_the_one_that_is_due_longer_goes_first(self) -> None:
         machine = Calls(1, schedule=wait_fixed(60))

@@ -180,13 +180,13 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
     hanging: set[str] = set()
     released = asyncio.Event()
 
-    async def hang(transport: Transport, request: Request[Any]) -> object:
+    async def hang(transport: Transport, request: Request[Any], **options: Any) -> object:
         operation_id = request.path.rpartition("/")[2]
         if operation_id in slow and not released.is_set():
             hanging.add(operation_id)
             await released.wait()
             hanging.discard(operation_id)
-        return await fetch(transport, request)
+        return await fetch(transport, request, **options)
 
     async with working(client, memory, max_in_flight=3) as worker:
         slow = {await submit(memory, "C0FFEE") for _ in range(2)}
@@ -211,8 +211,8 @@ async def test_a_rate_limit_pauses_the_whole_intake(
         for _ in range(30):
             await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
-        sandbox.fail_next(status=429, times=2, retry_after=1.5)  # of two requests, so it is the tenant's
-        await until(lambda: worker.statistics.transient_failures == 2)
+        sandbox.fail_next(status=429, times=14, retry_after=1.5)  # so many that it is the tenant's
+        await until(lambda: worker.statistics.transient_failures == 14)
         paused = now()
         await until(lambda: worker.statistics.in_flight == 0)
         sandbox.requests.clear()
