@@ -106,7 +106,7 @@ class _PartlyFailing:
     def call(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def fetch(self, request: Request[Any]) -> Any:
+    async def fetch(self, request: Request[Any], **_options: Any) -> Any:
         return await self.send(request)
 
     async def retry(self, attempt: Callable[[int], Awaitable[T]], _may_repeat: object = None) -> T:

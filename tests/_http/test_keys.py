@@ -286,7 +286,7 @@ async def test_refusal_of_the_current_key_is_final() -> None:
     assert isinstance(error, AuthenticationError)
     assert not error.key_was_replaced
     assert not error.is_transient
-    assert "check KEYLESS_API_KEY and the region" in str(error)
+    assert "check the region, and that KEYLESS_API_KEY is" in str(error)
 
 
 @pytest.mark.looptime
