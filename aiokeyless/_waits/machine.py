@@ -410,7 +410,8 @@ class Machine:
         self._dispatcher.record_success(poll, now)
         if self._held:
             for polled, due in self._held.items():
-                if polled.before_deadline:
+                # The answer to its own poll, this one or one in flight, sets the time itself.
+                if polled.before_deadline and polled.poll is None and polled is not poll.polled:
                     self._dispatcher.schedule(polled, due)
             self._held.clear()
 
@@ -572,13 +573,13 @@ class Machine:
             )
         due = now + error_delay(counted)
         held_until = now + requested_pause(error)
-        if not is_refusal and held_until > due:  # until the next good answer to any poll
-            self._held[polled] = due
-        due = max(due, held_until)
         # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
         if polled.before_deadline and polled.poll in (None, poll):
-            self._dispatcher.schedule(polled, due)
-        return due
+            self._held.pop(polled, None)
+            if not is_refusal and held_until > due:  # until the next good answer to any poll
+                self._held[polled] = due
+            self._dispatcher.schedule(polled, max(due, held_until))
+        return max(due, held_until)
 
     def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
         """Repeat a final poll that failed; if that is too late, end the wait at once."""

@@ -414,6 +414,20 @@ class TestSlots:
         machine.answer(machine.one(0.0), 0.0, error(503, retry_after=60))
         assert machine.wakes(0.0) == 4.0
 
+    @pytest.mark.parametrize(("answer", "due"), [("pending", 11.0), (error(500), 9.0)])
+    def test_the_next_answer_of_a_held_operation_sets_the_time_of_its_next_poll(
+        self, answer: str | KeylessError, due: float
+    ) -> None:
+        machine = Calls(schedule=wait_fixed(3))
+        machine.wait("held")
+        machine.answer(machine.one(0.0), 0.0, error(503, retry_after=60))
+        poll = machine.one(5.0)
+        well = machine.wait("well", at=5.0)
+        machine.answer(machine.one(5.0), 6.0)
+        machine.answer(poll, 8.0, answer)
+        machine.give_up(well, 8.0)
+        assert machine.wakes(8.0) == due
+
     def test_a_held_operation_whose_waits_are_gone_is_not_polled(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
         held = machine.wait("held")
