@@ -22,7 +22,7 @@ MOST_AT_FIRST: Final = 2
 #: Seconds for which an outage, or an operation that fails, counts as short.
 SHORT: Final = 30.0
 #: Answers fail at random if a good one came within so many seconds.
-_GOOD: Final = 1.0
+GOOD: Final = 1.0
 #: After so many failures the delay is the longest.
 _MANY: Final = 10
 
@@ -44,7 +44,7 @@ def failures_that_count(failures: int, *, since_own: float, since_good: float, i
         since_good: Seconds since a good answer to any poll, if this operation ever had one; else infinity.
         is_spared: Whether the circuit, or the number of waits, limits the polls.
     """
-    is_short = since_own <= SHORT and (is_spared or since_good <= _GOOD)
+    is_short = since_own <= SHORT and (is_spared or since_good <= GOOD)
     return min(failures, MOST_AT_FIRST) if is_short else failures
 
 

@@ -21,8 +21,8 @@ from aiokeyless._rules.approval import (
     timeout_error,
     unknown_error,
 )
-from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
-from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit
+from aiokeyless._rules.backoff import GOOD, error_delay, failures_that_count, requested_pause
+from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
 from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_failure, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
@@ -121,6 +121,8 @@ class Machine:
         if not isinstance(poll, Poll):
             return None
         self._polls += 1
+        if poll.circuit is CircuitState.CLOSED and now - self._circuit.answered_at > GOOD:
+            poll.circuit = CircuitState.HALF_OPEN  # perhaps it would be open if more operations were polled
         self._reporter.report_lag(poll.lag, now, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1

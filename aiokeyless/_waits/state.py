@@ -183,7 +183,7 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     final: bool = False
     """Whether it takes no slot, for waits whose deadline has passed. An ordinary one is final to an expired wait."""
     circuit: CircuitState = CircuitState.CLOSED
-    """The state of the circuit when it started."""
+    """The state of the circuit when it started; half open also if no poll had been answered well lately."""
     is_over: bool = False
     """Whether it was cut off, or has ended: nothing stops it any more."""
     is_overdue: bool = False

@@ -428,6 +428,15 @@ class TestSlots:
         machine.give_up(well, 8.0)
         assert machine.wakes(8.0) == due
 
+    def test_a_poll_is_careful_with_its_connection_if_none_was_answered_well_lately(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        polls = []
+        for name, at in (("first", 0.0), ("soon", 1.5), ("late", 1.6)):
+            machine.wait(name, at=at)
+            polls += machine.started(at)
+            machine.answer(polls[0], 0.5)
+        assert [poll.circuit for poll in polls] == ["half_open", "closed", "half_open"]
+
     def test_a_held_operation_whose_waits_are_gone_is_not_polled(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
         held = machine.wait("held")
