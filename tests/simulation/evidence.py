@@ -41,6 +41,8 @@ QUEUED: Final = 8
 LATE: Final = 0.3
 #: Operations that fail before the circuit can open.
 FAILURES_UNTIL_OPEN: Final = 5
+#: Refusals, of forty polls, up to which a limit is not the tenant's.
+MANY_REFUSED: Final = 13
 
 _SHAPE: Final = {"operationId": str, "userId": str, "state": str, "result": bool}
 _ERRORS: Final = {
@@ -69,13 +71,13 @@ class Reading(NamedTuple):
     """What came of a poll.
 
     Attributes:
-        kind: Its answer said something; a transient failure; 404; another error, which ends waits; or the client gave
-            it up, which says nothing.
+        kind: Its answer said something; a transient failure; 404; another error, which ends waits; one that ends waits
+            unless the operation was seen, which is not certain; or the client gave it up, which says nothing.
         said: The answer.
-        error: The name of the error.
+        error: The name of the error, if it is not one that the service gives now and then.
     """
 
-    kind: Literal["said", "failed", "missing", "error", "cut"]
+    kind: Literal["said", "failed", "missing", "error", "unsure", "cut"]
     said: dict[str, Any] | None = None
     error: str = ""
 
@@ -83,6 +85,8 @@ class Reading(NamedTuple):
 def read(exchange: Exchange, request_timeout: float) -> Reading:
     """Return what came of a poll, by rules 2, 4 and 5. A key is refused only if it was replaced meanwhile."""
     status = exchange.status
+    if exchange.had_no_key:
+        return Reading("error", error="ConfigurationError")
     if status is None:
         is_overdue = exchange.ended_at - exchange.sent_at >= request_timeout - EPS
         return Reading("cut") if exchange.was_cut and not is_overdue else Reading("failed")
@@ -128,6 +132,21 @@ def verdict(said: dict[str, Any], operation_id: str, ticket: Known | None) -> st
     if said["state"] == "approved" and said["result"] is True:
         return "approved"
     return "pending" if said["state"] == "pending" else "InconsistentOperationError"
+
+
+def least_in_flight(slots: int) -> int:
+    """Return how many ordinary polls may be in flight in any case, slow ones included."""
+    return max(3 * slots // 2, min(2 * slots, 384))
+
+
+def most_in_flight(slots: int) -> int:
+    """Return how many ordinary polls may be in flight at most, slow ones included."""
+    return max(2 * slots, min(6 * slots, 512))
+
+
+def most_final(slots: int) -> int:
+    """Return how many final polls may be in flight."""
+    return max(slots, min(4 * slots, 256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +208,7 @@ class Evidence:
         self._readings: dict[int, Reading] = {}
         self._budgets: dict[int, list[Budget]] = {}
         self._final: dict[tuple[int, float], bool] = {}
+        self._key_was_good_at = min((e.sent_at for e in self.exchanges if not e.had_no_key), default=math.inf)
         self._sent = [poll.sent_at for poll in self.polls]
         self._sent_of = {name: [poll.sent_at for poll in polls] for name, polls in self.polls_of.items()}
 
@@ -214,11 +234,56 @@ class Evidence:
         return Violation(promise, self.client.name, str(about.operation_id), at, text)
 
     def read(self, poll: Exchange) -> Reading:
-        """Return what came of a poll."""
+        """Return what came of a poll. What would end waits is a failure if the operation, or a key, was good before."""
         reading = self._readings.get(poll.number)
         if reading is None:
-            reading = self._readings[poll.number] = read(poll, self.client.request_timeout)
+            reading = read(poll, self.client.request_timeout)
+            if poll.had_no_key:
+                was_good = [self._key_was_good_at < poll.sent_at]
+            elif reading.kind in {"missing", "error"}:
+                was_good = [self._was_seen(poll, slack) for slack in (-EPS, EPS)]
+            else:
+                was_good = [False]
+            if any(was_good):
+                reading = reading._replace(kind="failed" if all(was_good) else "unsure")
+            self._readings[poll.number] = reading
         return reading
+
+    def _was_seen(self, poll: Exchange, slack: float) -> bool:
+        """Return whether an earlier poll found the operation pending, and waits for it have gone on since.
+
+        Args:
+            poll: A poll, which has ended.
+            slack: Seconds by which the next wait may begin after the end of the one before it.
+        """
+        begins = poll.sent_at
+        for wait in sorted(self.waits_of[poll.operation_id], key=lambda wait: -wait.ended_at):
+            if wait.started_at <= poll.sent_at and wait.ended_at >= begins - slack:
+                begins = min(begins, wait.started_at)
+        return any(
+            begins <= earlier.ended_at < poll.ended_at + slack
+            and any(
+                self._means(earlier, wait) == "pending" for wait in self.waits_at(poll.operation_id, earlier.ended_at)
+            )
+            for earlier in self.polls_of[poll.operation_id]
+        )
+
+    def _means(self, poll: Exchange, wait: ObservedWait) -> str:
+        """Return what an answer means for a wait; the empty text if it means nothing, or was not for that wait."""
+        said = None if poll.number < wait.number else read(poll, self.client.request_timeout).said
+        return "" if said is None else verdict(said, wait.operation_id, wait.ticket)
+
+    def unexpected_for(self, poll: Exchange) -> float:
+        """Return for how long the polls of an operation have failed so that each was unexpected, or others too."""
+        since = math.inf
+        for earlier in sorted(self.polls_of[poll.operation_id], key=lambda poll: poll.ended_at):
+            reading = self.read(earlier)
+            if earlier.ended_at > poll.ended_at or reading.kind == "cut":
+                continue
+            since = (
+                math.inf if reading.kind != "failed" else min(since, earlier.ended_at if reading.error else math.inf)
+            )
+        return poll.ended_at - since
 
     def sent_between(self, begins: float, ends: float) -> Sequence[Exchange]:
         """Return the polls that were sent in a time, both ends included."""
@@ -262,7 +327,7 @@ class Evidence:
         """Return whether a poll may have been cut off for one that is due: it is slow, and very many are in flight."""
         at = poll.ended_at
         in_flight = sum(p.ended_at >= at - EPS for p in self.sent_between(at - self._longest, at))
-        return at >= poll.sent_at + SLOW - EPS and in_flight >= 2 * self.client.max_in_flight
+        return at >= poll.sent_at + SLOW - EPS and in_flight >= least_in_flight(self.client.max_in_flight)
 
     @cached_property
     def _failures(self) -> list[tuple[float, Exchange]]:
@@ -271,7 +336,7 @@ class Evidence:
         failed = [
             poll
             for poll, kind in kinds
-            if kind == "failed" or (kind == "cut" and (self.is_final(poll) or self.gives_way(poll)))
+            if kind in {"failed", "unsure"} or (kind == "cut" and (self.is_final(poll) or self.gives_way(poll)))
         ]
         unanswered = [wait for wait in self.waits if wait.outcome == UNKNOWN]
         failures = [(poll.ended_at, poll) for poll in failed]
@@ -296,15 +361,21 @@ class Evidence:
 
     @cached_property
     def _good_at(self) -> list[float]:
-        return sorted(p.ended_at for p in self.polls if self.read(p).kind in {"said", "missing", "error"})
+        return sorted(p.ended_at for p in self.polls if self.read(p).kind in {"said", "missing"})
+
+    def answered_between(self, begins: float, ends: float) -> list[float]:
+        """Return when good answers came in a time, without its ends."""
+        return self._good_at[bisect_right(self._good_at, begins) : bisect_left(self._good_at, ends)]
 
     @cached_property
     def _first_trouble(self) -> float:
         """When the circuit can have opened for the first time."""
         failed: set[str] = set()
+        refused = 0
         for at, poll in self._failures:
             failed.add(poll.operation_id)
-            if len(failed) >= FAILURES_UNTIL_OPEN or poll.retry_after is not None or poll.status == 429:
+            refused += poll.status == 429
+            if len(failed) >= FAILURES_UNTIL_OPEN or refused > MANY_REFUSED:
                 return at
         return math.inf
 
@@ -347,7 +418,7 @@ class Evidence:
     def _late_at(self) -> list[float]:
         """When so many good answers in a row were late that the client may take them for those of a queue."""
         late, in_a_row, quickest = [], 0, math.inf
-        good = (p for p in self.polls if self.read(p).kind in {"said", "missing", "error"})
+        good = (p for p in self.polls if self.read(p).kind in {"said", "missing"})
         for poll in sorted(good, key=lambda poll: poll.ended_at):
             seconds = poll.ended_at - poll.sent_at
             quickest = min(quickest, seconds)
@@ -374,14 +445,14 @@ class Evidence:
         lately = len(self.sent_between(at - 2.0, at - EPS))
         return (
             with_slot + others < min(4, slots)
-            and len(in_flight) + others < 2 * slots
+            and len(in_flight) + others < least_in_flight(slots)
             and lately + others < self.client.rate / 2
         )
 
     def failed_lately(self, operation_id: str, at: float) -> bool:
         """Return whether an operation failed, so that its polls are retries, which get half of the slots."""
         return any(
-            poll.sent_at <= at and self.read(poll).kind in {"failed", "cut", "missing"} and poll.ended_at > at - 30.0
+            poll.sent_at <= at and self.read(poll).kind != "said" and poll.ended_at > at - 30.0
             for poll in self.polls_of[operation_id]
         )
 

@@ -34,6 +34,8 @@ class Request(NamedTuple):
     """Of the operation that it is about; empty where that does not exist yet."""
     key_until: float = math.inf
     """When the service ceases to accept its key."""
+    made_at: float = math.inf
+    """When its connection was made; infinite: for it."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,6 +54,7 @@ class Fate:
         pieces: In how many pieces the body arrives.
         between_pieces: Seconds between them.
         lie: What the answer says instead of the truth, where it is a success.
+        as_of: The time whose truth the answer tells.
     """
 
     latency: float
@@ -65,6 +68,7 @@ class Fate:
     pieces: int = 1
     between_pieces: float = 0.0
     lie: Lie | None = None
+    as_of: float = math.inf
 
 
 class Fault(Protocol):
@@ -77,9 +81,10 @@ class Fault(Protocol):
 class Failure(NamedTuple):
     """A way to fail."""
 
-    how: Literal["refused", "lost", "lost answer", "hangs", "truncated", "html", "status"]
+    how: Literal["refused", "lost", "lost answer", "hangs", "truncated", "html", "status", "page"]
     status: int = 500
     retry_after: float | None = None
+    page: bytes = b""
 
     def fate(self, rng: random.Random) -> Fate:  # noqa: PLR0911  # one for each way
         """Return what becomes of a request that fails in this way."""
@@ -97,6 +102,8 @@ class Failure(NamedTuple):
                 return Fate(latency, is_truncated=True)
             case "html":
                 return Fate(latency, status=200, body=b"<html>down for maintenance</html>")
+            case "page":  # of a gateway, which asks nobody
+                return Fate(latency, self.status, self.page, is_processed=False)
             case "status":
                 is_processed = self.status != 429 and rng.random() < 0.5
                 return Fate(latency, self.status, retry_after=self.retry_after, is_processed=is_processed)
@@ -126,6 +133,39 @@ class Outage:
     def is_total(self) -> bool:
         """Whether nothing gets through."""
         return self.share == 1.0 and self.payload is None and "GET" in self.methods
+
+
+@dataclass(frozen=True)
+class Flapping:
+    """For some time every request fails in the first seconds of each so many."""
+
+    begins: float
+    ends: float
+    failure: Failure
+    down: float
+    every: float
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Fail, if it is down."""
+        is_down = self.begins <= request.at < self.ends and (request.at - self.begins) % self.every < self.down
+        return self.failure.fate(rng) if is_down and request.method == "GET" else None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The service moves to another host: a connection that was made before goes on leading to the old one."""
+
+    begins: float
+    ends: float
+    """Until when the old host answers."""
+    failure: Failure | None
+    """None: it answers what was true when the service moved."""
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Answer as the old host."""
+        if request.made_at >= self.begins or not self.begins <= request.at < self.ends:
+            return None
+        return Fate(rng.uniform(0.02, 0.2), as_of=self.begins) if self.failure is None else self.failure.fate(rng)
 
 
 @dataclass(frozen=True)
@@ -223,6 +263,8 @@ class RateLimit:
     ends: float
     per_second: int
     retry_after: float | None
+    others: int = 0
+    """Of these, a neighbour takes so many in every other ten seconds."""
     _passed: list[float] = field(default_factory=list, repr=False, compare=False)
 
     def fate(self, request: Request, rng: random.Random) -> Fate | None:
@@ -230,7 +272,8 @@ class RateLimit:
         if not self.begins <= request.at < self.ends:
             return None
         self._passed[:] = [at for at in self._passed if 0 <= request.at - at < 1.0]
-        if len(self._passed) < self.per_second:
+        others = self.others if (request.at - self.begins) % 20.0 < 10.0 else 0
+        if len(self._passed) + others < self.per_second:
             self._passed.append(request.at)
             return None
         return Fate(rng.uniform(0.01, 0.1), 429, retry_after=self.retry_after, is_processed=False)

@@ -31,6 +31,8 @@ class Exchange:
     """There was no connection, so that nothing was sent."""
     was_cut: bool = False
     """The client gave it up."""
+    had_no_key: bool = False
+    """The function for the key returned none, so that nothing was sent."""
     was_dead: bool = False
     """The connection had been kept, and was lost at this use."""
 

@@ -153,6 +153,20 @@ def _ignore_a_pause(history: History) -> None:
     poll.status, poll.retry_after = 429, 30.0
 
 
+def _ignore_a_short_pause(history: History) -> None:
+    poll = _polls(history, "approved")[1]
+    poll.status, poll.retry_after = 503, 30.0
+
+
+def _show_a_page_first(history: History) -> None:
+    _polls(history, "approved")[0].status = 403
+
+
+def _have_no_key_at_first(history: History) -> None:
+    _polls(history, "approved")[0].had_no_key = True
+    history.exchanges = [exchange for exchange in history.exchanges if exchange.is_poll]
+
+
 def _stay_away_after_the_outage(history: History) -> None:
     for poll in [poll for poll in _polls(history, "down 3") if 160.0 <= poll.sent_at < 180.0]:
         history.exchanges.remove(poll)
@@ -254,6 +268,9 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_cut_what_is_needed, "cut for nobody"),
     (_poll_on_in_the_outage, "few requests in an outage"),
     (_ignore_a_pause, "pauses are kept"),
+    (_ignore_a_short_pause, "pauses are kept"),
+    (_show_a_page_first, "right end"),
+    (_have_no_key_at_first, "right end"),
     (_stay_away_after_the_outage, "polled after an outage"),
     (_create_twice, "created once"),
     (_repeat_without_end, "repetitions have a quota"),
@@ -270,6 +287,23 @@ BREAKAGES: list[tuple[Tamper, str]] = [
 def test_a_broken_promise_is_seen(history: History, tamper: Tamper, promise: str) -> None:
     tamper(history)
     assert promise in {violation.promise for violation in check(history, STORY.faults)}
+
+
+@pytest.mark.parametrize("status", [302, 403, 404, 410])
+def test_a_page_about_an_operation_that_was_seen_does_not_end_its_wait(history: History, status: int) -> None:
+    _polls(history, "approved")[1].status = status
+    assert check(history, STORY.faults) == []
+
+
+def test_without_a_deadline_pages_for_a_minute_end_a_wait(history: History) -> None:
+    wait, polls = history.waits[0], _polls(history, "approved")
+    wait.timeout = float("inf")
+    for number, poll in enumerate(polls[1:]):
+        poll.sent_at, poll.ended_at, poll.status = 30.0 + 20.0 * number, 30.1 + 20.0 * number, 403
+    wait.ended_at = polls[4].ended_at
+    for outcome, is_right in (("PermissionDeniedError", True), ("ApprovalUnknownError", False)):
+        wait.outcome = outcome
+        assert ("right end" not in {violation.promise for violation in check(history, STORY.faults)}) == is_right
 
 
 STANDSTILL = Standstill(508.0, 513.0)

@@ -9,7 +9,18 @@ import math
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, SLOW, TOO_LATE, Evidence
+from .evidence import (
+    EPS,
+    FAILURES_UNTIL_OPEN,
+    FINAL,
+    LONGEST_PAUSE,
+    MANY_REFUSED,
+    SLOW,
+    TOO_LATE,
+    Evidence,
+    most_final,
+    most_in_flight,
+)
 from .faults import Capacity, Outage, RateLimit, Shard, Slowness, Standstill
 
 if TYPE_CHECKING:
@@ -21,12 +32,12 @@ if TYPE_CHECKING:
 
 #: The backoff's shortest first pause, its shortest last one, and its longest.
 SHORTEST, SHORTEST_LAST, LONGEST = 0.25, 2.5, 5.0
-#: The longest pause if answers fail at random, and the seconds within which an operation was answered then.
-LONGEST_AT_RANDOM, AT_RANDOM_WITHIN = 1.0, 10.0
-#: Polls in flight at most, of all kinds, in multiples of `max_in_flight`.
-MOST = 6 + 4
-#: Seconds within which two operations are refused if the limit is the tenant's.
-TOGETHER = 2.0
+#: The bounds of all pauses but the first for as long as an outage, or what is wrong with one operation, is short.
+SHORTEST_AT_FIRST, LONGEST_AT_FIRST = 0.5, 1.0
+#: Seconds for which they count as short.
+SHORT = 30.0
+#: Seconds for which a 503's Retry-After counts, unless a good answer comes.
+SHORTEST_HOLD = 2.5
 #: Good answers in a row after which failures are rare again, so that five of them open the circuit.
 RARE = 50
 #: Failed probes after which the backoff has reached its last step.
@@ -108,7 +119,8 @@ def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
         young = [p.sent_at for p in lately if not evidence.is_final(p)]
         count = len(evidence.in_flight(at)) + sum(p.sent_at > at - EPS for p in lately)
         retries = sum(p.number in repeated for p in lately) if evidence.is_well(at) else 0
-        if _take_too_many_slots(evidence, young, at) or retries > max(1, slots // 2) or count > MOST * slots:
+        most = most_in_flight(slots) + most_final(slots)
+        if _take_too_many_slots(evidence, young, at) or retries > max(1, slots // 2) or count > most:
             yield evidence.violation(
                 "polls in flight",
                 poll,
@@ -245,16 +257,19 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             ]
             if not (_is_pending(reading, poll) or reading.kind in {"failed", "cut"}) or not waits:
                 continue
-            # A Retry-After is the operation's own, and longer.
+            # A 429's Retry-After is the operation's own, and longer.
             longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
-            if reading.kind == "failed" and any(_fails_at_random(evidence, wait, poll) for wait in waits):
-                longest = LONGEST_AT_RANDOM
+            if reading.kind == "failed" and any(_is_short(evidence, wait, poll) for wait in waits):
+                longest = LONGEST_AT_FIRST
+                if poll.status == 503 and poll.retry_after:  # it holds up to the next good answer to any poll
+                    good = evidence.answered_between(poll.ended_at + EPS, poll.ended_at + LONGEST)
+                    longest = max(longest, good[0] - poll.ended_at if good else LONGEST)
             if reading.kind == "cut":  # perhaps it gave way to another one, which counts as a failure
                 longest = max(longest, LONGEST)
             due = evidence.awake(poll.ended_at + longest)
             sent = math.inf if later is None else later.sent_at
             goes_on = any(wait.ended_at > due + EPS and evidence.is_paced(wait, due) for wait in waits)
-            if sent <= due + EPS or not goes_on or poll.retry_after is not None:
+            if sent <= due + EPS or not goes_on or (poll.status == 429 and poll.retry_after is not None):
                 continue
             if any(due < other.ended_at for other in evidence.around(poll, due)):  # then it comes after that one
                 continue
@@ -262,13 +277,25 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 yield evidence.violation("not too late", poll, due, f"the next poll is due, and starts at {sent:.4f} s")
 
 
-def _fails_at_random(evidence: Evidence, wait: ObservedWait, poll: Exchange) -> bool:
-    """Return whether the service answered another poll well a moment ago, and one of this operation lately."""
+def _is_short(evidence: Evidence, wait: ObservedWait, poll: Exchange) -> bool:
+    """Return whether an operation that fails was answered lately, or is young, and does not ask too much.
+
+    For that, few operations must be polled, or the service must have answered another poll well a moment ago.
+    """
     at = poll.ended_at
-    before = (p for p in evidence.sent_between(at - AT_RANDOM_WITHIN, at) if p.ended_at < at - EPS)
+    before = (p for p in evidence.sent_between(at - SHORT + EPS, at) if p.ended_at < at - EPS)
     good = [p for p in before if p.number > wait.number and _is_pending(evidence.read(p), p)]
-    is_own = any(p.operation_id == poll.operation_id for p in good)
-    return is_own and any(p.ended_at > at - 1.0 + EPS for p in good)
+    is_own = any(p.operation_id == poll.operation_id for p in good) or all(
+        budget.origin > at - SHORT + EPS
+        for other in evidence.waits_of[poll.operation_id]
+        if other.started_at <= at
+        for budget in evidence.budgets(other)
+    )
+    polled = {
+        other.operation_id for other in evidence.waits if other.started_at <= at + EPS <= other.ended_at + 2 * EPS
+    }
+    is_spared = len(polled) < FAILURES_UNTIL_OPEN or bool(evidence.answered_between(at - 1.0 + EPS, at - EPS))
+    return poll.status != 429 and is_own and is_spared
 
 
 def _retries(evidence: Evidence, at: float) -> int:
@@ -285,7 +312,8 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
         probes = [poll for poll in polls if poll.sent_at > opened + EPS and not evidence.is_final(poll)]
         for number, (earlier, later) in enumerate(pairwise(probes)):
             was_cut = evidence.read(earlier).kind == "cut"
-            pause = SHORTEST if was_cut or number < STEPS else SHORTEST_LAST
+            is_short = earlier.sent_at <= opened + SHORT
+            pause = SHORTEST if was_cut or number < STEPS else SHORTEST_AT_FIRST if is_short else SHORTEST_LAST
             hangs = earlier.ended_at >= earlier.sent_at + SLOW - EPS  # it counts from its start, as one that is cut off
             if later.sent_at < (earlier.sent_at if was_cut or hangs else earlier.ended_at) + pause - EPS:
                 yield evidence.violation("few requests in an outage", later, later.sent_at, f"a probe within {pause} s")
@@ -337,11 +365,18 @@ def a_queue_stays_short(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
 
 
 def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """Rule 4: ``Retry-After`` on a 429 or 503 holds the operation; on 429s of two at once, all polls but final ones."""
+    """Rule 4: ``Retry-After`` on a 429 holds the operation; if very many are refused, all polls but final ones.
+
+    On a 503 it holds the operation for a shorter time, up to the next good answer to any poll.
+    """
     for poll in evidence.polls:
         if poll.retry_after is None or poll.status not in {429, 503}:
             continue
-        begins, ends = (poll.ended_at, poll.ended_at + min(poll.retry_after, LONGEST_PAUSE))
+        is_refusal = poll.status == 429
+        begins = poll.ended_at
+        ends = begins + min(poll.retry_after, LONGEST_PAUSE if is_refusal else SHORTEST_HOLD)
+        if not is_refusal:
+            ends = min([ends, *evidence.answered_between(begins - EPS, ends)[:1]])
         holds_all = _is_tenants(evidence, poll)
         for later in evidence.sent_between(begins + EPS, ends - EPS):
             if evidence.is_final(later):
@@ -354,21 +389,14 @@ def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
 
 
 def _is_tenants(evidence: Evidence, poll: Exchange) -> bool:
-    """Return whether a 429 is certainly the tenant's: another operation got one lately, and both had been well."""
-    lately = [p for p in evidence.sent_between(poll.ended_at - 12.0, poll.ended_at) if p.status == 429]
-    others = [p for p in lately if p.ended_at <= poll.ended_at - EPS and p.ended_at > poll.ended_at - TOGETHER + EPS]
-    return (
-        poll.status == 429
-        and not evidence.is_final(poll)
-        and _was_well(evidence, poll)
-        and any(p.operation_id != poll.operation_id and _was_well(evidence, p) for p in others)
-    )
-
-
-def _was_well(evidence: Evidence, poll: Exchange) -> bool:
-    """Return whether the poll of the same operation that ended before this one was answered well."""
-    before = [p for p in evidence.polls_of[poll.operation_id] if p is not poll and p.ended_at <= poll.ended_at]
-    return bool(before) and evidence.read(max(before, key=lambda p: p.ended_at)).kind == "said"
+    """Return whether a 429 is certainly the tenant's: it is the last of so many with no other answer between."""
+    if poll.status != 429 or evidence.is_final(poll):
+        return False
+    lately = [
+        p for p in evidence.sent_between(poll.ended_at - LONGEST_PAUSE, poll.ended_at) if p.ended_at < poll.ended_at
+    ]
+    ends = sorted(((p.ended_at, p.status) for p in lately if evidence.read(p).kind != "cut"), key=lambda end: end[0])
+    return len(ends) >= MANY_REFUSED + 1 and all(status == 429 for _, status in ends[-MANY_REFUSED - 1 :])
 
 
 def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -376,7 +404,8 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
     for outage in total_outages(faults):
         hanging = evidence.client.request_timeout if outage.failure.how == "hangs" else 0.0
         crowd = sum(wait.started_at <= outage.ends <= wait.ended_at for wait in evidence.waits)
-        turns = crowd * (ROUND_TRIP / evidence.client.max_in_flight + 1.0 / evidence.client.rate)
+        slots = max(1, evidence.client.max_in_flight // 2)  # of operations that failed
+        turns = crowd * (ROUND_TRIP / slots + 1.0 / evidence.client.rate)
         until = outage.ends + hanging + LONGEST + RAMP + turns
         troubled = any(
             _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage

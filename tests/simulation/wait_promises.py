@@ -8,8 +8,21 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from .evidence import EPS, FINAL, LEASE, TIMED_OUT, TOO_LATE, UNKNOWN, YOUNG, Budget, Evidence, Reading, verdict
-from .faults import Lies, Outage
+from .evidence import (
+    EPS,
+    FINAL,
+    LEASE,
+    TIMED_OUT,
+    TOO_LATE,
+    UNKNOWN,
+    YOUNG,
+    Budget,
+    Evidence,
+    Reading,
+    most_final,
+    verdict,
+)
+from .faults import Lies, Moved, Outage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +33,10 @@ if TYPE_CHECKING:
 
 #: Seconds before its end within which an unanswered final poll is not repeated any more: the longest first backoff.
 BACKOFF = 0.5
+#: Seconds of unexpected failures that end a wait without a deadline.
+UNEXPECTED_FOR = 60.0
+#: Seconds for which the connections to an old host are used, and until the poll after that.
+LONGEST_STALE = 60.0 + 20.0
 
 
 class Decisive(NamedTuple):
@@ -121,7 +138,7 @@ def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> st
     if wait.ended_at < budget.deadline - EPS:
         return f"its deadline is at {budget.deadline:.4f} s"
     final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= budget.deadline - EPS]
-    if any(poll.retry_after and poll.status in {429, 503} for poll in final):
+    if any(poll.retry_after and poll.status == 429 for poll in final):
         return ""
     if wait.ended_at < evidence.final_from(budget.deadline) + FINAL - TOO_LATE - BACKOFF - EPS:
         return "a final poll that fails is repeated"
@@ -136,10 +153,6 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
     """Yield the answers that decide about a wait, in the order in which they came."""
     polls = evidence.polls_of[wait.operation_id]
     came = [poll for poll in polls if wait.started_at - EPS <= poll.ended_at <= wait.ended_at]
-    seen = False
-    seen_by_others = any(
-        _means(evidence.read(poll), wait) == "pending" and poll.ended_at <= wait.ended_at for poll in polls
-    )
     for poll in sorted(came, key=lambda poll: poll.ended_at):
         reading = evidence.read(poll)
         is_served = poll.number > wait.number  # an answer counts for those who were there when its poll started
@@ -152,17 +165,29 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
         elif meaning == "pending":
             if is_final and is_served:
                 yield Decisive(poll, TIMED_OUT, is_certain=is_alone)
-            seen = seen or is_served
-        elif meaning or reading.kind == "error":
-            if is_served:
-                yield Decisive(poll, meaning or reading.error, is_certain=True)
-        elif reading.kind == "missing" and is_served and not seen:
-            is_young = wait.ticket is not None and poll.sent_at - budget.origin < YOUNG
-            is_certain = not seen_by_others
-            if not (wait.may_be_missing or is_young):
-                yield Decisive(poll, reading.error, is_certain=is_certain)
-            elif is_final:
-                yield Decisive(poll, TIMED_OUT, is_certain=is_certain and is_alone)
+        elif not is_served:
+            continue
+        elif meaning:
+            yield Decisive(poll, meaning, is_certain=True)
+        elif reading.error:
+            yield from _decisive_error(evidence, wait, budget, poll, is_final=is_final, is_alone=is_alone)
+
+
+def _decisive_error(
+    evidence: Evidence, wait: ObservedWait, budget: Budget, poll: Exchange, *, is_final: bool, is_alone: bool
+) -> Iterator[Decisive]:
+    """Yield the end of a wait by an error that is no failure of the moment, or lasts for too long."""
+    reading = evidence.read(poll)
+    if reading.kind == "failed":
+        too_long = evidence.unexpected_for(poll) - UNEXPECTED_FOR
+        if budget.deadline == math.inf and too_long > -EPS:
+            yield Decisive(poll, reading.error, is_certain=too_long > EPS)
+        return
+    is_young = wait.ticket is not None and poll.sent_at - budget.origin < YOUNG
+    if reading.error != "NotFoundError" or not (wait.may_be_missing or is_young):
+        yield Decisive(poll, reading.error, is_certain=reading.kind != "unsure")
+    elif is_final:
+        yield Decisive(poll, TIMED_OUT, is_certain=reading.kind != "unsure" and is_alone)
 
 
 def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -182,12 +207,15 @@ def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Vi
     """Rule 3: a final poll decides, so a wait whose operation was approved by its deadline does not time out."""
     untrue: set[str | None] = {fault.payload for fault in faults if isinstance(fault, Lies)}
     untrue |= {fault.payload for fault in faults if isinstance(fault, Outage) and fault.failure.status == 404}
+    stale = [fault for fault in faults if isinstance(fault, Moved) and fault.failure is None]
     for wait in evidence.waits:
         true = evidence.history.operations.get(wait.operation_id)
         if wait.outcome != TIMED_OUT or true is None or true.payload in untrue:
             continue
         ends = [poll for poll in evidence.polls_of[wait.operation_id] if abs(poll.ended_at - wait.ended_at) <= EPS]
         if any(poll.status == 404 for poll in ends):  # a replica lags: O6
+            continue
+        if any(fault.begins <= wait.ended_at <= fault.begins + LONGEST_STALE for fault in stale):
             continue
         by = min(wait.started_at if budget.had_expired else budget.deadline for budget in evidence.budgets(wait))
         if true.approved_at < by:
@@ -224,7 +252,9 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             and (its.had_expired or due - FINAL - EPS <= evidence.awake(its.deadline) <= due + EPS)
             for other, its in first_budgets
         )
-        fits = evidence.is_well(deadline) and evidence.is_well(due) and rivals <= 4 * evidence.client.max_in_flight
+        fits = (
+            evidence.is_well(deadline) and evidence.is_well(due) and rivals <= most_final(evidence.client.max_in_flight)
+        )
         # While the circuit is open, one final poll at a time: a late one counts for its two seconds, whoever needs it.
         late = (p for p in evidence.sent_between(deadline - FINAL, due - EPS) if p.ended_at > deadline - EPS)
         fits_alone = rivals == 1 and not any(map(evidence.is_final, late))
@@ -235,7 +265,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
         if not final or final[0].sent_at > due + EPS:
             yield evidence.violation("final poll at the deadline", wait, due, "no poll starts there")
             continue
-        failed_early = final[0].ended_at < evidence.final_from(budget.deadline) + 1.0 and final[0].retry_after is None
+        failed_early = final[0].ended_at < evidence.final_from(budget.deadline) + 1.0 and final[0].status != 429
         # While the circuit is open, final polls go one at a time, and one that is due later may hang meanwhile.
         failed_early &= not any(deadline < its.deadline < due + FINAL for _, its in first_budgets)
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
