@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from . import machine
 from . import story as client
 from .checker import check
+from .loop import compare
 from .minimize import breaks, minimize
 from .story import make_up
 
@@ -53,8 +54,9 @@ class Report:
         """Try one story more."""
         started = time.process_time()
         story = make_up(seed)
-        history = DRIVERS[self.driver](story)
-        broken = check(history, story.faults)
+        run = DRIVERS[self.driver]
+        history = run(story)
+        broken = [*check(history, story.faults), *compare(story, history, run)]
         self.seconds += time.process_time() - started
         self.stories += 1
         self.hours += history.ended_at / 3600

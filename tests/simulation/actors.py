@@ -90,6 +90,7 @@ class Actor:
         cancel_create_after: Seconds after which the caller of the create gives up.
         person: Who is asked.
         legs: Its waits.
+        is_compared: Whether its waits are to be as prompt as a loop.
     """
 
     at: float
@@ -104,6 +105,7 @@ class Actor:
     cancel_create_after: float = math.inf
     person: Person = NOBODY
     legs: tuple[Leg, ...] = ()
+    is_compared: bool = False
 
     @property
     def payload(self) -> str:
@@ -125,6 +127,7 @@ class Process:
         jumps: When its wall clock is set, and by how many seconds.
         closes: When its client is closed, and replaced by a new one.
         rotates: When its key is replaced: the service refuses the one before from then on.
+        has_no_key: When its function for the key raises or returns nothing.
     """
 
     max_in_flight: int = 64
@@ -136,9 +139,12 @@ class Process:
     jumps: tuple[tuple[float, float], ...] = ()
     closes: tuple[float, ...] = ()
     rotates: tuple[float, ...] = ()
+    has_no_key: tuple[tuple[float, float], ...] = ()
 
     def key(self, now: float) -> str:
-        """Return its key at a time."""
+        """Return its key at a time; the empty text if it has none."""
+        if any(begins <= now < ends for begins, ends in self.has_no_key):
+            return ""
         return f"key {sum(at <= now for at in self.rotates)}"
 
     def accepts_until(self, key: str) -> float:
@@ -193,7 +199,7 @@ class Application:
         self.sessions: list[SimulatedSession] = []
         self._created, self._leases, self._numbers = {}, {}, {}
         self.client = KeylessClient(
-            (lambda: process.key(asyncio.get_running_loop().time())) if process.rotates else "key 0",
+            self._key if process.rotates or process.has_no_key else "key 0",
             base_url="https://keyless.test",
             request_timeout=process.request_timeout,
             max_attempts=process.max_attempts,
@@ -205,6 +211,16 @@ class Application:
         with mock.patch.object(transport, "_make_session", self._make_session):
             self.context.run(self.client._open)
         self.observed = observe_client(self.history, process, self.name, asyncio.get_running_loop().time())
+
+    def _key(self) -> str:
+        """Return the key, or write down that a poll gets none."""
+        loop = asyncio.get_running_loop()
+        key = self._process.key(loop.time())
+        if not key and self.client._opened is not None:
+            tasks = self.client._opened.poller._poll_tasks
+            for poll in [poll for poll, task in tasks.items() if task is asyncio.current_task()]:
+                self._service.refuse(self.name, poll.polled.operation_id, loop.time())
+        return key
 
     def _make_session(self, _key: object, *, force_close: bool = False) -> SimulatedSession:
         accepts_until = self._process.accepts_until

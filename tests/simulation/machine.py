@@ -18,6 +18,7 @@ from aiokeyless import (
     ApprovalTicket,
     AuthenticationError,
     ClientClosedError,
+    ConfigurationError,
     KeylessError,
     Operation,
     RequestTimeoutError,
@@ -26,6 +27,7 @@ from aiokeyless import (
 )
 from aiokeyless._http.protocol import GET_OPERATION, Answer, read
 from aiokeyless._http.redaction import Redaction
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._waits.machine import Machine
 from aiokeyless._waits.reporting import Reporter
 from aiokeyless._waits.state import WAIT_SLOTS, Wait
@@ -35,7 +37,7 @@ from .actors import USER, leftovers, observe, observe_client, observe_lease
 from .evidence import LEASE
 from .faults import Request
 from .history import History
-from .service import Service, Stored, TooManyRequestsError
+from .service import Connection, Connections, Service, Stored, TooManyRequestsError
 from .story import standstills
 from .world import EPOCH, StuckError, Timeline, cancel, seeded
 
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from .story import Story
     from .world import Event
 
+#: Seconds after which a connection is not kept.
+MAX_AGE: Final = 60.0
 #: Seconds for which a client knows by its own clock when it created an operation.
 REMEMBERED: Final = 5.0
 #: Seconds after a create within which no user approves.
@@ -137,6 +141,8 @@ class Client:
         self._service = service
         self._observed = observe_client(self.history, process, name, timeline.now)
         self._exchanges: dict[Poll, tuple[Exchange, Event | None]] = {}
+        self._connections = Connections()
+        self._had_key = False
         self._decoded: dict[bytes, Operation] = {}
         self._listening: set[Updates] = set()
         self._timer: Event | None = None
@@ -271,19 +277,41 @@ class Client:
         self._arm()
 
     def _send(self, poll: Poll, now: float) -> None:
-        key_until = self._process.accepts_until(self._process.key(now))
+        key = self._process.key(now)
+        if not key:
+            exchange, error = (
+                self._service.refuse(self.name, poll.polled.operation_id, now),
+                ConfigurationError("no key"),
+            )
+            error.key_was_good = self._had_key
+            self._exchanges[poll] = exchange, self._timeline.at(now, self._refuse, poll, error)
+            return
+        self._had_key = True
+        connection = Connection(now) if poll.circuit is CircuitState.OPEN else self._connections.take(now)
         exchange, request = self._service.receive(
-            self.name, "GET", poll.polled.operation_id, now, is_poll=True, key_until=key_until
+            self.name,
+            "GET",
+            poll.polled.operation_id,
+            now,
+            is_poll=True,
+            key_until=self._process.accepts_until(key),
+            made_at=connection.made_at,
         )
         fate = self._service.fate(request)
         status, body = self._service.answer(request, fate, exchange.number)
         ends = now + fate.latency + (fate.pieces - 1) * fate.between_pieces
         event = None
         if ends < math.inf:
-            event = self._timeline.at(ends, self._answer, poll, exchange, fate, status, body)
+            event = self._timeline.at(ends, self._answer, poll, exchange, connection, fate, status, body)
         self._exchanges[poll] = exchange, event
 
-    def _answer(self, poll: Poll, exchange: Exchange, fate: Fate, status: int, body: bytes) -> None:
+    def _refuse(self, poll: Poll, error: KeylessError) -> None:
+        del self._exchanges[poll]
+        self._finish(poll, error)
+
+    def _answer(  # noqa: PLR0917  # all of them belong to one answer
+        self, poll: Poll, exchange: Exchange, connection: Connection, fate: Fate, status: int, body: bytes
+    ) -> None:
         del self._exchanges[poll]
         exchange.ended_at = self._timeline.now
         if fate.is_refused or fate.is_lost or fate.is_truncated:
@@ -291,10 +319,17 @@ class Client:
             answer: Operation | KeylessError = TransportError("no answer", method="GET", path="")
         else:
             exchange.status, exchange.body, exchange.retry_after = status, body, fate.retry_after
+            self._keep(poll, connection, status)
             answer = self._decoded.get(body) or _decode(status, body, fate.retry_after)
             if isinstance(answer, Operation):
                 self._decoded[body] = answer
         self._finish(poll, answer)
+
+    def _keep(self, poll: Poll, connection: Connection, status: int) -> None:
+        """Keep a connection, as the library's transport does."""
+        is_well = poll.circuit is CircuitState.CLOSED or (poll.circuit is CircuitState.HALF_OPEN and status < 500)
+        if is_well and poll.started_at < connection.made_at + MAX_AGE:
+            self._connections.keep(connection, self._timeline.now)
 
     def _finish(self, poll: Poll, answer: Operation | KeylessError | None) -> None:
         more = self._machine.finish_poll(poll, answer, self._timeline.now)

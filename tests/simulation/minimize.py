@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from .checker import check
+from .loop import compare
 from .story import Story, run
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ T = TypeVar("T")
 
 def breaks(story: Story, promise: str | None = None, driver: Driver = run) -> list[Violation]:
     """Run a story, and return the promises that it breaks: all of them, or one."""
-    return [v for v in check(driver(story), story.faults) if promise in (None, v.promise)]
+    history = driver(story)
+    broken = [*check(history, story.faults), *compare(story, history, driver)]
+    return [violation for violation in broken if promise in (None, violation.promise)]
 
 
 def minimize(story: Story, promise: str, driver: Driver = run) -> Story:

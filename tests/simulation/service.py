@@ -12,13 +12,13 @@ import random
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
 
 import aiohttp
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
-from aiokeyless._http.transport import _ConnectionLostError
+from aiokeyless._http.transport import _ConnectionLostError, _Response
 
 from .faults import FailOver, Fate, Request
 from .history import Exchange
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Requests in one story: more means that something polls without end.
 MOST_REQUESTS: Final = 60_000
+#: Seconds for which a connection is kept that nobody uses, as aiohttp does.
+KEPT: Final = 15.0
 #: The body of the answer to a create that succeeds.
 CREATED: Final = b'{"success": true}'
 
@@ -120,6 +122,7 @@ class Service:
         user_id: str = "",
         body: bytes = b"",
         key_until: float = math.inf,
+        made_at: float = math.inf,
     ) -> tuple[Exchange, Request]:
         """Record a request that is sent now."""
         history = self.history
@@ -136,7 +139,13 @@ class Service:
         history.exchanges.append(exchange)
         stored = self.operations.get(operation_id)
         payload = "" if stored is None else stored.payload or ""
-        return exchange, Request(now, method, operation_id, user_id, body, payload, key_until)
+        return exchange, Request(now, method, operation_id, user_id, body, payload, key_until, made_at)
+
+    def refuse(self, client: str, operation_id: str, now: float) -> Exchange:
+        """Record a poll that is not sent, since there is no key for it."""
+        exchange, _ = self.receive(client, "GET", operation_id, now, is_poll=True)
+        exchange.ended_at, exchange.had_no_key = now, True
+        return exchange
 
     def has_lost(self, made_at: float, now: float) -> bool:
         """Return whether a connection that was made at a time, and kept since, is dead."""
@@ -163,7 +172,7 @@ class Service:
         return (status, body) if fate.status is None else (fate.status, fate.body)
 
     def _get(self, request: Request, fate: Fate, at: float) -> tuple[int, bytes]:
-        stored = self.operations.get(request.operation_id)
+        stored, at = self.operations.get(request.operation_id), min(at, fate.as_of)
         if stored is None or stored.created_at > at:
             return 404, b'{"message": "no such operation"}'
         if fate.lie is not None:
@@ -190,7 +199,58 @@ class Service:
         return 200, CREATED
 
 
-class _Answer:
+@dataclass(eq=False)
+class Connection:
+    """A connection, and its protocol, as far as the library knows them.
+
+    Attributes:
+        made_at: When it was made.
+        idle_since: When it was used last.
+        should_close: Whether it is not to be used again.
+    """
+
+    made_at: float
+    idle_since: float = math.inf
+    should_close: bool = False
+
+    @property
+    def protocol(self) -> Connection:
+        return self
+
+    def close(self) -> None:
+        self.should_close = True
+
+    force_close = close
+
+
+class Connections:
+    """The connections that a client keeps."""
+
+    def __init__(self) -> None:
+        self._kept: list[Connection] = []
+
+    def take(self, now: float) -> Connection:
+        """Return the one that was used last, or a new one."""
+        while self._kept:
+            connection = self._kept.pop()
+            if not connection.should_close and now - connection.idle_since < KEPT:
+                return connection
+        return Connection(now)
+
+    def keep(self, connection: Connection, now: float) -> None:
+        """Keep one that nobody uses now."""
+        connection.idle_since = now
+        self._kept.append(connection)
+
+
+class _Start(aiohttp.ClientResponse):
+    """What the library's response starts with: here, the answer is there already."""
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        return self
+
+
+class _Answer(_Response, _Start):
     """The part of aiohttp's response that the library reads, its content included.
 
     Args:
@@ -199,10 +259,14 @@ class _Answer:
         keep: Called at its end: the connection is free then.
     """
 
-    def __init__(self, exchange: Exchange, fate: Fate, keep: Callable[[], None]) -> None:
+    def __init__(self, exchange: Exchange, fate: Fate, keep: Callable[[], None]) -> None:  # of aiohttp's nothing
+        assert exchange.status is not None
         self.status = exchange.status
-        self.headers = CIMultiDict({} if exchange.retry_after is None else {"Retry-After": f"{exchange.retry_after:g}"})
-        self.content = self
+        headers = {} if exchange.retry_after is None else {"Retry-After": f"{exchange.retry_after:g}"}
+        self._headers = CIMultiDictProxy(CIMultiDict(headers))
+        self._cache = {}
+        self._loop = asyncio.get_running_loop()
+        self.content = cast("aiohttp.StreamReader", self)
         self._exchange = exchange
         self._fate = fate
         self._keep = keep
@@ -255,7 +319,7 @@ with warnings.catch_warnings():
             self._name = client
             self._accepts_until = accepts_until
             self._force_close = force_close
-            self._kept: list[float] = []  # when each connection was made that nobody uses
+            self._connections = Connections()
             self.under_way = 0
             """Requests without an end."""
 
@@ -288,8 +352,8 @@ with warnings.catch_warnings():
             **_: Any,
         ) -> _Answer:
             now = asyncio.get_running_loop().time()
-            made_at = self._kept.pop() if self._kept else now
-            is_dead = made_at < now and self._service.has_lost(made_at, now)
+            connection = self._connections.take(now)
+            is_dead = connection.made_at < now and self._service.has_lost(connection.made_at, now)
             if is_dead and method == "GET":  # it gets to nobody, and is no request until it is asked once more
                 raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
             parts = url.raw_path.split("/")
@@ -302,20 +366,21 @@ with warnings.catch_warnings():
                 user_id=parts[3],
                 body=data or b"",
                 key_until=self._accepts_until((headers or {}).get("X-Api-Key", "key 0")),
+                made_at=connection.made_at,
             )
             exchange.was_dead = is_dead
             self.under_way += 1
             try:
                 if is_dead:
                     raise _ConnectionLostError(aiohttp.ServerDisconnectedError())  # noqa: TRY301  # as below
-                return await self._send(request, exchange, made_at)
+                return await self._send(request, exchange, connection)
             except BaseException as error:
                 _fail(exchange, error)
                 raise
             finally:
                 self.under_way -= 1
 
-        async def _send(self, request: Request, exchange: Exchange, made_at: float) -> _Answer:
+        async def _send(self, request: Request, exchange: Exchange, connection: Connection) -> _Answer:
             fate = self._service.fate(request)
             if fate.is_refused:
                 await _pass(fate.latency)
@@ -326,11 +391,13 @@ with warnings.catch_warnings():
             if fate.is_lost:
                 raise aiohttp.ServerDisconnectedError
             exchange.status, exchange.body, exchange.retry_after = (status, body, fate.retry_after)
-            return _Answer(exchange, fate, partial(self._keep, made_at))
+            answer = _Answer(exchange, fate, partial(self._keep, connection))
+            await answer.start(cast("aiohttp.connector.Connection", connection))
+            return answer
 
-        def _keep(self, made_at: float) -> None:
+        def _keep(self, connection: Connection) -> None:
             if not self._force_close:
-                self._kept.append(made_at)
+                self._connections.keep(connection, asyncio.get_running_loop().time())
 
 
 def _fail(exchange: Exchange, error: BaseException) -> None:

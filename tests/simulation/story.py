@@ -15,8 +15,10 @@ from .faults import (
     Capacity,
     FailOver,
     Failure,
+    Flapping,
     Lag,
     Lies,
+    Moved,
     Outage,
     RateLimit,
     RoundTrips,
@@ -25,7 +27,7 @@ from .faults import (
     Standstill,
 )
 from .history import History
-from .people import someone
+from .people import Person, someone
 from .service import Service, TooManyRequestsError
 from .world import LONGEST, StuckError, VirtualLoop, deterministic
 
@@ -45,6 +47,20 @@ FAILURES: Final = (
     Failure("status", 503),
     Failure("status", 408),
 )
+#: What gateways say for a while.
+PAGES: Final = (
+    *(Failure("page", status) for status in (202, 204, 302, 400, 403, 404, 405, 407, 410, 421)),
+    *(
+        Failure("page", 200, page=page)
+        for page in (b"{}", b'{"message": "Forbidden"}', b"[]", b'{"state": "approved"}')
+    ),
+)
+#: Weather that a loop bears well.
+STORMS: Final = (
+    *("deploy", "flapping", "page", "refusals", "neighbour", "moved", "outage", "brown-out", "shard", "no key"),
+)
+#: The share of stories without it.
+STORMLESS: Final = 0.6
 
 
 @dataclass(frozen=True)
@@ -176,15 +192,17 @@ def make_up(seed: int) -> Story:
     jumps = rng.random() < 0.3
     moment = rng.choice(actors).at
     processes = tuple(
-        Process(
-            **{f.name: getattr(process, f.name) for f in fields(process)}
-            | {"closes": (moment + rng.uniform(0.0, 60.0),) if closes else ()}
-            | {"jumps": ((moment + rng.uniform(-5.0, 30.0), rng.choice((-3600.0, -40.0, 3.0, 90.0))),) if jumps else ()}
-            | {"rotates": rotations}
+        replace(
+            process,
+            closes=(moment + rng.uniform(0.0, 60.0),) if closes else (),
+            jumps=((moment + rng.uniform(-5.0, 30.0), rng.choice((-3600.0, -40.0, 3.0, 90.0))),) if jumps else (),
+            rotates=rotations,
         )
         for process in processes
     )
-    return Story(seed, processes, (*actors, *rush), tuple(faults))
+    crowd, storms, keyless = _storm(seed, begins + 12_000.0, len(processes))
+    processes += (Process(has_no_key=keyless),) if crowd else ()
+    return Story(seed, processes, (*actors, *rush, *crowd), (*storms, *faults))
 
 
 def _process(rng: random.Random) -> Process:
@@ -360,6 +378,64 @@ def _rush(seed: int, begins: float, processes: int) -> tuple[list[Actor], list[F
         return actors, [Capacity(begins - 10.0, begins + 150.0, rng.choice((5.0, 20.0)))]
     failure = rng.choice((Failure("status", 503), Failure("lost"), Failure("lost answer"), Failure("hangs")))
     return actors, [Outage(begins - 10.0, begins + 40.0, failure)]
+
+
+def _storm(seed: int, begins: float, process: int) -> tuple[list[Actor], list[Fault], tuple[tuple[float, float], ...]]:
+    """Return users who approve in weather of one or a few kinds, that weather, and when their process has no key.
+
+    Their waits are compared with loops. With random numbers of its own, as the lies.
+    """
+    rng = random.Random(f"{seed} storm")  # noqa: S311
+    if rng.random() < STORMLESS:
+        return [], [], ()
+    starts = [begins + rng.uniform(12.0, 25.0) for _ in range(rng.choice((1, 1, 2, 3)))]
+    faults: list[Fault] = []
+    keyless: list[tuple[float, float]] = []
+    for start, kind in zip(starts, rng.sample(STORMS, len(starts)), strict=True):
+        ends = start + rng.choice((4.0, 10.0, 20.0, 40.0))
+        if kind == "no key":
+            keyless.append((start, start + rng.choice((0.2, 1.0, 5.0, 20.0))))
+        else:
+            faults.append(_storm_of(rng, kind, start, ends))
+    actors: list[Actor] = []
+    for number in range(rng.choice((1, 3, 3, 8, 30))):
+        at, approved_at = begins + rng.uniform(0.0, 10.0), begins + rng.uniform(12.0, 60.0)
+        lifetime = rng.choice((120.0, 120.0, 300.0, approved_at - at + rng.uniform(1.0, 10.0)))
+        legs = (Leg(0.0, process, every=1.0),)
+        person = Person(approved_at - at)
+        actors.append(
+            Actor(at, f"storm{number}", process, lifetime=lifetime, person=person, legs=legs, is_compared=True)
+        )
+    return actors, faults, tuple(keyless)
+
+
+def _storm_of(rng: random.Random, kind: str, begins: float, ends: float) -> Fault:  # noqa: PLR0911  # one for each kind
+    """Return weather of one kind."""
+    unavailable = Failure("status", 503, rng.choice((None, 5.0, 30.0, 60.0)))
+    refusal = Failure("status", 429, rng.choice((None, None, 1.0, 30.0)))
+    page = rng.choice(PAGES)
+    match kind:
+        case "deploy":
+            return Outage(begins, ends, unavailable, share=rng.choice((0.2, 0.5, 0.6)), methods="GET")
+        case "flapping":
+            failure = rng.choice((unavailable, page, Failure("lost")))
+            return Flapping(begins, ends + 30.0, failure, rng.choice((1.0, 2.0)), rng.choice((5.0, 8.0)))
+        case "page":
+            return Outage(begins, ends, page, share=rng.choice((0.5, 1.0, 1.0)), methods="GET")
+        case "refusals":
+            return Outage(begins, ends + 30.0, refusal, share=rng.uniform(0.01, 0.2), methods="GET")
+        case "neighbour":
+            return RateLimit(
+                begins, ends + 30.0, rng.choice((20, 40)), refusal.retry_after, others=rng.choice((10, 18))
+            )
+        case "moved":
+            return Moved(begins, begins + 600.0, rng.choice((unavailable, unavailable, None)))
+        case "outage":
+            return Outage(begins, ends, rng.choice((*FAILURES, unavailable)), methods="GET")
+        case "brown-out":
+            return Outage(begins, ends, Failure("status", 502), share=rng.choice((0.3, 0.5, 0.7)), methods="GET")
+        case _:
+            return Shard(begins, ends, unavailable, rng.randrange(3))
 
 
 def _slow_handlers(seed: int, actors: list[Actor]) -> list[Actor]:

@@ -50,8 +50,10 @@ def test_stories_try_everything() -> None:
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
         "Capacity",
         "FailOver",
+        "Flapping",
         "Lag",
         "Lies",
+        "Moved",
         "Outage",
         "RateLimit",
         "RoundTrips",
@@ -63,6 +65,8 @@ def test_stories_try_everything() -> None:
     assert any(process.closes for story in stories for process in story.processes)
     assert any(process.rotates for story in stories for process in story.processes)
     assert any(process.jumps for story in stories for process in story.processes)
+    assert any(process.has_no_key for story in stories for process in story.processes)
+    assert any(actor.is_compared for story in stories for actor in story.actors)
 
 
 @pytest.fixture
