@@ -45,402 +45,439 @@ class Mutant(NamedTuple):
     why: str
 
 
+def _break(file: str, *breakages: tuple[str, str, str]) -> list[Mutant]:
+    """Return breakages of one file: what takes the place of which text, and what is wrong then."""
+    return [Mutant(file, *breakage) for breakage in breakages]
+
+
 MUTANTS: Final = (
     # -- what counts as an approval
-    Mutant(
+    *_break(
         "_rules/approval.py",
-        "if operation.operation_id != operation_id:",
-        "if False:",
-        "the answer about another operation counts",
+        ("if operation.operation_id != operation_id:", "if False:", "the answer about another operation counts"),
+        ("if not is_same_user(operation.user_id, ticket.user_id):", "if False:", "another user's approval counts"),
+        (
+            "if payload_digest(operation.operation_payload) != ticket.payload_sha256:",
+            "if False:",
+            "the approval of another payload counts",
+        ),
+        (
+            "if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:",
+            "if False:",
+            "the approval of another external user counts",
+        ),
+        (
+            "if operation.state == STATE_PENDING:",
+            "if operation.state != OperationState.APPROVED:",
+            "an unknown state is waited out",
+        ),
+        (
+            "if operation.state == STATE_PENDING:",
+            "if operation.result is True:\n        return Verdict.APPROVED\n    if operation.state == STATE_PENDING:",
+            "a pending operation whose result is true counts",
+        ),
     ),
-    Mutant(
-        "_rules/approval.py",
-        "if not is_same_user(operation.user_id, ticket.user_id):",
-        "if False:",
-        "another user's approval counts",
-    ),
-    Mutant(
-        "_rules/approval.py",
-        "if payload_digest(operation.operation_payload) != ticket.payload_sha256:",
-        "if False:",
-        "the approval of another payload counts",
-    ),
-    Mutant(
-        "_rules/approval.py",
-        "if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:",
-        "if False:",
-        "the approval of another external user counts",
-    ),
-    Mutant(
-        "_rules/approval.py",
-        "if operation.state == STATE_PENDING:",
-        "if operation.state != OperationState.APPROVED:",
-        "an unknown state is waited out",
-    ),
-    Mutant(
+    *_break(
         "models.py",
-        "return self.state == OperationState.APPROVED and self.result is True",
-        "return self.state == OperationState.APPROVED",
-        "an approval whose result is false counts",
+        (
+            "return self.state == OperationState.APPROVED and self.result is True",
+            "return self.state == OperationState.APPROVED",
+            "an approval whose result is false counts",
+        ),
     ),
-    Mutant(
-        "_rules/approval.py",
-        "if operation.state == STATE_PENDING:",
-        "if operation.result is True:\n        return Verdict.APPROVED\n    if operation.state == STATE_PENDING:",
-        "a pending operation whose result is true counts",
-    ),
-    Mutant(
+    *_break(
         "_http/protocol.py",
-        "        _refuse_duplicate_keys(body)\n    return operation",
-        "        pass\n    return operation",
-        "an approval that also says the opposite counts",
+        (
+            "        _refuse_duplicate_keys(body)\n    return operation",
+            "        pass\n    return operation",
+            "an approval that also says the opposite counts",
+        ),
     ),
     # -- what a poll means
-    Mutant(
+    *_break(
         "_rules/outcome.py",
-        "return evaluate(answer, operation_id, ticket)",
-        "verdict = evaluate(answer, operation_id, ticket)\n"
-        "        return verdict if isinstance(verdict, Verdict) else Verdict.PENDING",
-        "an answer that is rejected is waited out",
+        (
+            "return evaluate(answer, operation_id, ticket)",
+            (
+                "verdict = evaluate(answer, operation_id, ticket)\n"
+                "        return verdict if isinstance(verdict, Verdict) else Verdict.PENDING"
+            ),
+            "an answer that is rejected is waited out",
+        ),
+        ("        return Verdict.TRANSIENT\n", "        return Verdict.FAILED\n", "a transient failure ends the wait"),
+        (
+            "(was_seen and is_odd)",
+            "(was_seen and is_odd and not isinstance(error, NotFoundError))",
+            "an operation that was seen is believed to be gone",
+        ),
+        (
+            "(was_seen and is_odd)",
+            "(was_seen and isinstance(error, NotFoundError))",
+            "a gateway's page ends the waits for operations that were seen",
+        ),
+        ("(was_seen and is_odd)", "is_odd", "an error before the operation was seen is waited out"),
+        (
+            "UNEXPECTED_FOR: Final = 60.0",
+            "UNEXPECTED_FOR: Final = 6000.0",
+            "a wait without a deadline waits out a key that is not allowed",
+        ),
+        (
+            "if may_be_missing and isinstance",
+            "if False and isinstance",
+            "an operation that the phone will create is not waited for",
+        ),
+        ("YOUNG: Final = 5.0", "YOUNG: Final = 0.5", "a replica that lags ends the wait"),
     ),
-    Mutant(
-        "_rules/outcome.py",
-        "return Verdict.TRANSIENT\n    if isinstance(answer, NotFoundError):",
-        "return Verdict.FAILED\n    if isinstance(answer, NotFoundError):",
-        "a transient failure ends the wait",
+    *_break(
+        "_waits/machine.py",
+        (
+            "elif is_failure(answer, was_seen=poll.polled.was_seen):",
+            "elif answer.is_transient:",
+            "a gateway's pages do not open the circuit",
+        ),
     ),
-    Mutant("_rules/outcome.py", "if was_seen:", "if False:", "an operation that was seen is believed to be gone"),
-    Mutant(
-        "_rules/outcome.py",
-        "if may_be_missing:",
-        "if False:",
-        "an operation that the phone will create is not waited for",
-    ),
-    Mutant("_rules/outcome.py", "YOUNG: Final = 5.0", "YOUNG: Final = 0.5", "a replica that lags ends the wait"),
-    Mutant("errors.py", "frozenset({408, 425, 429})", "frozenset({425, 429})", "a 408 ends the wait"),
-    Mutant(
+    *_break(
         "errors.py",
-        'and the proxies.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
-        'and the proxies.\n    """\n\n    @property\n    def is_not_transient(self) -> bool:\n',
-        "the page of a gateway ends the wait",
+        ("frozenset({408, 425, 429})", "frozenset({425, 429})", "a 408 ends the wait"),
+        (
+            'and the proxies.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
+            'and the proxies.\n    """\n\n    @property\n    def is_not_transient(self) -> bool:\n',
+            "the page of a gateway ends the wait",
+        ),
     ),
     # -- what a service that fails is spared
-    Mutant(
-        "_rules/backoff.py", "frozenset({429, 503})", "frozenset({503})", "the pause that a 429 asks for is ignored"
-    ),
-    Mutant(
+    *_break(
         "_rules/backoff.py",
-        "wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)",
-        "wait_exponential(multiplier=0.05, max=0.5) + wait_random_exponential(multiplier=0.05, max=0.5)",
-        "failures are retried five times as fast",
+        ("return min(error.retry_after, MAX_PAUSE)", "return 0.0", "the pause that a 429 asks for is ignored"),
+        ("if error.status == 503 else 0.0", "if False else 0.0", "the pause that a 503 asks for is ignored"),
+        (
+            "return min(error.retry_after, error_delay(_MANY)) if",
+            "return min(error.retry_after, MAX_PAUSE) if",
+            "a 503 holds its operation for as long as it asks for",
+        ),
+        (
+            "wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)",
+            "wait_exponential(multiplier=0.05, max=0.5) + wait_random_exponential(multiplier=0.05, max=0.5)",
+            "failures are retried five times as fast",
+        ),
+        (
+            "(is_spared or since_good <= GOOD)",
+            "is_spared",
+            "an operation backs off for long although answers fail at random",
+        ),
+        (
+            "(is_spared or since_good <= GOOD)",
+            "since_good <= GOOD",
+            "in a short outage the operations of a small application back off for long",
+        ),
     ),
-    Mutant(
-        "_rules/backoff.py",
-        "return min(failures, _AT_RANDOM) if since_good <= _GOOD and since_own <= _OWN else failures",
-        "return failures",
-        "an operation backs off for long although answers fail at random",
+    *_break(
+        "_waits/machine.py",
+        (
+            "        if self._held:\n",
+            "        if False:\n",
+            "an operation that a 503 holds does not go on when another one is answered well",
+        ),
+        ("if is_refusal else 0.0)", ")", "a final poll is not repeated in its time if a 503 asks for a pause"),
+        ("polled.poll is None and polled is not poll.polled:", "True:", "an operation that a 503 held is polled twice"),
     ),
-    Mutant(
+    *_break(
         "_rules/circuit.py",
-        "FAILURES_UNTIL_OPEN: Final = 5",
-        "FAILURES_UNTIL_OPEN: Final = 1000",
-        "the circuit never opens",
+        (
+            "error_delay(min(self._probes, MOST_AT_FIRST) if is_short else self._probes)",
+            "error_delay(self._probes)",
+            "in a short outage probes back off for long",
+        ),
+        ("is_short = since - self._opened_at <= SHORT and", "is_short =", "in a long outage probes do not back off"),
+        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
+        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
+        ("FAILURES_UNTIL_OPEN: Final = 5", "FAILURES_UNTIL_OPEN: Final = 1000", "the circuit never opens"),
+        ("        self._probes = 0\n        self._probe_at", "        self._probe_at", "the circuit is open for ever"),
+        (
+            "self._limit = min(self._limit + 1, self._full)",
+            "self._limit = min(self._limit, self._full)",
+            "after an outage one poll at a time goes on",
+        ),
+        ("max(self._probe_at, since + delay)", "since", "probes follow each other without a pause"),
+        ("self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
     ),
-    Mutant(
+    *_break(
         "_waits/dispatch.py",
-        "if not circuit.is_calm:\n            ready_at",
-        "if False:\n            ready_at",
-        "an open circuit lets polls through",
+        (
+            "if not circuit.is_calm:\n            ready_at",
+            "if False:\n            ready_at",
+            "an open circuit lets polls through",
+        ),
+        (
+            "if self._circuit.state is CircuitState.OPEN:\n            # One",
+            "if True:\n            # One",
+            "final polls always go one at a time",
+        ),
     ),
-    Mutant(
-        "_waits/dispatch.py",
-        "if self._circuit.state is CircuitState.OPEN:\n            # One",
-        "if True:\n            # One",
-        "final polls always go one at a time",
-    ),
-    Mutant(
-        "_rules/circuit.py",
-        "        self._probes = 0\n        self._probe_at",
-        "        self._probe_at",
-        "the circuit is open for ever",
-    ),
-    Mutant(
-        "_rules/circuit.py",
-        "self._limit = min(self._limit + 1, self._full)",
-        "self._limit = min(self._limit, self._full)",
-        "after an outage one poll at a time goes on",
-    ),
-    Mutant(
-        "_rules/circuit.py",
-        "max(self._probe_at, since + error_delay(self._probes))",
-        "since",
-        "probes follow each other without a pause",
-    ),
-    Mutant("_rules/circuit.py", "self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
-    Mutant(
+    *_break(
         "_rules/rate.py",
-        "self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))",
-        "pass",
-        "polls are not counted against the rate",
+        (
+            "self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))",
+            "pass",
+            "polls are not counted against the rate",
+        ),
     ),
     # -- deadlines
-    Mutant(
+    *_break(
         "_waits/machine.py",
-        "wait.deadline = now + (patience if had_expired else timeout)",
-        "wait.deadline = now + 3.0 + (patience if had_expired else timeout)",
-        "waits end three seconds late",
+        (
+            "wait.deadline = now + (patience if had_expired else timeout)",
+            "wait.deadline = now + 3.0 + (patience if had_expired else timeout)",
+            "waits end three seconds late",
+        ),
+        (
+            "(wait.had_expired or is_final(wait.deadline - now))",
+            "is_final(wait.deadline - now)",
+            "an expired ticket is polled on and on",
+        ),
+        (
+            "self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)",
+            "self._deadlines.schedule(wait, wait.deadline + 10.0)",
+            "a final poll that hangs is waited for too long",
+        ),
+        ("if may_start(wait.deadline - again_at):", "if False:", "a final poll that fails is not repeated"),
+        (
+            "if wait.final_poll is poll:\n                _update(wait, now, answer)",
+            "if poll.final:\n                _update(wait, now, answer)",
+            "the final poll of one wait ends the others",
+        ),
     ),
-    Mutant(
-        "_waits/machine.py",
-        "(wait.had_expired or is_final(wait.deadline - now))",
-        "is_final(wait.deadline - now)",
-        "an expired ticket is polled on and on",
-    ),
-    Mutant(
+    *_break(
         "_waits/poller.py",
-        "age=max(0.0, age or 0.0),",
-        "age=age or 0.0,",
-        "a clock that is behind makes tickets live longer",
+        ("age=max(0.0, age or 0.0),", "age=age or 0.0,", "a clock that is behind makes tickets live longer"),
     ),
-    Mutant(
-        "_waits/machine.py",
-        "self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)",
-        "self._deadlines.schedule(wait, wait.deadline + 10.0)",
-        "a final poll that hangs is waited for too long",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "if may_start(wait.deadline - again_at):",
-        "if False:",
-        "a final poll that fails is not repeated",
-    ),
-    Mutant(
+    *_break(
         "_rules/final.py",
-        "_TOO_LATE: Final = 0.5",
-        "_TOO_LATE: Final = 0.0",
-        "a final poll starts when it can hardly be answered",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "if wait.final_poll is poll:\n                _update(wait, now, answer)",
-        "if poll.final:\n                _update(wait, now, answer)",
-        "the final poll of one wait ends the others",
+        ("_TOO_LATE: Final = 0.5", "_TOO_LATE: Final = 0.0", "a final poll starts when it can hardly be answered"),
     ),
     # -- sharing and leaving
-    Mutant(
+    *_break(
         "_waits/machine.py",
-        "if not polled.live:\n            self._stop_polling(polled)",
-        "if False:\n            self._stop_polling(polled)",
-        "polling goes on for nobody",
+        (
+            "if not polled.live:\n            self._stop_polling(polled)",
+            "if False:\n            self._stop_polling(polled)",
+            "polling goes on for nobody",
+        ),
+        (
+            "            self._dispatcher.schedule(polled, now + delay)\n            good.append(wait)",
+            "            polled.due = now + delay\n            good.append(wait)",
+            "the slowest schedule of waits that share polls counts",
+        ),
+        ("if answer is None and poll.is_overdue:", "if False:", "a poll that hangs is no failure"),
     ),
-    Mutant(
+    *_break(
         "_waits/holds.py",
-        "call_later(LEASE, self._expire",
-        "call_later(0.0, self._expire",
-        "the end of a hold ends its wait",
+        ("call_later(LEASE, self._expire", "call_later(0.0, self._expire", "the end of a hold ends its wait"),
+        ("lease = self._leases.get(target)\n", "lease = None\n", "each hold polls at once"),
     ),
-    Mutant(
+    *_break(
         "_waits/state.py",
-        "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final_poll is self)",
-        "return False",
-        "the deadline of one wait cuts the poll of the others off",
+        (
+            "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final_poll is self)",
+            "return False",
+            "the deadline of one wait cuts the poll of the others off",
+        ),
     ),
-    Mutant(
+    *_break(
         "_waits/dispatch.py",
-        "if polled.poll is None:\n                self._enqueue(polled)",
-        "if True:\n                self._enqueue(polled)",
-        "an operation is polled twice at once",
+        (
+            "if polled.poll is None:\n                self._enqueue(polled)",
+            "if True:\n                self._enqueue(polled)",
+            "an operation is polled twice at once",
+        ),
+        (
+            "if len(self.slots) >= circuit.limit:  # 2",
+            "if len(self.slots) > circuit.limit:  # 2",
+            "one poll too many is in flight",
+        ),
     ),
-    Mutant(
-        "_waits/dispatch.py",
-        "if len(self.slots) >= circuit.limit:  # 2",
-        "if len(self.slots) > circuit.limit:  # 2",
-        "one poll too many is in flight",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "wait.attempt += 1\n            self._dispatcher.schedule(polled, now + delay)\n            good.append(wait)",
-        "wait.attempt += 1\n            polled.due = now + delay\n            good.append(wait)",
-        "the slowest schedule of waits that share polls counts",
-    ),
-    Mutant("_waits/holds.py", "lease = self._leases.get(target)\n", "lease = None\n", "each hold polls at once"),
-    Mutant(
-        "_waits/machine.py", "if answer is None and poll.is_overdue:", "if False:", "a poll that hangs is no failure"
-    ),
-    Mutant(
+    *_break(
         "_waits/timer_queue.py",
-        "if heap[0].when > now or not",
-        "if heap[0].when > now - 0.5 or not",
-        "everything is half a second late",
+        ("if heap[0].when > now or not", "if heap[0].when > now - 0.5 or not", "everything is half a second late"),
     ),
     # -- connections that die
-    Mutant(
+    *_break(
         "_http/transport.py",
-        'if endpoint.method != "GET" or error.had_begun:',
-        "if True:",
-        "a poll on a dead connection fails",
+        ('if endpoint.method != "GET" or error.had_begun:', "if True:", "a poll on a dead connection fails"),
+        (
+            "self._session_of_new_connections = _make_session(None, force_close=True)",
+            "self._session_of_new_connections = self._session",
+            "a poll on a dead connection is asked once more on another dead one",
+        ),
+        (
+            'if endpoint.method != "GET" or error.had_begun:',
+            "if error.had_begun:",
+            "a create whose connection is lost is sent again without a check",
+        ),
+        (
+            "if is_first and endpoint.sends_key and",
+            "if endpoint.sends_key and",
+            "a create is sent again on another dead connection",
+        ),
+        (
+            "if circuit is not CircuitState.CLOSED and response.status >= 500 and",
+            "if False and",
+            "the connections to a host that fails are kept",
+        ),
+        ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 6000.0", "connections are used for ever"),
     ),
-    Mutant(
-        "_http/transport.py",
-        "self._session_of_new_connections = _make_session(None, force_close=True)",
-        "self._session_of_new_connections = self._session",
-        "a poll on a dead connection is asked once more on another dead one",
-    ),
-    Mutant(
-        "_http/transport.py",
-        'if endpoint.method != "GET" or error.had_begun:',
-        "if error.had_begun:",
-        "a create whose connection is lost is sent again without a check",
-    ),
-    Mutant(
-        "_http/transport.py",
-        "if is_first and endpoint.sends_key:",
-        "if endpoint.sends_key:",
-        "a create is sent again on another dead connection",
+    *_break(
+        "_waits/dispatch.py",
+        (
+            "max(0.0, now - polled.due), circuit=self._circuit.state)",
+            "max(0.0, now - polled.due))",
+            "probes go on using the connections to a host that fails",
+        ),
     ),
     # -- keys, repetitions, a loop that stands still, a service that can answer no more
-    Mutant(
+    *_break(
         "_http/transport.py",
-        "if self._api_keys.is_replaced(key):",
-        "if False:",
-        "the refusal of a key that was replaced ends the waits",
+        ("if self._api_keys.is_replaced(key):", "if False:", "the refusal of a key that was replaced ends the waits"),
     ),
-    Mutant(
+    *_break(
+        "_http/keys.py",
+        (
+            "error.key_was_good = self._current is not None",
+            "error.key_was_good = False",
+            "a function for the key that fails once ends the waits",
+        ),
+    ),
+    *_break(
         "_rules/quota.py",
-        "if self._tokens < cost:",
-        "if False:",
-        "single calls are repeated in an outage, however many fail",
+        ("if self._tokens < cost:", "if False:", "single calls are repeated in an outage, however many fail"),
     ),
-    Mutant(
+    *_break(
         "_waits/machine.py",
-        "if late > unseen + STOOD_STILL and self._slept > unseen:",
-        "if False:",
-        "a loop that stood still across a deadline sends no final poll",
+        (
+            "if late > unseen + STOOD_STILL and self._slept > unseen:",
+            "if False:",
+            "a loop that stood still across a deadline sends no final poll",
+        ),
     ),
-    Mutant(
+    *_break(
         "_waits/dispatch.py",
-        "if self._window.limit < math.inf:",
-        "if False:",
-        "a service gets more polls at once than it answers in time",
+        ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
     ),
     # -- creating
-    Mutant("_rules/ambiguity.py", "return error.sent", "return False", "a lost answer is followed by the same request"),
-    Mutant(
-        "_http/creation.py",
-        "if found.state == OperationState.APPROVED and not self._id_is_new:",
-        "if False:",
-        "an approval from before the request counts",
+    *_break(
+        "_rules/ambiguity.py",
+        ("return error.sent", "return False", "a lost answer is followed by the same request"),
     ),
-    Mutant("_http/creation.py", "if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
-    Mutant(
+    *_break(
         "_http/creation.py",
-        'and (found.operation_payload or "") == (self._operation.operation_payload or "")',
-        "",
-        "another payload is taken for this one",
+        (
+            "if found.state == OperationState.APPROVED and not self._id_is_new:",
+            "if False:",
+            "an approval from before the request counts",
+        ),
+        ("if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
+        (
+            'and (found.operation_payload or "") == (self._operation.operation_payload or "")',
+            "",
+            "another payload is taken for this one",
+        ),
+        ("return not self._is_final and (", "return (", "what was not checked is sent again"),
     ),
-    Mutant("_http/creation.py", "return not self._is_final and (", "return (", "what was not checked is sent again"),
     # -- the machine, the dispatcher and leases
-    Mutant(
+    *_break(
         "_waits/machine.py",
-        "if isinstance(answer, Operation) and verdict is Verdict.APPROVED:",
-        "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in result.served:",
-        "an approval counts only for waits that its poll was sent for",
+        (
+            "if isinstance(answer, Operation) and verdict is Verdict.APPROVED:",
+            "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in result.served:",
+            "an approval counts only for waits that its poll was sent for",
+        ),
+        (
+            "            self._pass_deadline(wait)  # else",
+            "            pass  # else",
+            "each failure of an expired ticket's poll moves its deadline",
+        ),
+        (
+            "if polled.before_deadline and polled.poll in (None, poll):",
+            "if polled.before_deadline:",
+            "a final poll that fails beside a poll that hangs sets the time of the next one",
+        ),
+        (
+            "        wait.final_poll = None\n        if wait.had_expired",
+            "        if wait.had_expired",
+            "a wait whose final poll failed gets no other one",
+        ),
+        (
+            "        for poll in self._dispatcher.final_in_flight:\n            if poll.polled is polled:\n",
+            "        for poll in self._dispatcher.final_in_flight:\n            if False:\n",
+            "a final poll goes on after the last wait",
+        ),
+        (
+            "        if wait.updates is not None:\n            wait.updates.close()\n",
+            "",
+            "a caller with a handler is not told of the end",
+        ),
+        (
+            "if poll.polled in passed and not poll.serves_any():",
+            "if False:",
+            "a poll from before the deadline goes on for nobody",
+        ),
+        ("        self._deadlines.remove(wait)\n", "", "the deadline of a wait that has ended stays"),
+        (
+            "            elif wait not in result.served:\n                continue\n",
+            "",
+            "a pending answer counts for waits that came after its poll",
+        ),
     ),
-    Mutant(
-        "_waits/machine.py",
-        "            self._pass_deadline(wait)  # else",
-        "            pass  # else",
-        "each failure of an expired ticket's poll moves its deadline",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "if polled.before_deadline and polled.poll in (None, poll):",
-        "if polled.before_deadline:",
-        "a final poll that fails beside a poll that hangs sets the time of the next one",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "        wait.final_poll = None\n        if wait.had_expired",
-        "        if wait.had_expired",
-        "a wait whose final poll failed gets no other one",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "        for poll in self._dispatcher.final_in_flight:\n            if poll.polled is polled:\n",
-        "        for poll in self._dispatcher.final_in_flight:\n            if False:\n",
-        "a final poll goes on after the last wait",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "        if wait.updates is not None:\n            wait.updates.close()\n",
-        "",
-        "a caller with a handler is not told of the end",
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "if poll.polled in passed and not poll.serves_any():",
-        "if False:",
-        "a poll from before the deadline goes on for nobody",
-    ),
-    Mutant(
-        "_waits/machine.py", "        self._deadlines.remove(wait)\n", "", "the deadline of a wait that has ended stays"
-    ),
-    Mutant(
-        "_waits/machine.py",
-        "            elif wait not in result.served:\n                continue\n",
-        "",
-        "a pending answer counts for waits that came after its poll",
-    ),
-    Mutant(
+    *_break(
         "_waits/state.py",
-        "self.before_deadline -= wait.phase is WaitPhase.POLLING",
-        "self.before_deadline -= 1",
-        "a wait that ends after its deadline stops the polls of the others",
+        (
+            "self.before_deadline -= wait.phase is WaitPhase.POLLING",
+            "self.before_deadline -= 1",
+            "a wait that ends after its deadline stops the polls of the others",
+        ),
     ),
-    Mutant(
+    *_break(
         "_waits/dispatch.py",
-        "            polled.final_poll_queued = False\n",
-        "",
-        "an operation gets one final poll, whatever becomes of it",
+        (
+            "            polled.final_poll_queued = False\n",
+            "",
+            "an operation gets one final poll, whatever becomes of it",
+        ),
+        (
+            "            # One final poll at a time.",
+            "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
+            "a final poll that goes on for other waits holds up all final polls of an outage",
+        ),
+        (
+            "self.slots.of_retries >= max(1, self._circuit.limit // 2)",
+            "self.slots.of_retries >= self._circuit.limit",
+            "operations that fail take all slots",
+        ),
     ),
-    Mutant(
-        "_waits/dispatch.py",
-        "            # One final poll at a time.",
-        "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
-        "a final poll that goes on for other waits holds up all final polls of an outage",
+    *_break(
+        "_rules/slots.py",
+        ("SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
+        ("return max(slots, min(4 * slots, 256))", "return slots", "final polls have to wait for each other"),
     ),
-    Mutant("_rules/slots.py", "SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
-    Mutant(
-        "_waits/dispatch.py",
-        "_MOST_FINAL: Final = 4",
-        "_MOST_FINAL: Final = 1",
-        "final polls have to wait for each other",
-    ),
-    Mutant(
-        "_waits/dispatch.py",
-        "self.slots.of_retries >= max(1, self._circuit.limit // 2)",
-        "self.slots.of_retries >= self._circuit.limit",
-        "operations that fail take all slots",
-    ),
-    Mutant(
+    *_break(
         "_waits/holds.py",
-        "            lease.expiry.cancel()\n            lease.expiry = None\n        try:",
-        "            lease.expiry = None\n        try:",
-        "a wait ends ten seconds after its first hold, held or not",
+        (
+            "            lease.expiry.cancel()\n            lease.expiry = None\n        try:",
+            "            lease.expiry = None\n        try:",
+            "a wait ends ten seconds after its first hold, held or not",
+        ),
+        (
+            "        if lease.holders:\n            return\n",
+            "",
+            "the first of two holders that leaves ends the wait of both",
+        ),
+        (
+            "ends_within = lease.wait.deadline <= self._loop.time() + seconds + RESOLUTION",
+            "ends_within = False",
+            "a hold returns nothing although its ticket expires within it",
+        ),
+        ("        self._poller.stop(lease.wait)\n", "", "a wait that nobody holds goes on"),
     ),
-    Mutant(
-        "_waits/holds.py",
-        "        if lease.holders:\n            return\n",
-        "",
-        "the first of two holders that leaves ends the wait of both",
-    ),
-    Mutant(
-        "_waits/holds.py",
-        "ends_within = lease.wait.deadline <= self._loop.time() + seconds + RESOLUTION",
-        "ends_within = False",
-        "a hold returns nothing although its ticket expires within it",
-    ),
-    Mutant("_waits/holds.py", "        self._poller.stop(lease.wait)\n", "", "a wait that nobody holds goes on"),
 )
 
 
