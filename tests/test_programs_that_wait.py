@@ -52,6 +52,7 @@ PAGES = {PIN: "test_docs.py::test_no_program_of_the_docs_that_acts_on_an_approva
 NOTHING = dict.fromkeys(CASES, "nothing follows from what it shows")
 
 TABLE: Mapping[str, Row] = {
+    "README.md#1": {PIN: "test_readme.py::test_no_program_pays_for_a_pin"},
     "examples/agent/gate.py": asked_in(
         "examples/test_agent.py",
         "test_request_that_nobody_approves_ends_and_a_late_approval_counts_for_nothing",
@@ -205,7 +206,6 @@ TABLE: Mapping[str, Row] = {
         "test_another_worker_goes_on_with_the_ticket_and_asks_nobody_again",
         "test_transfer_that_is_repeated_happens_once",
     ),
-    "docs/explanation/schedule.md#1": PAGES,
     "docs/howto/declined.md#1": PAGES,
     "docs/howto/observability.md#1": PAGES,
     "docs/howto/resuming.md#1": PAGES
@@ -224,8 +224,7 @@ TABLE: Mapping[str, Row] = {
         RESTART: "examples/test_howto.py::test_a_program_that_resumes_is_not_ended_by_an_expired_ticket",
         TWICE: "examples/test_howto.py::test_two_processes_that_resume_at_once_report_an_approval_once",
     },
-    "docs/howto/resuming.md#3": PAGES
-    | dict.fromkeys((LATE, USER, TAB, RESTART, TWICE), "it decides nothing: not approved so far"),
+    "docs/howto/resuming.md#3": PAGES,
     "docs/howto/running-workers.md#1": NOTHING,
     "docs/howto/sync.md#1": NOTHING,
     "docs/howto/timeouts.md#1": PAGES,

@@ -39,6 +39,16 @@ def test_the_two_commands_stand_there_as_agreed() -> None:
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest\n' in README
 
 
+def test_the_whole_program_is_the_quickstart() -> None:
+    quickstart = (ROOT / "examples" / "quickstart.py").read_text()
+    assert quickstart.endswith(BLOCKS[1])
+
+
+def test_no_program_pays_for_a_pin() -> None:
+    for block in BLOCKS:
+        assert "pay." not in block or 'require_auth_type="biom"' in block
+
+
 def test_it_takes_two_minutes() -> None:
     assert len(README.split()) <= 700
 
