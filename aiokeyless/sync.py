@@ -14,12 +14,13 @@ import functools
 import inspect
 import os
 import selectors
+import sys
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime
+from queue import Empty, SimpleQueue
 from types import GenericAlias, TracebackType
 from typing import (
     Any,
@@ -38,14 +39,14 @@ from typing import (
 
 from tenacity.wait import wait_base
 
-from ._validation import check_flag, check_handler, check_schedule, check_started_by
-from .client import DefaultTimeout, IfExists, IfMissing, WaitTimeout, for_another_process
+from ._validation import check_handler
 from .client import KeylessClient as AsyncKeylessClient
+from .client import for_another_process
 from .errors import ClientClosedError, ConfigurationError
 from .events import Listener
-from .models import Operation, Region, Secret, StartedBy
+from .models import Region, Secret
 from .reports import ApprovalUpdate, ClientStatistics
-from .ticket import DEFAULT_LIFETIME, ApprovalTicket
+from .ticket import ApprovalTicket
 from .worker import ApprovalEvent, Broker, Submission, applications
 from .worker.broker import ApplicationSide, broker_for, hide_url
 
@@ -56,6 +57,7 @@ OnPoll: TypeAlias = Callable[[ApprovalUpdate], object]
 OnCreated: TypeAlias = Callable[[ApprovalTicket], object]
 """Called with the ticket of a new operation, in the thread that asks: a plain function."""
 _Runner: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
+_Errands: TypeAlias = SimpleQueue[Callable[[], object]]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -80,10 +82,11 @@ class _Background:
     def __init__(self) -> None:
         self.ended: bool = False  # also in a forked child, in which its thread does not exist
         self._loop = asyncio.new_event_loop()
-        # The clients that are not closed, and the iterations that are not over. A forked child never releases them, nor
-        # the frame of `_serve`. If it collected a client, that would remove the parent's sockets from the epoll that
-        # the two processes share.
+        # The clients that are not closed, and the calls and iterations that are not over. A forked child never releases
+        # them, nor the frame of `_serve`. If it collected a client, that would remove the parent's sockets from the
+        # epoll that the two processes share.
         self._clients: set[AsyncKeylessClient] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._iterations: set[AsyncGenerator[Any, None]] = set()
         self._brokers: dict[Broker | Secret, Broker] = {}  # open brokers, by the caller's argument
         self._opening = asyncio.Lock()
@@ -111,18 +114,25 @@ class _Background:
         """Close this client at the end of the process, unless it is closed before."""
         self._clients.add(client)
 
-    def call(self, method: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def call(self, method: Callable[[], Coroutine[Any, Any, T]], errands: _Errands | None = None) -> T:
         """Run a coroutine in the loop, and return its result. If the caller is interrupted, cancel it.
 
         It is the result of a function. If the caller is interrupted before the loop calls that, there is no coroutine.
+        Meanwhile this thread runs the errands that the coroutine puts into the queue. If one raises, the call ends so.
         """
+        errands = errands or SimpleQueue()
         # Made here: with asyncio.run_coroutine_threadsafe, an interruption could come before the future exists.
         future: Future[T] = Future()
+        future.add_done_callback(lambda _: errands.put(lambda: None))  # which wakes this thread
         try:
             self._loop.call_soon_threadsafe(self._begin, method, future)
-            # In pieces: a signal that comes just before this thread sleeps, or to another thread, does not wake it.
             while not future.done():
-                wait({future}, timeout=_SIGNAL_WITHIN)
+                self.check_alive()  # a handler may have forked
+                try:  # in pieces: a signal that comes just before this thread sleeps, or to another, does not wake it
+                    errand = errands.get(timeout=_SIGNAL_WITHIN)
+                except Empty:
+                    continue
+                errand()
             return future.result()
         except BaseException:  # such as KeyboardInterrupt; if the coroutine raised, the future is done
             future.cancel()
@@ -132,13 +142,27 @@ class _Background:
 
     def _begin(self, method: Callable[[], Coroutine[Any, Any, T]], future: Future[T]) -> None:
         task = self._loop.create_task(_call_in_loop(method))
+        self._calls.add(task)
 
         def cancel(done: Future[T]) -> None:
-            if done.cancelled():
+            if done.cancelled() and not self.ended:
                 self._loop.call_soon_threadsafe(task.cancel)
 
+        task.add_done_callback(self._calls.discard)
         task.add_done_callback(lambda _: _settle(future, task))
         future.add_done_callback(cancel)
+
+    async def run_errand(self, errands: _Errands, function: Any, argument: object) -> None:
+        """Have the thread that waits for this coroutine call a function."""
+        done = asyncio.Event()
+        errands.put(functools.partial(function, argument))
+        errands.put(functools.partial(self._loop.call_soon_threadsafe, done.set))
+        await done.wait()
+
+    def check_alive(self) -> None:
+        """Refuse to go on with a call or an iteration if the loop has no thread: in a forked child, or at the end."""
+        if not self._thread.is_alive():
+            raise ClientClosedError("the wait belongs to a process that was forked, or is ending: start it anew")
 
     def start(self, method: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run a coroutine in the loop without waiting, since the garbage collector may call this in any thread."""
@@ -286,14 +310,22 @@ def get_background() -> _Background:
 def _call(
     method: Callable[Concatenate[AsyncKeylessClient, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[KeylessClient, P], T]:
-    """Return a method of the other face as one that runs in the loop while its caller waits."""
+    """Return a method of the other face as one that runs in the loop while its caller waits.
 
+    The functions that it is given as ``on_...`` run in the caller's thread.
+    """
+
+    @_described_by(method)
     def call(self: KeylessClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
         background, client = self._open()
-        return background.call(lambda: method(client, *args, **kwargs))
+        errands: _Errands = SimpleQueue()
+        for name, handler in kwargs.items():
+            if name.startswith("on_") and handler is not None:
+                check_handler(handler, name, is_plain=True)
+                kwargs[name] = functools.partial(background.run_errand, errands, handler)
+        return background.call(lambda: method(client, *args, **kwargs), errands)
 
-    _describe(call, method)
-    return call
+    return cast("Callable[Concatenate[KeylessClient, P], T]", call)
 
 
 def _iteration(
@@ -301,37 +333,33 @@ def _iteration(
 ) -> Callable[Concatenate[KeylessClient, P], Generator[T, None, None]]:
     """Return a method of the other face, one that makes an asynchronous generator, as one that makes a plain one."""
 
+    @_described_by(method)
     def iteration(self: KeylessClient, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
         background, client = self._open()
         return _iterate(background, method(client, *args, **kwargs))
 
-    _describe(iteration, method)
-    return iteration
+    return cast("Callable[Concatenate[KeylessClient, P], Generator[T, None, None]]", iteration)
 
 
-def _describe(ours: Callable[..., object], theirs: Callable[..., object]) -> None:
-    """Give a method the name, the signature and the documentation of that of the other face.
+def _described_by(theirs: Callable[P, object]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Return a decorator that gives a function the name, signature and documentation of that of the other face.
 
     It gets no ``__wrapped__``: a framework that finds a coroutine function there awaits the result of this one.
     """
-    ours.__name__, ours.__qualname__ = theirs.__name__, theirs.__qualname__
-    signature = inspect.signature(theirs, eval_str=True)
-    result = signature.return_annotation
-    if get_origin(result) is AsyncGenerator:
-        result = GenericAlias(Generator, (get_args(result)[0], None, None))
-    vars(ours)["__signature__"] = signature.replace(return_annotation=result)
-    ours.__annotations__ = get_type_hints(theirs) | {"return": result}
-    ours.__doc__ = _documentation(theirs)
 
-
-def _documented_by(theirs: Callable[..., object]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that gives a method the documentation of that of the other face."""
-
-    def document(ours: Callable[P, T]) -> Callable[P, T]:
+    def describe(ours: Callable[..., T]) -> Callable[P, T]:
+        names = vars(sys.modules[theirs.__module__]) | globals()  # `OnPoll` and `OnCreated` are those of this face
+        signature = inspect.signature(theirs, globals=names, eval_str=True)
+        result = signature.return_annotation
+        if get_origin(result) is AsyncGenerator:
+            result = GenericAlias(Generator, (get_args(result)[0], None, None))
+        vars(ours)["__signature__"] = signature.replace(return_annotation=result)
+        ours.__name__, ours.__qualname__ = theirs.__name__, theirs.__qualname__
+        ours.__annotations__ = get_type_hints(theirs, names) | {"return": result}
         ours.__doc__ = _documentation(theirs)
         return ours
 
-    return document
+    return describe
 
 
 def _documentation(theirs: Callable[..., object]) -> str:
@@ -501,86 +529,11 @@ class KeylessClient:
     get_devices: Final = _call(AsyncKeylessClient.get_devices)
     delete_device: Final = _call(AsyncKeylessClient.delete_device)
     get_key_set: Final = _call(AsyncKeylessClient.get_key_set)
+    wait_for_approval: Final = _call(AsyncKeylessClient.wait_for_approval)
+    request_approval: Final = _call(AsyncKeylessClient.request_approval)
     hold_for_approval: Final = _call(AsyncKeylessClient.hold_for_approval)
     watch_approval: Final = _iteration(AsyncKeylessClient.watch_approval)
     wait_for_approvals: Final = _iteration(AsyncKeylessClient.wait_for_approvals)
-
-    # -- waits with functions that run in the caller's thread
-
-    @_documented_by(AsyncKeylessClient.wait_for_approval)
-    def wait_for_approval(
-        self,
-        target: str | ApprovalTicket,
-        *,
-        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
-        schedule: wait_base | None = None,
-        if_missing: IfMissing = "raise",
-        on_poll: OnPoll | None = None,
-        explain: bool = False,
-    ) -> Operation:
-        """Wait until the user approves this operation, and return only then."""
-        if on_poll is None:
-            background, client = self._open()
-            return background.call(
-                lambda: client.wait_for_approval(
-                    target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
-                )
-            )
-        check_handler(on_poll, "on_poll", is_plain=True)
-        operation: Operation | None = None
-        updates = self.watch_approval(
-            target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
-        )
-        with contextlib.closing(updates):
-            for update in updates:
-                on_poll(update)
-                operation = update.operation
-        assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
-        return operation
-
-    @_documented_by(AsyncKeylessClient.request_approval)
-    def request_approval(
-        self,
-        user_id: str,
-        *,
-        operation_id: str | None = None,
-        operation_payload: str | None = None,
-        external_user_id: str | None = None,
-        expires_in: float = DEFAULT_LIFETIME,
-        if_exists: IfExists = "raise",
-        require_auth_type: str | None = None,
-        started_by: StartedBy = "backend",
-        schedule: wait_base | None = None,
-        on_created: OnCreated | None = None,
-        on_poll: OnPoll | None = None,
-        explain: bool = False,
-    ) -> Operation:
-        """Create an operation, tell the phone, and wait until the user approves it."""
-        check_started_by(started_by)
-        if started_by == "phone" and if_exists == "resume":
-            raise ConfigurationError(
-                "if_exists must be 'raise' if the phone starts the operation: nothing is created", argument="if_exists"
-            )
-        check_schedule(schedule)  # before anything is created
-        check_handler(on_created, "on_created", is_plain=True)
-        check_handler(on_poll, "on_poll", is_plain=True)
-        check_flag(explain, "explain")
-        background, client = self._open()
-        ticket = background.call(
-            lambda: client._begin(  # noqa: SLF001
-                user_id,
-                operation_id=operation_id,
-                operation_payload=operation_payload,
-                external_user_id=external_user_id,
-                expires_in=expires_in,
-                if_exists=if_exists,
-                require_auth_type=require_auth_type,
-                started_by=started_by,
-            )
-        )
-        if on_created is not None:
-            on_created(ticket)
-        return self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
 
     @property
     def statistics(self) -> ClientStatistics:
@@ -592,41 +545,16 @@ class KeylessClient:
         return background.call(lambda: _statistics(client))
 
 
-@_documented_by(applications.submit_approval)
-def submit_approval(
-    broker: object,
-    user_id: str,
-    *,
-    operation_id: str,
-    operation_payload: str | None = None,
-    external_user_id: str | None = None,
-    expires_in: float = DEFAULT_LIFETIME,
-    created_at: datetime | None = None,
-    context: object = None,
-    require_auth_type: str | None = None,
-    started_by: StartedBy = "backend",
-) -> Submission:
+@_described_by(applications.submit_approval)
+def submit_approval(broker: object, *args: Any, **kwargs: Any) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it."""
     broker = hide_url(broker)
     side, finish = _application_side(broker)
-    submission: Submission = finish(
-        lambda: applications.submit_approval(
-            side,
-            user_id,
-            operation_id=operation_id,
-            operation_payload=operation_payload,
-            external_user_id=external_user_id,
-            expires_in=expires_in,
-            created_at=created_at,
-            context=context,
-            require_auth_type=require_auth_type,
-            started_by=started_by,
-        )
-    )
+    submission: Submission = finish(lambda: applications.submit_approval(side, *args, **kwargs))
     return submission
 
 
-@_documented_by(applications.next_outcome)
+@_described_by(applications.next_outcome)
 @contextlib.contextmanager
 def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, None]:
     """Wait for the next outcome that this reader has not handled."""
@@ -706,7 +634,8 @@ def _iterate(background: _Background, values: AsyncGenerator[T, None]) -> Genera
     with background.iterating(values):
         try:
             while True:
-                _check_iteration(background)
+                _refuse_event_loop()
+                background.check_alive()
                 found = background.call(lambda: _next(values))
                 if found is None:
                     return
@@ -715,12 +644,6 @@ def _iterate(background: _Background, values: AsyncGenerator[T, None]) -> Genera
             # Left early, or interrupted. This must not wait: the garbage collector may do it in the loop's thread.
             background.start(values.aclose)
             raise
-
-
-def _check_iteration(background: _Background) -> None:
-    _refuse_event_loop()
-    if background.ended:
-        raise ClientClosedError("the iterator belongs to a process that was forked, or is ending: start it anew")
 
 
 def _refuse_event_loop() -> None:

@@ -19,6 +19,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from contextvars import ContextVar
+from queue import Empty
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import pytest
@@ -247,14 +248,68 @@ async def test_on_poll_runs_in_the_thread_that_waits_and_a_slow_one_holds_no_oth
     assert (await waiting).is_approved
 
 
-async def test_what_on_poll_raises_ends_the_wait(keyless: KeylessClient) -> None:
+@pytest.mark.parametrize("error", [ValueError, StopIteration, Empty, KeyboardInterrupt, asyncio.CancelledError])
+async def test_what_on_poll_raises_ends_the_wait_and_is_raised(
+    keyless: KeylessClient, error: type[BaseException]
+) -> None:
+    def fail(_update: ApprovalUpdate) -> None:
+        raise error("on_poll")
+
     def program() -> None:
         ticket = keyless.create_operation("C0FFEE")
-        with pytest.raises(ZeroDivisionError):
-            keyless.wait_for_approval(ticket, on_poll=lambda _update: 1 // 0)
+        with pytest.raises(error, match="on_poll"):
+            keyless.wait_for_approval(ticket, on_poll=fail)
         assert ends_its_waits(keyless)
 
     await asyncio.to_thread(program)
+
+
+async def test_an_on_poll_that_is_slower_than_the_polls_gets_the_newest_update_next(
+    sandbox: Sandbox, keyless: KeylessClient
+) -> None:
+    polls: list[int] = []
+
+    def slow(update: ApprovalUpdate) -> None:
+        polls.append(update.polls)
+        if update.polls == 1:
+            while keyless.statistics.polls < 4:
+                pass
+        else:
+            sandbox.approve("op-1")
+
+    def program() -> None:
+        keyless.request_approval("C0FFEE", operation_id="op-1", on_poll=slow)
+        first, second, *_ = polls
+        assert (first, second >= 3) == (1, True)
+
+    await asyncio.to_thread(program)
+
+
+async def test_a_function_may_call_the_client_and_wait_itself(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    def tell(ticket: ApprovalTicket) -> None:
+        assert keyless.get_operation(ticket.operation_id).state == "pending"
+
+    def ask_again(update: ApprovalUpdate) -> None:
+        if update.polls == 1:
+            inner = keyless.request_approval("BEEF", on_created=approve, on_poll=lambda _update: keyless.statistics)
+            assert inner.is_approved
+            sandbox.approve("op-1")
+
+    def approve(ticket: ApprovalTicket) -> None:
+        sandbox.approve(ticket.operation_id)
+
+    def program() -> None:
+        outer = keyless.request_approval("C0FFEE", operation_id="op-1", on_created=tell, on_poll=ask_again)
+        assert outer.is_approved
+
+    await asyncio.to_thread(program)
+
+
+@pytest.mark.parametrize("argument", ["on_created", "on_poll"])
+async def test_a_function_that_closes_the_client_ends_its_wait(keyless: KeylessClient, argument: str) -> None:
+    functions: dict[str, Any] = {argument: lambda _told: keyless.close()}
+    with pytest.raises(ClientClosedError):
+        await asyncio.to_thread(keyless.request_approval, "C0FFEE", **functions)
 
 
 async def test_the_phone_is_told_in_the_thread_that_asks_before_it_waits(
@@ -544,7 +599,7 @@ async def test_a_client_that_is_dropped_open_warns_and_is_closed(sandbox: Sandbo
 @pytest.mark.parametrize("name", ["submit_approval", "next_outcome"])
 def test_what_workers_are_asked_and_answer_has_the_arguments_of_the_other_face(name: str) -> None:
     ours, theirs = getattr(sync, name), getattr(worker, name)
-    assert inspect.signature(ours).parameters == inspect.signature(theirs).parameters
+    assert inspect.signature(ours).parameters == inspect.signature(theirs, eval_str=True).parameters
     assert get_type_hints(ours).keys() - {"return"} == inspect.signature(ours).parameters.keys()
     assert_documented(ours)
     assert "SQLAlchemy" in ours.__doc__
@@ -660,6 +715,7 @@ except KeyboardInterrupt:
 
 ONE = 'client.request_approval("C0FFEE", expires_in=600)'
 WITH_ON_POLL = 'client.request_approval("C0FFEE", expires_in=600, on_poll=lambda update: None)'
+IN_ON_POLL = 'client.request_approval("C0FFEE", expires_in=600, on_poll=lambda update: time.sleep(600))'
 MANY = 'list(client.wait_for_approvals([client.create_operation("C0FFEE")], timeout=600))'
 BESIDE_TWENTY = f"""
     threads = [threading.Thread(target=client.request_approval, args=["C0FFEE"], daemon=True) for _ in range(20)]
@@ -671,8 +727,8 @@ BESIDE_TWENTY = f"""
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wait", "others"),
-    [(ONE, 0), (WITH_ON_POLL, 0), (MANY, 0), (BESIDE_TWENTY, 20)],
-    ids=["wait", "on_poll", "many", "beside twenty threads"],
+    [(ONE, 0), (WITH_ON_POLL, 0), (IN_ON_POLL, 0), (MANY, 0), (BESIDE_TWENTY, 20)],
+    ids=["wait", "with on_poll", "in on_poll", "many", "beside twenty threads"],
 )
 async def test_ctrl_c_ends_a_wait_at_once_and_cancels_it_and_no_other(sandbox: Sandbox, wait: str, others: int) -> None:
     async with program(INTERRUPTED.format(wait=wait, others=others), sandbox) as process:
@@ -748,6 +804,34 @@ async def test_a_process_ends_at_once_and_silently_though_its_client_and_its_bro
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("argument", ["on_created", "on_poll"])
+async def test_a_wait_whose_function_returns_after_the_end_of_the_loop_ends_silently(
+    sandbox: Sandbox, argument: str
+) -> None:
+    before = """
+import atexit, threading
+atexit.register(lambda: waiting.join(10))  # before the import, so it runs after what the module registers
+"""
+    text = f"""
+background, called = sync.get_background(), threading.Event()
+def function(_):
+    called.set()
+    while background._thread.is_alive(): time.sleep(0.001)
+def wait():
+    try:
+        client.request_approval("C0FFEE", {argument}=function)
+    except ClientClosedError:
+        print("closed")
+waiting = threading.Thread(target=wait, daemon=True)
+waiting.start()
+called.wait()
+"""
+    async with program(text, sandbox, before=before) as process:
+        status, output = await ended(process)
+    assert (status, output) == (0, "closed\n")
+
+
+@pytest.mark.slow
 async def test_a_call_at_the_end_of_the_process_is_refused_and_hangs_nothing(sandbox: Sandbox) -> None:
     before = """
 import atexit
@@ -785,6 +869,15 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 {after}
 print("parent")
+"""
+#: Says so if the child wakes the loop of its parent.
+WATCH_CHILD = """
+import os
+from asyncio.selector_events import BaseSelectorEventLoop
+def wake(loop, wake=BaseSelectorEventLoop._write_to_self, parent=os.getpid()):
+    if os.getpid() != parent: print("wakes the loop of the parent")
+    wake(loop)
+BaseSelectorEventLoop._write_to_self = wake
 """
 GOES_ON = """
 next(updates)
@@ -839,10 +932,46 @@ assert os.waitpid(child, 0)[1] == 0
 next(updates)
 print("parent")
 """
-    async with program(text, sandbox) as process:
+    async with program(text, sandbox, before=WATCH_CHILD) as process:
         status, output = await ended(process)
     assert status == 0, output
-    assert output == "the iterator belongs to a process that was forked, or is ending: start it anew\nparent\n"
+    assert output == "the wait belongs to a process that was forked, or is ending: start it anew\nparent\n"
+
+
+BY_ON_POLL = """
+def fork_once(update):
+    if update.polls == 1: fork()
+functions = {"on_poll": fork_once}
+"""
+BY_A_SIGNAL = """
+signal.signal(signal.SIGALRM, lambda *_: fork())
+functions = {"on_created": lambda ticket: signal.setitimer(signal.ITIMER_REAL, 0.1)}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forking", [BY_ON_POLL, BY_A_SIGNAL], ids=["by on_poll", "by a signal"])
+async def test_a_wait_does_not_go_on_in_a_child_that_is_forked_meanwhile(sandbox: Sandbox, forking: str) -> None:
+    text = f"""
+import warnings; warnings.simplefilter("ignore", DeprecationWarning)
+def fork():
+    global child
+    child = os.fork()
+{forking}
+try:
+    print(client.request_approval("C0FFEE", operation_id="op-1", **functions).operation_id)
+except ClientClosedError:
+    print("child")
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    async with program(text, sandbox, before=WATCH_CHILD) as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            assert await process.stdout.readline() == b"child\n"
+        sandbox.approve("op-1")
+        status, output = await ended(process)
+    assert (status, output) == (0, "op-1\n")
 
 
 @pytest.mark.slow
