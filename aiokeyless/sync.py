@@ -28,6 +28,7 @@ from typing import (
     Final,
     NoReturn,
     ParamSpec,
+    Protocol,
     Self,
     TypeAlias,
     TypeVar,
@@ -35,6 +36,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    overload,
 )
 
 from tenacity.wait import wait_base
@@ -60,6 +62,7 @@ _Runner: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
 _Errands: TypeAlias = SimpleQueue[Callable[[], object]]
 P = ParamSpec("P")
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: The most seconds that a fork, or the end of the process, waits for the loop's thread. A listener may block it.
 _PATIENCE: Final = 1.0
@@ -307,9 +310,16 @@ def get_background() -> _Background:
         return _process.background()
 
 
-def _call(
-    method: Callable[Concatenate[AsyncKeylessClient, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[KeylessClient, P], T]:
+class _Method(Protocol[P, T_co]):
+    """A method, for type checkers: not each of them binds a `Callable` that is in a class."""
+
+    @overload
+    def __get__(self, client: None, owner: object, /) -> Callable[Concatenate[KeylessClient, P], T_co]: ...
+    @overload
+    def __get__(self, client: KeylessClient, owner: object, /) -> Callable[P, T_co]: ...
+
+
+def _call(method: Callable[Concatenate[AsyncKeylessClient, P], Coroutine[Any, Any, T]]) -> _Method[P, T]:
     """Return a method of the other face as one that runs in the loop while its caller waits.
 
     The functions that it is given as ``on_...`` run in the caller's thread.
@@ -325,12 +335,12 @@ def _call(
                 kwargs[name] = functools.partial(background.run_errand, errands, handler)
         return background.call(lambda: method(client, *args, **kwargs), errands)
 
-    return cast("Callable[Concatenate[KeylessClient, P], T]", call)
+    return cast("_Method[P, T]", call)
 
 
 def _iteration(
     method: Callable[Concatenate[AsyncKeylessClient, P], AsyncGenerator[T, None]],
-) -> Callable[Concatenate[KeylessClient, P], Generator[T, None, None]]:
+) -> _Method[P, Generator[T, None, None]]:
     """Return a method of the other face, one that makes an asynchronous generator, as one that makes a plain one."""
 
     @_described_by(method)
@@ -338,7 +348,7 @@ def _iteration(
         background, client = self._open()
         return _iterate(background, method(client, *args, **kwargs))
 
-    return cast("Callable[Concatenate[KeylessClient, P], Generator[T, None, None]]", iteration)
+    return cast("_Method[P, Generator[T, None, None]]", iteration)
 
 
 def _described_by(theirs: Callable[P, object]) -> Callable[[Callable[..., T]], Callable[P, T]]:

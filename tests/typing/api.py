@@ -41,6 +41,7 @@ from aiokeyless import (
 )
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.signatures import SignedTransaction, TransactionVerifier
+from aiokeyless.worker import ApprovalEvent, Submission
 
 
 async def calls(client: KeylessClient) -> None:
@@ -66,9 +67,18 @@ def without_an_event_loop(client: sync.KeylessClient) -> None:
     assert_type(client.get_operation("op"), Operation)
     assert_type(client.create_operation("C0FFEE", operation_payload="Pay", expires_in=60), ApprovalTicket)
     assert_type(client.hold_for_approval("op", seconds=25), Operation | None)
+    assert_type(client.wait_for_approval("op", timeout=5, on_poll=print), Operation)
+    assert_type(client.request_approval("C0FFEE", on_created=print, on_poll=print), Operation)
+    assert_type(client.delete_user("C0FFEE"), None)
+    assert_type(sync.KeylessClient.get_operation(client, "op"), Operation)
+    assert_type(sync.submit_approval("sqlite:keyless.db", "C0FFEE", operation_id="op"), Submission)
+    with sync.next_outcome("sqlite:keyless.db", reader="shop") as event:
+        assert_type(event, ApprovalEvent)
     client.get_operation(5)  # type: ignore[arg-type]
     client.get_operation("op", 5)  # type: ignore[call-arg]
     client.hold_for_approval("op")  # type: ignore[call-arg]
+    client.wait_for_approval("op", timout=5)  # type: ignore[call-arg]
+    sync.submit_approval("sqlite:keyless.db", "C0FFEE", "op")  # type: ignore[call-arg]
     for update in client.watch_approval("op"):
         assert_type(update, ApprovalUpdate)
     for outcome in client.wait_for_approvals(["op"], timeout=None):
