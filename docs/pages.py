@@ -208,6 +208,8 @@ def _stub(definition: Definition) -> str:
     match statement:
         case ast.ClassDef():
             code, body = _class(path, statement)
+        case ast.FunctionDef(name, ast.arguments(vararg=ast.arg())) if path == _path("aiokeyless.sync"):
+            return _without_loop(find(_path("aiokeyless.worker"), name), name)
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             code, body = _function(path, statement) + " ..." * (not summary), ""
         case ast.AnnAssign(ast.Name(name), value=ast.Call(args=[ast.Attribute(face, method)])) if name == method:
@@ -283,10 +285,11 @@ def _parameters(path: Path, given: ast.arguments) -> list[str]:
 
 
 def _without_loop(face: Definition | None, name: str) -> str:
-    """Return a method of `aiokeyless.sync` that is made of one of the other face."""
+    """Return a function or a method of `aiokeyless.sync` that is made of one of the other face, or of its class."""
     assert face is not None
-    assert isinstance(face.statement, ast.ClassDef)
-    path, method, summary = _members(face.path, face.statement)[1][name]
+    if isinstance(face.statement, ast.ClassDef):
+        face = _members(face.path, face.statement)[1][name]
+    path, method, summary = face
     assert isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef)
     stub = _stub(Definition(path, ast.FunctionDef(name, method.args, method.body, [], method.returns), summary))
     return re.sub(r"AsyncGenerator\[(.*), None\]", r"Generator[\1, None, None]", stub)
