@@ -21,7 +21,7 @@ from .evidence import (
     most_final,
     most_in_flight,
 )
-from .faults import Capacity, Outage, RateLimit, Shard, Slowness, Standstill
+from .faults import Capacity, Flapping, Moved, Outage, RateLimit, Shard, Slowness, Standstill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -410,6 +410,7 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
         troubled = any(
             _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage
         )
+        troubled |= any(poll.had_no_key for poll in evidence.sent_between(outage.begins, until))
         if troubled or evidence.client.rate < 20 or len(evidence.waits) > 400:
             continue
         for wait in evidence.waits:
@@ -427,7 +428,7 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
 
 def _concerns(fault: Fault, begins: float, ends: float) -> bool:
     return (
-        isinstance(fault, Capacity | Outage | RateLimit | Shard | Slowness | Standstill)
+        isinstance(fault, Capacity | Flapping | Moved | Outage | RateLimit | Shard | Slowness | Standstill)
         and fault.begins < ends
         and fault.ends > begins
     )
