@@ -173,7 +173,7 @@ DEVIATIONS: dict[str, tuple[set[str], Callable[[], Callable[[Exchange], Any]]]] 
         {"created"},
         lambda: lambda it: it.with_json({"success": False}) if it.method == "POST" and it.is_good else None,
     ),
-    "a lagging replica": ({"read_at_once"}, Late),
+    "a lagging replica": (set(), Late),
     "a result before the approval": (
         {"read_at_once"},
         lambda: lambda it: it.with_fields(result=True) if it.reads and it.json["state"] == "pending" else None,

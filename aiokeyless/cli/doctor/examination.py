@@ -153,8 +153,8 @@ class Examination:
     async def _ask_read_at_once(self) -> Finding:
         self._new = new = await self._read(self._id)
         found = f"{new.state}, and result is {str(new.result).lower()}"
-        if self._lag:
-            return False, f"{found}, but 404 for {self._lag:.1f} s"
+        if self._lag:  # a replica's, which a wait for a new ticket bears
+            found += f", after 404 for {self._lag:.1f} s"
         return new.state == OperationState.PENDING and not new.result, found
 
     async def _ask_pending_factor(self) -> Finding:

@@ -37,8 +37,8 @@ unknown_operation | yes | key | 404 for an unknown operation
 rules.md | A wait for an operation that the phone starts raises an error, and a lost create is not repeated.
 created | yes | key, --user | a create is answered with 200 (or 201) and {"success": true}
 rules.md | Each create costs a GET, which finds out whether it took effect, or raises an error.
-read_at_once | no | created | a new operation can be read at once, is pending, and its result is false
-rules.md | Another process that reads it must repeat a 404 for some seconds. Trust no other state or result.
+read_at_once | no | created | a new operation can be read within 5 s, is pending, and its result is false
+rules.md | A wait for its ticket raises an error. Trust no other state or result.
 pending_factor | no | read_at_once | a pending operation names no authType
 explanation/what-an-approval-proves.md | A wait that requires another factor ends at once.
 content_kept | no | created | 1 000 characters with accents, an emoji and a line break come back byte for byte
