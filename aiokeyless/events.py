@@ -242,7 +242,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
         backlog: Undecided requests that were never delivered.
         oldest_age: Seconds since the oldest of them was stored; 0 if there is none.
         clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
-        problems: Why requests or outcomes cannot be stored or delivered, in one line each.
+        problems: Why requests or outcomes cannot be stored or delivered, or what of the housekeeping fails, in one line
+            each.
     """
 
     waiting: int = 0
@@ -262,7 +263,7 @@ class WorkerInspected(Model, frozen=True, kw_only=True):
         system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
         destination: The place of the requests at the broker; it names the fleet.
         has_ended: Whether the worker has ended; this is then its last event.
-        is_ready: Whether it takes requests.
+        is_ready: Whether it has no problems.
         in_flight: Its deliveries in flight.
         fleet: The figures of the whole fleet.
         lateness: The longest time, in seconds, that a request waited for its first delivery to this worker since the

@@ -61,9 +61,10 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         lateness: The longest wait for a first delivery to this worker, in seconds, between the last two inspections.
         circuit: This worker's view of Keyless: ``closed`` (works), ``half_open`` (ramping up) or ``open`` (probes only,
             or none until its ``Retry-After``).
-        is_ready: Whether the worker takes requests, which is so if there are no problems.
+        is_ready: Whether there are no problems.
         problems: Why the worker is not ready, in one line each. It is about to end, the broker is away or stores no
-            outcomes, Keyless refuses the key, requests are not delivered, or the circuit is open while requests wait.
+            outcomes, its housekeeping has failed for a minute, Keyless refuses the key, requests are not delivered, or
+            the circuit is open while requests wait.
         is_draining: Whether the worker is about to end.
     """
 

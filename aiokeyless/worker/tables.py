@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless.errors import BrokerError
 
@@ -16,13 +16,15 @@ from .logs import RateLimitedLog
 from .messages import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
     from typing import Any
 
 #: Bytes of one request, at most.
 LARGEST_REQUEST: Final = 1 << 20
 #: Longest wait for a request, in seconds. Its row is kept for as long.
 LONGEST_WAIT: Final = 400 * 24 * 3600.0
+_TRIES_AGAIN: Final = 5.0  # seconds until a chore that failed is repeated
+_FAILS_FOR: Final = 60.0  # seconds after which that is a problem
 
 
 class Row(NamedTuple):
@@ -68,40 +70,62 @@ def check_service(stored: str, service: str, place: str) -> None:
         )
 
 
+class Chore(NamedTuple):
+    """A step of the housekeeping, which no other one holds up.
+
+    Attributes:
+        name: What it does, for the log and `/readyz`.
+        every: Seconds between two runs.
+        run: Does it once.
+    """
+
+    name: str
+    every: float
+    run: Callable[[], Awaitable[object]]
+
+
 class TableBroker(Broker):
     """A broker in a SQL database."""
-
-    #: Seconds between two turns of the housekeeping.
-    _TIDIES_EVERY: ClassVar[float]
 
     def __init__(self) -> None:
         self.largest_request: int = LARGEST_REQUEST
         self.forgets_claims = False
         self._lease = 0.0
-        self._housekeeping: asyncio.Task[None] | None = None
-        self._not_cleaned = RateLimitedLog(logging.WARNING, "broker.not_cleaned")
+        self._housekeeping: list[asyncio.Task[None]] = []
+        self._failing: dict[str, tuple[float, Exception]] = {}  # since when a chore has failed, and the last error
         self._giving_back: set[asyncio.Task[None]] = set()
 
     def _keep_house(self, lease: float) -> float:
         """Start the housekeeping with the first worker; return the longest wait that the tables allow."""
         self._lease = max(self._lease, lease)
-        if self._housekeeping is None:
-            self._housekeeping = asyncio.create_task(self._tidy_forever())
+        if not self._housekeeping:
+            self._housekeeping = [asyncio.create_task(self._repeat(chore)) for chore in self._chores()]
         return LONGEST_WAIT
 
-    async def _tidy_forever(self) -> None:
-        turn = 0
+    async def _repeat(self, chore: Chore) -> None:
+        not_cleaned = RateLimitedLog(logging.WARNING, "broker.not_cleaned")
         while True:
+            began, pause = asyncio.get_running_loop().time(), chore.every
             try:
-                await self._tidy(turn)
-            except Exception as error:  # noqa: BLE001  # even after a bug, requests need the next turn
-                self._not_cleaned.log({"error": f"{type(error).__name__}: {error}"})
-            turn += 1
-            await asyncio.sleep(self._TIDIES_EVERY)
+                await chore.run()
+                self._failing.pop(chore.name, None)
+            except Exception as error:  # noqa: BLE001  # even after a bug, requests need the next run
+                not_cleaned.log({"chore": chore.name, "error": f"{type(error).__name__}: {error}"})
+                since, _ = self._failing.get(chore.name, (began, error))
+                self._failing[chore.name] = since, error
+                pause = min(pause, _TRIES_AGAIN)
+            await asyncio.sleep(pause)
 
     @abstractmethod
-    async def _tidy(self, turn: int) -> None:
-        """Do what a turn of the housekeeping does; turns are numbered from 0."""
+    def _chores(self) -> Iterable[Chore]:
+        """Return the housekeeping."""
+
+    def _failing_chores(self) -> Iterator[str]:
+        """Return the problems of the housekeeping."""
+        now = asyncio.get_running_loop().time()
+        for name, (since, error) in self._failing.items():
+            if now - since >= _FAILS_FOR:
+                yield f"{name} has failed for {now - since:.0f} s: {error}"
 
     async def _clean(self) -> None:
         after: int | None = 0
@@ -113,10 +137,11 @@ class TableBroker(Broker):
         """Remove old data from a page of rows. Return the last row of the page, or None at the end."""
 
     async def _end_tasks(self) -> None:
-        if self._housekeeping is not None:
-            self._housekeeping.cancel()
-            await asyncio.wait({self._housekeeping})
-            self._housekeeping = None
+        for task in self._housekeeping:
+            task.cancel()
+        if self._housekeeping:
+            await asyncio.wait(self._housekeeping)
+        self._housekeeping, self._failing = [], {}
         while self._giving_back:
             await asyncio.wait(self._giving_back)
 

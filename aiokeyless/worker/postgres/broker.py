@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import asyncpg
 import msgspec
@@ -29,7 +29,7 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import Row, TableBroker, TableMessage, check_service, row_of, time_of
+from aiokeyless.worker.tables import Chore, Row, TableBroker, TableMessage, check_service, row_of, time_of
 
 from .adapters.asyncpg import ERRORS, Adapter
 from .failures import broker_errors
@@ -55,14 +55,23 @@ _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _CLOSES_WITHIN: Final = 5.0  # seconds until what is still asked of the database is cut
 _ENDS_WITHIN: Final = 1.0  # seconds until a cancellation is repeated
-_TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
+_TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests; see `_LIMITS`
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
-_RESTORES_EVERY: Final = 10  # turns of the housekeeping
-_CLEANS_EVERY: Final = 3600  # turns
+_RESTORES_EVERY: Final = 10.0  # seconds
+_WELCOMES_EVERY: Final = 1.0  # seconds
+_CLEANS_EVERY: Final = 3600.0  # seconds
+#: The housekeeping's own limits, in place of those that an administrator sets for all sessions. A function could not
+#: set them, since the server reads them when its statement begins.
+_LIMITS: Final = """
+    SET LOCAL statement_timeout = '120s';
+    SET LOCAL idle_in_transaction_session_timeout = '30s';
+    SELECT pg_catalog.set_config('transaction_timeout', '0', true) -- which PostgreSQL has from 17 on
+    WHERE pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL
+"""
 _TABLES: Final = ("request", "waiting", "outcome", "unread", "reader", "service")
 
 
@@ -83,8 +92,6 @@ class PostgresBroker(TableBroker):
         >>> async with PostgresBroker("postgresql://localhost/shop") as broker:
         ...     await submit_approval(broker, "C0FFEE", operation_id="payment-7")
     """
-
-    _TIDIES_EVERY: ClassVar[float] = 1.0
 
     def __init__(self, database: str | Pool, schema: str = SCHEMA) -> None:
         super().__init__()
@@ -208,7 +215,7 @@ class PostgresBroker(TableBroker):
     async def prepare(self, *, lease: float, service: str) -> float:
         try:
             await self._in_transaction(lambda connection: prepare(connection, self._schema), patience=_TIDIES_WITHIN)
-            await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
+            await self._tidy("SELECT {}.restore()")
             if service:
                 ((stored,),) = await self._fetch("SELECT {}.serve($1)", service)
                 check_service(stored, service, f"the schema {self._schema!r}")
@@ -291,13 +298,13 @@ class PostgresBroker(TableBroker):
     async def inspect(self) -> Inspection:
         ((waiting, backlog, oldest_age, is_standby),) = await self._fetch("SELECT * FROM {}.inspect()")
         await self._measure_time()
-        problems = ("the database is a standby, which stores nothing",) if is_standby else ()
+        problems = ["the database is a standby, which stores nothing"] if is_standby else []
         return Inspection(
             waiting=waiting,
             backlog=backlog,
             oldest_age=oldest_age,
             clock_ahead=round(self._clock.ahead, 3),
-            problems=problems,
+            problems=(*problems, *self._failing_chores()),
         )
 
     # -- the database
@@ -372,15 +379,25 @@ class PostgresBroker(TableBroker):
         rows = await self._fetch("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::double precision")
         self._clock.compare(time_of(rows[0][0]), asked_at=asked_at)
 
-    async def _tidy(self, turn: int) -> None:
-        await self._fetch("SELECT {}.welcome_readers()", patience=_TIDIES_WITHIN)
-        if turn % _RESTORES_EVERY == _RESTORES_EVERY - 1:
-            await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
-        if turn % _CLEANS_EVERY == 0:
-            await self._clean()
+    def _chores(self) -> tuple[Chore, ...]:
+        return (
+            Chore("restoring waiting requests", _RESTORES_EVERY, partial(self._tidy, "SELECT {}.restore()")),
+            Chore("making new readers ready", _WELCOMES_EVERY, partial(self._tidy, "SELECT {}.welcome_readers()")),
+            Chore("removing old rows", _CLEANS_EVERY, self._clean),
+        )
+
+    async def _tidy(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        """Call a function of the housekeeping, within limits of its own."""
+        called = in_schema(self._schema, query)
+
+        async def call(connection: Connection) -> list[asyncpg.Record]:
+            await connection.execute(_LIMITS)
+            return await connection.fetch(called, *arguments)
+
+        return await self._in_transaction(call, _TIDIES_WITHIN)
 
     async def _clean_page(self, after: int) -> int | None:
-        ((last,),) = await self._fetch("SELECT {}.clean($1)", after)
+        ((last,),) = await self._tidy("SELECT {}.clean($1)", after)
         return None if last is None else int(last)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -20,7 +20,7 @@ from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import TableBroker, check_service, row_of
+from aiokeyless.worker.tables import Chore, TableBroker, check_service, row_of
 
 from .schema import MEMORY
 from .store import Call, PutOff, Store, Unread
@@ -33,7 +33,8 @@ _ADVICE: Final = (
 )
 _CHECKS_EVERY: Final = 0.1  # seconds between two checks for changes by other processes
 _TAKES_EVERY: Final = 0.02  # seconds between two takes, which gather due requests
-_CLEANS_EVERY: Final = 360  # turns of the housekeeping
+_REPAIRS_EVERY: Final = 10.0  # seconds
+_CLEANS_EVERY: Final = 3600.0  # seconds
 _SHORTEST: Final = 0.001  # seconds: a shorter timer may fire before the clock moves
 _RESOLUTION: Final = 1e-6  # seconds by which a timer may be early
 
@@ -54,8 +55,6 @@ class SqliteBroker(TableBroker):
         ...     async with next_outcome(broker, "shop") as event:
         ...         print(event.outcome)
     """
-
-    _TIDIES_EVERY: ClassVar[float] = 10.0
 
     def __init__(self, path: Path | str) -> None:
         super().__init__()
@@ -153,7 +152,7 @@ class SqliteBroker(TableBroker):
             except UnavailableError as error:
                 raise BrokerError(str(error)) from None
             check_service(stored, service, self._path)
-        if self._housekeeping is None and self._path != MEMORY:
+        if not self._housekeeping and self._path != MEMORY:
             log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
         return self._keep_house(lease)
 
@@ -202,7 +201,8 @@ class SqliteBroker(TableBroker):
         return await self._do(lambda store: store.unclaim(row_of(message), message.number), lasting=True)
 
     async def inspect(self) -> Inspection:
-        return await self._read(Store.inspect)
+        inspection = await self._read(Store.inspect)
+        return msgspec.structs.replace(inspection, problems=tuple(self._failing_chores()))
 
     # -- the thread
 
@@ -240,12 +240,16 @@ class SqliteBroker(TableBroker):
             async with asyncio.timeout(most):
                 await changed.wait()
 
-    async def _tidy(self, turn: int) -> None:
+    def _chores(self) -> tuple[Chore, ...]:
+        return (
+            Chore("correcting due times", _REPAIRS_EVERY, self._repair),
+            Chore("removing old rows", _CLEANS_EVERY, self._clean),
+        )
+
+    async def _repair(self) -> None:
         await self._do(lambda store: store.repair(self._lease))
         self._due.notify()
         self._decided.notify()
-        if turn % _CLEANS_EVERY == 0:
-            await self._clean()
 
     async def _clean_page(self, after: int) -> int | None:
         return await self._do(lambda store: store.clean(after))

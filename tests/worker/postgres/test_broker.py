@@ -14,7 +14,7 @@ from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import ApprovalWorker
+from aiokeyless.worker import ApprovalWorker, tables
 from aiokeyless.worker.broker import Claim, ExchangeResult, RefusedError, UnavailableError
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
@@ -662,7 +662,7 @@ async def test_closing_cuts_what_is_asked_of_a_database_that_answers_nothing(
     is_owner: bool,
 ) -> None:
     monkeypatch.setattr(module, "_CLOSES_WITHIN", 0.5)
-    monkeypatch.setattr(PostgresBroker, "_TIDIES_EVERY", 0.01)
+    monkeypatch.setattr(module, "_WELCOMES_EVERY", 0.01)
     before = asyncio.all_tasks()
     pool = await asyncpg.create_pool(url, min_size=0, max_size=10)
     broker = PostgresBroker(url if is_owner else pool)
@@ -877,10 +877,66 @@ async def test_a_reader_with_much_to_copy_holds_up_no_other(admin: Connection) -
         assert await admin.fetchval("SELECT count(*) FROM keyless.reader WHERE ready") == ready
 
 
-async def test_what_the_housekeeping_meets_is_logged_and_it_goes_on(
-    broker: PostgresBroker, admin: Connection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+# -- housekeeping
+
+
+async def test_a_chore_that_fails_stops_no_other_and_is_a_problem_until_it_succeeds(
+    url: str, admin: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PostgresBroker, "_TIDIES_EVERY", 0.05)
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.05)
+    monkeypatch.setattr(tables, "_FAILS_FOR", 0.0)  # a minute is tried with SQLite, whose clock moves
+    await admin.execute("ALTER FUNCTION keyless.welcome_readers() RENAME TO away")
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=LEASE, service="")
+        await submit(broker, "a")
+        await admin.execute("TRUNCATE keyless.waiting")  # as a crash does
+        assert [operation_of(message) for message in await take_n(broker, 1)] == ["a"]
+        (problem,) = (await broker.inspect()).problems
+        assert re.fullmatch(
+            "making new readers ready has failed for [0-9]+ s: the schema 'keyless' is missing.*", problem
+        )
+        await admin.execute("ALTER FUNCTION keyless.away() RENAME TO welcome_readers")
+
+        async def is_well() -> bool:
+            return not (await broker.inspect()).problems
+
+        await until(is_well)
+
+
+async def test_no_limit_of_the_database_stops_a_chore(
+    server: PostgresServer, database: str, url: str, admin: Connection
+) -> None:
+    await admin.execute("CREATE TABLE done (chore text)")
+    for chore, result in ("restore()", "void"), ("welcome_readers()", "void"), ("clean(after bigint)", "bigint"):
+        await admin.execute(
+            f"""
+            CREATE OR REPLACE FUNCTION keyless.{chore} RETURNS {result} LANGUAGE sql AS $$
+                INSERT INTO public.done SELECT '{chore}' FROM pg_sleep(1); SELECT NULL::{result}
+            $$
+            """  # noqa: S608  # names of this test's own
+        )
+    limits = ["statement_timeout", *["transaction_timeout"] * (admin.get_server_version() >= (17,))]
+    for limit in limits:
+        server.execute(f"ALTER DATABASE {database} SET {limit} = '0.5s'")
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=LEASE, service="")  # which restores, too
+
+        async def are_done() -> bool:
+            return bool(await admin.fetchval("SELECT count(DISTINCT chore) = 3 FROM done"))
+
+        await until(are_done)
+        with pytest.raises(UnavailableError, match="timeout"):
+            await broker._fetch("SELECT pg_sleep(1)")
+
+
+async def test_the_server_ends_a_chore_whose_worker_lost_its_network(broker: PostgresBroker) -> None:
+    ((limit,),) = await broker._tidy("SHOW idle_in_transaction_session_timeout")
+    assert limit == "30s"
+
+
+async def test_what_the_housekeeping_meets_is_logged_and_it_goes_on(
+    broker: PostgresBroker, admin: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
     await admin.execute("ALTER FUNCTION keyless.welcome_readers() RENAME TO away")
     await until(lambda: "broker.not_cleaned" in caplog.text)
     await admin.execute("ALTER FUNCTION keyless.away() RENAME TO welcome_readers")

@@ -582,6 +582,25 @@ async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
     assert caplog.text.count("broker.not_cleaned") == 1
 
 
+@pytest.mark.looptime
+async def test_housekeeping_that_has_failed_for_a_minute_is_a_problem(
+    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise sqlite3.DatabaseError("out of order")
+
+    await asyncio.sleep(15)
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Store, "repair", refused)
+        await asyncio.sleep(60)
+        assert (await memory.inspect()).problems == ()
+        await asyncio.sleep(15)
+        (problem,) = (await memory.inspect()).problems
+        assert re.fullmatch("correcting due times has failed for (6|7)[0-9] s: .*out of order.*", problem)
+    await asyncio.sleep(10)
+    assert (await memory.inspect()).problems == ()
+
+
 async def test_times_are_kept_to_the_microsecond(broker: SqliteBroker) -> None:
     before = datetime.now(UTC)
     await submit(broker, "a")
