@@ -59,6 +59,9 @@ _TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores 
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
+#: Errors of a server that stores nothing: it is read-only, or a standby.
+_READ_ONLY: Final = (asyncpg.ReadOnlySQLTransactionError, asyncpg.FeatureNotSupportedError)
+_EXPIRES_EVERY: Final = 5.0  # seconds
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
 _RESTORES_EVERY: Final = 10.0  # seconds
@@ -109,6 +112,7 @@ class PostgresBroker(TableBroker):
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
         self._closed_by = math.inf  # of the loop's clock: nothing is asked of the database for longer
         self._cuts: set[Callable[[], None]] = set()  # of what is asked of it now
+        self._expires_from = -math.inf  # of the loop's clock
         self._clock = BrokerClock()
         self._take_from = 0.0  # of the loop's clock
         self._floor = Floor()  # of takes
@@ -204,6 +208,7 @@ class PostgresBroker(TableBroker):
             with broker_errors(self._schema, ERRORS):
                 connection = await self._acquire(pool)
                 driver = _PooledDriver(pool, connection, self._schema, self._outcomes)
+                driver.on_error = partial(self._expire, pool)
         except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
             raise
@@ -333,13 +338,21 @@ class PostgresBroker(TableBroker):
                         except _PASSING:
                             if attempt == _ATTEMPTS:
                                 raise
-                        except ERRORS:
+                        except ERRORS as error:
+                            await self._expire(pool, error)
                             if loop.time() < giving_up.when():
                                 raise
                             raise TimeoutError(f"no answer within {patience:g} s") from None
                         finally:
                             await pool.release(connection)
             attempt += 1
+
+    async def _expire(self, pool: Pool, error: Exception) -> None:
+        """If the server stores nothing, replace all connections: after a failover, its name may be another's."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, _READ_ONLY) and pool is not self._database and now >= self._expires_from:
+            self._expires_from = now + _EXPIRES_EVERY
+            await pool.expire_connections()
 
     async def _acquire(self, pool: Pool) -> PoolConnectionProxy[Any]:
         loop = asyncio.get_running_loop()
@@ -404,11 +417,20 @@ class PostgresBroker(TableBroker):
 class _PooledDriver(Adapter):
     """A connection of the pool, for one outcome of an application without its own connection."""
 
+    on_error: Callable[[Exception], Awaitable[None]]
+
     def __init__(self, pool: Pool, connection: PoolConnectionProxy[Any], schema: str, slots: asyncio.Semaphore) -> None:
         super().__init__(connection, schema)
         self._pool = pool
         self._pooled = connection
         self._slots = slots
+
+    async def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
+        try:
+            return await super().execute(statement, *arguments)
+        except ERRORS as error:
+            await self.on_error(error)
+            raise
 
     async def release(self) -> None:
         self._slots.release()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import logging
+import math
 import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -605,6 +606,32 @@ async def test_an_error_says_whether_it_may_pass(
     with pytest.raises((UnavailableError, BrokerError), match="no") as caught:
         await decide(broker, message)
     assert type(caught.value).__name__ == error
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+async def test_after_a_failover_no_connection_leads_to_the_old_server_for_long(
+    admin: Connection, database: str, url: str, *, is_reading: bool
+) -> None:
+    """The old server is one whose sessions are read-only; new ones are not."""
+    await admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    async with PostgresBroker(url) as broker:
+        await admin.execute(f"ALTER DATABASE {database} RESET default_transaction_read_only")
+        for expires_from in (math.inf, 0.0):  # the first as if all had been replaced just now
+            broker._expires_from = expires_from
+            with pytest.raises(UnavailableError, match="read-only"):
+                await (broker.next_outcome("shop") if is_reading else submit(broker, "a"))
+        await submit(broker, "a")
+        assert 0 < broker._expires_from - asyncio.get_running_loop().time() <= 5
+
+
+async def test_the_connections_of_an_applications_pool_are_its_own(admin: Connection, database: str, url: str) -> None:
+    await admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, PostgresBroker(pool) as broker:
+        pids = [await pool.fetchval("SELECT pg_backend_pid()")]
+        with pytest.raises(UnavailableError, match="read-only"):
+            await submit(broker, "a")
+        pids.append(await pool.fetchval("SELECT pg_backend_pid()"))
+    assert pids[0] == pids[1]
 
 
 @pytest.mark.slow
