@@ -35,7 +35,7 @@ async def store_request(driver: Driver, new: NewRequest) -> bool:
 async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
     """Begin a transaction, and take an outcome in it. If there is none, end the transaction and return None."""
     floor = driver.floors[driver.schema, reader]
-    with broker_errors(driver.schema, driver.errors):
+    with broker_errors(driver.schema, driver.errors), driver.limit(driver.answers_within):
         row, is_new_reader = None, False
         try:
             await driver.complete(driver.begin())
@@ -57,7 +57,7 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
         finally:
             if row is None:
                 # A cancellation stays one, and a connection that is lost says so at its next use.
-                with driver.limit(), suppress(*driver.errors):
+                with driver.limit(driver.ends_within), suppress(*driver.errors):
                     await driver.complete(driver.roll_back())
         if is_new_reader:
             await driver.complete(driver.execute_alone("SELECT {}.add_reader($1)", reader))
@@ -106,7 +106,10 @@ class Outcome(OutcomeDelivery):
 
     async def _commit(self) -> None:
         try:
-            with broker_errors(self._driver.schema, self._driver.errors):
+            with (
+                broker_errors(self._driver.schema, self._driver.errors),
+                self._driver.limit(self._driver.answers_within),
+            ):
                 await self._check()
                 await self._driver.commit()
         except UnavailableError as error:
@@ -135,8 +138,10 @@ class Outcome(OutcomeDelivery):
             )
 
     async def _put_off(self, delay: float | None = None) -> None:
-        with self._driver.limit():
+        with self._driver.limit(self._driver.ends_within):
             await self._driver.roll_back()
+            if self._driver.is_lost():  # a session would make another one
+                raise UnavailableError("the connection is lost")
             await self._driver.execute_alone(
                 "SELECT {}.put_off_outcome($1, $2, $3, $4)",
                 self._reader,

@@ -12,6 +12,7 @@ import anyio
 import asyncpg
 import psycopg
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
@@ -147,7 +148,7 @@ async def test_a_cancellation_is_one_even_if_the_server_answers_nothing(
     connection: Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_ENDS_WITHIN", 0.2)
+    monkeypatch.setattr(module.Driver, "ends_within", 0.2)
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.unread")
         reading = [asyncio.create_task(side.next_outcome("shop")) for side in (broker, PostgresConnection(connection))]
@@ -246,10 +247,12 @@ def test_what_is_no_connection_is_refused(target: object) -> None:
         PostgresConnection(target)
 
 
-async def test_a_connection_that_is_closed_already_is_not_cut(url: str) -> None:
+async def test_a_connection_that_is_closed_or_not_open_yet_is_not_cut(url: str) -> None:
     connection = await psycopg.AsyncConnection.connect(url)
-    driver = adapter_for(connection, "keyless")
-    assert driver is not None
+    connecting = AsyncSession(create_async_engine(url.replace("postgresql:", "postgresql+psycopg:")))
     await connection.close()
-    driver._cut()
-    assert connection.closed
+    for target in (connection, connecting):
+        driver = adapter_for(target, "keyless")
+        assert driver is not None
+        assert driver.is_lost()
+        driver._cut()

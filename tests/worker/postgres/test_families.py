@@ -9,6 +9,7 @@ import inspect
 import json
 import signal
 import sys
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from waiting import PATIENCE, until
 
 from aiokeyless import BrokerError, ConfigurationError, sync, worker
 from aiokeyless.worker import Outcome
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres.adapters import driver
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import decide, outcome_of, submit, take_n
@@ -356,7 +358,7 @@ async def test_a_cancellation_while_it_waits_leaves_no_transaction_behind(shop: 
 async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_connection(
     broker: PostgresBroker, admin: Connection, server: PostgresServer, shop: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_ENDS_WITHIN", 0.2)
+    monkeypatch.setattr(driver.Driver, "ends_within", 0.2)
     await decide_all(broker, "a")
     async with shop.connected(), admin.transaction():
         with pytest.raises(TimeoutError):
@@ -367,4 +369,60 @@ async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_conn
                 limit.reschedule(asyncio.get_running_loop().time())
                 await asyncio.sleep(60)
         await locking
+    assert await unread(admin) == {"a": 0}
+
+
+# -- hosts that are gone
+
+
+ASYNCHRONOUS = ["Asyncpg", "PsycopgAsync", "SqlalchemyAsyncSession", "SqlalchemyAsyncPsycopg"]
+
+
+@contextmanager
+def gone(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the host of a server vanish, and wait for an answer for half a second only."""
+    with monkeypatch.context() as patched, server.paused():
+        patched.setattr(driver.Driver, "answers_within", 0.5)
+        yield
+
+
+@pytest.mark.usefixtures("admin")
+@pytest.mark.parametrize("shop", ASYNCHRONOUS, indirect=True)
+async def test_a_reader_does_not_wait_for_a_host_that_is_gone(
+    server: PostgresServer, shop: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shop.connected() as connection:
+        waiting = asyncio.create_task(read(connection))
+        await asyncio.sleep(0.5)  # until it is between two polls, or in one, whose limit is not moved
+        with (
+            gone(server, monkeypatch),
+            pytest.raises(BrokerError, match=r"cannot be read: no answer within (0\.5|30) s"),
+        ):
+            await waiting
+
+
+@pytest.mark.usefixtures("admin")
+async def test_a_broker_does_not_wait_for_a_host_that_is_gone(
+    broker: PostgresBroker, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = asyncio.create_task(broker.next_outcome("shop"))
+    await asyncio.sleep(0.5)
+    with (
+        gone(server, monkeypatch),
+        pytest.raises(UnavailableError, match=r"no answer within (0\.5|30) s|no connection"),
+    ):
+        await waiting
+
+
+@pytest.mark.parametrize("shop", ASYNCHRONOUS, indirect=True)
+async def test_an_outcome_does_not_wait_for_a_host_that_was_lost_in_its_body(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, shop: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await decide_all(broker, "a")
+    async with shop.connected():
+        with ExitStack() as lost, pytest.raises(BrokerError, match=r"as far as is known.* no answer within 0\.5 s"):
+            async with shop.next_outcome():
+                await shop.pay("a")
+                lost.enter_context(gone(server, monkeypatch))
+    assert await payments(admin) == set()
     assert await unread(admin) == {"a": 0}

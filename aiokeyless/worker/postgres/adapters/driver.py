@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres.floors import Floor
 from aiokeyless.worker.postgres.names import READS_EVERY
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 #: A parameter of a statement of ours.
 PARAMETER: Final = re.compile(r"\$(\d)")
 _IDLE: Final = 0  # libpq's PQTRANS_IDLE
-_ENDS_WITHIN: Final = 5.0  # seconds in which the server must end an uncommitted transaction
 _FLOORS: Final[WeakKeyDictionary[object, defaultdict[tuple[str, str], Floor]]] = WeakKeyDictionary()
 
 
@@ -31,6 +31,8 @@ class Driver(ABC):
 
     Attributes:
         errors: The errors that it raises.
+        answers_within: Seconds in which an outcome begins or ends, unless the driver blocks.
+        ends_within: The same, for the end of a transaction that is not committed.
         example: How an application begins a transaction.
         savepoint: What an application uses for statements that may fail.
         schema: The broker's schema.
@@ -41,6 +43,8 @@ class Driver(ABC):
     """
 
     errors: tuple[type[Exception], ...]
+    answers_within: ClassVar[float] = 30.0
+    ends_within: ClassVar[float] = 5.0
     example: ClassVar[str]
     savepoint: ClassVar[str]
 
@@ -84,6 +88,12 @@ class Driver(ABC):
             return bool(self.raw.is_in_transaction())
         return bool(self.raw.info.transaction_status != _IDLE)
 
+    def is_lost(self) -> bool:
+        """Return whether the driver's own connection has ended, or there is none yet."""
+        if self.raw is None:
+            return True
+        return bool(self.raw.is_closed() if hasattr(self.raw, "is_closed") else self.raw.closed)
+
     async def flush(self) -> None:  # noqa: B027  # only a session has something to send
         """Send what the application has not sent yet, before the transaction is checked."""
 
@@ -117,28 +127,38 @@ class Driver(ABC):
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            with self.limit():
+            with self.limit(self.ends_within):
                 while not task.done():
                     with suppress(asyncio.CancelledError):  # anyio's scopes cancel each await
                         await asyncio.wait({task})
             raise
 
     @contextmanager
-    def limit(self) -> Iterator[None]:
-        """Cut a connection whose transaction takes too long to end. The server then ends the transaction itself."""
+    def limit(self, within: float) -> Iterator[None]:
+        """Cut a connection that takes longer, perhaps because its host is gone. The server ends the transaction itself.
+
+        Raises:
+            UnavailableError: It was cut.
+        """
         if self.blocks:
             yield
             return
-        giving_up = asyncio.get_running_loop().call_later(_ENDS_WITHIN, self._cut)
+        loop = asyncio.get_running_loop()
+        errors: tuple[type[Exception], ...] = (*self.errors, UnavailableError)
+        giving_up = loop.call_later(within, self._cut)
         try:
             yield
+        except errors:
+            if loop.time() < giving_up.when():
+                raise
+            raise UnavailableError(f"no answer within {within:g} s") from None
         finally:
             giving_up.cancel()
 
     def _cut(self) -> None:
         if hasattr(self.raw, "terminate"):
             self.raw.terminate()
-        elif not self.raw.closed:
+        elif not self.is_lost():
             lost = socket.socket(fileno=self.raw.fileno())
             try:
                 lost.shutdown(socket.SHUT_RDWR)

@@ -248,7 +248,7 @@ $function$;
 
 CREATE FUNCTION {schema}.next_outcome(reader text, floor double precision DEFAULT NULL)
 RETURNS TABLE (id bigint, name bigint, operation_id text, outcome text, event text, oldest double precision)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
