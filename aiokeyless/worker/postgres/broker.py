@@ -52,6 +52,7 @@ T = TypeVar("T")
 #: The beginning of a URL that names a driver, as SQLAlchemy's do.
 _SQLALCHEMYS: Final = re.compile(r"^(\w+)\+\w+(?=:)")
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
+_IDLE_FOR: Final = 30.0  # seconds, at most: a network forgets idle connections, some after minutes
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _CLOSES_WITHIN: Final = 5.0  # seconds until what is still asked of the database is cut
 _ENDS_WITHIN: Final = 1.0  # seconds until a cancellation is repeated
@@ -144,6 +145,7 @@ class PostgresBroker(TableBroker):
                     _SQLALCHEMYS.sub(r"\1", url.reveal()),
                     min_size=0,
                     max_size=_CONNECTIONS,
+                    max_inactive_connection_lifetime=_IDLE_FOR,
                     statement_cache_size=0,
                     timeout=_ANSWER_WITHIN,
                     reset=_reset_nothing,

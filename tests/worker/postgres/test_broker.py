@@ -145,6 +145,19 @@ async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
     assert 1 < most <= module._CONNECTIONS
 
 
+async def test_a_connection_is_closed_before_a_network_forgets_it(
+    url: str, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_IDLE_FOR", 0.2)  # of 30 seconds
+    async with PostgresBroker(url) as broker:
+        ((pid,),) = await broker._fetch("SELECT pg_backend_pid()")
+
+        async def is_gone() -> bool:
+            return not await admin.fetch("SELECT FROM pg_stat_activity WHERE pid = $1", pid)
+
+        await until(is_gone)
+
+
 # -- versions
 
 
