@@ -241,6 +241,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
         waiting: Requests that are not decided.
         backlog: Undecided requests that were never delivered.
         oldest_age: Seconds since the oldest of them was stored; 0 if there is none.
+        unread: Outcomes that each reader has not handled, by its name; 10 000 at most.
+        oldest_unread_age: Seconds since the oldest of these was stored, by the reader's name; 0 if there is none.
         clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
         problems: Why requests or outcomes cannot be stored or delivered, or what of the housekeeping fails, in one line
             each.
@@ -249,6 +251,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     backlog: int = 0
     oldest_age: float = 0.0
+    unread: dict[str, int] = {}
+    oldest_unread_age: dict[str, float] = {}
     clock_ahead: float = 0.0
     problems: tuple[str, ...] = ()
 

@@ -63,6 +63,13 @@ _WORKER_GAUGES: Final[dict[str, tuple[str, str, Callable[[Iterable[float]], floa
     "waiting": ("fleet.waiting", "{request}", max, "Requests of the fleet that are not decided."),
     "backlog": ("fleet.backlog", "{request}", max, "Requests of the fleet that were never delivered."),
     "oldest_age": ("fleet.oldest_age", "s", max, "Age of the oldest undecided request of the fleet."),
+    "unread": ("fleet.unread", "{outcome}", max, "Outcomes that a reader has not handled; 10 000 at most."),
+    "oldest_unread_age": (
+        "fleet.oldest_unread_age",
+        "s",
+        max,
+        "Age of the oldest outcome that a reader has not handled.",
+    ),
     "lateness": ("lateness", "s", max, "The longest time that a request waited for its first delivery."),
     "clock_ahead": ("fleet.clock_ahead", "s", max, "How far the broker's clock is ahead of this machine's."),
 }
@@ -277,14 +284,14 @@ def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
 def _of_fleets(
     reports: list[WorkerInspected], field: str, combine: Callable[[Iterable[float]], float]
 ) -> list[Observation]:
-    """Return one observation for each fleet that this process has workers of."""
-    fleets: dict[str, list[WorkerInspected]] = {}
+    """Return one observation for each fleet that this process has workers of, or for each of its readers."""
+    groups: dict[tuple[str, str | None], tuple[dict[str, str], list[float]]] = {}
     for event in reports:
-        fleets.setdefault(event.destination, []).append(event)
-    return [
-        Observation(combine([float(attrgetter(field)(event)) for event in fleet]), _messaging(fleet[0]))
-        for fleet in fleets.values()
-    ]
+        figure = attrgetter(field)(event)
+        for reader, value in (figure if isinstance(figure, dict) else {None: figure}).items():
+            attributes = _messaging(event) if reader is None else {**_messaging(event), "reader": reader}
+            groups.setdefault((event.destination, reader), (attributes, []))[1].append(float(value))
+    return [Observation(combine(values), attributes) for attributes, values in groups.values()]
 
 
 def _messaging(event: DeliveryEnded | OutcomePublished | WorkerInspected) -> dict[str, str]:

@@ -650,7 +650,7 @@ EVENTS: tuple[Event, ...] = (
         has_ended=False,
         is_ready=True,
         in_flight=1,
-        fleet=Inspection(waiting=9, oldest_age=60),
+        fleet=Inspection(waiting=9, oldest_age=60, unread={"shop": 1}, oldest_unread_age={"shop": 60}),
         lateness=0.1,
         duplicates=0,
         unsettled=0,

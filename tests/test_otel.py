@@ -98,6 +98,14 @@ class Recorder:
         points = self.points.get(f"aiokeyless.worker.{name}", [])
         return {point.attributes["messaging.destination.name"]: point.value for point in points}
 
+    def of_readers(self, name: str) -> dict[str, float]:
+        """The value of a metric of readers, by the destination of their fleet and their name."""
+        points = self.points.get(f"aiokeyless.worker.{name}", [])
+        return {
+            f"{point.attributes['messaging.destination.name']} {point.attributes['reader']}": point.value
+            for point in points
+        }
+
     @property
     def attributes(self) -> list[dict[str, AttributeValue]]:
         """All attributes of spans, of their events, and of metrics."""
@@ -406,7 +414,14 @@ class TestWorker:
             has_ended=False,
             is_ready=True,
             in_flight=2,
-            fleet=Inspection(waiting=5, backlog=4, oldest_age=60.0, clock_ahead=0.5),
+            fleet=Inspection(
+                waiting=5,
+                backlog=4,
+                oldest_age=60.0,
+                unread={"shop": 3, "ledger": 0},
+                oldest_unread_age={"shop": 600.0, "ledger": 0.0},
+                clock_ahead=0.5,
+            ),
             lateness=3.0,
             duplicates=2,
             unsettled=1,
@@ -418,7 +433,7 @@ class TestWorker:
                 worker=2,
                 is_ready=False,
                 in_flight=1,
-                fleet=replace(told.fleet, waiting=7),
+                fleet=replace(told.fleet, waiting=7, unread={"shop": 4}, oldest_unread_age={"shop": 605.0}),
                 duplicates=10,
             )
         )
@@ -437,6 +452,10 @@ class TestWorker:
             "lateness": {"a": 3, "b": 9},
         }
         assert recorder.of_fleets("clock_ahead") == {"a": 0.5, "b": 0.5}
+        assert {name: recorder.of_readers(name) for name in ("unread", "oldest_unread_age")} == {
+            "unread": {"a shop": 4, "a ledger": 0, "b shop": 3, "b ledger": 0},
+            "oldest_unread_age": {"a shop": 605, "a ledger": 0, "b shop": 600, "b ledger": 0},
+        }
         for number, destination in ((1, "a"), (2, "a"), (3, "b")):
             recorder.listener(replace(told, worker=number, destination=destination, has_ended=True, duplicates=10))
         assert recorder.of_fleets("waiting") == {}

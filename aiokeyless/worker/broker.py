@@ -29,6 +29,8 @@ T = TypeVar("T")
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9.-]+)(\+\w+)?:", re.IGNORECASE)
 #: Most seconds for which an unhandled outcome is put off.
 LONGEST_PAUSE: Final = 300.0
+#: Unread outcomes of each reader that an inspection looks at. A dead reader must not make it slow.
+MOST_UNREAD: Final = 10_000
 
 
 def outcome_pause(deliveries: int) -> float:
@@ -62,6 +64,22 @@ class NewRequest(NamedTuple):
     body: bytes
     digest: str
     traceparent: str | None
+
+
+class UnreadOutcome(NamedTuple):
+    """An outcome that a reader has not handled.
+
+    Attributes:
+        reader: The reader.
+        operation_id: The operation.
+        age: Seconds since the outcome was stored.
+        failures: How often it was delivered in vain.
+    """
+
+    reader: str
+    operation_id: str
+    age: float
+    failures: int
 
 
 class OutcomeDelivery(ABC):
@@ -295,6 +313,10 @@ class Broker(ApplicationSide):
     @abstractmethod
     async def inspect(self) -> Inspection:
         """Return the state of the whole fleet, by few and cheap calls to the broker."""
+
+    async def list_unread(self, up_to: int) -> Sequence[UnreadOutcome]:  # noqa: ARG002  # for brokers that can tell
+        """Return the oldest of the outcomes that `inspect` counts; none if the broker cannot tell them apart."""
+        return ()
 
 
 def broker_for(target: object) -> ApplicationSide:

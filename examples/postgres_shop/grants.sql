@@ -7,5 +7,5 @@ GRANT EXECUTE ON FUNCTION keyless.submit, keyless.add_reader, keyless.remove_rea
 GRANT USAGE ON SCHEMA keyless TO approvals;
 GRANT SELECT ON keyless.migration TO approvals;
 GRANT EXECUTE ON FUNCTION keyless.take, keyless.take_overdue, keyless.put_off, keyless.claim, keyless.unclaim,
-    keyless.were_asked, keyless.decide, keyless.inspect, keyless.restore, keyless.serve, keyless.welcome_readers,
-    keyless.clean TO approvals;
+    keyless.were_asked, keyless.decide, keyless.inspect, keyless.count_unread, keyless.list_unread, keyless.restore,
+    keyless.serve, keyless.welcome_readers, keyless.clean TO approvals;

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+import msgspec
 import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
@@ -218,9 +219,10 @@ async def _stream(stream: JetStreamContext, wanted: StreamConfig, checks: _Check
     return found
 
 
-async def request(stream: JetStreamContext, subject: str) -> dict[str, Any]:
+async def request(stream: JetStreamContext, subject: str, **asked: object) -> dict[str, Any]:
     """Return an answer of JetStream's API with all that it says. nats-py's own methods leave some of it out."""
-    return await stream._api_request(f"{stream._prefix}.{subject}", timeout=stream._timeout)  # noqa: SLF001  # as above
+    body = msgspec.json.encode(asked) if asked else b""
+    return await stream._api_request(f"{stream._prefix}.{subject}", body, timeout=stream._timeout)  # noqa: SLF001  # as above
 
 
 async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:

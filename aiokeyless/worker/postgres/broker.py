@@ -20,11 +20,13 @@ from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import (
+    MOST_UNREAD,
     Claim,
     ExchangeResult,
     NewRequest,
     OutcomeDelivery,
     UnavailableError,
+    UnreadOutcome,
     without_frames,
 )
 from aiokeyless.worker.clock import BrokerClock
@@ -304,15 +306,22 @@ class PostgresBroker(TableBroker):
 
     async def inspect(self) -> Inspection:
         ((waiting, backlog, oldest_age, is_standby),) = await self._fetch("SELECT * FROM {}.inspect()")
+        unread = await self._fetch("SELECT * FROM {}.count_unread($1)", MOST_UNREAD)
         await self._measure_time()
         problems = ["the database is a standby, which stores nothing"] if is_standby else []
         return Inspection(
             waiting=waiting,
             backlog=backlog,
             oldest_age=oldest_age,
+            unread={reader: count for reader, count, _ in unread},
+            oldest_unread_age={reader: age for reader, _, age in unread},
             clock_ahead=round(self._clock.ahead, 3),
             problems=(*problems, *self._failing_chores()),
         )
+
+    async def list_unread(self, up_to: int) -> Sequence[UnreadOutcome]:
+        found = await self._fetch("SELECT * FROM {}.list_unread($1, $2)", MOST_UNREAD, up_to)
+        return [UnreadOutcome(*row) for row in found]
 
     # -- the database
 

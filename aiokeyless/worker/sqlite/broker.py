@@ -17,7 +17,7 @@ import msgspec
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError, UnreadOutcome
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Chore, TableBroker, check_service, row_of
@@ -203,6 +203,9 @@ class SqliteBroker(TableBroker):
     async def inspect(self) -> Inspection:
         inspection = await self._read(Store.inspect)
         return msgspec.structs.replace(inspection, problems=tuple(self._failing_chores()))
+
+    async def list_unread(self, up_to: int) -> Sequence[UnreadOutcome]:
+        return await self._read(lambda store: store.list_unread(up_to))
 
     # -- the thread
 

@@ -7,13 +7,22 @@ because another thread may hold Python's lock between two.
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiokeyless._rules.probes import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
-from aiokeyless.worker.broker import LONGEST_PAUSE, Claim, ExchangeResult, NewRequest, outcome_pause
+from aiokeyless.worker.broker import (
+    LONGEST_PAUSE,
+    MOST_UNREAD,
+    Claim,
+    ExchangeResult,
+    NewRequest,
+    UnreadOutcome,
+    outcome_pause,
+)
 from aiokeyless.worker.tables import LONGEST_WAIT, Row, TableMessage, time_of
 
 from .failures import broker_errors, retry_while_busy
@@ -49,6 +58,11 @@ _MOST_FAILURES: Final = 15
 _RANKED: Final = (
     "SELECT id FROM waiting WHERE failures = ? AND (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END) = ?"
     " AND due_at <= ? ORDER BY due_at{} LIMIT ?"
+)
+#: The outcomes of a reader that an inspection looks at: the first ones by the index, nearly in order of the decisions.
+_UNREAD: Final = (
+    "SELECT {} FROM (SELECT id, failures FROM unread WHERE reader = ? ORDER BY id LIMIT ?) u"
+    " JOIN outcome o ON o.id = u.id {}"
 )
 _HANDED_ON: Final = 30.0  # seconds after which an unhandled outcome is delivered again
 
@@ -359,8 +373,46 @@ class Store:
                     " FROM waiting w JOIN request r ON r.id = w.id"
                 )
             )
-        age = 0.0 if oldest is None else max(0.0, self._now() - oldest)
-        return Inspection(waiting=waiting, backlog=backlog or 0, oldest_age=age)
+        unread = self._of_readers(_UNREAD.format("count(*), min(o.decided_at)", ""))
+        return Inspection(
+            waiting=waiting,
+            backlog=backlog or 0,
+            oldest_age=self._age(oldest),
+            unread={reader: count for reader, count, _ in unread},
+            oldest_unread_age={reader: self._age(oldest) for reader, _, oldest in unread},
+        )
+
+    def list_unread(self, up_to: int) -> list[UnreadOutcome]:
+        """Return the oldest of the unread outcomes that `inspect` counts."""
+        found = self._of_readers(
+            _UNREAD.format(
+                "o.decided_at, r.operation_id, u.failures",
+                "JOIN request r ON r.id = o.id ORDER BY o.decided_at, o.id LIMIT ?",
+            ),
+            up_to,
+        )
+        oldest = sorted(found, key=itemgetter(1))[:up_to]
+        return [
+            UnreadOutcome(reader, operation_id, self._age(decided_at), failures)
+            for reader, decided_at, operation_id, failures in oldest
+        ]
+
+    def _of_readers(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        """Return the rows of a statement about each reader, after the reader's name."""
+
+        def read() -> list[tuple[Any, ...]]:
+            readers = self._connection.execute("SELECT name FROM reader ORDER BY name").fetchall()
+            return [
+                (reader, *row)
+                for (reader,) in readers
+                for row in self._connection.execute(statement, (reader, MOST_UNREAD, *values)).fetchall()
+            ]
+
+        with broker_errors(self._path):
+            return retry_while_busy(read)
+
+    def _age(self, since: float | None) -> float:
+        return 0.0 if since is None else max(0.0, self._now() - since)
 
 
 def _is_there(path: str, inode: int) -> bool:

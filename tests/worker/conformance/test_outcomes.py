@@ -115,3 +115,47 @@ async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(broker: B
     assert await none_comes(broker, "shop", 0.2)
     await decide_all(broker, "a")
     assert await read(broker, "shop", 1) == {"a"}
+
+
+async def test_what_a_reader_has_not_handled_is_counted_with_its_age_and_stays_unread(
+    broker: Broker, storage: Storage
+) -> None:
+    assert (await broker.inspect()).unread == {}
+    await decide_all(broker, "a")
+    assert await read(broker, "ledger", 1) == await read(broker, "shop", 1) == {"a"}
+    assert [*await broker.list_unread(10)] == []
+    await decide_all(broker, "b")
+    await asyncio.sleep(0.3)
+    await decide_all(broker, "c")
+    await (await broker.next_outcome("shop")).put_off(100)
+    told = await broker.inspect()
+    assert told.unread == {"ledger": 2, "shop": 2}
+    assert all(0.2 < age < 5 + storage.slack for age in told.oldest_unread_age.values())
+    assert told.problems == ()
+    assert await read(broker, "ledger", 2) == {"b", "c"}
+    told = await broker.inspect()
+    assert (told.unread, told.oldest_unread_age["ledger"]) == ({"ledger": 0, "shop": 2}, 0)
+    assert told.oldest_unread_age["shop"] > 0.2
+    assert await read(broker, "shop", 1) == {"c"}
+    assert (await broker.inspect()).unread["shop"] == 1
+
+
+@pytest.mark.parametrize("storage", [MEMORY, POSTGRES], indirect=True)
+async def test_the_oldest_unread_outcomes_are_listed_with_their_failures(broker: Broker, storage: Storage) -> None:
+    await decide_all(broker, "read")
+    assert await read(broker, "ledger", 1) == await read(broker, "shop", 1) == {"read"}
+    for operation_id in ("a", "b", "c"):
+        await decide_all(broker, operation_id)
+        await asyncio.sleep(0.1)
+    await (await broker.next_outcome("shop")).put_off(100)
+    assert await read(broker, "ledger", 2) == {"a", "b"}
+    found = await broker.list_unread(3)
+    assert [(reader, operation_id, failures) for reader, operation_id, _, failures in found] == [
+        ("shop", "a", 1),
+        ("shop", "b", 0),
+        ("ledger", "c", 0),
+    ]
+    assert len(await broker.list_unread(10)) == 4
+    ages = [outcome.age for outcome in found]
+    assert ages == sorted(ages, reverse=True)
+    assert 0 < ages[-1] < ages[0] < 5 + storage.slack

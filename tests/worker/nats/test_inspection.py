@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from nats.js.api import DiscardPolicy
-from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy
+from nats_server import CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS
 from waiting import PATIENCE
 
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.clock import BrokerClock
+from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.nats.fleet import KEYLESS, Fleet
 from aiokeyless.worker.nats.inspection import inspect
 
@@ -88,3 +89,30 @@ async def test_what_is_no_answer_is_none(connection: Client, answer: bytes, told
     await connection.subscribe("another.account.>", cb=reply)
     with pytest.raises(UnavailableError, match=told):
         await inspected(connection, Fleet(prefix="another.account"))
+
+
+async def test_each_reader_of_many_is_counted_and_no_consumer_that_an_operator_looks_with(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b"")
+    names = [f"reader-{number}" for number in range(257)]  # an answer of JetStream has 256 at most
+    for name in names:
+        await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name=name, ack_policy=AckPolicy.EXPLICIT))
+    await stream.add_consumer(OUTCOMES, ConsumerConfig(ack_policy=AckPolicy.EXPLICIT))
+    told = await inspected(connection)
+    assert told.unread == dict.fromkeys(names, 1)
+    assert told.oldest_unread_age.keys() == {*names}
+
+
+async def test_a_reader_whose_outcomes_are_too_old_or_gone_has_none(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
+    await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b"")
+    [message] = await (await stream.pull_subscribe_bind("shop", OUTCOMES)).fetch(1, timeout=PATIENCE)
+    assert (await inspected(connection)).unread == {"shop": 1}
+    await stream.delete_msg(OUTCOMES, message.metadata.sequence.stream)
+    told = await inspected(connection)
+    assert told.oldest_unread_age == {"shop": 0}
+    await stream.delete_stream(OUTCOMES)
+    assert (await inspected(connection)).unread == {}

@@ -66,6 +66,8 @@ WORKER = (
     "SELECT * FROM keyless.were_asked('{1}', '{1}')",
     "SELECT * FROM keyless.decide('{}', '{}', '{}', '{}')",
     "SELECT * FROM keyless.inspect()",
+    "SELECT * FROM keyless.count_unread(1)",
+    "SELECT * FROM keyless.list_unread(1, 1)",
     "SELECT keyless.restore()",
     "SELECT keyless.serve('https://keyless.test')",
     "SELECT keyless.welcome_readers()",
@@ -283,6 +285,8 @@ async def test_no_search_path_and_no_temporary_object_changes_what_a_function_do
         'SELECT keyless.submit(\'{"version": 1, "user_id": "C0FFEE", "operation_id": "b"}\')',
         "SELECT * FROM keyless.take(10, 1, NULL, NULL)",
         "SELECT * FROM keyless.inspect()",
+        "SELECT * FROM keyless.count_unread(10)",
+        "SELECT * FROM keyless.list_unread(10, 10)",
         "SELECT keyless.restore()",
     ):
         await connection.fetch(statement)

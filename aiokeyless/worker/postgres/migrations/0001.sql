@@ -548,6 +548,41 @@ BEGIN
 END
 $function$;
 
+-- A dead reader may have any number of unread outcomes, and workers ask every few seconds. So both functions look at
+-- the first `most` of each reader, by the index; ids are nearly in the order of the decisions.
+CREATE FUNCTION {schema}.count_unread(most integer)
+RETURNS TABLE (reader text, unread bigint, oldest_age double precision)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+    SELECT r.name, count(o.id),
+        coalesce(greatest(extract(epoch FROM clock_timestamp() - min(o.decided_at)), 0), 0)::double precision
+    FROM {schema}.reader r
+    LEFT JOIN LATERAL (
+        SELECT u.id FROM {schema}.unread u WHERE u.reader = r.name ORDER BY u.id LIMIT most
+    ) n ON true
+    LEFT JOIN {schema}.outcome o ON o.id = n.id
+    GROUP BY r.name
+$function$;
+
+CREATE FUNCTION {schema}.list_unread(most integer, up_to integer)
+RETURNS TABLE (reader text, operation_id text, age double precision, failures integer)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+    SELECT o.reader, q.operation_id,
+        greatest(extract(epoch FROM clock_timestamp() - o.decided_at), 0)::double precision, o.failures
+    FROM (
+        SELECT n.reader, n.failures, d.id, d.decided_at
+        FROM {schema}.reader r
+        CROSS JOIN LATERAL (
+            SELECT u.reader, u.id, u.failures FROM {schema}.unread u WHERE u.reader = r.name ORDER BY u.id LIMIT most
+        ) n
+        JOIN {schema}.outcome d ON d.id = n.id
+        ORDER BY d.decided_at, d.id LIMIT up_to
+    ) o
+    JOIN {schema}.request q ON q.id = o.id
+    ORDER BY o.decided_at, o.id
+$function$;
+
 -- After a crash, a failover or a restored backup, the table of waiting requests is empty. The numbers of deliveries go
 -- on after the last one that may have asked the user.
 CREATE FUNCTION {schema}.restore() RETURNS void

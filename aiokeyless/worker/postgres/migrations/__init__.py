@@ -33,6 +33,8 @@ _ROLES: Final = {
         "were_asked",
         "decide",
         "inspect",
+        "count_unread",
+        "list_unread",
         "restore",
         "serve",
         "welcome_readers",
