@@ -5,7 +5,20 @@ into one line on stderr. Only ``__main__`` imports this package, since it needs 
 """
 
 # The commands register themselves with the application.
-from . import demo, doctor, drive, operations, sandbox, schema, users, verify, wait, worker
+from . import demo, doctor, drive, inspect, operations, sandbox, schema, users, verify, wait, worker
 from .app import run
 
-__all__ = ["demo", "doctor", "drive", "operations", "run", "sandbox", "schema", "users", "verify", "wait", "worker"]
+__all__ = [
+    "demo",
+    "doctor",
+    "drive",
+    "inspect",
+    "operations",
+    "run",
+    "sandbox",
+    "schema",
+    "users",
+    "verify",
+    "wait",
+    "worker",
+]

@@ -107,7 +107,7 @@ async def worker(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    opened = _open_broker(broker or os.environ.get("KEYLESS_BROKER"), schema, nats)
+    opened = open_broker(broker, schema, nats)
     async with _make_unused_client() if prepare else new_client() as client, opened:
         service = ApprovalWorker(client, opened)
         if prepare:
@@ -129,7 +129,14 @@ def _make_unused_client() -> KeylessClient:
     return KeylessClient(os.environ.get("KEYLESS_API_KEY") or "none")
 
 
-def _open_broker(url: str | None, schema: str | None, options: NatsOptions | None) -> Broker:
+def open_broker(url: str | None, schema: str | None, options: NatsOptions | None) -> Broker:
+    """Return the broker of a URL, not yet open; that of the environment if there is none.
+
+    Raises:
+        UsageError: There is no URL, or the options do not fit it.
+        CommandError: An option's value is wrong, or a library is missing.
+    """
+    url = url or os.environ.get("KEYLESS_BROKER")
     from aiokeyless.worker.broker import Broker, broker_for  # noqa: PLC0415  # only when used
     from aiokeyless.worker.nats import SCHEMES  # noqa: PLC0415  # this needs no nats-py
     from aiokeyless.worker.postgres import SCHEMES as POSTGRES  # noqa: PLC0415  # this needs no asyncpg

@@ -803,6 +803,35 @@ async def test_the_time_is_the_databases(broker: PostgresBroker, admin: Connecti
     assert abs(inspection.clock_ahead) < 1
 
 
+async def test_an_inspection_reads_so_many_rows_of_a_dead_reader_and_no_more(
+    broker: PostgresBroker, admin: Connection, url: str
+) -> None:
+    await admin.execute("SELECT keyless.add_reader('dead')")
+    await fill(admin, 20_000)
+    await admin.execute(
+        "INSERT INTO keyless.outcome SELECT id, 'approved', '{}', now() FROM keyless.request;"
+        "INSERT INTO keyless.unread SELECT 'dead', id, now() FROM keyless.outcome;"
+        "UPDATE keyless.outcome SET decided_at = now() - interval '1 h'"
+        " WHERE id = (SELECT min(id) + 7 FROM keyless.outcome)"
+    )
+    told = await broker.inspect()
+    assert told.unread["dead"] == 10_000
+    assert 3599 < told.oldest_unread_age["dead"] < 3600 + PATIENCE
+    for call in ("count_unread(50)", "list_unread(50, 10)"):
+        counted = await asyncpg.connect(url)  # one whose counts are of this call alone
+        async with counted.transaction():
+            await counted.fetch(f"SELECT * FROM keyless.{call}")  # noqa: S608  # calls of this test's own
+            rows = await counted.fetch(
+                "SELECT relname, seq_scan, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE schemaname = 'keyless'"
+                " AND relname IN ('request', 'outcome', 'unread')"
+            )
+        await counted.close()
+        assert len(rows) == 3
+        for table, scans, fetched in rows:
+            assert scans == 0, (call, table)
+            assert fetched <= 50, (call, table)
+
+
 # -- cleaning
 
 

@@ -7,6 +7,7 @@ import re
 import sqlite3
 import stat
 import sys
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from waiting import until
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
@@ -665,3 +666,21 @@ async def test_an_outcome_that_another_process_takes_first_is_waited_for(
     outcome = await broker.next_outcome("shop")
     await outcome.mark_handled()
     assert beaten
+
+
+async def test_an_inspection_reads_so_many_rows_of_a_dead_reader_and_no_more(path: Path) -> None:
+    async with SqliteBroker(path) as broker:
+        with closing(sqlite3.connect(path)) as file, file:
+            numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)"
+            file.execute("INSERT INTO reader VALUES ('dead', '', 1)")
+            file.execute(f"{numbers} INSERT INTO outcome SELECT i, 'approved', x'', 2e9 FROM n")  # noqa: S608
+            file.execute("INSERT INTO unread SELECT 'dead', id, 0, 0 FROM outcome")
+            file.execute("UPDATE outcome SET decided_at = ? WHERE id = 7", (time.time() - 3600,))
+        told = await broker.inspect()
+        assert told.unread == {"dead": 10_000}
+        assert 3599 < told.oldest_unread_age["dead"] < 3600 + PATIENCE
+        with closing(sqlite3.connect(path)) as file:
+            statement = store._UNREAD.format("count(*), min(o.decided_at)", "")
+            plan = [row[-1] for row in file.execute(f"EXPLAIN QUERY PLAN {statement}", ("dead", 50))]
+        assert [step for step in plan if "SCAN" in step and step not in {"SCAN u", "SCAN SUBQUERY u"}] == []
+        assert any("unread USING" in step for step in plan), plan
