@@ -18,6 +18,7 @@ from aiokeyless.worker.nats.inspection import inspect
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
     from nats.js import JetStreamContext
 
     from aiokeyless.events import Inspection
@@ -104,15 +105,22 @@ async def test_each_reader_of_many_is_counted_and_no_consumer_that_an_operator_l
     assert told.oldest_unread_age.keys() == {*names}
 
 
-async def test_a_reader_whose_outcomes_are_too_old_or_gone_has_none(
-    connection: Client, stream: JetStreamContext
-) -> None:
+async def test_an_outcome_that_is_removed_meanwhile_has_no_age(connection: Client, stream: JetStreamContext) -> None:
     await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
     await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b"")
-    [message] = await (await stream.pull_subscribe_bind("shop", OUTCOMES)).fetch(1, timeout=PATIENCE)
-    assert (await inspected(connection)).unread == {"shop": 1}
-    await stream.delete_msg(OUTCOMES, message.metadata.sequence.stream)
-    told = await inspected(connection)
-    assert told.oldest_unread_age == {"shop": 0}
+
+    async def hand_on(message: Msg) -> None:
+        subject = message.subject.removeprefix("another.account.")
+        if subject.startswith("STREAM.MSG.GET."):
+            await stream.purge_stream(OUTCOMES)
+        answer = await connection.request(f"$JS.API.{subject}", message.data, timeout=PATIENCE)
+        await connection.publish(message.reply, answer.data)
+
+    await connection.subscribe("another.account.>", cb=hand_on)
+    told = await inspected(connection, Fleet(prefix="another.account"))
+    assert (told.unread, told.oldest_unread_age) == ({"shop": 1}, {"shop": 0})
+
+
+async def test_without_a_stream_of_outcomes_nothing_is_unread(connection: Client, stream: JetStreamContext) -> None:
     await stream.delete_stream(OUTCOMES)
     assert (await inspected(connection)).unread == {}
