@@ -16,6 +16,7 @@ from aiokeyless import worker
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.worker import nats as nats_package
 from aiokeyless.worker import postgres as postgres_package
+from aiokeyless.worker import sqlite as sqlite_package
 from aiokeyless.worker.broker import broker_for
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
@@ -96,12 +97,16 @@ async def test_a_connection_picks_the_broker_and_keeps_it(connection: Client) ->
     assert broker_for(connection) is broker
 
 
-def test_a_broker_whose_library_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("aiokeyless.worker.nats.")]:
+@pytest.mark.parametrize(("folder", "library"), [("nats", "nats"), ("postgres", "asyncpg"), ("sqlite", "sqlite3")])
+def test_a_broker_whose_library_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, folder: str, library: str
+) -> None:
+    package = import_module(f"aiokeyless.worker.{folder}")
+    for name in [name for name in sys.modules if name.startswith(f"{package.__name__}.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "nats", None)
-    with pytest.raises(ConfigurationError, match=r'^broker needs nats, which is not .*: install the extra "nats"$'):
-        broker_for("nats://127.0.0.1:4222")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigurationError, match=rf"^broker needs {library}, which is not .*: {package.HINT}$"):
+        broker_for(f"{package.SCHEMES[0]}:somewhere")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_importing_a_broker_whose_library_is_missing_names_the_extra(
         getattr(package, name)
 
 
-@pytest.mark.parametrize("package", [nats_package, postgres_package])
+@pytest.mark.parametrize("package", [nats_package, postgres_package, sqlite_package])
 def test_the_package_of_a_broker_has_no_other_names(package: ModuleType) -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         getattr(package, "Nothing")  # noqa: B009  # what a user writes who errs

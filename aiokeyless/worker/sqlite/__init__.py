@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from aiokeyless.errors import ConfigurationError
 
-from .broker import SqliteBroker
+if TYPE_CHECKING:
+    from .broker import SqliteBroker
 
 __all__ = ["SqliteBroker"]
 
@@ -17,6 +18,8 @@ HINT: Final = "it is a part of Python, which some distributions pack separately"
 
 def from_url(url: str) -> SqliteBroker:
     """Return the broker of ``sqlite:FILE`` or ``sqlite::memory:``."""
+    from .broker import SqliteBroker  # noqa: PLC0415  # it needs sqlite3
+
     path = url.partition(":")[2]
     if path.startswith("//"):
         raise ConfigurationError(
@@ -33,3 +36,11 @@ def from_connection(_connection: object) -> NoReturn:
         "your transactions would fail whenever a worker writes",
         argument="broker",
     )
+
+
+def __getattr__(name: str) -> object:
+    if name != "SqliteBroker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .broker import SqliteBroker  # noqa: PLC0415  # as above
+
+    return SqliteBroker
