@@ -489,8 +489,8 @@ class TestTaskFactories:
 
         await self.wait_under(raising, sandbox, client)
 
-    async def test_one_that_takes_no_context_hangs_no_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        await self.wait_under(lambda loop, coro: asyncio.Task(coro, loop=loop), sandbox, client)
+    async def test_one_that_drops_the_context_hangs_no_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await self.wait_under(lambda loop, coro, **_options: asyncio.Task(coro, loop=loop), sandbox, client)
 
     async def wait_under(self, factory: Any, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)  # makes the connection, with tasks of aiohttp's

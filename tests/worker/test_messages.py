@@ -72,7 +72,7 @@ def nested(depth: int) -> bytes:
         (with_context(b'{"a": 1,}'), "malformed"),
         (with_context(b"NaN"), "malformed"),
         (with_context(b'"\\ud800"'), "no request"),
-        (with_context(nested(100_000)), "recursion"),
+        (with_context(nested(100_000)), "recursion|at most 65536"),  # Python 3.14 reads so many brackets
         (nested(100_000), "Expected `object`"),
         (b'{"version": ' + b"1" * 5000 + b', "user_id": "c0ffee", "operation_id": "txn-1"}', "out of range"),
         (b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "expires_in": NaN}', "malformed"),
