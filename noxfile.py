@@ -2,7 +2,7 @@
 
 Tags say when a session runs. ``ci``: for each change, in .ci/run and in the public workflow. ``nightly``: what takes
 long and seldom fails, each night and before a release, in the public workflow. ``portable``: there for each change, on
-Windows, macOS and free-threaded Python. All read the list from here.
+Windows, macOS, musl and free-threaded Python. All read the list from here.
 
 Each session has an environment of its own. Where there is one already, ``nox --no-venv -s NAME`` runs in that.
 """
@@ -150,9 +150,14 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "report", env=data)
 
 
+#: Packages of the extra "examples" have no wheels for it yet.
+WITHOUT_EXAMPLES: Final = {"3.15"}
 #: Each Python with its legs, without those that are part of another: eager tasks came with 3.12.
 RUNS: Final = [
-    (python, leg) for python in PYTHONS for leg in LEGS if (python, leg) != ("3.11", "eager") and leg != "plain"
+    (python, leg)
+    for python in PYTHONS
+    for leg in LEGS
+    if (python, leg) != ("3.11", "eager") and leg != ("complete" if python in WITHOUT_EXAMPLES else "plain")
 ]
 
 
@@ -193,6 +198,17 @@ def lowest(session: nox.Session, of: str) -> None:
     # Without regard to what a tool needs, which may be newer.
     session.install("-q", *(bound for bound in lowest_bounds() if bound.startswith(of)))
     pytest(session, env=WITH_TEST)
+
+
+@nox.session(tags=NIGHTLY)
+def prerelease(session: nox.Session) -> None:
+    """Run `pytest` on aiohttp's newest version, pre-releases too. What fails is reported, and is perhaps aiohttp's."""
+    session.install("-q", "-e", ".[test]")
+    session.install("-q", "--upgrade", "aiohttp>=3.10a0")
+    try:
+        pytest(session, env=WITH_TEST)
+    except CommandFailed:
+        session.warn("TESTS FAIL ON A PRE-RELEASE OF AIOHTTP, or on the newest: see above")
 
 
 @nox.session(python=PYTHONS[-1:])
