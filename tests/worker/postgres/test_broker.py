@@ -89,6 +89,25 @@ async def test_a_password_is_in_no_error_and_no_repr(own_server: PostgresServer)
     assert "hunter2" not in f"{broker!r} {broker.destination} {caught.value}"
 
 
+async def test_a_server_without_tls_is_sent_nothing_if_the_url_asks_for_a_verified_certificate(
+    certificate: tuple[Path, Path],
+) -> None:
+    sent: list[bytes] = []
+
+    async def offer_no_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(8)  # the question whether it has TLS
+        writer.write(b"N")
+        sent.append(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(offer_no_tls, "127.0.0.1", 0) as server:
+        address = f"postgresql://approvals:s3cret@127.0.0.1:{server.sockets[0].getsockname()[1]}/shop"
+        with pytest.raises(BrokerError, match="SSL"):
+            await PostgresBroker(f"{address}?sslmode=verify-full&sslrootcert={certificate[0]}").open()
+        await until(lambda: bool(sent))
+    assert set(sent) == {b""}
+
+
 async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
     async with asyncpg.create_pool(url, min_size=1, max_size=3) as pool:
         async with PostgresBroker(pool) as broker:
