@@ -320,7 +320,7 @@ class Broker(ApplicationSide):
 def broker_for(target: object) -> ApplicationSide:
     """Return the broker of a URL, the application's side for a driver's connection, or the given broker itself.
 
-    A folder of this package is a broker if its ``__init__`` has ``SCHEMES``, ``DRIVERS``, ``from_url(url)`` and
+    The ``__init__`` of a broker's folder has ``SCHEMES``, ``DRIVERS``, ``HINT``, ``from_url(url)`` and
     ``from_connection(connection)``. ``DRIVERS`` are top-level modules of its drivers' types. Importing the folder must
     not need a driver.
 
