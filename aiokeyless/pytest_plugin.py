@@ -1,8 +1,9 @@
-"""pytest fixtures for users of the library: `keyless_sandbox`, `keyless_client`, `keyless_worker`, `keyless_broker`.
+"""pytest fixtures for users of the library: `keyless_sandbox`, `keyless_client`, `keyless_worker` and others.
 
 pytest loads this module whenever aiokeyless is installed, so it imports the rest of the library only when a test
-requests a fixture. In an async test, the fixtures run in the event loop of the test. That loop is of pytest-asyncio
-(either mode, any loop scope) or of anyio's plugin. In a plain test, it is that of `aiokeyless.sync`.
+requests a fixture. In an async test, client and worker run in the event loop of the test. That loop is of
+pytest-asyncio (either mode, any loop scope) or of anyio's plugin. In a plain test, it is that of `aiokeyless.sync`. The
+sandbox is always in the thread of the latter, since a test may block its loop, except if looptime moves its clock.
 
 Each plugin accepts only async fixtures that are marked as its own. So each fixture is defined once per plugin and
 scope, and the public fixtures select one.
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def keyless_sandbox_options() -> dict[str, Any]:
-    """The arguments of `keyless_sandbox`, by name. Override this fixture to set some. Default: none."""
+    """The arguments of `keyless_sandbox`, by name. Override this fixture to set some. Default: none.
+
+    A function among them is called in the thread of the sandbox.
+    """
     return {}
 
 
@@ -49,7 +53,8 @@ def keyless_broker_url() -> str | None:
 def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
     """A running `aiokeyless.sandbox.Sandbox`, closed after the test.
 
-    In a plain test, its methods can be called in any thread, and its `client` returns one of `aiokeyless.sync`.
+    It runs in a thread of its own, and can be used in any thread. If looptime moves the clock of the test's event loop,
+    it runs in that loop. In a plain test, its `client` returns one of `aiokeyless.sync`.
 
     Example::
 
@@ -58,8 +63,20 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
             keyless_sandbox.approve("txn-1")
             assert await pay(keyless_client, ticket)
     """
-    sandbox: Sandbox = request.getfixturevalue(f"_keyless_sandbox_{_find_loop(request)}")
+    loop = _find_loop(request)
+    place = loop if loop != "sync" and _is_clock_moved(request) else "thread"
+    sandbox: Sandbox = request.getfixturevalue(f"_keyless_sandbox_{place}")
     return sandbox
+
+
+@pytest.fixture
+def keyless_environment(keyless_sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``$KEYLESS_BASE_URL`` and ``$KEYLESS_API_KEY`` of `keyless_sandbox`, for code under test that makes its client.
+
+    Request it before whatever starts that code, such as the test client of an application.
+    """
+    monkeypatch.setenv("KEYLESS_BASE_URL", keyless_sandbox.url)
+    monkeypatch.setenv("KEYLESS_API_KEY", keyless_sandbox.api_key)
 
 
 @pytest.fixture
@@ -131,6 +148,13 @@ def _find_loop(request: pytest.FixtureRequest) -> str:
     return str(marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope"))
 
 
+def _is_clock_moved(request: pytest.FixtureRequest) -> bool:
+    """Return whether looptime moves the clock of the loop of a test."""
+    option = request.config.getoption("looptime", default=False)  # False: it is not installed, or forbidden
+    marker = request.node.get_closest_marker("looptime")
+    return option is not False and (bool(option) if marker is None else all(marker.args))
+
+
 @asynccontextmanager
 async def _run_worker(client: KeylessClient, url: str | None) -> AsyncGenerator[tuple[ApprovalWorker, Broker]]:
     """Run a worker on a broker that has no request and no outcome yet."""
@@ -160,13 +184,15 @@ def _refuse_hidden_transaction() -> None:
 
 
 @pytest.fixture
-def _keyless_sandbox_sync(keyless_sandbox_options: dict[str, Any]) -> Generator[Sandbox]:
-    from aiokeyless import sync  # noqa: PLC0415
+def _keyless_sandbox_thread(
+    request: pytest.FixtureRequest, keyless_sandbox_options: dict[str, Any]
+) -> Generator[Sandbox]:
+    from aiokeyless import client, sync  # noqa: PLC0415
     from aiokeyless.sandbox.threads import ThreadSafeSandbox  # noqa: PLC0415
 
-    background = sync.get_background()
-    sandbox = ThreadSafeSandbox(background.call, sync.KeylessClient, **keyless_sandbox_options)
-    with background.holding(sandbox):
+    make_client = sync.KeylessClient if _find_loop(request) == "sync" else client.KeylessClient
+    sandbox = ThreadSafeSandbox(make_client, **keyless_sandbox_options)
+    with sync.get_background().holding(sandbox):
         yield sandbox
 
 

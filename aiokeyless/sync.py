@@ -16,6 +16,7 @@ import os
 import selectors
 import sys
 import threading
+import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -82,9 +83,13 @@ _WORDS: Final = {
 class _Background:
     """The event loop of this process, in a daemon thread, and the clients that belong to it."""
 
+    #: Bound here, where freezegun does not find it: in a loop whose clock stands still, each wait is for ever.
+    _clock = staticmethod(time.monotonic)
+
     def __init__(self) -> None:
         self.ended: bool = False  # also in a forked child, in which its thread does not exist
         self._loop = asyncio.new_event_loop()
+        self._loop.time = self._clock  # type: ignore[method-assign]  # the one place that makes this loop
         # The clients that are not closed, and the calls and iterations that are not over. A forked child never releases
         # them, nor the frame of `_serve`. If it collected a client, that would remove the parent's sockets from the
         # epoll that the two processes share.

@@ -8,20 +8,23 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING
 
 import pytest
+from freezegun import freeze_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import integers
 from waiting import PATIENCE
 
-from aiokeyless import ApprovalTimeoutError, ConfigurationError, sync
+from aiokeyless import ApprovalTimeoutError, ConfigurationError, TransportError, sync
+from aiokeyless import KeylessClient as AsyncKeylessClient
 from aiokeyless.sync import KeylessClient as SyncKeylessClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import ApprovalWorker, Broker
 
@@ -81,14 +84,58 @@ def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str
 
 
 async def test_the_sandbox_is_started_and_the_client_is_its_own(
-    keyless_sandbox: Sandbox, keyless_client: KeylessClient
+    keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient
 ) -> None:
     await keyless_client.get_pending_operations("C0FFEE")
     assert keyless_sandbox.request_count == 1
 
 
+async def test_a_test_may_block_its_loop_while_the_sandbox_answers(keyless_sandbox: Sandbox) -> None:
+    assert ask_and_block(keyless_sandbox) == b"[]"
+
+
+def ask_and_block(sandbox: Sandbox) -> bytes:
+    headers = {"X-Api-Key": sandbox.api_key, "Accept": "application/json"}
+    with closing(HTTPConnection(sandbox.url.removeprefix("http://"), timeout=PATIENCE)) as connection:
+        connection.request("GET", "/v2/users/C0FFEE/operations/pending", headers=headers)
+        return connection.getresponse().read()
+
+
+async def test_the_sandbox_is_restarted_by_an_async_test_and_keeps_port_and_operations(
+    keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient
+) -> None:
+    await keyless_client.create_operation("C0FFEE", operation_id="op-1")
+    url = keyless_sandbox.url
+    await keyless_sandbox.aclose()
+    with pytest.raises(TransportError):
+        await keyless_client.get_operation("op-1")
+    async with keyless_sandbox:
+        assert keyless_sandbox.url == url
+        keyless_sandbox.approve("op-1")
+        assert (await keyless_client.get_operation("op-1")).is_approved
+
+
+async def test_an_async_test_makes_more_clients_of_its_own_face(keyless_sandbox: Sandbox) -> None:
+    async with keyless_sandbox.client() as client:
+        assert await client.get_pending_operations("C0FFEE") == []
+
+
+async def test_an_async_test_may_freeze_all_clocks_but_that_of_asyncio(keyless_client: AsyncKeylessClient) -> None:
+    with freeze_time("2026-12-01", real_asyncio=True):
+        ticket = await keyless_client.create_operation("C0FFEE", expires_in=0.1)
+        with pytest.raises(ApprovalTimeoutError):
+            await keyless_client.wait_for_approval(ticket)
+
+
+@pytest.mark.usefixtures("keyless_environment")
+async def test_code_that_makes_its_client_in_an_async_test_finds_the_sandbox(keyless_sandbox: Sandbox) -> None:
+    async with AsyncKeylessClient() as client:
+        await client.create_operation("C0FFEE", operation_id="op-1")
+    assert "op-1" in keyless_sandbox.operations
+
+
 @pytest.mark.looptime
-async def test_a_wait_of_two_minutes_takes_few_polls(keyless_client: KeylessClient) -> None:
+async def test_a_wait_of_two_minutes_takes_few_polls(keyless_client: AsyncKeylessClient) -> None:
     ticket = await keyless_client.create_operation("C0FFEE", expires_in=120)
     with pytest.raises(ApprovalTimeoutError) as caught:
         await keyless_client.wait_for_approval(ticket)
@@ -96,7 +143,9 @@ async def test_a_wait_of_two_minutes_takes_few_polls(keyless_client: KeylessClie
 
 
 @pytest.mark.looptime
-async def test_a_quick_approval_is_noticed_quickly(keyless_sandbox: Sandbox, keyless_client: KeylessClient) -> None:
+async def test_a_quick_approval_is_noticed_quickly(
+    keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient
+) -> None:
     ticket = await keyless_client.create_operation("C0FFEE")
     now = asyncio.get_running_loop().time
     noticed = asyncio.create_task(keyless_client.wait_for_approval(ticket))
@@ -134,6 +183,13 @@ def test_a_plain_test_and_its_threads_drive_the_sandbox_while_it_serves(
         assert all(pool.map(pay, range(100)))
 
 
+@pytest.mark.usefixtures("keyless_environment")
+def test_code_that_makes_its_client_in_a_plain_test_finds_the_sandbox(keyless_sandbox: Sandbox) -> None:
+    with SyncKeylessClient() as client:
+        client.create_operation("C0FFEE", operation_id="op-1")
+    assert "op-1" in keyless_sandbox.operations
+
+
 def test_an_error_of_the_sandbox_is_raised_where_a_plain_test_made_it(keyless_sandbox: Sandbox) -> None:
     with pytest.raises(ConfigurationError, match="no operation"):
         keyless_sandbox.approve("nobody-asked")
@@ -152,7 +208,7 @@ def test_a_worker_serves_a_plain_test(
 
 @given(number=integers())
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_an_async_test_of_hypothesis_is_one(number: int, keyless_client: KeylessClient) -> None:
+async def test_an_async_test_of_hypothesis_is_one(number: int, keyless_client: AsyncKeylessClient) -> None:
     assert await keyless_client.get_pending_operations(f"{abs(number):X}") == []
 
 
@@ -283,6 +339,49 @@ def test_both_are_closed_after_the_test(pytester: pytest.Pytester) -> None:
                 await client.get_operation("txn-1")
     """
     passes(pytester, test, *AUTO, passed=2)
+
+
+# -- whose clock moves
+
+
+@pytest.mark.parametrize(
+    ("option", "marks_in_the_thread", "marks_in_the_loop"),
+    [
+        ("-v", ["", "looptime(False)"], ["looptime"]),
+        ("--looptime", ["looptime(False)"], ["", "looptime"]),
+        ("--no-looptime", ["", "looptime"], []),
+        ("-pno:looptime_plugin", ["", "looptime"], []),
+    ],
+)
+def test_the_sandbox_is_in_the_loop_of_the_test_only_if_looptime_moves_its_clock(
+    pytester: pytest.Pytester, option: str, marks_in_the_thread: list[str], marks_in_the_loop: list[str]
+) -> None:
+    options = """
+        import threading
+        import pytest
+
+        def pytest_configure(config):
+            config.addinivalue_line("markers", "looptime: may be missing")
+
+        @pytest.fixture
+        def threads():
+            return []
+
+        @pytest.fixture
+        def keyless_sandbox_options(threads):
+            return {"on_request": lambda _: threads.append(threading.current_thread())}
+    """
+    tests = [
+        f"""
+{f"@pytest.mark.{mark}" if mark else ""}
+async def test_{number}(keyless_client, threads):
+    await keyless_client.get_pending_operations("C0FFEE")
+    assert (threads == [threading.main_thread()]) is {mark in marks_in_the_loop}
+"""
+        for number, mark in enumerate([*marks_in_the_thread, *marks_in_the_loop])
+    ]
+    test = "".join(["import threading\nimport pytest\n", *tests])
+    passes(pytester, test, *AUTO, option, conftest=options, passed=len(tests))
 
 
 # -- where they cannot live

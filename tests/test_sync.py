@@ -23,6 +23,7 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import pytest
+from freezegun import freeze_time
 from nats.aio.client import Client
 from tenacity.wait import wait_fixed
 from waiting import PATIENCE, until
@@ -439,6 +440,16 @@ async def test_twenty_threads_share_a_client_and_its_loop(sandbox: Sandbox, keyl
         for operation_id in list(sandbox.operations):
             sandbox.approve(operation_id)
         assert await asyncio.gather(*waits) == [True] * 20
+
+
+def test_a_wait_ends_though_freezegun_stops_all_clocks_that_it_finds(keyless_client: KeylessClient) -> None:
+    def program() -> None:
+        ticket = keyless_client.create_operation("C0FFEE", expires_in=0.1)
+        with pytest.raises(ApprovalTimeoutError):
+            keyless_client.wait_for_approval(ticket)
+
+    with ThreadPoolExecutor(1) as pool, freeze_time("2026-12-01"):
+        pool.submit(program).result(PATIENCE)
 
 
 # -- interruptions, at the moments at which a signal seldom comes

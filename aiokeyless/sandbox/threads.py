@@ -1,4 +1,4 @@
-"""A sandbox for threads that run no event loop: what they call runs in its loop, as the sandbox is of one thread."""
+"""A sandbox that can be driven from any thread: what is called runs in its loop, as the sandbox is of one thread."""
 
 from __future__ import annotations
 
@@ -16,38 +16,15 @@ if TYPE_CHECKING:
     from aiokeyless.models import Authentication, Operation
 
 
-def _in_loop(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that runs in the loop of the sandbox while its caller waits."""
-
-    @wraps(method)
-    def call(self: ThreadSafeSandbox, *args: Any, **kwargs: Any) -> Any:
-        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001  # None is None: before the start
-            return method(self, *args, **kwargs)
-
-        async def in_loop() -> Any:
-            return method(self, *args, **kwargs)
-
-        return self._run(in_loop)
-
-    return call
-
-
 class ThreadSafeSandbox(Sandbox):
-    """A `Sandbox` whose methods can be called in any thread.
+    """A `Sandbox` that can be used in any thread, also in one that runs an event loop.
 
     Args:
-        run: Runs what a function returns in the loop in which the sandbox runs, and returns its result.
         make_client: Makes a client of the API key, the base URL and the options.
         **options: Those of `Sandbox`.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any],
-        make_client: Callable[..., Any],
-        **options: Any,
-    ) -> None:
-        self._run = run
+    def __init__(self, make_client: Callable[..., Any], **options: Any) -> None:
         self._make_client = make_client
         super().__init__(**options)
 
@@ -67,8 +44,40 @@ class ThreadSafeSandbox(Sandbox):
         """Return a new client, one that `make_client` makes; the caller must close it."""
         return self._make_client(self.api_key, base_url=self.url, **options)
 
+    def _loop_elsewhere(self) -> asyncio.AbstractEventLoop | None:
+        """Return the loop of the sandbox; None if the caller is in it, as before the start."""
+        return None if asyncio._get_running_loop() is self._loop else self._loop  # noqa: SLF001  # it raises nothing
+
+
+def _in_loop(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that runs in the loop of the sandbox while its caller waits."""
+
+    @wraps(method)
+    def call(self: ThreadSafeSandbox, *args: Any, **kwargs: Any) -> Any:
+        async def run() -> Any:
+            return method(self, *args, **kwargs)
+
+        if (loop := self._loop_elsewhere()) is None:
+            return method(self, *args, **kwargs)
+        return asyncio.run_coroutine_threadsafe(run(), loop).result()
+
+    return call
+
+
+def _awaited_in_loop(method: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Coroutine[Any, Any, None]]:
+    """Return an async method that runs in the loop of the sandbox, whichever loop awaits it."""
+
+    @wraps(method)
+    async def call(self: ThreadSafeSandbox) -> None:
+        if (loop := self._loop_elsewhere()) is None:
+            await method(self)
+        else:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(method(self), loop))
+
+    return call
+
 
 for _name, _method in (vars(Service) | vars(Sandbox)).items():
-    _is_plain = inspect.isfunction(_method) and not inspect.iscoroutinefunction(_method)
-    if _is_plain and not _name.startswith("_") and _name != "client":
-        setattr(ThreadSafeSandbox, _name, _in_loop(_method))
+    if inspect.isfunction(_method) and not _name.startswith("_") and _name != "client":
+        _wrap = _awaited_in_loop if inspect.iscoroutinefunction(_method) else _in_loop
+        setattr(ThreadSafeSandbox, _name, _wrap(_method))
