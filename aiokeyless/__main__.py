@@ -16,7 +16,10 @@ def main() -> int:
         missing = str(error.name).partition(".")[0]
         if missing not in {"cyclopts", "rich"}:
             raise
-        sys.stderr.write(f'aiokeyless: the command line needs {missing}: install the extra "cli"\n')
+        sys.stderr.write(
+            f'aiokeyless: the command line needs {missing}: install the extra "cli" of the checkout, '
+            'by pip install "path/to/aiokeyless[cli]"\n'
+        )
         return 1
     return run()
 

@@ -1132,9 +1132,11 @@ def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | No
     if isinstance(target, ApprovalTicket):
         return target.operation_id, target
     if not isinstance(target, str):
+        advice = "to read a stored ticket: ApprovalTicket.from_json(...)"
+        if inspect.isawaitable(target):
+            advice = "await it first"
         raise ConfigurationError(
-            f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}; to read a stored "
-            "ticket: ApprovalTicket.from_json(...)",
+            f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}; {advice}",
             argument="target",
         )
     return target, None

@@ -183,6 +183,12 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigurationError: The text is not a valid ticket, or its version is unknown to this release.
         """
+        if not isinstance(text, str | bytes):
+            raise ConfigurationError(
+                f"text must be what ApprovalTicket.to_json() returned, not {type(text).__name__}; if a column of JSON "
+                "decoded it, pass json.dumps(...) of it",
+                argument="text",
+            )
         try:
             version = msgspec.json.decode(text, type=_TicketVersion).version
             if version != TICKET_VERSION:
@@ -192,7 +198,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
                     argument="text",
                 )
             return msgspec.json.decode(text, type=cls)
-        except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise ConfigurationError(
                 f"not a valid approval ticket ({error}); pass what ApprovalTicket.to_json() returned", argument="text"
             ) from None

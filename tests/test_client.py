@@ -221,6 +221,11 @@ class TestArguments:
             client.wait_for_approvals([target], **arguments)
         assert sandbox.requests == []
 
+    async def test_a_create_that_was_not_awaited_is_no_target_and_says_so(self, client: KeylessClient) -> None:
+        ticket: Any = client.create_operation("C0FFEE")
+        with contextlib.closing(ticket), pytest.raises(ConfigurationError, match="not coroutine; await it first"):
+            await client.wait_for_approval(ticket)
+
     async def test_a_stored_ticket_that_was_not_read_is_refused_wherever_an_id_or_a_target_is_taken(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:

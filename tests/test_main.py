@@ -23,7 +23,10 @@ def test_without_the_extra_one_line_says_how_to_install_it(
     assert main() == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f'aiokeyless: the command line needs {missing}: install the extra "cli"\n'
+    assert err == (
+        f'aiokeyless: the command line needs {missing}: install the extra "cli" of the checkout, '
+        'by pip install "path/to/aiokeyless[cli]"\n'
+    )
 
 
 def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from aiokeyless._validation import check_operation_id, check_user_id
 from aiokeyless._version import __version__
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return app(sys.argv[1:] if arguments is None else arguments) or Exit.DONE
     except CycloptsError as error:
         command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))
-        message = _describe_unused(error) if isinstance(error, UnusedCliTokensError) else str(error)
+        message = _describe_usage(error)
         return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
     # The reader closed stdout, as `head` does.
     except BrokenPipeError:
@@ -112,6 +112,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(*describe_end(error))
     except (InterruptedCommandError, KeyboardInterrupt) as interruption:
         return _fail("; ".join(filter(None, ("interrupted", str(interruption)))), Exit.INTERRUPTED)
+
+
+def _describe_usage(error: CycloptsError) -> str:
+    match error:
+        case UnusedCliTokensError():
+            return _describe_unused(error)
+        case UnknownOptionError():
+            return _describe_unknown_option(error)
+        case _:
+            return str(error)
+
+
+def _describe_unknown_option(error: UnknownOptionError) -> str:
+    """Return the message for an unknown option: the variable to set, cyclopts' guess, or the options that exist."""
+    option, message = (error.token.keyword or error.token.value).partition("=")[0], str(error)
+    if variable := VARIABLES.get(option.removeprefix("--").replace("-", "_")):
+        return f"Unknown option: {option}. Set {variable} instead."
+    if message.endswith("?"):
+        return message
+    options = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
+    return f"{message} Options: {', '.join(options)}."
 
 
 def _describe_unused(error: UnusedCliTokensError) -> str:

@@ -36,10 +36,13 @@ def place(order: Order) -> None:
 
 def read(settle: Callable[[ApprovalEvent], None]) -> None:
     """Settle orders as their outcomes come, in a process of its own, such as a management command."""
+    quiet_until = 0.0
     while True:
         try:
             with next_outcome(connection, "shop") as event:  # and in a transaction of its own
                 settle(event)
-        except BrokerError as error:  # the database is away
-            log.warning("%s", error)
+        except BrokerError as error:  # the database is away, or has no schema: say so once a minute
+            if time.monotonic() > quiet_until:
+                log.warning("%s", error)
+                quiet_until = time.monotonic() + 60
             time.sleep(1)

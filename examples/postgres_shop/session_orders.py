@@ -35,23 +35,29 @@ def settle(session: Session, event: ApprovalEvent) -> None:
 
 def read(engine: Engine) -> None:
     """Settle orders as their outcomes come, in a process of its own."""
+    quiet_until = 0.0
     with Session(engine) as session:
         while True:
             try:
                 with sync.next_outcome(session, "shop") as event:
                     settle(session, event)  # and the session commits, if this raises nothing
-            except BrokerError as error:  # the database is away
-                log.warning("%s", error)
+            except BrokerError as error:  # the database is away, or has no schema: say so once a minute
+                if time.monotonic() > quiet_until:
+                    log.warning("%s", error)
+                    quiet_until = time.monotonic() + 60
                 time.sleep(1)
 
 
 async def read_async(engine: AsyncEngine) -> None:
     """Settle orders as their outcomes come, in a task beside the server."""
+    quiet_until = 0.0
     async with AsyncSession(engine) as session:
         while True:
             try:
                 async with worker.next_outcome(session, "shop") as event:
                     await session.run_sync(settle, event)
             except BrokerError as error:
-                log.warning("%s", error)
+                if time.monotonic() > quiet_until:
+                    log.warning("%s", error)
+                    quiet_until = time.monotonic() + 60
                 await asyncio.sleep(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import django
 import pytest
@@ -54,7 +55,21 @@ def main(folder: str, database: str) -> None:
         }
     )
     django.setup()
+    complaining()
     blocking()
+
+
+def complaining() -> None:
+    """Read while the database is away for three seconds: it is said once."""
+    pauses = iter(range(3))
+    with (
+        patch.object(django_orders, "connection", connections["away"]),
+        patch.object(django_orders.time, "sleep", lambda _seconds: next(pauses)),
+        patch.object(django_orders.log, "warning") as warn,
+        pytest.raises(StopIteration),
+    ):
+        django_orders.read(lambda _event: None)
+    assert warn.call_count == 1
 
 
 def blocking() -> None:

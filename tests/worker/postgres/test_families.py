@@ -9,9 +9,11 @@ import inspect
 import json
 import signal
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -209,6 +211,33 @@ async def test_the_examples_reader_of_sessions_settles_what_fits_and_goes_on_aft
     await decide_all(broker, "end")
     with pytest.raises(RefusalError):
         await reading
+
+
+@pytest.mark.parametrize("read", [session_orders.read, session_orders.read_async])
+async def test_the_examples_reader_of_sessions_says_once_that_the_schema_is_missing(
+    admin: Connection,
+    *,
+    engine: Engine,
+    async_engine: AsyncEngine,
+    read: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pauses = iter(range(3))
+
+    def sleep(_seconds: float) -> None:
+        if next(pauses, None) is None:
+            raise RefusalError
+
+    async def sleep_async(seconds: float) -> None:
+        sleep(seconds)
+
+    await admin.execute("DROP SCHEMA keyless CASCADE")
+    monkeypatch.setattr(session_orders, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr(session_orders, "asyncio", SimpleNamespace(sleep=sleep_async))
+    with pytest.raises(RefusalError):
+        await (read(async_engine) if inspect.iscoroutinefunction(read) else blocking(lambda: read(engine)))
+    assert [record.levelname for record in caplog.records if record.name == "settle"] == ["WARNING"]
 
 
 @pytest.mark.parametrize("shop", ["Psycopg", "PsycopgAsync", "Psycopg2", "Psycopg2Dict"], indirect=True)
