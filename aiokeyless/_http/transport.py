@@ -17,7 +17,6 @@ import sys
 import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
-from weakref import WeakKeyDictionary
 
 import aiohttp
 from multidict import istr
@@ -42,6 +41,7 @@ from aiokeyless.schedule import next_delay
 
 from . import protocol
 from .content import UnusableContentError, decode_content, larger_than
+from .meter import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -74,8 +74,6 @@ _NOT_CONNECTED: Final = (
 _BUFFER: Final = 1 << 18
 #: Seconds after which a connection is not used again. A host that is no longer the service's may go on answering.
 _MAX_AGE: Final = 60.0
-#: When a connection was made, or used for the first time.
-_MADE_AT: Final[WeakKeyDictionary[ResponseHandler, float]] = WeakKeyDictionary()
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -584,7 +582,8 @@ class _Response(aiohttp.ClientResponse):
 
     By itself, aiohttp repeats a GET or a DELETE if the connection is lost, on the next one of its pool, which may be as
     dead. The 404 of a second DELETE would look like an answer to the first. It also takes what arrived on a connection
-    while that was idle for the answer to the next request, whose own answer then goes to the one after it.
+    while that was idle for the answer to the next request, whose own answer then goes to the one after it. And it takes
+    any number of interim answers, and before 3.13.4 of headers and trailers.
     """
 
     _handler: ResponseHandler | None = None
@@ -598,18 +597,24 @@ class _Response(aiohttp.ClientResponse):
                 self._handler.close()
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        self._handler = connection.protocol
-        if self._handler is not None:
-            # The loop has not read since this request was written.
-            if self._handler.should_close:
-                raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
-            now = self._loop.time()
-            if now - _MADE_AT.setdefault(self._handler, now) >= _MAX_AGE:
-                self._handler.force_close()
+        self._handler, transport = connection.protocol, connection.transport
+        # The loop has not read since this request was written.
+        if self._handler is None or transport is None or self._handler.should_close:
+            raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
+        now = self._loop.time()
+        meter = transport.get_protocol()
+        if isinstance(meter, Meter):
+            meter.start()
+        else:
+            transport.set_protocol(meter := Meter(self._handler, transport, now))
+        if now - meter.made_at >= _MAX_AGE:
+            self._handler.force_close()
         try:
-            return await super().start(connection)
+            await super().start(connection)
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
             raise _ConnectionLostError(error) from error
+        meter.start_body(self.content)
+        return self
 
 
 def _make_session(key: Secret | None, *, force_close: bool = False) -> aiohttp.ClientSession:

@@ -590,6 +590,64 @@ async def test_answer_without_end_is_cut_off() -> None:
     assert "larger than" in str(error)
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+INTERIM = b"HTTP/1.1 100\r\n\r\n"
+BESIDE_THE_BODY: dict[str, Handler] = {
+    "interim answers": drip(b"", INTERIM * 20_000, every=0),
+    "interim answers, a few at a time": drip(b"", INTERIM * 8, every=0.001),
+    "headers": drip(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 20_000, every=0),
+    "trailers": drip(CHUNKED + b"2\r\n{}\r\n0\r\n", b"A: b\r\n" * 20_000, every=0),
+}
+
+
+@pytest.mark.parametrize("flood", BESIDE_THE_BODY.values(), ids=BESIDE_THE_BODY.keys())
+async def test_what_comes_without_end_beside_a_body_is_cut_off_and_takes_little_memory(flood: Handler) -> None:
+    async with RawServer(flood) as server, once(server.url, request_timeout=60) as client:
+        started = now()
+        tracemalloc.start()
+        try:
+            error = await failure(client.get_operation("a"))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert now() - started < 2
+        await asyncio.sleep(1)  # a server that drips notices with the next drop
+        assert not server.connections
+    assert type(error) is TransportError
+    assert peak < 8 * MIB
+
+
+async def test_what_is_beside_a_body_is_bounded_by_bytes() -> None:
+    error = await failed(BESIDE_THE_BODY["interim answers, a few at a time"])
+    assert str(error) == "GET /v2/operations/a: the answer has over 65536 bytes beside its body; check base_url"
+
+
+async def test_body_in_the_smallest_chunks_after_some_interim_answers_is_read() -> None:
+    body = operation(operationPayload="x" * 200_000)
+    chunks = b"".join(b"5\r\n%b\r\n" % body[k : k + 5].ljust(5) for k in range(0, len(body), 5))
+    assert await asked(INTERIM * 8 + CHUNKED + chunks + b"0\r\n\r\n")
+
+
+async def test_headers_of_many_answers_on_one_connection_do_not_add_up() -> None:
+    good = b"HTTP/1.1 200 OK\r\nX-Long: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+        b"a" * 8000,
+        len(operation()),
+        operation(),
+    )
+
+    async def keep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(19):
+            writer.write(good)
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(good)
+        await reader.read()
+
+    async with RawServer(keep) as server, once(server.url) as client:
+        for _ in range(20):
+            assert await client.get_operation("a")
+        assert len(server.heads) == 1
+
+
 # The key stays here
 
 
