@@ -64,7 +64,7 @@ def complaining() -> None:
     pauses = iter(range(3))
     with (
         patch.object(django_orders, "connection", connections["away"]),
-        patch.object(django_orders.time, "sleep", lambda _seconds: next(pauses)),
+        patch("django_orders.time.sleep", lambda _seconds: next(pauses)),
         patch.object(django_orders.log, "warning") as warn,
         pytest.raises(StopIteration),
     ):
