@@ -185,6 +185,7 @@ def make_up(seed: int) -> Story:
     faults += trouble
     faults += _weather(seed, actors)
     faults += _fail_overs(seed, actors)
+    faults = [*_long_pages(seed, actors), *faults]
     faults += _standstills(seed, [*actors, *rush])
     rotations = _rotations(seed, [*actors, *rush])
     actors = _slow_handlers(seed, actors)
@@ -327,6 +328,16 @@ def _fail_overs(seed: int, actors: list[Actor]) -> list[Fault]:
     rng = random.Random(f"{seed} connections")  # noqa: S311
     begins = [rng.choice(actors).at + rng.uniform(-5.0, 60.0) for _ in range(rng.choice((0, 0, 1, 3)))]
     return [FailOver(at, at + rng.choice((0.0, 0.0, 60.0, 600.0))) for at in begins]
+
+
+def _long_pages(seed: int, actors: list[Actor]) -> list[Fault]:
+    """Let a gateway stand before an operation whose wait may have no deadline. With random numbers of its own."""
+    rng = random.Random(f"{seed} pages")  # noqa: S311
+    victims = [a for a in actors if any(leg.timeout == math.inf or (leg.by_id and leg.how == "hold") for leg in a.legs)]
+    if not victims or rng.random() < 0.5:
+        return []
+    victim, begins = rng.choice(victims), rng.uniform(1.0, 20.0)
+    return [Outage(victim.at + begins, victim.at + 300.0, rng.choice(PAGES), payload=victim.payload, methods="GET")]
 
 
 def _brown_outs(seed: int, actors: list[Actor]) -> list[Fault]:
