@@ -149,8 +149,9 @@ class Circuit:
         self._limit = min(self._limit + 1, self._full)
         if self._limit == self._full or self._is_proven(now):
             self._enter(CircuitState.CLOSED, now)
-            if self._limit == self._full and self._usual < _NEGLIGIBLE:
-                self.is_calm, self._usual, self._refused = True, 0.0, 0
+            # While it is calm, nothing shifts the refusals out.
+            if self._limit == self._full and self._usual < _NEGLIGIBLE and not self._refused:
+                self.is_calm, self._usual = True, 0.0
 
     def record_refusal(self, now: float, error: RateLimitError, *, is_probe: bool, is_limited: bool) -> bool:
         """Respect a 429, after it was recorded as the failure that it is.

@@ -498,11 +498,26 @@ def test_a_sudden_onset_of_refusals_is_the_tenants_limit_again_while_polls_respe
     assert refuse(circuit, 100.0, is_limited=True)
 
 
-def test_refusals_from_before_the_circuit_was_calm_are_forgotten() -> None:
+def test_refusals_between_good_answers_add_up_whatever_polls_were_in_flight() -> None:
+    circuit = Circuit(LIMIT)
+    said = []
+    for _ in range(14):  # a refused poll started before the last good answer: its operation counts for no failure
+        circuit.record_success(100.0, started_at=99.9)
+        circuit.record_success(100.0, started_at=99.9)
+        circuit.record_failure(100.1, "refused", started_at=99.9, is_probe=True, is_refusal=True)
+        error = RateLimitError(status=429, method="GET", path="/", retry_after=None)
+        said.append(circuit.record_refusal(100.1, error, is_probe=True, is_limited=False))
+    assert said == [False] * 13 + [True]
+
+
+def test_refusals_are_forgotten_after_eighty_polls() -> None:
     circuit = Circuit(LIMIT)
     refuse_thirteen(circuit, 100.0)
+    answers = 0
     while not circuit.is_calm:
         circuit.record_success(101.0, started_at=100.9)
+        answers += 1
+    assert answers == 80
     assert not refuse(circuit, 102.0)
 
 
