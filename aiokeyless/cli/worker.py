@@ -136,11 +136,11 @@ def open_broker(url: str | None, schema: str | None, options: NatsOptions | None
         UsageError: There is no URL, or the options do not fit it.
         CommandError: An option's value is wrong, or a library is missing.
     """
-    url = url or os.environ.get("KEYLESS_BROKER")
     from aiokeyless.worker.broker import Broker, broker_for  # noqa: PLC0415  # only when used
     from aiokeyless.worker.nats import SCHEMES  # noqa: PLC0415  # this needs no nats-py
     from aiokeyless.worker.postgres import SCHEMES as POSTGRES  # noqa: PLC0415  # this needs no asyncpg
 
+    url = url or os.environ.get("KEYLESS_BROKER")
     if not url:
         found = "NATS_URL alone names none" if os.environ.get("NATS_URL") else "there is no default"
         raise UsageError(
