@@ -22,6 +22,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestErr
 from aiokeyless.worker import approval_request, submit_approval
 from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, ApprovalRequest, context_refusal, request_name
 from aiokeyless.worker.postgres import PostgresBroker
+from aiokeyless.worker.postgres import broker as module
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import new_request, operation_of, take_n
 from worker.reading import EXTREME_NUMBERS, MODERATE_NUMBERS
@@ -115,6 +116,41 @@ async def test_two_transactions_at_once_with_the_same_request_store_one(
     await other.close()
 
 
+@pytest.mark.parametrize("call", ["submit('{}')", "add_reader('ledger')"])
+async def test_an_open_transaction_holds_up_no_other_for_long(
+    admin: Connection, connection: Connection, url: str, call: str
+) -> None:
+    function = call.partition("(")[0]
+    settings = await admin.fetchval("SELECT proconfig FROM pg_proc WHERE oid = $1::regproc", f"keyless.{function}")
+    assert "lock_timeout=3s" in settings
+    await admin.execute(f"ALTER FUNCTION keyless.{function} SET lock_timeout = '0.1s'")
+    statement = f"SELECT keyless.{call.format(text_of())}"
+    other = await asyncpg.connect(url, server_settings={"lock_timeout": "7s"})
+    async with connection.transaction():
+        await connection.execute(statement)
+        with pytest.raises(asyncpg.LockNotAvailableError, match="transient: repeat the transaction"):
+            await other.execute(statement)
+    await other.execute(statement)
+    assert await other.fetchval("SHOW lock_timeout") == "7s"
+    await other.close()
+
+
+async def test_a_broker_repeats_a_submission_that_an_open_transaction_holds_up(
+    broker: PostgresBroker, admin: Connection, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await admin.execute("ALTER FUNCTION keyless.submit SET lock_timeout = '0.1s'")
+    transaction = connection.transaction()
+    await transaction.start()
+    await submit_approval(connection, "C0FFEE", operation_id="a")
+    with pytest.raises(BrokerError, match=r"transient: repeat the transaction.* submit it again"):
+        await submit_approval(broker, "C0FFEE", operation_id="a")
+    monkeypatch.setattr(module, "_ATTEMPTS", 10_000)
+    submitting = asyncio.create_task(submit_approval(broker, "C0FFEE", operation_id="a"))
+    await asyncio.sleep(0.25)  # it is repeated already
+    await transaction.rollback()
+    assert not (await submitting).duplicate
+
+
 async def test_in_repeatable_read_a_request_that_was_stored_meanwhile_has_the_transaction_repeated(
     admin: Connection, connection: Connection
 ) -> None:
@@ -176,6 +212,8 @@ async def test_a_request_that_commits_late_is_taken_all_the_same(
         ("null", "must be a JSON object"),
         (text_of(version=2), "version must be 1"),
         (text_of(version="1"), "version must be 1"),
+        (text_of(version=1.0), "version must be 1"),
+        (text_of(version=1e30).replace("1e+30", "1e0"), "version must be 1"),
         (text_of(operation_paylaod="Pay"), "unknown fields: operation_paylaod"),
         (text_of(operation_id=7), "operation_id must be a text"),
         (text_of(operation_id=None), "operation_id must be a text"),
@@ -198,6 +236,8 @@ async def test_a_request_that_commits_late_is_taken_all_the_same(
         (text_of(created_at="2027-01-31T12:00:00"), "with a zone"),
         (text_of(created_at="tomorrow"), "with a zone"),
         (text_of(created_at="infinity"), "with a zone"),
+        (text_of(created_at="2027-01-31T24:00:00Z"), "with a zone"),
+        (text_of(created_at="2027-01-31T23:59:60Z"), "with a zone"),
         (text_of(created_at=1800000000), "must be texts"),
         (text_of(created_at="2027-02-31T12:00:00Z"), "out of range"),
         (text_of(context="\x00"), "Unicode"),
@@ -217,6 +257,22 @@ async def test_a_text_that_is_no_request_is_an_error_for_its_sender(
     with pytest.raises((asyncpg.DataError, asyncpg.StatementTooComplexError), match=reason):
         await submit_text(connection, text)
     assert await admin.fetchval("SELECT count(*) FROM keyless.request") == 0
+
+
+@pytest.mark.parametrize("broken", [r"\u0000", r"\ud800", '" ,', r"\x"])
+async def test_an_error_about_a_text_does_not_quote_it(connection: Connection, broken: str) -> None:
+    with pytest.raises(asyncpg.DataError, match=r"^the request must be JSON of Unicode texts without NUL: ") as caught:
+        await submit_text(connection, text_of(operation_payload="Pay 40 EUR").replace("EUR", broken))
+    assert "Pay" not in str(caught.value.as_dict())
+
+
+async def test_a_setting_for_the_literals_of_an_application_changes_nothing(connection: Connection) -> None:
+    await connection.execute("SET standard_conforming_strings = off")
+    await submit_text(
+        connection, approval_request("C0FFEE", operation_id="a", created_at=datetime.now(UTC), context='\\"e1000')
+    )
+    with pytest.raises(asyncpg.InvalidParameterValueError, match="with a zone"):
+        await submit_text(connection, text_of(created_at="dddd-dd-ddTdd:dd:ddZ"))
 
 
 @pytest.mark.parametrize("number", [*MODERATE_NUMBERS, *EXTREME_NUMBERS])

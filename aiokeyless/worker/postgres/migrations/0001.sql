@@ -88,11 +88,13 @@ COMMENT ON TABLE {schema}.welcome IS 'Empty; a lock between outcomes that are st
 
 -- For applications that submit.
 
+-- A text with a backslash begins with E, since an application may have set `standard_conforming_strings = off`.
 CREATE FUNCTION {schema}.submit(request text, traceparent text DEFAULT NULL) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '3s' AS $function$
 #variable_conflict use_variable
 DECLARE
     fields jsonb;
+    version text;
     known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context,require_auth_type,started_by}';
     bounds constant text := 'must have at most 400 characters, and be 0 or of a magnitude from 1e-307 to 1.8e308';
     kept_for constant interval := '400 days';
@@ -114,12 +116,13 @@ BEGIN
         RAISE 'numbers %', bounds USING ERRCODE = 'invalid_parameter_value';
     END IF;
     fields := request;
+    version := request::json -> 'version'; -- as it is written: to jsonb, 1e0 is 1
     IF jsonb_typeof(fields) IS DISTINCT FROM 'object' THEN
         RAISE 'the request must be a JSON object' USING ERRCODE = 'invalid_parameter_value';
     ELSIF fields - known <> '{}' THEN
         RAISE 'the request has unknown fields: %', (SELECT string_agg(key, ', ') FROM jsonb_object_keys(fields - known) key)
             USING ERRCODE = 'invalid_parameter_value';
-    ELSIF fields -> 'version' IS DISTINCT FROM '1' THEN
+    ELSIF version IS DISTINCT FROM '1' THEN
         RAISE 'version must be 1' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_typeof(fields -> 'user_id') IS DISTINCT FROM 'string'
         OR fields ->> 'user_id' !~ '^[0-9A-Fa-f]+$' OR length(fields ->> 'user_id') > 512 THEN
@@ -151,7 +154,8 @@ BEGIN
         wait := least(seconds, extract(epoch FROM kept_for)) * interval '1 s';
     END IF;
     IF fields ->> 'created_at' IS NOT NULL THEN
-        IF fields ->> 'created_at' !~ '^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)$' THEN
+        IF fields ->> 'created_at'
+            !~ E'^\\d{4}-\\d\\d-\\d\\d[Tt ]([01]\\d|2[0-3])(:[0-5]\\d){2}(\\.\\d+)?([Zz]|[+-]\\d\\d:\\d\\d)$' THEN
             RAISE 'created_at must be a time with a zone, such as 2027-01-31T12:00:00Z'
                 USING ERRCODE = 'invalid_parameter_value';
         END IF;
@@ -185,6 +189,12 @@ BEGIN
             USING ERRCODE = 'unique_violation';
     END IF;
     RETURN true;
+EXCEPTION
+    WHEN invalid_text_representation OR untranslatable_character THEN -- whose context quotes the request
+        RAISE 'the request must be JSON of Unicode texts without NUL: %', SQLERRM USING ERRCODE = SQLSTATE;
+    WHEN lock_not_available THEN
+        RAISE 'this operation_id is in an open transaction, or a table is locked; transient: repeat the transaction'
+            USING ERRCODE = SQLSTATE;
 END
 $function$;
 COMMENT ON FUNCTION {schema}.submit IS 'Store a request for an approval, as JSON, unless the same is stored already; return whether it was.';
@@ -193,7 +203,7 @@ COMMENT ON FUNCTION {schema}.submit IS 'Store a request for an approval, as JSON
 -- For applications that read.
 
 CREATE FUNCTION {schema}.add_reader(reader text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '3s' AS $function$
 #variable_conflict use_variable
 BEGIN
     IF reader !~ '^[A-Za-z0-9_-]{1,128}$' THEN
@@ -211,6 +221,9 @@ BEGIN
         DELETE FROM {schema}.unread u WHERE u.reader = add_reader.reader;
     END IF;
     PERFORM {schema}.check_reader(reader);
+EXCEPTION WHEN lock_not_available THEN
+    RAISE 'a reader is added in an open transaction, or a table is locked; transient: repeat the transaction'
+        USING ERRCODE = SQLSTATE;
 END
 $function$;
 COMMENT ON FUNCTION {schema}.add_reader IS 'Let this login read outcomes under a name. A new name gets all that are stored.';
