@@ -226,6 +226,23 @@ def explain_interruption(explanation: str) -> Iterator[None]:
         raise InterruptedCommandError(explanation) from None
 
 
+@contextmanager
+def stop_on_signals(stop: Callable[[], object]) -> Iterator[None]:
+    """Call a function in the event loop at Ctrl-C and SIGTERM, whose usual effect they then do not have."""
+    loop = asyncio.get_running_loop()
+    replaced = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:  # on Windows
+            replaced[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+
+
 def ask(question: str) -> bool:
     """Ask at the terminal, and return whether the answer is yes."""
     sys.stderr.write(f"{question} Type yes: ")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import shlex
-import signal
-from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter
 
-from .app import CommandError, JsonFlag, OptionalDelay, Port, app
+from .app import CommandError, JsonFlag, OptionalDelay, Port, app, stop_on_signals
 from .render import new_console, print_command, print_fact, print_json, print_line, print_title
 
 if TYPE_CHECKING:
@@ -72,11 +70,6 @@ async def serve(
 
     # None ends it.
     requests: asyncio.Queue[RequestRecord | None] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    # On Windows, a loop handles no signals.
-    with suppress(NotImplementedError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, requests.put_nowait, None)
     on_request = None if quiet or as_json else requests.put_nowait
     service = Sandbox(port, api_key, auto_approve, host, on_request)
     try:
@@ -84,13 +77,14 @@ async def serve(
     except OSError as error:
         raise CommandError(_describe_failure(error, host, port)) from None
     try:
-        console = new_console()
-        if as_json:
-            print_json(console, {"url": service.url, "api_key": api_key, "environment": _list_variables(service)})
-        else:
-            _print_instructions(console, service, auto_approve, host)
-        while (request := await requests.get()) is not None:
-            _print_request(console, request)
+        with stop_on_signals(lambda: requests.put_nowait(None)):
+            console = new_console()
+            if as_json:
+                print_json(console, {"url": service.url, "api_key": api_key, "environment": _list_variables(service)})
+            else:
+                _print_instructions(console, service, auto_approve, host)
+            while (request := await requests.get()) is not None:
+                _print_request(console, request)
     finally:
         await service.aclose()
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import os
-import signal
 import ssl
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -17,13 +14,23 @@ from cyclopts import Parameter
 
 from aiokeyless.errors import ConfigurationError, KeylessError
 
-from .app import CommandError, JsonFlag, OptionalCount, OptionalPort, UsageError, app, describe_end, new_client
+from .app import (
+    CommandError,
+    JsonFlag,
+    OptionalCount,
+    OptionalPort,
+    UsageError,
+    app,
+    describe_end,
+    new_client,
+    stop_on_signals,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiokeyless import KeylessClient
-    from aiokeyless.worker import ApprovalWorker, Broker
+    from aiokeyless.worker import Broker
 
 P = ParamSpec("P")
 
@@ -115,8 +122,8 @@ async def worker(
             return
         health = None if health_port is None else await serve_health(service, health_port, health_host)
         try:
-            _stop_on_signals(service)
-            await service.run()
+            with stop_on_signals(service.stop):
+                await service.run()
         finally:
             if health is not None:
                 await health.cleanup()
@@ -197,11 +204,3 @@ def _check_readable(option: str, path: Path) -> None:
         path.open("rb").close()
     except OSError as error:
         raise CommandError(f"{option}: {path} cannot be read: {error.strerror}") from None
-
-
-def _stop_on_signals(service: ApprovalWorker) -> None:
-    loop = asyncio.get_running_loop()
-    # On Windows, a loop handles no signals.
-    with suppress(NotImplementedError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, service.stop)

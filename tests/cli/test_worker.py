@@ -295,10 +295,23 @@ async def health(port: int) -> tuple[int, str]:
         return response.status, (await response.json())["status"]
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("is_windows", "options"), [(False, []), (True, ["--json"])])
 async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, nats_url: str, options: list[str]
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    nats_url: str,
+    *,
+    is_windows: bool,
+    options: list[str],
+    number: signal.Signals,
 ) -> None:
+    def refuse(*_: object) -> None:
+        raise NotImplementedError
+
+    handler = signal.getsignal(number)
+    if is_windows:
+        monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", refuse)
     monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
     monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
     monkeypatch.setenv("KEYLESS_BROKER", nats_url)
@@ -311,10 +324,12 @@ async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
 
     served = asyncio.create_task(app.run_async(["worker", "--health-port", str(port), *options]))
     await until(is_served)
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(number)
     assert await served is None
     with pytest.raises(aiohttp.ClientConnectionError):
         await health(port)
+    if is_windows:
+        assert signal.getsignal(number) is handler
 
 
 # -- a worker that cannot start
