@@ -522,6 +522,19 @@ class TestPrivacyAndFailures:
         for secret in ("txn-1", "alice", "Alice", USER, sandbox.api_key):
             assert secret not in text
 
+    async def test_no_span_of_aiohttp_names_an_external_user(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        sandbox.enroll(USER)
+        with traced_aiohttp(recorder):
+            async with sandbox.client(listeners=[recorder.listener]) as client:
+                await client.create_external_user(USER, "alice@example.com")
+                sandbox.fail_next(503)  # what is sent again goes another way
+                assert await client.find_users("alice@example.com")
+                await client.get_authentications(external_user_id="alice@example.com")
+                await client.delete_external_user("alice@example.com")
+        assert [record.method for record in sandbox.requests] == ["POST", "GET", "GET", "GET", "DELETE"]
+        assert [span.name for span in recorder.spans] == ["POST"]
+        assert "alice" not in repr(recorder.attributes)
+
     async def test_a_broken_exporter_costs_no_wait(self, sandbox: Sandbox) -> None:
         traces = TracerProvider(shutdown_on_exit=False)
         traces.add_span_processor(SimpleSpanProcessor(BrokenExporter()))

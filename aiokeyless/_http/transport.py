@@ -149,10 +149,13 @@ class Transport:
             self._session = _make_session(sent_key)
             self._session_of_new_connections = _make_session(None, force_close=True)
             self._owned_sessions += self._session, self._session_of_new_connections
+            self._untraced_sessions = _make_untraced(self._session), _make_untraced(self._session_of_new_connections)
+            self._owned_sessions += self._untraced_sessions
             self.max_connections: float = math.inf
             """Requests at once, of all that the session is used for: more would queue in its connector."""
         else:
             self._session = self._session_of_new_connections = session
+            self._untraced_sessions = session, session
             self._headers = _make_headers(session.headers.get("User-Agent"))
             self.max_connections = _max_connections(session)
         # No total: aiohttp's timer is entered twice. If the caller cancels in the same turn of the loop as the timeout,
@@ -423,13 +426,16 @@ class Transport:
         connection at its next use. If a new connection is lost, the service has failed. Repetitions have new ones.
         """
         response: aiohttp.ClientResponse | None = None
+        session, session_of_new_connections = (
+            self._untraced_sessions if endpoint.is_personal else (self._session, self._session_of_new_connections)
+        )
         options = {"timeout": timeouts, "data": body, **self._options}
         if self._proxy is not None:
             options["proxy"] = self._proxy.reveal()
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key and circuit is not CircuitState.OPEN:
             try:
-                response = await self._session.request(
+                response = await session.request(
                     endpoint.method, url, headers=self._add_headers(None if self._sends_key else key, body), **options
                 )
             except _ConnectionLostError as error:
@@ -439,7 +445,7 @@ class Transport:
             headers = self._add_headers(key if endpoint.sends_key else None, body)
             if circuit is CircuitState.OPEN and not self._owned_sessions:
                 headers = {**(headers or {}), "Connection": "close"}  # so the next one is new
-            response = await self._session_of_new_connections.request(endpoint.method, url, headers=headers, **options)
+            response = await session_of_new_connections.request(endpoint.method, url, headers=headers, **options)
         if circuit is not CircuitState.CLOSED and response.status >= 500 and isinstance(response, _Response):
             response.close_connection()
         try:
@@ -629,6 +635,19 @@ def _make_session(key: Secret | None, *, force_close: bool = False) -> aiohttp.C
         headers=headers,
         response_class=_Response,
     )
+
+
+def _make_untraced(session: aiohttp.ClientSession) -> aiohttp.ClientSession:
+    """Make a session like this one, on its connections, whose URLs no instrumentation of aiohttp sees."""
+    untraced = aiohttp.ClientSession(
+        connector=session.connector,
+        connector_owner=False,
+        cookie_jar=session.cookie_jar,
+        headers=session.headers,
+        response_class=_Response,
+    )
+    untraced.trace_configs.clear()
+    return untraced
 
 
 async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes:

@@ -644,7 +644,7 @@ async def test_headers_of_many_answers_on_one_connection_do_not_add_up() -> None
 
     async with RawServer(keep) as server, once(server.url) as client:
         for _ in range(20):
-            await client.get_operation("a")
+            assert (await client.get_operation("a")).operation_id == "a"
         assert len(server.heads) == 1
 
 
