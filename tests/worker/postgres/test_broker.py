@@ -992,6 +992,20 @@ async def test_a_chore_that_fails_stops_no_other_and_is_a_problem_until_it_succe
         await until(is_well)
 
 
+async def test_an_inspection_that_may_not_count_outcomes_for_so_long_tells_the_rest(
+    broker: PostgresBroker, admin: Connection
+) -> None:
+    await submit(broker, "a")
+    await admin.execute(
+        "CREATE OR REPLACE FUNCTION keyless.count_unread(most integer)"
+        " RETURNS TABLE (reader text, unread bigint, oldest_age double precision) LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE 'canceling statement due to statement timeout' USING ERRCODE = 'query_canceled'; END $$"
+    )
+    told = await broker.inspect()
+    assert (told.waiting, told.unread) == (1, {})
+    assert told.problems == ("unread outcomes cannot be counted: canceling statement due to statement timeout",)
+
+
 async def test_no_limit_of_the_database_stops_a_chore(
     server: PostgresServer, database: str, url: str, admin: Connection
 ) -> None:
