@@ -596,6 +596,7 @@ BESIDE_THE_BODY: dict[str, Handler] = {
     "interim answers": drip(b"", INTERIM * 20_000, every=0),
     "interim answers, a few at a time": drip(b"", INTERIM * 8, every=0.001),
     "headers": drip(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 20_000, every=0),
+    "framing of chunks": drip(CHUNKED, b"1;%b\r\n \r\n" % (b"a" * 4000), every=0.001),
     "trailers": drip(CHUNKED + b"2\r\n{}\r\n0\r\n", b"A: b\r\n" * 20_000, every=0),
 }
 
