@@ -36,7 +36,7 @@ class PostgresServer(postgres.PostgresServer):
                 os.kill(pid, signal.SIGSTOP)
             yield
         finally:
-            for pid in stopped:
+            for pid in reversed(stopped):  # the first would reap a child that has ended
                 os.kill(pid, signal.SIGCONT)
 
 

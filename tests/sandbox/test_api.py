@@ -257,7 +257,7 @@ def test_user_id_may_be_percent_encoded(service: Service) -> None:
         b'{"operationId": "\xff"}',
         b'{"operationId": "a", "colour": "\xff"}',
         '{"operationId": "a"}'.encode("utf-16"),
-        b'{"operationId": "a", "colour": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"operationId": "a", "colour": ' + b"[" * 100_000,
     ],
 )
 def test_body_that_is_no_operation_is_a_bad_request(service: Service, body: bytes) -> None:
