@@ -161,6 +161,8 @@ class ApprovalWorker:
     async def prepare(self) -> None:
         """Make or migrate what workers need at the broker, and end; for a login with more rights than a worker's.
 
+        The broker belongs to the service of the first worker that runs, and not to this one's.
+
         Raises:
             ConfigurationError: It has run already.
             BrokerError: The broker cannot be reached, or something cannot be made as it must be.
@@ -168,7 +170,7 @@ class ApprovalWorker:
         self._use_up()
         try:
             async with self._broker if self._is_owner else nullcontext():
-                await self._prepare_broker()
+                await self._prepare_broker(service="")
         finally:
             self._ended.set()
 
@@ -217,7 +219,7 @@ class ApprovalWorker:
             raise self._fatal
 
     async def _serve(self, transport: Transport) -> None:
-        allowed = await self._prepare_broker()
+        allowed = await self._prepare_broker(service=self._client.base_url)
         # The broker must remember a request until the last repetition of its final poll.
         longest_wait = allowed - self._limits.grace
         if longest_wait <= 0:
@@ -240,9 +242,9 @@ class ApprovalWorker:
         self._started.set()
         await self._serving.serve()
 
-    async def _prepare_broker(self) -> float:
+    async def _prepare_broker(self, *, service: str) -> float:
         lease = self._limits.longest_delivery + _MARGIN
-        return await self._broker.prepare(lease=lease, service=self._client.base_url)
+        return await self._broker.prepare(lease=lease, service=service)
 
     def _fail(self, error: KeylessError) -> None:
         """End because of an error that is this worker's or its broker's, and not a request's."""

@@ -230,7 +230,8 @@ class Broker(ApplicationSide):
 
         Args:
             lease: Seconds after which an unsettled delivery comes again.
-            service: Base URL of the service that the worker asks. A broker may refuse workers of different services.
+            service: Base URL of the service that the worker asks. The broker records that of the first worker, and
+                refuses workers of others. Empty: none is recorded or refused.
 
         Returns:
             The longest wait for a request that it allows, in seconds, final polls included.

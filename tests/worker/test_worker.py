@@ -47,6 +47,16 @@ async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_th
 
 
 @looptime
+async def test_a_preparation_is_for_workers_of_any_region(client: KeylessClient, memory: SqliteBroker) -> None:
+    async with KeylessClient("a-key", region="sg") as unused:
+        await ApprovalWorker(unused, memory).prepare()
+    async with ApprovalWorker(client, memory) as worker:
+        assert not worker.statistics.problems
+    with pytest.raises(BrokerError, match="belongs to"):
+        await memory.prepare(lease=60.0, service="https://us.keyless.test")
+
+
+@looptime
 @pytest.mark.parametrize(
     ("sent", "handed_back"),
     [(TRACEPARENT, TRACEPARENT), (None, None), ("", None), ("00-nonsense", None), (TRACEPARENT + "\r\nX: y", None)],

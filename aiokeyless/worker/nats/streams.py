@@ -81,7 +81,7 @@ async def prepare(
         fleet: The fleet.
         settings: What the operator chose.
         ack_wait: Seconds after which the broker repeats a delivery that is neither acknowledged nor extended.
-        service: Base URL of the service that the workers of the fleet ask.
+        service: Base URL of the service that the workers of the fleet ask; empty if it is not known yet.
 
     Returns:
         The duplicate window in force, in seconds, which bounds `expires_in`.
@@ -91,7 +91,8 @@ async def prepare(
     """
     try:
         requests = await _stream(stream, _requests(fleet, settings, service), ())
-        _check_owner(requests, fleet, service)
+        if service:
+            await _serve(stream, fleet, (requests.metadata or {}).get(_SERVICE), service)
         outcomes = await _stream(stream, _outcomes(fleet, settings), _KEPT)
         window = min(requests.duplicate_window, outcomes.duplicate_window)
         await _stream(stream, _claims(fleet, settings, window), _CLAIMS)
@@ -173,10 +174,13 @@ def _config(settings: StreamSettings, **own: Any) -> StreamConfig:
     return StreamConfig(storage=StorageType.FILE, num_replicas=replicas, duplicate_window=window, **own)
 
 
-def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
-    """Refuse a fleet whose requests are for another service, unless an operator made the stream without naming one."""
-    owner = (requests.metadata or {}).get(_SERVICE, service)
-    if owner != service:
+async def _serve(stream: JetStreamContext, fleet: Fleet, owner: str | None, service: str) -> None:
+    """Record the service of the fleet's first worker, and refuse a worker of another one."""
+    if owner is None:
+        config = (await request(stream, f"STREAM.INFO.{fleet.requests}"))["config"]
+        config["metadata"] = {**config.get("metadata", {}), _SERVICE: service}
+        await request(stream, f"STREAM.UPDATE.{fleet.requests}", **config)
+    elif owner != service:
         raise BrokerError(
             f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: give it "
             f"another name, or set the metadata {_SERVICE} of the stream {fleet.requests}"

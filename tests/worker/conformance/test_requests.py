@@ -251,6 +251,16 @@ async def test_a_worker_of_another_service_is_refused_and_asks_nobody(broker: Br
     await broker.prepare(lease=LEASE, service=ours)
 
 
+async def test_what_is_prepared_beforehand_belongs_to_the_service_of_the_first_worker(storage: Storage) -> None:
+    ours, theirs = "https://keyless.test", "https://staging.test"
+    for service in ("", ours, "", ours):
+        async with storage.broker() as broker:
+            await broker.prepare(lease=LEASE, service=service)
+    async with storage.broker() as broker:
+        with pytest.raises(BrokerError, match=f"belongs to {ours}, and this worker to {theirs}: "):
+            await broker.prepare(lease=LEASE, service=theirs)
+
+
 async def test_the_fleet_is_told_how_it_fares(broker: Broker, storage: Storage) -> None:
     nothing = await broker.inspect()
     assert (nothing.waiting, nothing.backlog, nothing.problems) == (0, 0, ())

@@ -424,6 +424,17 @@ async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_flee
     assert missed == [REQUESTS]
 
 
-async def test_streams_that_say_nothing_of_their_service_are_used(stream: JetStreamContext) -> None:
+async def test_streams_that_say_nothing_of_their_service_get_that_of_their_first_worker_and_keep_all_else(
+    stream: JetStreamContext,
+) -> None:
+    await stream.add_stream(
+        requests(description="Ours", max_bytes=1 << 30, discard=DiscardPolicy.NEW, metadata={"team": "payments"})
+    )
     await prepared(stream)
+    before = (await streams.request(stream, f"STREAM.INFO.{REQUESTS}"))["config"]
     await made(stream, KEYLESS, OURS)
+    after = (await streams.request(stream, f"STREAM.INFO.{REQUESTS}"))["config"]
+    assert after == before | {"metadata": before["metadata"] | {"aiokeyless-service": OURS}}
+    with pytest.raises(BrokerError, match=f"belongs to {OURS}, and this worker to {THEIRS}"):
+        await made(stream, KEYLESS, THEIRS)
+    await prepared(stream)

@@ -224,9 +224,13 @@ async def test_a_migration_that_others_hold_up_stops_nobody_for_long(
             await broker.prepare(lease=LEASE, service="")
 
 
-async def test_a_database_of_another_encoding_is_refused(server: PostgresServer) -> None:
-    server.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
-    async with PostgresBroker(server.url("latin")) as broker:
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+@pytest.mark.parametrize("made", ["SELECT", "CREATE SCHEMA keyless"])
+async def test_a_database_of_another_encoding_is_refused(server: PostgresServer, encoding: str, made: str) -> None:
+    server.execute("DROP DATABASE IF EXISTS other")
+    server.execute(f"CREATE DATABASE other ENCODING '{encoding}' TEMPLATE template0")
+    server.execute(made, "other")
+    async with PostgresBroker(server.url("other")) as broker:
         with pytest.raises(BrokerError, match="UTF8"):
             await broker.prepare(lease=LEASE, service="")
 

@@ -367,6 +367,31 @@ async def read(target: Any) -> None:
         pass
 
 
+# -- connections that are lost
+
+
+@pytest.mark.parametrize(
+    "shop", ["Asyncpg", "Psycopg", "PsycopgAsync", "Psycopg2", "SqlalchemyAsyncSession"], indirect=True
+)
+async def test_a_lost_connection_is_not_one_that_is_in_a_transaction(
+    broker: PostgresBroker, admin: Connection, shop: Family
+) -> None:
+    await decide_all(broker, "a")
+
+    async def lose() -> list[str]:
+        met = []
+        async with shop.connected():
+            for _ in range(2):
+                try:
+                    async with shop.next_outcome():
+                        await families.loses_its_backend(shop, "a")
+                except Exception as error:  # noqa: BLE001  # under test
+                    met.append(type(error).__name__)
+        return met
+
+    assert await shop.run(lose()) == ["BrokerError", "BrokerError"]
+
+
 # -- cancellation
 
 

@@ -71,8 +71,8 @@ class Driver(ABC):
         """Roll back the transaction that was begun, if there is one."""
 
     def is_in_transaction(self) -> bool:
-        """Return whether a transaction has begun."""
-        return self.is_open()
+        """Return whether a transaction has begun. A lost connection is in none, and says so at its next use."""
+        return self.is_open() and not self.is_lost()
 
     async def joins_transaction(self) -> bool:
         """Return whether the next statement is in a transaction that the application must commit."""

@@ -48,11 +48,13 @@ async def prepare(connection: Connection, schema: str) -> None:
 
     Raises:
         BrokerError: The schema is older than this worker needs, and this login may not change it. Or a later version of
-            the schema does not allow this worker. Or the schema is another's.
+            the schema does not allow this worker. Or the schema is another's. Or the database has another encoding.
     """
     # No name is looked up where others may create.
     await connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WITHIN}'")
+    if await connection.fetchval("SELECT getdatabaseencoding()") != "UTF8":
+        raise BrokerError("the database must have the encoding UTF8, since requests are texts of any language")
     owner, is_trusted = await _owner(connection, schema)
     if owner and not is_trusted and await _has_power(connection):
         raise await _refusal(connection, schema, owner)
@@ -166,8 +168,6 @@ async def _migrate(connection: Connection, schema: str) -> None:
 
 async def _create(connection: Connection, schema: str) -> None:
     """Make the schema and, if permitted, its owner and the roles."""
-    if await connection.fetchval("SELECT getdatabaseencoding()") != "UTF8":
-        raise BrokerError("the database must have the encoding UTF8, since requests are texts of any language")
     owner = "CURRENT_USER"
     if await connection.fetchval("SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user"):
         owner = quote(f"{schema}_owner")
