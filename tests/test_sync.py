@@ -770,8 +770,9 @@ async def test_ctrl_c_ends_twenty_threads_with_the_client_that_they_share(sandbo
     text = """
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(20) as pool, client:
-    waits = [pool.submit(client.request_approval, "C0FFEE", expires_in=600) for _ in range(20)]
-    try:
+    waits = []
+    try:  # the signal may come while the last one starts
+        for _ in range(20): waits.append(pool.submit(client.request_approval, "C0FFEE", expires_in=600))
         waits[0].result()
     except KeyboardInterrupt:
         client.close()
