@@ -396,7 +396,7 @@ class Machine:
             return None
         if isinstance(answer, Operation) or (isinstance(answer, NotFoundError) and not poll.polled.was_seen):
             self._record_success(poll, now)
-        elif is_failure(answer, was_seen=_was_seen(poll.polled, answer)):
+        elif is_failure(answer, was_seen=poll.polled.was_seen):
             self._record_error(poll, answer, now)
         else:  # it ends the waits, and says nothing about the service
             self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
@@ -633,7 +633,7 @@ class BatchedResult:
         self.answer = answer
         self.left = poll.polled.active_waits()  # to which it was not applied yet
         self._verdicts: dict[tuple[ApprovalTicket | None, bool], Verdict | Rejection] = {}
-        self.was_seen = _was_seen(poll.polled, answer)  # before this poll
+        self.was_seen = poll.polled.was_seen  # before this poll
         # The waits that the poll is for.
         self.served = set(poll.waits)
         self.delays: dict[tuple[int, int], float | KeylessError] = {}  # by the id of the schedule and the attempt
@@ -655,14 +655,6 @@ class BatchedResult:
                 self.answer, poll.polled.operation_id, wait.ticket, may_be_missing=key[1], was_seen=self.was_seen
             )
         return self._verdicts[key]
-
-
-def _was_seen(polled: PolledOperation, answer: Operation | KeylessError) -> bool:
-    """Return whether an earlier poll found the operation, or was answered that it does not exist yet.
-
-    The latter says nothing about another 404.
-    """
-    return polled.was_seen or (polled.pending_at is not None and not isinstance(answer, NotFoundError))
 
 
 def _deadlines_in_a_turn(now: float, due: float) -> int:

@@ -1267,12 +1267,6 @@ class TestResults:
         polls = machine.run(20.0, lambda _, at: "approved" if at > 10.0 else odd if at else "pending")
         assert (wait.outcome, polls[-1][0] < 11.5) == ("approved", True)
 
-    def test_an_odd_answer_after_a_404_that_was_waited_for_is_a_failure_of_the_moment_too(self) -> None:
-        machine = Calls()
-        wait = machine.wait(timeout=60.0, may_be_missing=True)
-        machine.run(20.0, lambda _, at: "approved" if at > 10.0 else error(403 if at > 5.0 else 404))
-        assert wait.outcome == "approved"
-
     def test_a_wrong_key_ends_a_wait_also_once_the_operation_was_seen(self) -> None:
         machine = Calls()
         wait = machine.wait()

@@ -208,7 +208,10 @@ class Application:
             schedule=wait_adaptive(poll_cost=process.poll_cost),
             listeners=[self._on_event],
         )
-        with mock.patch.object(transport, "_make_session", self._make_session):
+        with (
+            mock.patch.object(transport, "_make_session", self._make_session),
+            mock.patch.object(transport, "_make_untraced", lambda session: session),
+        ):
             self.context.run(self.client._open)
         self.observed = observe_client(self.history, process, self.name, asyncio.get_running_loop().time())
 

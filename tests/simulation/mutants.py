@@ -131,7 +131,7 @@ MUTANTS: Final = (
     *_break(
         "_waits/machine.py",
         (
-            "elif is_failure(answer, was_seen=_was_seen(poll.polled, answer)):",
+            "elif is_failure(answer, was_seen=poll.polled.was_seen):",
             "elif answer.is_transient:",
             "a gateway's pages do not open the circuit",
         ),

@@ -201,7 +201,7 @@ class Service:
 
 @dataclass(eq=False)
 class Connection:
-    """A connection, and its protocol, as far as the library knows them.
+    """A connection, its transport and its protocol, as far as the library knows them.
 
     Attributes:
         made_at: When it was made.
@@ -212,10 +212,21 @@ class Connection:
     made_at: float
     idle_since: float = math.inf
     should_close: bool = False
+    _meter: object = None
 
     @property
     def protocol(self) -> Connection:
         return self
+
+    @property
+    def transport(self) -> Connection:
+        return self
+
+    def get_protocol(self) -> object:
+        return self._meter
+
+    def set_protocol(self, meter: object) -> None:
+        self._meter = meter
 
     def close(self) -> None:
         self.should_close = True
