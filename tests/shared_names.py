@@ -6,6 +6,7 @@ An attribute counts as used wherever one of its name is. So a name may be missed
 from __future__ import annotations
 
 import ast
+import gc
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,7 +38,7 @@ def read_modules(package: Path) -> Iterator[Module]:
     brokers = {path.parent.name for path in package.glob("worker/*/__init__.py")}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        name, tree = ".".join(parts), ast.parse(path.read_text())
+        name, tree = ".".join(parts), _parse(path)
         known = {own: f"{name}.{own}" for own in _definitions(tree.body)}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
@@ -94,6 +95,15 @@ def find_overridden(package: Path) -> dict[str, set[str]]:
             for member in {*_members(node)}.intersection(_members(classes[base][1])):
                 overridden[f"{base}.{member}"].add(module.broker or "")
     return overridden
+
+
+def _parse(path: Path) -> ast.Module:
+    # If garbage is collected meanwhile, its finalizers run, and CPython 3.11 may lose count of its own recursion.
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[str]:
