@@ -33,7 +33,7 @@ class PlainRequests:
         self._key = Secret(os.environ["KEYLESS_API_KEY"].strip())  # the client has checked it
         self.connections: list[tuple[asyncio.Transport, str]] = []
         """The connection of each request, and its description."""
-        self.session = _open_session(self.connections)
+        self.session: aiohttp.ClientSession = _open_session(self.connections)
         self._base_url, self._proxy = client.base_url, find_proxy(client.base_url)
         self._options: Any = {"session": self.session, "request_timeout": client.request_timeout, "max_attempts": 1}
 
