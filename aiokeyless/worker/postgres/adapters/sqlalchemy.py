@@ -61,7 +61,7 @@ class Adapter(Driver):
         return self._target.in_transaction() or (isinstance(self._bind, Connection) and self._bind.in_transaction())
 
     async def begin(self) -> None:
-        self.raw = None  # until the engine gives one, perhaps another
+        self.raw: Any = None  # until the engine gives one, perhaps another
         await self._do(self._target.begin)
         await self.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
