@@ -592,29 +592,29 @@ class _Response(aiohttp.ClientResponse):
     any number of interim answers, and before 3.13.4 of headers and trailers.
     """
 
-    _handler: ResponseHandler | None = None
+    _handler: ResponseHandler
 
     def close_connection(self) -> None:
         """Close the connection, once the body is read."""
-        if self._handler is not None:
-            if self.connection is not None:
-                self._handler.force_close()
-            else:  # it is read, and the connection is in the pool again
-                self._handler.close()
+        if self.connection is not None:
+            self._handler.force_close()
+        else:  # it is read, and the connection is in the pool again
+            self._handler.close()
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        self._handler, transport = connection.protocol, connection.transport
+        handler, transport = connection.protocol, connection.transport
         # The loop has not read since this request was written.
-        if self._handler is None or transport is None or self._handler.should_close:
+        if handler is None or transport is None or handler.should_close:
             raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
+        self._handler = handler
         now = self._loop.time()
         meter = transport.get_protocol()
         if isinstance(meter, Meter):
             meter.start()
         else:
-            transport.set_protocol(meter := Meter(self._handler, transport, now))
+            transport.set_protocol(meter := Meter(handler, transport, now))
         if now - meter.made_at >= _MAX_AGE:
-            self._handler.force_close()
+            handler.force_close()
         try:
             await super().start(connection)
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
