@@ -50,6 +50,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(asyncpg|nats|opentelemetry|pathlib|ssl|tenacity|types|typing)(\..*)?"),
     ("py:.*", r"wait_base|Client|Connection|Broker|Path|web\.BaseRunner"),
     ("py:.*", r"TracerProvider|MeterProvider"),
+    # Sphinx cannot parse the signature of a struct with the default <factory>, and splits it at the commas.
+    ("py:class", r"(dict|tuple)\[str"),
     # A type variable and names that users need in no other place.
     ("py:class", r"aiokeyless\.worker\.messages\.T|Broker|HealthServer|aiokeyless\.sandbox\.server\.ClientOptions"),
 ]
