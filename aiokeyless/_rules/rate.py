@@ -6,7 +6,14 @@ The caller records what happened and when, and asks when the next poll may start
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless.errors import RateLimitError
+
+if TYPE_CHECKING:
+    from aiokeyless.errors import KeylessError
+
+    from .circuit import Circuit
 
 #: Seconds of polls that may start at once after a quiet time. Final polls may overdraw the bucket by as many.
 _BURST: Final = 1.0
@@ -87,6 +94,23 @@ class PollRate:
         self._counted += 1
         rate = self._fill(now)
         self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))
+
+    def record_failure(
+        self, now: float, circuit: Circuit, error: KeylessError, *, started_at: float, is_probe: bool
+    ) -> None:
+        """Record a failure that the circuit has recorded: a 429 by the tenant's limit halves the rate.
+
+        Args:
+            now: The time.
+            circuit: Tells whether the limit is the tenant's, see `Circuit.record_refusal`.
+            error: The failure.
+            started_at: When the failed poll started.
+            is_probe: Whether it was an ordinary poll.
+        """
+        if isinstance(error, RateLimitError) and circuit.record_refusal(
+            now, error, is_probe=is_probe, is_limited=self.is_limited(now)
+        ):
+            self.record_refusal(now, started_at=started_at)
 
     def record_refusal(self, now: float, *, started_at: float) -> None:
         """Record a 429.

@@ -427,10 +427,7 @@ class Machine:
             self._circuit.record_failure(
                 now, poll.polled.operation_id, started_at=poll.started_at, is_probe=is_probe, is_refusal=is_refusal
             )
-        if isinstance(error, RateLimitError) and self._circuit.record_refusal(
-            now, error, is_probe=is_probe, is_limited=self._rate.is_limited(now)
-        ):
-            self._rate.record_refusal(now, started_at=poll.started_at)
+        self._rate.record_failure(now, self._circuit, error, started_at=poll.started_at, is_probe=is_probe)
 
     def _apply_directly(self, poll: Poll, answer: Operation, now: float) -> bool:
         """Apply the usual result: pending, for one wait before its deadline. Return False if it is another one."""

@@ -280,10 +280,7 @@ class DeliveryProcessor:
         self._circuit.record_failure(
             now, delivery.ticket.operation_id, started_at=started_at, is_probe=is_probe, is_refusal=is_refusal
         )
-        if isinstance(error, RateLimitError) and self._circuit.record_refusal(
-            now, error, is_probe=is_probe, is_limited=self._rate.is_limited(now)
-        ):
-            self._rate.record_refusal(now, started_at=started_at)
+        self._rate.record_failure(now, self._circuit, error, started_at=started_at, is_probe=is_probe)
         self._reporter.report_exchange(error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 

@@ -318,9 +318,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/processor.py",
-        "if isinstance(error, RateLimitError) and self._circuit.record_refusal(",
-        "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause) "
-        "and isinstance(error, RateLimitError) and self._circuit.record_refusal(",
+        "self._rate.record_failure(now, self._circuit,",
+        "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause): "
+        "self._rate.record_failure(now, self._circuit,",
         "the pause that one request is asked for holds all",
     ),
     # -- serving
