@@ -204,7 +204,7 @@ class Dispatcher:
                 if polled.rank:
                     self._count(polled.rank, -1)
                 if waits := polled.active_waits():
-                    poll = Poll(polled, now, waits, max(0.0, now - polled.due), circuit=self._circuit.state)
+                    poll = Poll(polled, now, waits, max(0.0, now - polled.due))
                     self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
                     self.in_flight[poll] = None
                     self.slots.take(poll, now, is_retry=polled.rank > 1, operation=polled.operation_id)
@@ -238,7 +238,7 @@ class Dispatcher:
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll(now):
-                poll = Poll(polled, now, polled.active_waits(), final=True, circuit=self._circuit.state)
+                poll = Poll(polled, now, polled.active_waits(), final=True)
                 self.in_flight[poll] = self.final_in_flight[poll] = None
                 self._rate.record_poll(now)
                 if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due

@@ -121,6 +121,7 @@ class Machine:
         if not isinstance(poll, Poll):
             return None
         self._polls += 1
+        poll.circuit = self._circuit.state
         if poll.circuit is CircuitState.CLOSED and now - self._circuit.answered_at > GOOD:
             poll.circuit = CircuitState.HALF_OPEN  # perhaps it would be open if more operations were polled
         self._reporter.report_lag(poll.lag, now, waiting=self._waiting)

@@ -327,10 +327,10 @@ MUTANTS: Final = (
         ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 6000.0", "connections are used for ever"),
     ),
     *_break(
-        "_waits/dispatch.py",
+        "_waits/machine.py",
         (
-            "max(0.0, now - polled.due), circuit=self._circuit.state)",
-            "max(0.0, now - polled.due))",
+            "poll.circuit = self._circuit.state\n",
+            "poll.circuit = self._circuit.state if poll.final else CircuitState.CLOSED\n",
             "probes go on using the connections to a host that fails",
         ),
     ),
