@@ -86,7 +86,7 @@ class Slots(Generic[T]):
             holder, (since, operation, _) = next(iter(self._held.items()))
             is_from_before = not (circuit.is_calm or circuit.takes_room(since))
             if since + SLOW > now + RESOLUTION and not is_from_before:
-                break
+                return
             self._free(holder)
             if circuit.state is CircuitState.OPEN and not is_from_before and not self.has_failed(holder):
                 self.count_as_failed(holder)
