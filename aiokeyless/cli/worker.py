@@ -104,7 +104,7 @@ async def worker(
         schema: Schema of the database, if the broker is PostgreSQL; if left out, ?schema= of its URL, or keyless.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address to serve these on.
-        prepare: Only create, or migrate, what workers need at the broker; this needs no API key.
+        prepare: Only create, or migrate, what workers need at the broker; this needs neither API key nor region.
         as_json: Log JSON objects, one a line.
         nats: Only if the broker is NATS.
     """
