@@ -1,4 +1,4 @@
-"""A sandbox that can be driven from any thread: what is called runs in its loop, as the sandbox is of one thread."""
+"""A sandbox that can be driven from any thread: what is called runs in its loop, while the caller waits."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from aiokeyless.worker import ApprovalWorker
 
 
 @pytest.fixture
-def keyless_broker_url(transactional_db: None) -> str:  # noqa: ARG001  # the worker sees only what is committed
+def keyless_broker_url(transactional_db: None) -> str:  # the worker sees only what is committed
     """Return the URL of the database of Django's tests."""
     database = connection.settings_dict
     names = ("HOST", "PORT", "USER", "PASSWORD")

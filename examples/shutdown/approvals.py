@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import uuid
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from aiokeyless import (
     AlreadyApprovedError,
@@ -16,19 +16,30 @@ from aiokeyless import (
 )
 
 USER, PAYLOAD = "C0FFEE", "Pay 40 to Alice"  # a real site has them from its login and from the order
+EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
 
-# A real site has its database, and keeps the user who may read it with each order.
-record = sqlite3.connect(os.environ.get("APPROVALS_DB", "approvals.sqlite3"), isolation_level=None)  # statements commit
-record.execute("CREATE TABLE IF NOT EXISTS approvals (id PRIMARY KEY, ticket, state)")
+
+def record() -> closing[sqlite3.Connection]:
+    """Open the record. A real site has its database, and keeps the user who may read it with each order."""
+    db = sqlite3.connect(os.environ.get("APPROVALS_DB", "approvals.sqlite3"), isolation_level=None)  # statements commit
+    db.execute("CREATE TABLE IF NOT EXISTS approvals (id PRIMARY KEY, ticket, state)")
+    return closing(db)
+
+
+def find(order: str) -> list[tuple[str, str]]:
+    """Return ticket and state of an order, if it was asked about."""
+    with record() as db:
+        return db.execute("SELECT ticket, state FROM approvals WHERE id = ?", (order,)).fetchall()
 
 
 async def ask(client: KeylessClient, order: str) -> dict[str, str]:
     """Ask the user about an order, once, however often the browser or the next process repeats it."""
     new = ApprovalTicket.for_operation(
-        str(uuid.uuid4()), user_id=USER, operation_payload=PAYLOAD, require_auth_type="biom"
+        str(uuid.uuid4()), user_id=USER, operation_payload=PAYLOAD, expires_in=EXPIRES_IN, require_auth_type="biom"
     )
-    record.execute("INSERT OR IGNORE INTO approvals VALUES (?, ?, 'asked')", (order, new.to_json()))  # before asking
-    stored, state = record.execute("SELECT ticket, state FROM approvals WHERE id = ?", (order,)).fetchone()
+    with record() as db:  # before asking
+        db.execute("INSERT OR IGNORE INTO approvals VALUES (?, ?, 'asked')", (order, new.to_json()))
+    [(stored, state)] = find(order)
     if state == "asked":
         with suppress(AlreadyApprovedError):  # the answer to this question, which `state` finds
             await client.create_operation(
@@ -42,10 +53,9 @@ async def ask(client: KeylessClient, order: str) -> dict[str, str]:
 
 async def state(client: KeylessClient, order: str) -> dict[str, str]:
     """Answer once an order is decided, or after 25 seconds that it is pending: the caller then asks again."""
-    found = record.execute("SELECT ticket, state FROM approvals WHERE id = ?", (order,)).fetchone()
-    if found is None:
+    if not (found := find(order)):
         return {"state": "not asked"}
-    stored, state = found
+    [(stored, state)] = found
     if state == "asked":
         try:
             operation = await client.hold_for_approval(ApprovalTicket.from_json(stored), seconds=25)
@@ -63,8 +73,9 @@ async def state(client: KeylessClient, order: str) -> dict[str, str]:
 
 def decide(order: str, state: str) -> str:
     """Decide an order before anybody is told: the first outcome counts, and a late approval changes nothing."""
-    change = "UPDATE approvals SET state = ? WHERE id = ? AND state = 'asked'"
-    if record.execute(change, (state, order)).rowcount == 1 and state == "approved":
-        print(f"{order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
-    [decided] = record.execute("SELECT state FROM approvals WHERE id = ?", (order,)).fetchone()
-    return str(decided)
+    with record() as db:
+        change = "UPDATE approvals SET state = ? WHERE id = ? AND state = 'asked'"
+        if db.execute(change, (state, order)).rowcount == 1 and state == "approved":
+            print(f"{order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
+    [(_, decided)] = find(order)
+    return decided

@@ -1,5 +1,6 @@
 """Approvals in Django's synchronous views. In a project the model is in `models.py`, and the last line in `urls.py`."""
 
+import os
 import uuid
 from contextlib import suppress
 
@@ -20,7 +21,9 @@ from aiokeyless import (
 )
 from aiokeyless.sync import KeylessClient
 
-keyless = KeylessClient()
+EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
+
+keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # manage.py imports this module, and needs no key
 
 
 class Payment(models.Model):  # type: ignore[misc]  # noqa: DJ008  # Django has no types; nobody prints one
@@ -58,7 +61,7 @@ def pay(request: Request, order: str) -> JsonResponse:
     """Ask the phone of the user whom your login stored in the session, and never of one whom the browser names."""
     user, payload = request.session["user_id"], "Pay 40 to Alice"
     new = ApprovalTicket.for_operation(
-        str(uuid.uuid4()), user_id=user, operation_payload=payload, require_auth_type="biom"
+        str(uuid.uuid4()), user_id=user, operation_payload=payload, expires_in=EXPIRES_IN, require_auth_type="biom"
     )
     found, _ = Payment.objects.get_or_create(order=order, user_id=user, defaults={"ticket": new.to_json()})
     if found.state == "asked":

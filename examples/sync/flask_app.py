@@ -1,5 +1,6 @@
 """Approvals in Flask views: `flask --app flask_app run`. FLASK_SECRET_KEY signs the sessions."""
 
+import os
 import sqlite3
 import uuid
 from contextlib import closing, suppress
@@ -16,20 +17,20 @@ from aiokeyless import (
 )
 from aiokeyless.sync import KeylessClient
 
+EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
+
 app = Flask(__name__)
 app.config["SESSION_COOKIE_SAMESITE"] = "Lax"  # a form of another site starts no payment
 app.config["PAYMENTS_DB"] = "payments.sqlite3"
 app.config.from_prefixed_env()
-keyless = KeylessClient()
+keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # whoever only imports this module needs no key
 
 
 def record() -> closing[sqlite3.Connection]:
     """Open the record of the payments. The session is no place for it: an old cookie can be sent again."""
-    return closing(sqlite3.connect(app.config["PAYMENTS_DB"], isolation_level=None))  # each statement commits
-
-
-with record() as created:
-    created.execute("CREATE TABLE IF NOT EXISTS payments (id, user_id, ticket, state, PRIMARY KEY (id, user_id))")
+    db = sqlite3.connect(app.config["PAYMENTS_DB"], isolation_level=None)  # each statement commits
+    db.execute("CREATE TABLE IF NOT EXISTS payments (id, user_id, ticket, state, PRIMARY KEY (id, user_id))")
+    return closing(db)
 
 
 def find(order: str) -> list[tuple[str, str]]:
@@ -47,7 +48,7 @@ def pay(order: str) -> dict[str, str]:
     """
     user, payload = session["user_id"], "Pay 40 to Alice"
     new = ApprovalTicket.for_operation(
-        str(uuid.uuid4()), user_id=user, operation_payload=payload, require_auth_type="biom"
+        str(uuid.uuid4()), user_id=user, operation_payload=payload, expires_in=EXPIRES_IN, require_auth_type="biom"
     )
     with record() as db:  # before asking
         db.execute("INSERT OR IGNORE INTO payments VALUES (?, ?, ?, 'asked')", (order, user, new.to_json()))

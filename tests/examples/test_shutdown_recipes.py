@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "shutdown"
-PAGE = ROOT / "docs" / "howto" / "shutdown.md"
+PAGES = [ROOT / "docs" / "howto" / page for page in ("shutdown.md", "with-django.md", "with-fastapi.md")]
 
 SECRET_KEY = "of the sessions"
 AT_ONCE = 20.0  # seconds for an answer that would take 25 if the wait went on; it takes less than one
@@ -163,30 +163,6 @@ async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(
                 assert await state(client, f"order-{number}") == {"state": "approved"}
 
 
-#: A test of Django's own, without an ASGI server and its lifespan: the client is replaced.
-DJANGO_TEST = """
-import asyncio
-import django_app
-from aiokeyless import KeylessClient
-from django.test import AsyncClient
-async def test():
-    async with KeylessClient() as client:
-        django_app.keyless = lambda: client
-        browser = AsyncClient(headers={"host": "127.0.0.1"})
-        await browser.post("/approvals/order-1")
-        print((await browser.get("/approvals/order-1")).json()["state"])
-asyncio.run(test())
-"""
-
-
-async def test_the_async_views_of_django_can_be_tested_without_a_server() -> None:
-    async with (
-        ApprovingSandbox("biom") as sandbox,
-        running("-c", DJANGO_TEST, sandbox=sandbox, APPROVALS_DB=":memory:") as program,
-    ):
-        await program.read_until(r"(?m)^approved$")
-
-
 async def test_a_pin_is_no_approval_for_a_bot() -> None:
     async with (
         ApprovingSandbox("pin") as sandbox,
@@ -208,7 +184,6 @@ async def test_a_bot_that_waits_stops_and_says_so() -> None:
     assert "Traceback" not in bot.output
 
 
-def test_each_program_is_on_the_page() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for program in FOLDER.glob("*.py"):
-        assert f"(../../examples/shutdown/{program.name})" in page, program.name
+def test_each_program_and_each_test_is_on_a_page() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [program.name for program in FOLDER.glob("*.py") if f"examples/shutdown/{program.name}" not in pages] == []
