@@ -25,7 +25,7 @@ class Order(Protocol):
         """Store it."""
 
 
-@transaction.atomic  # type: ignore[untyped-decorator]  # Django has no types
+@transaction.atomic
 def place(order: Order) -> None:
     """Store an order, and have its customer asked."""
     order.save()

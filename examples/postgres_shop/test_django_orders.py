@@ -22,7 +22,7 @@ def keyless_broker_url(transactional_db: None) -> str:  # the worker sees only w
 
 def test_an_approved_order_is_paid(order: Order, keyless_worker: ApprovalWorker, keyless_sandbox: Sandbox) -> None:
     """The worker asks what was committed, and the outcome comes in a transaction."""
-    place(order)  # pyright: ignore[reportArgumentType]  # Django has no types
+    place(order)
     while order.id not in keyless_sandbox.operations:  # until the worker has asked
         time.sleep(0.01)
     keyless_sandbox.approve(order.id)

@@ -29,9 +29,7 @@ def decide(ticket: ApprovalTicket, state: str) -> str:
 
 
 # By default, Celery forgets a task when it starts it. With the last two, the task of a killed process runs again.
-@app.task(  # type: ignore[untyped-decorator]  # Celery has no types
-    bind=True, max_retries=1500, acks_late=True, reject_on_worker_lost=True
-)
+@app.task(bind=True, max_retries=1500, acks_late=True, reject_on_worker_lost=True)
 def settle(task: Task, stored: str) -> str:
     """Pay once the ticket is approved; try again until that is decided. It may run twice, and decides once."""
     ticket = ApprovalTicket.from_json(stored)

@@ -4,7 +4,6 @@ import os
 import uuid
 from contextlib import suppress
 
-from django.contrib.sessions.backends.base import SessionBase
 from django.db import close_old_connections, models, transaction
 from django.http import HttpRequest, JsonResponse
 from django.shortcuts import get_object_or_404
@@ -26,10 +25,9 @@ EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
 keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # manage.py imports this module, and needs no key
 
 
-class Payment(models.Model):  # type: ignore[misc]  # noqa: DJ008  # Django has no types; nobody prints one
+class Payment(models.Model):
     """A payment: the state changes once, from asked to approved, timed out or refused."""
 
-    objects: models.Manager  # Django makes it
     order = models.CharField(max_length=100)
     user_id = models.CharField(max_length=128)
     ticket = models.TextField()
@@ -49,15 +47,9 @@ class Payment(models.Model):  # type: ignore[misc]  # noqa: DJ008  # Django has 
         return str(self.state)
 
 
-class Request(HttpRequest):  # type: ignore[misc]
-    """A request with the session that Django's middleware gives it."""
-
-    session: SessionBase
-
-
-@require_POST  # type: ignore[untyped-decorator]  # a link on another site asks nobody: a GET needs no CSRF token
-@transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # the payment is stored before the phone is asked
-def pay(request: Request, order: str) -> JsonResponse:
+@require_POST  # a link on another site asks nobody: a GET needs no CSRF token
+@transaction.non_atomic_requests  # the payment is stored before the phone is asked
+def pay(request: HttpRequest, order: str) -> JsonResponse:
     """Ask the phone of the user whom your login stored in the session, and never of one whom the browser names."""
     user, payload = request.session["user_id"], "Pay 40 to Alice"
     new = ApprovalTicket.for_operation(
@@ -71,8 +63,8 @@ def pay(request: Request, order: str) -> JsonResponse:
     return JsonResponse({"state": found.state})
 
 
-@transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # with ATOMIC_REQUESTS, it would hold a transaction
-def payment(request: Request, order: str) -> JsonResponse:
+@transaction.non_atomic_requests  # with ATOMIC_REQUESTS, it would hold a transaction
+def payment(request: HttpRequest, order: str) -> JsonResponse:
     """Answer once a payment is decided, or that it is pending: the page then asks again."""
     found = get_object_or_404(Payment, order=order, user_id=request.session["user_id"])
     state = found.state
