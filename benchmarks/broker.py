@@ -1,4 +1,4 @@
-"""A real broker: a nats-server with JetStream on a free port of this machine, from the wheel of that name.
+"""A real broker: a nats-server with JetStream on a free port of this machine, or three, from the wheel of that name.
 
 The tests use it too, so this module needs only the standard library.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sysconfig
 import time
@@ -15,6 +16,7 @@ from typing import Final
 
 _PROGRAM: Final = Path(sysconfig.get_path("scripts"), "nats-server")
 _START_WITHIN: Final = 60.0  # seconds
+NAMES: Final = ("a", "b", "c")  # of a cluster's servers
 
 
 class NatsServer:
@@ -78,6 +80,58 @@ class NatsServer:
         if self._process is None:
             raise RuntimeError("nats-server was not started")
         return self._process
+
+
+class NatsCluster:
+    """Three servers that write each message to the disk before they acknowledge it, as the documentation demands.
+
+    Args:
+        folder: Directory of their files.
+        configuration: More of each server's configuration, such as users and their permissions.
+    """
+
+    def __init__(self, folder: Path, configuration: str = "") -> None:
+        self._folder = folder
+        self._configuration = configuration
+        self._ports = dict(zip(NAMES, _free_ports(len(NAMES)), strict=True))
+        self.servers = {
+            name: NatsServer(folder / name, "-c", str(folder / f"{name}.conf"), jetstream=False) for name in NAMES
+        }
+
+    @property
+    def urls(self) -> str:
+        """The addresses of all servers."""
+        return ",".join(server.url for server in self.servers.values())
+
+    def route(self, _of: str, to: str) -> str:
+        """Return the address at which one server finds another."""
+        return f"nats://127.0.0.1:{self._ports[to]}"
+
+    async def start(self) -> None:
+        """Start all servers, and return when they accept clients; the cluster may have no leader yet."""
+        for name in NAMES:
+            routes = [self.route(name, other) for other in NAMES if other != name]
+            # Servers tell each other where others are, and would find a way past proxies.
+            (self._folder / f"{name}.conf").write_text(
+                f"{self._configuration}\nserver_name: {name}\n"
+                f"jetstream: {{ store_dir: {json.dumps(str(self._folder / name / 'store'))}, sync_interval: always }}\n"
+                f"cluster: {{ name: benchmark, listen: '127.0.0.1:{self._ports[name]}',"
+                f" cluster_advertise: '127.0.0.1:1', no_advertise: true, routes: {json.dumps(routes)} }}\n"
+            )
+        await asyncio.gather(*(server.start() for server in self.servers.values()))
+
+    def kill(self) -> None:
+        """End all that run at once, as a power cut does."""
+        for server in self.servers.values():
+            server.kill()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def _port_in(file: Path) -> int | None:

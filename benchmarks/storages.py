@@ -5,20 +5,26 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
+from aiokeyless.worker import BrokerError
 from aiokeyless.worker.broker import Broker, broker_for
+from aiokeyless.worker.nats import NatsBroker, StreamSettings
+from aiokeyless.worker.nats.intake import ACK_WAIT
 
-from .broker import NatsServer
+from .broker import NAMES, NatsCluster
 from .postgres import PostgresServer
+from .programs import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Self
 
+_LEADS_WITHIN: Final = 60.0  # seconds in which a cluster finds a leader
 _BLOCK: Final = 512  # bytes: the unit of st_blocks, independent of the block size of the disk
 
 
@@ -108,34 +114,44 @@ class PostgresStorage(Storage):
 
 
 class NatsStorage(Storage):
-    """A nats-server with its streams on disk."""
+    """A cluster of three servers that make their promises: each message is on two disks before it is acknowledged."""
 
     name = "NATS"
 
     def __init__(self) -> None:
         super().__init__()
-        self._server = NatsServer(self._folder)
+        self._cluster = NatsCluster(self._folder)
 
     @property
     def url(self) -> str:
-        return self._server.url
+        return self._cluster.urls
 
     async def _start(self) -> None:
-        await self._server.start()
+        await self._cluster.start()
+        async with NatsBroker(self.url, settings=StreamSettings(replicas=len(NAMES))) as broker:
+            await until(partial(is_prepared, broker), within=_LEADS_WITHIN)
 
     def _stop(self) -> None:
-        self._server.stop()
+        self._cluster.kill()
 
     async def restart(self) -> None:
-        self._server.kill()
-        await self._server.start()
+        self._cluster.kill()
+        await self._start()
 
     def processes(self) -> list[psutil.Process]:
-        return [psutil.Process(self._server.pid)]
+        return [psutil.Process(server.pid) for server in self._cluster.servers.values()]
 
     def logged(self, workers: Iterable[psutil.Process]) -> float:  # noqa: ARG002  # they write nothing
         # By pages, since what goes to a socket counts as written, too.
         return float(sum(process.io_counters().write_bytes for process in self.processes()))
+
+
+async def is_prepared(broker: NatsBroker) -> bool:
+    """Make the streams, unless the cluster has no leader yet."""
+    with suppress(BrokerError):
+        await broker.prepare(lease=ACK_WAIT, service="")
+        return True
+    return False
 
 
 STORAGES: Final[tuple[type[Storage], ...]] = (Storage, PostgresStorage, NatsStorage)

@@ -7,8 +7,6 @@ acknowledge it. Three workers ask Keyless, one of them is killed now and then. S
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 import tempfile
 import time
 from contextlib import AsyncExitStack, suppress
@@ -23,13 +21,13 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless import KeylessError
 from aiokeyless.worker import BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
-from aiokeyless.worker.nats.intake import ACK_WAIT
-from benchmarks.broker import NatsServer
+from benchmarks.broker import NAMES, NatsCluster
 from benchmarks.nats_logins import Operator
 from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
 from benchmarks.report import Goal, Report
 from benchmarks.soak.fleet import AGAIN, READER, USER, Told, keep_asking, payload_of
 from benchmarks.soak.proxy import FaultyProxy
+from benchmarks.storages import is_prepared
 
 from .soak_fleet import Plan, Run, planned
 
@@ -41,14 +39,13 @@ if TYPE_CHECKING:
     from aiokeyless.worker import ApprovalEvent
     from benchmarks.bench import Bench
 
-_NAMES: Final = ("a", "b", "c")
 _FOREVER: Final = 1e6  # seconds
 
 
 def broker_at(urls: str, login: Path) -> NatsBroker:
     """Return the broker as the programs use it."""
     options = {"user_credentials": str(login)}
-    return NatsBroker(urls, settings=StreamSettings(replicas=len(_NAMES)), connect_options=options)
+    return NatsBroker(urls, settings=StreamSettings(replicas=len(NAMES)), connect_options=options)
 
 
 def work(urls: str, login: Path, base_url: str, request_timeout: float) -> None:
@@ -62,40 +59,25 @@ def work(urls: str, login: Path, base_url: str, request_timeout: float) -> None:
         asyncio.run(run())
 
 
-class Cluster:
-    """Three servers, whose routes to each other can be cut."""
+class Cluster(NatsCluster):
+    """A cluster whose servers' routes to each other can be cut."""
 
     def __init__(self, folder: Path, source: random.Random, configuration: str) -> None:
-        self._routes = {(a, b): FaultyProxy(source) for a in _NAMES for b in _NAMES if a != b}
-        self._folder = folder
-        self._configuration = configuration
-        self.servers = {
-            name: NatsServer(folder / name, "-c", str(folder / f"{name}.conf"), jetstream=False) for name in _NAMES
-        }
+        super().__init__(folder, configuration)
+        self._routes = {(a, b): FaultyProxy(source) for a in NAMES for b in NAMES if a != b}
 
-    async def start(self, stack: AsyncExitStack) -> None:
+    async def run(self, stack: AsyncExitStack) -> None:
         """Start all servers until the end of the stack."""
         for proxy in self._routes.values():
             await stack.enter_async_context(proxy)
-        self._ports = dict(zip(_NAMES, _free_ports(len(_NAMES)), strict=True))
         self.connect()
-        for name in _NAMES:
-            routes = [proxy.url.replace("http", "nats") for (of, _), proxy in self._routes.items() if of == name]
-            # Servers tell each other where others are, and may not find a way past the proxies.
-            (self._folder / f"{name}.conf").write_text(
-                f"{self._configuration}\nserver_name: {name}\n"
-                f"jetstream: {{ store_dir: {json.dumps(str(self._folder / name / 'store'))}, sync_interval: always }}\n"
-                f"cluster: {{ name: soak, listen: '127.0.0.1:{self._ports[name]}', cluster_advertise: '127.0.0.1:1',"
-                f" no_advertise: true, routes: {json.dumps(routes)} }}\n"
-            )
         for server in self.servers.values():
             stack.callback(server.kill)
-        await asyncio.gather(*(server.start() for server in self.servers.values()))
+        await self.start()
 
-    @property
-    def urls(self) -> str:
-        """The addresses of all servers."""
-        return ",".join(server.url for server in self.servers.values())
+    def route(self, of: str, to: str) -> str:
+        """Return the address of the proxy between two servers."""
+        return self._routes[of, to].url.replace("http", "nats")
 
     def connect(self) -> None:
         """Let the servers reach each other."""
@@ -108,14 +90,6 @@ class Cluster:
             if name in pair:
                 proxy.target = None
                 proxy.reset_all()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class NatsSoak(Run):
@@ -136,7 +110,7 @@ class NatsSoak(Run):
         own = self._folder / "own.creds"
         self._operator.write_login(own, lasts=_FOREVER)
         async with AsyncExitStack() as stack:
-            await self._cluster.start(stack)
+            await self._cluster.run(stack)
             await stack.enter_async_context(self.service)
             self._connection = await nats.connect(
                 self._cluster.urls.split(","), user_credentials=str(own), max_reconnect_attempts=-1, error_cb=_ignore
@@ -150,7 +124,7 @@ class NatsSoak(Run):
             stack.callback(lambda: [program.kill() for program in programs])
             broker = await stack.enter_async_context(broker_at(self._cluster.urls, self._login))
             await stack.enter_async_context(meanwhile(repeat(self._login_lasts / 2, self._source, self._renew_login)))
-            await self._until(partial(self._prepares, broker))
+            await self._until(partial(is_prepared, broker))
             async with meanwhile(keep_running(programs), self._read(broker)):
                 await self._until(self._has_workers)
                 self.service.network.rate = self.plan.faults
@@ -225,7 +199,7 @@ class NatsSoak(Run):
         await asyncio.gather(*(self._cluster.servers[name].start() for name in names))
 
     async def _cut_power(self, _leader: str) -> None:
-        await self._kill_and_start(*_NAMES)
+        await self._kill_and_start(*NAMES)
 
     async def _pause(self, name: str) -> None:
         process = psutil.Process(self._cluster.servers[name].pid)
@@ -255,17 +229,11 @@ class NatsSoak(Run):
             found = (await self._connection.jetstream().stream_info(Fleet().requests)).cluster
             if found is not None and found.leader:
                 return found.leader
-        return self._source.choice(_NAMES)
+        return self._source.choice(NAMES)
 
     async def _has_leader(self) -> bool:
         with suppress(nats.errors.Error):
             return bool(await self._connection.jetstream(timeout=1).account_info())
-        return False
-
-    async def _prepares(self, broker: NatsBroker) -> bool:
-        with suppress(BrokerError):
-            await broker.prepare(lease=ACK_WAIT, service="")
-            return True
         return False
 
     async def _has_workers(self) -> bool:
