@@ -1,4 +1,4 @@
-"""The checks of ``aiokeyless doctor`` as data; docs/reference/assumptions.md is the same table for readers."""
+"""The checks of ``aiokeyless doctor`` as data; docs/reference/assumptions.md has what they expect."""
 
 from __future__ import annotations
 
