@@ -1,6 +1,6 @@
 """The simulator in short: some stories, the same twice, and what it shows of a library that is broken on purpose.
 
-``nox -s simulate`` runs it for as long as one likes; docs/explanation/proof.md says what it tries and promises.
+``nox -s simulate`` runs it for as long as one likes; CONTRIBUTING.md says what it tries and promises.
 """
 
 from __future__ import annotations

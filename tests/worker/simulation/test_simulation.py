@@ -1,6 +1,6 @@
 """The simulator of workers in short: some stories, a crash at every step of one, and what it shows of a broken library.
 
-``nox -s simulate`` runs it for longer; docs/explanation/proof.md says what it tries.
+``nox -s simulate`` runs it for longer; CONTRIBUTING.md says what it tries.
 """
 
 from __future__ import annotations
