@@ -31,8 +31,8 @@ class KeylessError(Exception):
         """Whether the same call may well succeed a little later, so that an HTTP handler of yours answers 503.
 
         True for a `TransportError`, for 408, 425, 429 and 5xx, and for a `NotJsonError`: rule 4 of ``docs/rules.md``.
-        True also for a `SignatureError` whose reason is that the keys are unavailable, for a 401 if the key was
-        replaced meanwhile, and for a function ``api_key`` that fails after it returned keys.
+        True also for a 401 if the key has been replaced, and if a function ``api_key`` fails after it returned keys.
+        True for a `SignatureError` if the keys are unavailable.
         Repeat a create under the same operation id. An `ApprovalError` is not transient: its wait has ended.
         """
         return False

@@ -62,8 +62,8 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         circuit: This worker's view of Keyless: ``closed`` (works), ``half_open`` (ramping up) or ``open`` (probes only,
             or none until its ``Retry-After``).
         is_ready: Whether there are no problems.
-        problems: Why the worker is not ready, in one line each. It is about to end, the broker is away or stores no
-            outcomes, its housekeeping has failed for a minute, Keyless refuses the key, requests are not delivered, or
+        problems: Why the worker is not ready, in one line each. It is about to end, or Keyless refuses the key. The
+            broker is away, stores no outcomes, delivers no requests, or its housekeeping has failed for a minute. Or
             the circuit is open while requests wait.
         is_draining: Whether the worker is about to end.
     """
