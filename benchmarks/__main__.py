@@ -1,7 +1,7 @@
 """The command line: ``python -m benchmarks [NAME ...] [--save FOLDER]``.
 
-The soaks take an hour each, and so take part only if they are named. The documentation includes the tables of those
-that say ``ON_PAGE``.
+The soaks take an hour each, and so take part only if they are named. The tables of those that say ``ON_PAGE`` are
+also written as Markdown, which is read on GitHub.
 """
 
 from __future__ import annotations

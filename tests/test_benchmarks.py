@@ -44,7 +44,7 @@ def test_benchmark_measures_and_writes_what_it_measured(command: str, tmp_path: 
         assert "the client ran on uvloop" in report["notes"]
         assert report["raw"]["verdicts"]["right"] > 0
     assert done.stdout == (tmp_path / f"{name}.txt").read_text()
-    if name in {"distributed", "limits"}:  # the docs include the tables
+    if name in {"distributed", "limits"}:  # read on GitHub
         assert (tmp_path / f"{name}.md").read_text().count("\n| ---: |") == len(report["tables"])
     assert (tmp_path / f"{name}.svg").exists() is (name not in WITHOUT_PICTURE)
 
