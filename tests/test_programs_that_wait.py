@@ -86,6 +86,7 @@ TABLE: Mapping[str, Row] = {
         "test_killing_the_backend_loses_no_wait",
         "test_many_clicks_on_pay_ask_once",
     ),
+    "examples/django_site/billing/views.py": SITE,
     "examples/event_worker/payments.py": asked_in(
         "examples/test_event_worker.py",
         "test_late_approval_revives_nothing_even_when_the_event_comes_again",
@@ -183,7 +184,6 @@ TABLE: Mapping[str, Row] = {
         "examples/test_servers.py::test_the_task_of_a_killed_process_runs_again",
         "test_a_task_that_is_delivered_again_decides_nothing_anew",
     ),
-    "examples/sync/django_views.py": SITE,
     "examples/sync/flask_app.py": SITE,
     "examples/sync/script.py": {
         PIN: "examples/test_howto.py::test_synchronous_code_waits_in_a_background_loop_and_ends",

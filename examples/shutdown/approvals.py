@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import uuid
-from contextlib import closing, suppress
+from contextlib import closing
 
 from aiokeyless import (
     AlreadyApprovedError,
@@ -13,6 +13,7 @@ from aiokeyless import (
     ApprovalUnknownError,
     ClientClosedError,
     KeylessClient,
+    KeylessError,
 )
 
 USER, PAYLOAD = "C0FFEE", "Pay 40 to Alice"  # a real site has them from its login and from the order
@@ -40,14 +41,19 @@ async def ask(client: KeylessClient, order: str) -> dict[str, str]:
     with record() as db:  # before asking
         db.execute("INSERT OR IGNORE INTO approvals VALUES (?, ?, 'asked')", (order, new.to_json()))
     [(stored, state)] = find(order)
-    if state == "asked":
-        with suppress(AlreadyApprovedError):  # the answer to this question, which `state` finds
+    ticket = ApprovalTicket.from_json(stored)
+    if state == "asked" and ticket.remaining():
+        try:
             await client.create_operation(
-                USER,
-                operation_id=ApprovalTicket.from_json(stored).operation_id,
-                operation_payload=PAYLOAD,
-                if_exists="resume",
+                USER, operation_id=ticket.operation_id, operation_payload=PAYLOAD, if_exists="resume"
             )
+            # here, notify the phone
+        except AlreadyApprovedError:
+            pass  # `state` finds the approval
+        except KeylessError as error:
+            if not error.is_transient:
+                raise
+            state = "not asked"  # perhaps: the browser asks once more
     return {"state": state}
 
 
@@ -58,7 +64,8 @@ async def state(client: KeylessClient, order: str) -> dict[str, str]:
     [(stored, state)] = found
     if state == "asked":
         try:
-            operation = await client.hold_for_approval(ApprovalTicket.from_json(stored), seconds=25)
+            ticket = ApprovalTicket.from_json(stored)
+            operation = await client.hold_for_approval(ticket, seconds=25, if_missing="wait")
             state = "pending" if operation is None else decide(order, "approved")
         except ApprovalUnknownError:  # perhaps approved: the caller asks again in a while, which polls once more
             state = "unknown"
@@ -72,7 +79,7 @@ async def state(client: KeylessClient, order: str) -> dict[str, str]:
 
 
 def decide(order: str, state: str) -> str:
-    """Decide an order before anybody is told: the first outcome counts, and a late approval changes nothing."""
+    """Store an outcome before anybody is told: the first one counts, and an approval after it changes nothing."""
     with record() as db:
         change = "UPDATE approvals SET state = ? WHERE id = ? AND state = 'asked'"
         if db.execute(change, (state, order)).rowcount == 1 and state == "approved":

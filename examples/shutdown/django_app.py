@@ -11,6 +11,7 @@ from django.core.asgi import get_asgi_application
 from django.core.handlers.asgi import ASGIRequest
 from django.http import JsonResponse
 from django.urls import path
+from django.views.decorators.http import require_http_methods
 
 from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
@@ -25,9 +26,10 @@ def keyless() -> KeylessClient:
     return KeylessClient()
 
 
+@require_http_methods(["GET", "POST"])
 async def approval(request: ASGIRequest, order: str) -> JsonResponse:
     """Ask the user, or answer a long poll."""
-    answer = ask if request.method == "POST" else state  # a link on another site asks nobody: a GET needs no CSRF token
+    answer = ask if request.method == "POST" else state  # a POST, so that your project's CSRF middleware guards it
     return JsonResponse(await answer(keyless(), order))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 from waiting import PATIENCE
@@ -39,38 +39,30 @@ def test_litestars_test_client_which_blocks_the_loop_of_its_test_reaches_the_san
 
 
 FOLDER = Path(__file__).parents[2] / "examples"
-#: What a project of Django has besides the program.
-DJANGO = {
-    "settings": """
-        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:", "ATOMIC_REQUESTS": True}}
-        INSTALLED_APPS = ["django.contrib.sessions", "payments"]
-        MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
-        ROOT_URLCONF = "django_views"
-        SECRET_KEY = "of the sessions"
-        USE_TZ = True
-    """,
-    "payments/models": "from django_views import Payment",
-}
+#: The settings of a project of Django.
+SETTINGS = """
+    DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:", "ATOMIC_REQUESTS": True}}
+    INSTALLED_APPS = ["django.contrib.sessions", "billing"]
+    MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
+    ROOT_URLCONF = "billing.views"
+    SECRET_KEY = "of the sessions"
+    USE_TZ = True
+"""
 
 
 @pytest.mark.parametrize(
-    ("program", "project", "options"),
+    ("folder", "tests", "options"),
     [
-        ("sync/flask_app", {}, ()),
-        ("sync/django_views", DJANGO, ("--ds", "settings")),
-        ("shutdown/fastapi_app", {}, ()),
-        ("shutdown/django_app", {}, ()),
+        ("sync", "test_flask_app.py", ()),
+        ("django_site", "billing/test_views.py", ("--ds", "settings")),
+        ("shutdown", "test_fastapi_app.py", ()),
+        ("shutdown", "test_django_app.py", ()),
     ],
 )
 def test_the_tests_of_a_program_pass_as_they_stand_in_its_page(
-    pytester: pytest.Pytester, program: str, project: dict[str, str], options: tuple[str, ...]
+    pytester: pytest.Pytester, folder: str, tests: str, options: tuple[str, ...]
 ) -> None:
-    tests = (FOLDER / program).with_name(f"test_{Path(program).name}.py")
-    for file in tests.parent.glob("*.py"):
-        if not file.name.startswith("test_") or file == tests:
-            pytester.path.joinpath(file.name).write_text(file.read_text())
-    for name, text in project.items():
-        pytester.path.joinpath(name).parent.mkdir(exist_ok=True)
-        pytester.path.joinpath(f"{name}.py").write_text(dedent(text))
+    shutil.copytree(FOLDER / folder, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    pytester.makepyfile(settings=SETTINGS)
     pytester.makeini("[pytest]\npythonpath = .\nasyncio_default_fixture_loop_scope = function")
-    pytester.runpytest_subprocess("-W", "error", *options, timeout=PATIENCE).assert_outcomes(passed=3)
+    pytester.runpytest_subprocess(tests, "-W", "error", *options, timeout=PATIENCE).assert_outcomes(passed=3)

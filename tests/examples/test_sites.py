@@ -36,14 +36,20 @@ class Program(NamedTuple):
     ask: str
     answer: str
     has_users: bool = True
+    no_login: int = 401
 
 
 PROGRAMS = {
     "examples/sync/flask_app.py": Program(
         "tests/examples/servers/flask_site.py", "FLASK_PAYMENTS_DB", "payments", "/payments/{}", "/payments/{}"
     ),
-    "examples/sync/django_views.py": Program(
-        "tests/examples/servers/django_site.py", "PAYMENTS_DB", "payments_payment", "/payments/{}/pay", "/payments/{}"
+    "examples/django_site/billing/views.py": Program(
+        "tests/examples/servers/django_site.py",
+        "PAYMENTS_DB",
+        "billing_payment",
+        "/payments/{}/pay",
+        "/payments/{}",
+        no_login=403,
     ),
     "examples/shutdown/approvals.py": Program(
         "examples/shutdown/aiohttp_app.py",
@@ -63,7 +69,8 @@ class Site(ExampleServer):
         self.sandbox = sandbox
         self.program = program
         self._database = folder / "payments.sqlite3"
-        path = os.pathsep.join([str(ROOT / "examples" / "sync"), os.environ.get("PYTHONPATH", "")])
+        folders = [str(ROOT / "examples" / folder) for folder in ("django_site", "sync")]
+        path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
         settings = {program.database: str(self._database), "PYTHONPATH": path, "FLASK_SECRET_KEY": "of the sessions"}
         super().__init__(ROOT / program.file, sandbox, folder, port="PORT", **settings)
         self.begin()
@@ -88,7 +95,7 @@ class Site(ExampleServer):
 
     async def _request(self, method: str, path: str, user: str, form: dict[str, str]) -> str | int:
         async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as browser:
-            if self.program.has_users:
+            if self.program.has_users and user:
                 async with browser.get(f"{self.url}/login/{user}") as logged_in:
                     logged_in.raise_for_status()
             async with browser.request(method, f"{self.url}{path}", data=form) as answer:
@@ -158,11 +165,16 @@ async def test_an_approval_is_of_the_user_who_asked_and_of_no_other(site: Site) 
     await site.ask("own", user_id="BAD")
     site.approve()
     assert site.sandbox.operations[site.asked[0]].user_id == "C0FFEE"
-    assert await site.answer("own", user="BAD") == 404
-    await site.ask("own", user="BAD")
-    site.end_time()
-    assert [await site.answer("own", user="BAD"), await site.answer("own")] == ["timed out", "approved"]
-    assert site.paid("own") == 1
+    assert [await site.answer("own", user="BAD"), await site.ask("own", user="BAD")] == [404, 404]
+    assert await site.answer("own") == "approved"
+    assert (site.paid("own"), len(site.asked)) == (1, 1)
+
+
+@pytest.mark.parametrize("running", [name for name in PROGRAMS if PROGRAMS[name].has_users], indirect=True)
+async def test_nobody_asks_or_reads_without_a_login(site: Site) -> None:
+    await site.ask("logged in")
+    assert [await site.answer("logged in", user=""), await site.ask("new", user="")] == [site.program.no_login] * 2
+    assert len(site.asked) == 1
 
 
 async def test_an_approval_is_of_the_tab_that_asked(site: Site) -> None:
@@ -211,6 +223,27 @@ async def test_an_approval_that_an_outage_hides_at_the_deadline_is_found_later(s
     site.sandbox.recover()
     assert await site.answer("outage") == "approved"
     assert site.paid("outage") == 1
+
+
+async def test_an_outage_while_it_asks_is_said_and_the_next_click_asks(site: Site) -> None:
+    site.sandbox.fail_next(503, times=None)
+    assert await site.ask("down") == "not asked"
+    site.sandbox.recover()
+    waiting = asyncio.create_task(site.answer("down"))  # as another tab does, which was not told
+    await until(lambda: site.sandbox.requests[-1].status == 404)
+    assert await site.ask("down") == "asked"
+    site.approve()
+    assert await waiting == "approved"
+    assert (site.paid("down"), len(site.asked)) == (1, 1)
+
+
+async def test_nobody_is_asked_after_the_time_is_up(site: Site) -> None:
+    site.sandbox.fail_next(503, times=None)
+    await site.ask("over")
+    site.sandbox.recover()
+    site.end_time()
+    assert [await site.ask("over"), await site.answer("over"), await site.ask("over")] == ["asked", *["timed out"] * 2]
+    assert site.asked == []
 
 
 async def test_a_link_asks_nobody(site: Site) -> None:

@@ -19,6 +19,7 @@ settings.configure(
             "ATOMIC_REQUESTS": True,
         }
     },
+    INSTALLED_APPS=["billing"],
     DEFAULT_AUTO_FIELD="django.db.models.AutoField",
 )
 
@@ -26,12 +27,12 @@ import django  # noqa: E402  # it needs the settings
 
 django.setup()
 
+from billing.models import Payment  # noqa: E402
+from billing.views import urlpatterns as of_the_example  # noqa: E402
 from django.core.management import execute_from_command_line  # noqa: E402
 from django.db import connection  # noqa: E402
 from django.http import HttpRequest, HttpResponse  # noqa: E402
 from django.urls import path  # noqa: E402
-from django_views import Payment  # noqa: E402
-from django_views import urlpatterns as of_the_example  # noqa: E402
 
 
 def log_in(request: HttpRequest, user_id: str) -> HttpResponse:

@@ -1,13 +1,13 @@
-"""Tests of `django_views.py`, with pytest-django."""
+"""Tests of the views, with pytest-django."""
 
 from typing import Any
 
-import django_views  # in a project: from payments import views as django_views
 import pytest
 from django.test import Client
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sync import KeylessClient
+from billing import views
 
 PAYMENT = "/payments/order-7"
 pytestmark = pytest.mark.django_db
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.django_db
 @pytest.fixture
 def browser(client: Client, keyless_client: KeylessClient, monkeypatch: pytest.MonkeyPatch) -> Client:
     """Return a browser whose user has logged in."""
-    monkeypatch.setattr(django_views, "keyless", keyless_client)
+    monkeypatch.setattr(views, "keyless", keyless_client)
     session = client.session
     session["user_id"] = "C0FFEE"
     session.save()
@@ -46,7 +46,7 @@ def test_a_pin_pays_nothing(browser: Client, keyless_sandbox: Sandbox, capsys: p
 def test_an_approval_after_the_timeout_pays_nothing(
     browser: Client, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(django_views, "EXPIRES_IN", 0.1)
+    monkeypatch.setattr(views, "EXPIRES_IN", 0.1)
     browser.post(f"{PAYMENT}/pay")
     assert state(browser) == "timed out"
     keyless_sandbox.approve(*keyless_sandbox.operations)
