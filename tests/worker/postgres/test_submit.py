@@ -102,6 +102,18 @@ async def test_a_different_request_under_a_used_operation_id_ends_its_senders_tr
         await submit_text(connection, text_of(operation_payload="Pay 4000 EUR"))
 
 
+async def test_a_sequence_that_was_not_replicated_is_named_with_the_statement_that_sets_it(
+    admin: Connection, connection: Connection
+) -> None:
+    assert not await submit_text(connection, text_of())
+    await admin.execute("ALTER TABLE keyless.request ALTER COLUMN id RESTART")
+    with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError, match="logical replication") as caught:
+        async with connection.transaction():
+            await submit_approval(connection, "C0FFEE", operation_id="b")
+    await admin.execute(str(caught.value).partition("run: ")[2])
+    assert not await submit_text(connection, text_of(operation_id="b"))
+
+
 async def test_two_transactions_at_once_with_the_same_request_store_one(
     admin: Connection, connection: Connection, url: str
 ) -> None:

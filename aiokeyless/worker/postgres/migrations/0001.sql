@@ -182,9 +182,11 @@ BEGIN
     IF FOUND THEN
         RETURN false;
     END IF;
-    SELECT r.content_sha256 INTO STRICT found_content FROM {schema}.request r
-    WHERE r.operation_id = fields ->> 'operation_id';
-    IF found_content <> content THEN
+    SELECT r.content_sha256 INTO found_content FROM {schema}.request r WHERE r.operation_id = fields ->> 'operation_id';
+    IF NOT FOUND THEN -- so it was the id that conflicted
+        RAISE 'the next id is taken already, as after a logical replication; as the installer, run: SELECT setval(pg_get_serial_sequence(''{schema}.request'', ''id''), max(id)) FROM {schema}.request'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    ELSIF found_content <> content THEN
         RAISE 'operation_id % belongs to a different request: choose a new one', to_json(fields ->> 'operation_id')
             USING ERRCODE = 'unique_violation';
     END IF;
