@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 from collections import defaultdict
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import asyncpg
@@ -30,6 +32,7 @@ from aiokeyless.worker.broker import (
     without_frames,
 )
 from aiokeyless.worker.clock import BrokerClock
+from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Chore, Row, TableBroker, TableMessage, check_service, row_of, time_of
 
@@ -78,6 +81,7 @@ _LIMITS: Final = """
     SELECT pg_catalog.set_config('transaction_timeout', '0', true) -- which PostgreSQL has from 17 on
     WHERE pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL
 """
+_ADVICE: Final = "who is between can read requests and forge approvals: add sslmode=verify-full to the URL"
 _TABLES: Final = ("request", "waiting", "outcome", "unread", "reader", "service")
 
 
@@ -153,7 +157,9 @@ class PostgresBroker(TableBroker):
                     reset=_reset_nothing,
                     server_settings={"application_name": "aiokeyless"},
                 )
-                await pool.release(await self._acquire(pool))  # checks that the database lets this user in
+                connection = await self._acquire(pool)  # checks that the database lets this user in
+                _warn_of_plaintext(connection)
+                await pool.release(connection)
                 return pool
         except UnavailableError as error:
             raise BrokerError(f"the database cannot be reached: {error}") from None
@@ -470,6 +476,14 @@ async def _transact(connection: PoolConnectionProxy[Any], do: Callable[[Connecti
 def _cut(connection: PoolConnectionProxy[Any]) -> None:
     with suppress(asyncpg.InterfaceError):  # it was released just now
         connection.terminate()
+
+
+def _warn_of_plaintext(connection: Any) -> None:
+    """Log a warning if a connection to another machine has no TLS."""
+    transport = connection._transport  # noqa: SLF001  # asyncpg says it nowhere else
+    match transport.get_extra_info("peername"), transport.get_extra_info("ssl_object"):
+        case (str(host), *_), None if not ip_address(host).is_loopback:
+            log(logging.WARNING, "broker.plaintext", {"host": host, "advice": _ADVICE})
 
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -106,6 +107,28 @@ async def test_a_server_without_tls_is_sent_nothing_if_the_url_asks_for_a_verifi
             await PostgresBroker(f"{address}?sslmode=verify-full&sslrootcert={certificate[0]}").open()
         await until(lambda: bool(sent))
     assert set(sent) == {b""}
+
+
+@pytest.mark.parametrize(
+    ("facts", "warns"),
+    [
+        pytest.param({"peername": ("192.0.2.1", 5432)}, True, id="another machine"),
+        pytest.param({"peername": ("2001:db8::1", 5432, 0, 0)}, True, id="another machine, IPv6"),
+        pytest.param({"peername": ("192.0.2.1", 5432), "ssl_object": object()}, False, id="another machine, TLS"),
+        pytest.param({"peername": ("127.0.0.1", 5432)}, False, id="this machine"),
+        pytest.param({"peername": ("::1", 5432, 0, 0)}, False, id="this machine, IPv6"),
+        pytest.param({"peername": "/run/postgresql/.s.PGSQL.5432"}, False, id="a socket in a folder"),
+    ],
+)
+async def test_a_connection_to_another_machine_without_tls_is_logged_once(
+    url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], warns: bool
+) -> None:
+    warn, connection = module._warn_of_plaintext, SimpleNamespace(_transport=asyncio.BaseTransport(facts))
+    monkeypatch.setattr(module, "_warn_of_plaintext", lambda _: warn(connection))
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=LEASE, service="")
+    assert caplog.text.count("broker.plaintext") == warns
+    assert (str(facts["peername"][0]) in caplog.text) == warns
 
 
 async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
