@@ -14,12 +14,14 @@ import aiohttp
 import pytest
 import yaml
 from nats_server import NatsServer
+from postgres_server import shared_server
 from waiting import PATIENCE
 
 from aiokeyless import KeylessClient
 from aiokeyless.cli.app import app
 from aiokeyless.worker import ApprovalWorker, serve_health
 from aiokeyless.worker.nats.intake import EXPIRES
+from aiokeyless.worker.postgres import PostgresBroker
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 DEPLOYMENT, BUDGET = yaml.safe_load_all((EXAMPLES / "kubernetes" / "worker.yaml").read_text())
 POSTGRES_TEXT: Final = (EXAMPLES / "kubernetes" / "worker-postgres.yaml").read_text()
-ON_POSTGRES = yaml.safe_load(POSTGRES_TEXT)
+ON_POSTGRES, BUDGET_ON_POSTGRES, PREPARATION = yaml.safe_load_all(POSTGRES_TEXT)
 
 
 def pod_of(deployment: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,6 +43,7 @@ POD, WORKER = pod_of(DEPLOYMENT)
 ARGUMENTS: Final[list[str]] = WORKER["args"]
 EVENT_KEY: Final = "a-key-of-the-workers-and-readers-only"
 PASSWORD: Final = "of-every-user"
+OF_URL: Final = set(re.findall(r"sslrootcert=(/\S+)", POSTGRES_TEXT))
 each_manifest = pytest.mark.parametrize("deployment", [DEPLOYMENT, ON_POSTGRES], ids=["NATS", "PostgreSQL"])
 
 
@@ -80,7 +83,8 @@ def test_the_grace_period_covers_the_longest_that_a_worker_may_take_to_end(deplo
     ("deployment", "named"),
     [
         pytest.param(DEPLOYMENT, {argument.partition("=")[2] for argument in ARGUMENTS if "=/" in argument}, id="NATS"),
-        pytest.param(ON_POSTGRES, set(re.findall(r"sslrootcert=(/\S+)", POSTGRES_TEXT)), id="PostgreSQL"),
+        pytest.param(ON_POSTGRES, OF_URL, id="PostgreSQL"),
+        pytest.param(PREPARATION, OF_URL, id="preparation"),
     ],
 )
 def test_each_file_that_is_named_is_mounted_from_a_secret(deployment: dict[str, Any], named: set[str]) -> None:
@@ -90,19 +94,44 @@ def test_each_file_that_is_named_is_mounted_from_a_secret(deployment: dict[str, 
     assert mount["name"] == volume["name"]
 
 
-@each_manifest
-def test_no_secret_is_an_argument(deployment: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("deployment", "secrets"),
+    [
+        pytest.param(DEPLOYMENT, ["KEYLESS_API_KEY", "KEYLESS_BROKER"], id="NATS"),
+        pytest.param(ON_POSTGRES, ["KEYLESS_API_KEY", "KEYLESS_BROKER"], id="PostgreSQL"),
+        pytest.param(PREPARATION, ["KEYLESS_BROKER"], id="preparation"),
+    ],
+)
+def test_no_secret_is_an_argument(deployment: dict[str, Any], secrets: list[str]) -> None:
     _, container = pod_of(deployment)
-    assert [entry["name"] for entry in container["env"]] == ["KEYLESS_API_KEY", "KEYLESS_BROKER"]
+    assert [entry["name"] for entry in container["env"]] == secrets
     assert all("secretKeyRef" in entry["valueFrom"] for entry in container["env"])
     assert not any("://" in argument for argument in container["args"])
 
 
-@each_manifest
-def test_the_selectors_find_the_workers(deployment: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("deployment", "budget"), [(DEPLOYMENT, BUDGET), (ON_POSTGRES, BUDGET_ON_POSTGRES)], ids=["NATS", "PostgreSQL"]
+)
+def test_the_selectors_find_the_workers(deployment: dict[str, Any], budget: dict[str, Any]) -> None:
+    pod, _ = pod_of(deployment)
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == labels
-    assert BUDGET["spec"]["selector"]["matchLabels"] == labels
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    [spread] = pod["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == labels
+    assert budget["spec"]["minAvailable"] < deployment["spec"]["replicas"]
+
+
+async def test_the_job_makes_the_schema_with_no_api_key() -> None:
+    server = shared_server()
+    url = server.url(server.new_database())
+    _, container = pod_of(PREPARATION)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aiokeyless", *container["args"]), env={**os.environ, "KEYLESS_BROKER": url}
+    )
+    assert await process.wait() == 0
+    async with PostgresBroker(url) as broker:
+        assert (await broker.inspect()).problems == ()
 
 
 async def test_a_worker_with_these_arguments_is_ready_at_a_broker_with_these_accounts(
