@@ -8,22 +8,26 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 from postgres_server import PostgresServer
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker
-from worker.conformance.brokers import LEASE, decide, operation_of, submit, take_n
+from worker.conformance.brokers import LEASE, decide, new_request, operation_of, outcome_of, submit, take_n
 
 HOWTO = Path(__file__).parents[3] / "docs" / "howto"
 PAGE = HOWTO / "operating-postgres.md"
-APART, ROLES, TEAM, GRANTS, REMOVED_READER, REMOVED = re.findall(
-    r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+TEXT = PAGE.read_text()
+APART, ROLES, TEAM, GRANTS, SEQUENCE, MADE_ROLES, REMOVED_READER, ERASED, REMOVED = re.findall(
+    r"^ *```sql\n(.*?)^ *```$", TEXT, re.DOTALL | re.MULTILINE
 )
 
 
@@ -55,6 +59,7 @@ async def test_the_page_for_operators_works_as_it_is_written(own_server: Postgre
         await ask_and_read(own_server, database, broker)
         assert (await broker.inspect()).unread == {"shop": 0}
         assert await broker.list_unread(10) == []
+    own_server.execute(ERASED, database, "admin")
     own_server.execute("SELECT keyless.add_reader('old')", database)
     own_server.execute(REMOVED_READER, database, "admin")
     assert own_server.execute("SELECT name FROM keyless.reader", database) == [["shop"]]
@@ -84,32 +89,127 @@ async def test_the_worker_of_another_environment_reads_and_approves_nothing(
                 await call
 
 
-async def test_the_backup_of_the_page_is_made_and_restored(own_server: PostgresServer) -> None:
-    own_server.execute("CREATE DATABASE shop")
-    own_server.execute("CREATE ROLE admin LOGIN CREATEROLE PASSWORD 'secret'; GRANT CREATE ON DATABASE shop TO admin")
-    own_server.execute("CREATE ROLE backup LOGIN; GRANT pg_read_all_data TO backup")
+@pytest.fixture
+async def managed(own_server: PostgresServer) -> PostgresServer:
+    """A server of a provider, who keeps the superuser, with a schema in which two requests wait."""
+    provide(own_server)
+    own_server.execute("CREATE DATABASE shop", user="admin")
+    own_server.execute(APART, user="admin")
     assert await prepare(own_server.url("shop", "admin")) == (0, "")
-    own_server.execute(ROLES, "shop", "admin")
-    own_server.execute("CREATE TABLE payment (operation_id text); SELECT keyless.add_reader('shop')", "shop")
+    own_server.execute(f"{ROLES}; GRANT CONNECT ON DATABASE shop TO shop, approvals, backup", "shop", "admin")
+    own_server.execute("CREATE TABLE payment (operation_id text)", "shop", "admin")
+    own_server.execute("SELECT keyless.add_reader('shop')", "shop", "shop")
     async with PostgresBroker(own_server.url("shop")) as broker:
         await submit(broker, "a", "b")
-    folder = own_server.new_folder("backup")
-    for command in re.findall(r"^(pg_dump.*)$", PAGE.read_text(), re.MULTILINE):
-        program, *arguments = shlex.split(command, comments=True)
-        arguments = [f"{folder}/{word}" if word.endswith((".sql", ".dump")) else word for word in arguments]
-        where = {"db": str(own_server.folder), "postgresql://backup@db/shop": own_server.url("shop", "backup")}
-        own_server.run(program, *(where.get(word, word) for word in arguments))
+    return own_server
+
+
+def provide(server: PostgresServer) -> None:
+    """Make what a provider makes, and the login that backs up."""
+    dump, program = (server.run(name, "--version").split()[2:] for name in ("pg_dump", "postgres"))
+    if dump > program:
+        pytest.skip("a dump of a newer version sets what the server does not know")
+    server.execute("CREATE ROLE admin LOGIN CREATEROLE CREATEDB")
+    server.execute("CREATE ROLE backup LOGIN; GRANT pg_read_all_data TO backup")
+
+
+def run(command: str, server: PostgresServer, folder: Path) -> None:
+    """Run a command of the page at a server, with its files in a folder."""
+    program, *arguments = shlex.split(command)
+    for number, word in enumerate(arguments):
+        if word.endswith(".dump"):
+            arguments[number] = f"{folder}/{word}"
+        elif (address := re.fullmatch(r"postgresql://(\w+)@db/(\w+)", word)) is not None:
+            arguments[number] = server.url(address[2], address[1])
+    server.run(program, *arguments)
+
+
+async def waiting(server: PostgresServer, database: str) -> set[str]:
+    """Return what a worker would ask for."""
+    async with PostgresBroker(server.url(database, "approvals")) as broker:
+        await broker.prepare(lease=LEASE, service="")
+        return {operation_of(message) for message in await broker.take(3, 0.3)}
+
+
+async def test_the_backup_of_the_page_is_restored_without_a_superuser(managed: PostgresServer) -> None:
+    folder = managed.new_folder("backup")
+    _, backup = re.findall(r"^(pg_dump .*)$", TEXT, re.MULTILINE)
+    run(backup, managed, folder)
     restored = PostgresServer()
     try:
-        restored.run("psql", "--quiet", "--file", folder / "roles.sql", restored.url("postgres"))
-        restored.execute("CREATE DATABASE shop")
-        restored.run("pg_restore", "--dbname", restored.url("shop"), folder / "shop.dump")
+        provide(restored)
+        restored.execute(MADE_ROLES + ROLES, user="admin")
+        (restore,) = re.findall(r"`(pg_restore .*?)`", TEXT)
+        run(restore, restored, folder)
         assert await prepare(restored.url("shop", "admin")) == (0, "")
-        async with PostgresBroker(restored.url("shop", "approvals")) as broker:
-            await broker.prepare(lease=LEASE, service="")
-            assert {operation_of(message) for message in await take_n(broker, 2)} == {"a", "b"}
+        assert await waiting(restored, "shop") == {"a", "b"}
+        assert restored.execute("SELECT name, owner FROM keyless.reader", "shop") == [["shop", "shop"]]
+        restored.execute("CREATE ROLE stranger")
+        assert restored.execute("SELECT has_database_privilege('stranger', 'shop', 'CONNECT')") == [["f"]]
     finally:
         restored.close()
+
+
+async def test_a_copy_of_production_asks_nobody(managed: PostgresServer) -> None:
+    folder = managed.new_folder("copy")
+    copy, _ = re.findall(r"^(pg_dump .*)$", TEXT, re.MULTILINE)
+    run(copy, managed, folder)
+    managed.execute("CREATE DATABASE copy", user="admin")
+    managed.run("pg_restore", "--dbname", managed.url("copy", "admin"), folder / "copy.dump")
+    managed.execute("INSERT INTO payment VALUES ('a')", "copy", "admin")
+    managed.execute("DROP SCHEMA keyless CASCADE", "shop", "admin")  # as in a copy that has it
+    for database in ("copy", "shop"):
+        assert await prepare(managed.url(database, "admin")) == (0, "")
+        assert await waiting(managed, database) == set()
+
+
+async def test_the_schema_moves_to_another_server_by_logical_replication() -> None:
+    old, new = PostgresServer(wal_level="logical"), PostgresServer()
+    try:
+        for server in (old, new):
+            provide(server)
+            server.execute("CREATE DATABASE shop", user="admin")
+        assert await prepare(old.url("shop", "admin")) == (0, "")
+        old.execute(ROLES, "shop", "admin")
+        new.execute(MADE_ROLES + ROLES, "shop", "admin")
+        async with PostgresBroker(old.url("shop")) as broker:
+            await submit(broker, "a")
+        schema = old.new_folder("schema") / "schema.sql"
+        old.run("pg_dump", "--schema-only", "--schema=keyless", "--file", schema, old.url("shop"))
+        new.run("psql", "--quiet", "--set=ON_ERROR_STOP=1", "--file", schema, new.url("shop", "admin"))
+        old.execute("CREATE PUBLICATION move FOR ALL TABLES", "shop")
+        source = f"host={old.folder} dbname=shop user=postgres"
+        new.execute(f"CREATE SUBSCRIPTION move CONNECTION '{source}' PUBLICATION move", "shop")
+        are_there = "SELECT count(*) = 8 FROM pg_subscription_rel WHERE srsubstate = 'r'"
+        await until(lambda: new.execute(are_there, "shop") == [["t"]])
+        new.execute("DROP SUBSCRIPTION move", "shop")
+        async with PostgresBroker(new.url("shop")) as broker:
+            with pytest.raises(UnavailableError, match=re.escape("SELECT setval(pg_get_serial_sequence(")):
+                await submit(broker, "b")
+            new.execute(SEQUENCE, "shop", "admin")
+            await submit(broker, "b")
+        assert await waiting(new, "shop") == {"a", "b"}
+    finally:
+        old.close()
+        new.close()
+
+
+async def test_a_user_is_erased_once_each_reader_has_handled_the_outcomes(
+    broker: PostgresBroker, connection: asyncpg.Connection[Any]
+) -> None:
+    for name in ("handled", "unread"):
+        await submit(broker, name)
+        (message,) = await take_n(broker, 1)
+        assert await broker.decide(message, msgspec.structs.replace(outcome_of(message), user_id="C0FFEE"))
+        if name == "handled":
+            await (await broker.next_outcome("shop")).mark_handled()
+    await submit(broker, "undecided")
+    await connection.execute(ERASED)
+    known = "SELECT operation_id FROM keyless.request WHERE body <> ''"
+    assert await connection.fetch(known) == [("undecided",)]
+    known = "SELECT operation_id FROM keyless.request JOIN keyless.outcome USING (id)"
+    assert await connection.fetch(known) == [("unread",)]
+    assert await broker.submit(new_request("handled"))  # and is still known as the one that it was
 
 
 async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_server: PostgresServer) -> None:
