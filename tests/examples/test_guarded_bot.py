@@ -24,14 +24,14 @@ from tenacity import wait_fixed
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 
 import bot as example  # examples are programs, not a package
-from bot_api import TOKEN, ApiError, BotApiServer, refusal
+from bot_api import TOKEN, ApiError, BotApiServer, Message, refusal
 from leaks import tasks_since
 from waiting import PATIENCE, until
 
 from aiokeyless._waits import explanation
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -43,25 +43,6 @@ USERS = {ALICE: "A11CE0", BOB: "B0B000"}
 TOO_LATE = "Nothing was transferred. If you approve it later, nothing is transferred either."
 
 
-@pytest.fixture
-async def telegram() -> AsyncGenerator[BotApiServer]:
-    async with BotApiServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-    async with sandbox.client(schedule=wait_fixed(0.02)) as client:
-        yield client
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    """The record of all bots of a test, on disk."""
-    with closing(sqlite3.connect(tmp_path / "record.sqlite3", isolation_level=None)) as database:
-        yield database
-
-
 class Session(AiohttpSession):
     """Closes at once: on loopback there is no TLS to take leave of, for which aiogram's waits."""
 
@@ -70,80 +51,116 @@ class Session(AiohttpSession):
             await self._session.close()
 
 
-@asynccontextmanager
-async def running(
-    telegram: BotApiServer,
-    client: KeylessClient,
-    database: sqlite3.Connection,
-    *,
-    users: dict[int, str] = USERS,
-    lifetime: float = 60.0,
-    edit_every: float = 0.2,
-) -> AsyncGenerator[example.Teller]:
-    """Run the bot as its `main` does; the block ends by stopping it."""
-    teller = example.Teller(client, users, example.Record(database), lifetime=lifetime, edit_every=edit_every)
-    session = Session(api=TelegramAPIServer.from_base(telegram.url))
-    bot = Bot(TOKEN, session=session, default=DefaultBotProperties(parse_mode="HTML"))
-    dispatcher = teller.dispatcher()
-    polling = asyncio.create_task(dispatcher.start_polling(bot, handle_signals=False))
-    await until(lambda: "getUpdates" in telegram.calls)
-    try:
-        yield teller
-    finally:
-        await dispatcher.stop_polling()
-        await polling
+class Bots:
+    """Bots with one record on disk, the chat in which they are given orders, and the phone that approves."""
+
+    def __init__(self, telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox, folder: Path) -> None:
+        self.telegram = telegram
+        self.client = client
+        self.sandbox = sandbox
+        self.record = folder / "record.sqlite3"
+        self.transfers: list[tuple[str, str, str]] = []
+
+    @asynccontextmanager
+    async def running(
+        self,
+        *,
+        telegram: BotApiServer | None = None,
+        client: KeylessClient | None = None,
+        users: dict[int, str] = USERS,
+        lifetime: float = 60.0,
+        edit_every: float = 0.2,
+    ) -> AsyncGenerator[None]:
+        """Run a bot as its `main` does; the block ends by stopping it."""
+        chats = telegram or self.telegram
+        with closing(sqlite3.connect(self.record, isolation_level=None)) as database:
+            teller = example.Teller(
+                client or self.client, users, example.Record(database), lifetime=lifetime, edit_every=edit_every
+            )
+            teller.transfers = self.transfers
+            session = Session(api=TelegramAPIServer.from_base(chats.url))
+            bot = Bot(TOKEN, session=session, default=DefaultBotProperties(parse_mode="HTML"))
+            dispatcher = teller.dispatcher()
+            polling = asyncio.create_task(dispatcher.start_polling(bot, handle_signals=False))
+            await until(lambda: "getUpdates" in chats.calls)
+            try:
+                yield
+            finally:
+                await dispatcher.stop_polling()
+                await polling
+
+    async def order(self, text: str = "/transfer 40 alice") -> dict[str, Any]:
+        """Give an order; return it, so that it can be delivered again."""
+        return await self.telegram.say(ALICE, text)
+
+    async def read(self, text: str) -> Message:
+        """Wait for a message with this text."""
+        return await self.telegram.read(ALICE, text)
+
+    async def asked(self, count: int = 1) -> list[str]:
+        """Wait for so many questions, and return their ids."""
+        await until(lambda: len(self.sandbox.operations) == count)
+        return list(self.sandbox.operations)
+
+    async def approve(self, auth_type: str = "biom") -> None:
+        """Approve the only question."""
+        self.sandbox.approve(*await self.asked(), auth_type=auth_type)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment of the program."""
+        return {
+            "BOT_TOKEN": TOKEN,
+            "BOT_API_URL": self.telegram.url,
+            "BOT_DB": str(self.record),
+            "KEYLESS_USERS": json.dumps(USERS),
+            "KEYLESS_API_KEY": self.sandbox.api_key,
+            "KEYLESS_BASE_URL": self.sandbox.url,
+        }
 
 
-def operation_ids(sandbox: Sandbox) -> list[str]:
-    return list(sandbox.operations)
+@pytest.fixture
+async def bots(sandbox: Sandbox, tmp_path: Path) -> AsyncGenerator[Bots]:
+    async with BotApiServer() as telegram, sandbox.client(schedule=wait_fixed(0.02)) as client:
+        yield Bots(telegram, client, sandbox, tmp_path)
 
 
-async def test_order_that_nobody_approves_transfers_nothing_and_says_so(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
-) -> None:
-    async with running(telegram, client, database, lifetime=0.3) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        message = await telegram.read(ALICE, "Not approved in time.")
+async def test_order_that_nobody_approves_transfers_nothing_and_says_so(bots: Bots) -> None:
+    async with bots.running(lifetime=0.3):
+        await bots.order()
+        message = await bots.read("Not approved in time.")
         assert message.text == f"Transfer 40 to alice\nNot approved in time. {TOO_LATE}"
-        assert teller.transfers == []
+        assert bots.transfers == []
 
 
-async def test_a_pin_transfers_nothing(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 1)
-        sandbox.approve(*operation_ids(sandbox), auth_type="pin")
-        await telegram.read(ALICE, TOO_LATE)
-        assert teller.transfers == []
+async def test_a_pin_transfers_nothing(bots: Bots) -> None:
+    async with bots.running():
+        await bots.order()
+        await bots.approve("pin")
+        await bots.read(TOO_LATE)
+        assert bots.transfers == []
 
 
-async def test_late_approval_is_no_answer_to_the_next_question(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database, lifetime=0.6) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, "Not approved in time.")
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 2)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await telegram.read(ALICE, "Not approved in time.")
-        assert teller.transfers == []
+async def test_late_approval_is_no_answer_to_the_next_question(bots: Bots) -> None:
+    async with bots.running(lifetime=0.6):
+        await bots.order()
+        await bots.read("Not approved in time.")
+        await bots.order()
+        bots.sandbox.approve((await bots.asked(2))[0])
+        await bots.read("Not approved in time.")
+        assert bots.transfers == []
 
 
-async def test_the_bot_survives_an_outage_of_keyless(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: client.statistics.polls > 0)
-        sandbox.fail_next(503, None)
-        await telegram.read(ALICE, "Keyless does not answer, still trying: ")
-        sandbox.approve(operation_ids(sandbox)[0])
-        sandbox.recover()
-        await telegram.read(ALICE, "Approved and transferred.")
-        assert teller.transfers == [("A11CE0", "40", "alice")]
+async def test_the_bot_survives_an_outage_of_keyless(bots: Bots) -> None:
+    async with bots.running():
+        await bots.order()
+        await until(lambda: bots.client.statistics.polls > 0)
+        bots.sandbox.fail_next(503, None)
+        await bots.read("Keyless does not answer, still trying: ")
+        await bots.approve()
+        bots.sandbox.recover()
+        await bots.read("Approved and transferred.")
+        assert bots.transfers == [("A11CE0", "40", "alice")]
 
 
 @pytest.mark.parametrize(
@@ -157,53 +174,45 @@ async def test_the_bot_survives_an_outage_of_keyless(
     ],
 )
 async def test_nothing_is_transferred_where_keyless_cannot_be_asked_and_the_chat_learns_why(
-    telegram: BotApiServer, database: sqlite3.Connection, sandbox: Sandbox, status: int | None, copy: str
+    bots: Bots, status: int | None, copy: str
 ) -> None:
-    async with sandbox.client(max_attempts=1) as client, running(telegram, client, database) as teller:
+    async with bots.sandbox.client(max_attempts=1) as client, bots.running(client=client):
         if status is None:
-            sandbox.drop_next(None)
+            bots.sandbox.drop_next(None)
         else:
-            sandbox.fail_next(status, None)
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, f"{copy} {TOO_LATE}")
-        assert teller.transfers == []
+            bots.sandbox.fail_next(status, None)
+        await bots.order()
+        await bots.read(f"{copy} {TOO_LATE}")
+        assert bots.transfers == []
 
 
 async def test_user_whose_face_did_not_match_or_who_left_the_scan_is_asked_to_try_again_and_may_approve(
-    telegram: BotApiServer,
-    client: KeylessClient,
-    database: sqlite3.Connection,
-    sandbox: Sandbox,
-    monkeypatch: pytest.MonkeyPatch,
+    bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(explanation, "PENDING_FOR", 0.05)
     monkeypatch.setattr(explanation, "INTERVAL", 0.05)
-    async with running(telegram, client, database, lifetime=600) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 1)
-        [operation_id] = operation_ids(sandbox)
-        sandbox.fail_authentication(operation_id, error_code=30004)
-        await telegram.read(ALICE, "Your phone tells us that the face did not match; please try again: ")
-        sandbox.fail_authentication(operation_id, error_code=30003)
-        await telegram.read(ALICE, "Your phone tells us that the user left the scan; please try again: ")
-        sandbox.approve(operation_id)
-        await telegram.read(ALICE, "Approved and transferred.")
-        assert teller.transfers == [("A11CE0", "40", "alice")]
+    async with bots.running(lifetime=600):
+        await bots.order()
+        [operation_id] = await bots.asked()
+        bots.sandbox.fail_authentication(operation_id, error_code=30004)
+        await bots.read("Your phone tells us that the face did not match; please try again: ")
+        bots.sandbox.fail_authentication(operation_id, error_code=30003)
+        await bots.read("Your phone tells us that the user left the scan; please try again: ")
+        await bots.approve()
+        await bots.read("Approved and transferred.")
+        assert bots.transfers == [("A11CE0", "40", "alice")]
 
 
-async def test_approval_of_something_else_transfers_nothing(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
+async def test_approval_of_something_else_transfers_nothing(bots: Bots) -> None:
     lies: list[dict[str, object]] = [{"operation_payload": "Transfer 1 to bob"}, {"user_id": "B0B"}, {"result": False}]
     users = {chat: f"{chat:02X}" for chat in range(1, len(lies) + 1)}
-    async with running(telegram, client, database, users=users) as teller:
+    async with bots.running(users=users):
         for chat in users:
-            await telegram.say(chat, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == len(lies))
-        for operation_id, lie in zip(operation_ids(sandbox), lies, strict=True):
-            sandbox.tamper(operation_id, **{"state": "approved", "result": True, **lie})
-        await telegram.read_all(list(users), TOO_LATE)
-        assert teller.transfers == []
+            await bots.telegram.say(chat, "/transfer 40 alice")
+        for operation_id, lie in zip(await bots.asked(len(lies)), lies, strict=True):
+            bots.sandbox.tamper(operation_id, **{"state": "approved", "result": True, **lie})
+        await bots.telegram.read_all(list(users), TOO_LATE)
+        assert bots.transfers == []
 
 
 FAULTS: dict[str, Callable[[Sandbox, bool], None]] = {
@@ -218,41 +227,31 @@ faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 @faults
 @pytest.mark.parametrize("stored", [False, True], ids=["lost", "stored"])
 async def test_command_that_is_delivered_again_amid_faults_transfers_once(
-    telegram: BotApiServer,
-    client: KeylessClient,
-    database: sqlite3.Connection,
-    sandbox: Sandbox,
-    fault: Callable[[Sandbox, bool], None],
-    *,
-    stored: bool,
+    bots: Bots, fault: Callable[[Sandbox, bool], None], *, stored: bool
 ) -> None:
-    async with running(telegram, client, database) as teller:
-        fault(sandbox, stored)
-        command = await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 1)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await telegram.read(ALICE, "Approved and transferred.")
+    async with bots.running():
+        fault(bots.sandbox, stored)
+        command = await bots.order()
+        await bots.approve()
+        await bots.read("Approved and transferred.")
         for _again in range(2):
-            sandbox.recover()
-            fault(sandbox, stored)
-            said = len(telegram.messages)
-            await telegram.deliver(command)
-            await until(lambda: len(telegram.messages) > said)  # noqa: B023  # awaited in this turn
-            await telegram.read(ALICE, "This command was carried out before")
-        assert len(teller.transfers) == len(sandbox.operations) == 1
+            bots.sandbox.recover()
+            fault(bots.sandbox, stored)
+            said = len(bots.telegram.messages)
+            await bots.telegram.deliver(command)
+            await until(lambda: len(bots.telegram.messages) > said)  # noqa: B023  # awaited in this turn
+            await bots.read("This command was carried out before")
+        assert len(bots.transfers) == len(bots.sandbox.operations) == 1
 
 
-async def test_command_that_is_delivered_twice_at_once_transfers_once(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database) as teller:
-        command = await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.deliver(command)
-        await telegram.read(ALICE, "Another transfer waits for you.")
-        await until(lambda: len(sandbox.operations) == 1)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await until(lambda: ends(telegram)[0] == "Approved and transferred.")
-        assert len(teller.transfers) == len(sandbox.operations) == 1
+async def test_command_that_is_delivered_twice_at_once_transfers_once(bots: Bots) -> None:
+    async with bots.running():
+        command = await bots.order()
+        await bots.telegram.deliver(command)
+        await bots.read("Another transfer waits for you.")
+        await bots.approve()
+        await until(lambda: ends(bots.telegram)[0] == "Approved and transferred.")
+        assert len(bots.transfers) == len(bots.sandbox.operations) == 1
 
 
 REPORTED_ONCE = ["Approved and transferred.", example.SETTLED["paid"]]
@@ -264,147 +263,107 @@ def ends(telegram: BotApiServer) -> list[str]:
 
 
 @faults
-async def test_two_bots_that_get_one_command_transfer_once(
-    telegram: BotApiServer,
-    client: KeylessClient,
-    database: sqlite3.Connection,
-    sandbox: Sandbox,
-    fault: Callable[[Sandbox, bool], None],
-) -> None:
+async def test_two_bots_that_get_one_command_transfer_once(bots: Bots, fault: Callable[[Sandbox, bool], None]) -> None:
     """While a new version is rolled out there are two; both see the approval at the same moment."""
-    async with (
-        BotApiServer() as telegram_too,
-        running(telegram, client, database) as teller,
-        running(telegram_too, client, database) as teller_too,
-    ):
-        fault(sandbox, False)  # noqa: FBT003  # not stored
-        await telegram_too.deliver(await telegram.say(ALICE, "/transfer 40 alice"))
-        await until(lambda: client.statistics.waiting == 2)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await until(lambda: sorted(ends(telegram) + ends(telegram_too)) == REPORTED_ONCE)
-        assert len(teller.transfers + teller_too.transfers) == len(sandbox.operations) == 1
+    async with BotApiServer() as telegram_too, bots.running(), bots.running(telegram=telegram_too):
+        fault(bots.sandbox, False)  # noqa: FBT003  # not stored
+        await telegram_too.deliver(await bots.order())
+        await until(lambda: bots.client.statistics.waiting == 2)
+        await bots.approve()
+        await until(lambda: sorted(ends(bots.telegram) + ends(telegram_too)) == REPORTED_ONCE)
+        assert len(bots.transfers) == len(bots.sandbox.operations) == 1
 
 
 @faults
 async def test_approval_whose_outcome_was_never_learned_transfers_once(
-    telegram: BotApiServer,
-    client: KeylessClient,
-    database: sqlite3.Connection,
-    sandbox: Sandbox,
-    fault: Callable[[Sandbox, bool], None],
+    bots: Bots, fault: Callable[[Sandbox, bool], None]
 ) -> None:
     operation_id, user, payload = f"transfer-42-{ALICE}-1", USERS[ALICE], "Transfer 40 to alice"
-    assert example.Record(database).ask(operation_id, user, payload) == "asked"
-    await client.create_operation(user, operation_id=operation_id, operation_payload=payload)
-    sandbox.approve(operation_id)
-    async with running(telegram, client, database) as teller:
-        fault(sandbox, False)  # noqa: FBT003
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, "Approved and transferred.")
-        assert teller.transfers == [("A11CE0", "40", "alice")]
-    assert len(sandbox.operations) == 1
+    with closing(sqlite3.connect(bots.record, isolation_level=None)) as database:
+        assert example.Record(database).ask(operation_id, user, payload) == "asked"
+    await bots.client.create_operation(user, operation_id=operation_id, operation_payload=payload)
+    await bots.approve()
+    async with bots.running():
+        fault(bots.sandbox, False)  # noqa: FBT003
+        await bots.order()
+        await bots.read("Approved and transferred.")
+        assert bots.transfers == [("A11CE0", "40", "alice")]
+    assert len(bots.sandbox.operations) == 1
 
 
-async def test_approval_that_came_while_the_bot_was_down_transfers_once(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox, tmp_path: Path
-) -> None:
-    command = await ask_and_be_killed(telegram, sandbox, tmp_path)
-    sandbox.approve(operation_ids(sandbox)[0])
-    async with running(telegram, client, database) as teller:
-        await telegram.deliver(command)
-        await telegram.read(ALICE, "Approved and transferred.")
-        await telegram.deliver(command)
-        await telegram.read(ALICE, "This command was carried out before")
-        assert len(teller.transfers) == len(sandbox.operations) == 1
+async def test_approval_that_came_while_the_bot_was_down_transfers_once(bots: Bots) -> None:
+    command = await ask_and_be_killed(bots)
+    await bots.approve()
+    async with bots.running():
+        await bots.telegram.deliver(command)
+        await bots.read("Approved and transferred.")
+        await bots.telegram.deliver(command)
+        await bots.read("This command was carried out before")
+        assert len(bots.transfers) == len(bots.sandbox.operations) == 1
 
 
-async def test_question_that_outlived_the_bot_is_answered_once(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox, tmp_path: Path
-) -> None:
-    command = await ask_and_be_killed(telegram, sandbox, tmp_path)
-    async with running(telegram, client, database) as teller:
-        await telegram.deliver(command)
-        await until(lambda: client.statistics.waiting == 1)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await telegram.read(ALICE, "Approved and transferred.")
-        assert len(teller.transfers) == len(sandbox.operations) == 1
+async def test_question_that_outlived_the_bot_is_answered_once(bots: Bots) -> None:
+    command = await ask_and_be_killed(bots)
+    async with bots.running():
+        await bots.telegram.deliver(command)
+        await until(lambda: bots.client.statistics.waiting == 1)
+        await bots.approve()
+        await bots.read("Approved and transferred.")
+        assert len(bots.transfers) == len(bots.sandbox.operations) == 1
 
 
-async def ask_and_be_killed(telegram: BotApiServer, sandbox: Sandbox, folder: Path) -> dict[str, Any]:
+async def ask_and_be_killed(bots: Bots) -> dict[str, Any]:
     """Run the program until it has asked, and kill it; return the command."""
-    environment = os.environ | settings(telegram, sandbox, folder)
-    program = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), env=environment)
+    program = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), env=os.environ | bots.settings)
     try:
-        command = await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 1 and telegram.calls.count("getUpdates") > 1)
+        command = await bots.order()
+        await until(lambda: len(bots.sandbox.operations) == 1 and bots.telegram.calls.count("getUpdates") > 1)
     finally:
         program.kill()
         await program.wait()
-    telegram.calls.clear()
+    bots.telegram.calls.clear()
     return command
 
 
-def settings(telegram: BotApiServer, sandbox: Sandbox, folder: Path) -> dict[str, str]:
-    """The environment of the program."""
-    return {
-        "BOT_TOKEN": TOKEN,
-        "BOT_API_URL": telegram.url,
-        "BOT_DB": str(folder / "record.sqlite3"),
-        "KEYLESS_USERS": json.dumps(USERS),
-        "KEYLESS_API_KEY": sandbox.api_key,
-        "KEYLESS_BASE_URL": sandbox.url,
-    }
+async def test_refused_command_stays_refused_though_it_is_delivered_and_approved_again(bots: Bots) -> None:
+    async with bots.running(lifetime=0.3):
+        command = await bots.order()
+        await bots.read("Not approved in time.")
+        await bots.approve()
+        await bots.telegram.deliver(command)
+        await bots.read("This command was closed before, and nothing was transferred.")
+        assert bots.transfers == []
 
 
-async def test_refused_command_stays_refused_though_it_is_delivered_and_approved_again(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database, lifetime=0.3) as teller:
-        command = await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, "Not approved in time.")
-        sandbox.approve(operation_ids(sandbox)[0])
-        await telegram.deliver(command)
-        await telegram.read(ALICE, "This command was closed before, and nothing was transferred.")
-        assert teller.transfers == []
-
-
-async def test_operation_of_another_under_the_commands_id_transfers_nothing(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    await client.create_operation(
+async def test_operation_of_another_under_the_commands_id_transfers_nothing(bots: Bots) -> None:
+    await bots.client.create_operation(
         USERS[ALICE], operation_id=f"transfer-42-{ALICE}-1", operation_payload="Transfer 1 to bob"
     )
-    sandbox.approve(operation_ids(sandbox)[0])
-    async with running(telegram, client, database) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, f"What Keyless holds for this command is not this transfer. {TOO_LATE}")
-        assert teller.transfers == []
+    await bots.approve()
+    async with bots.running():
+        await bots.order()
+        await bots.read(f"What Keyless holds for this command is not this transfer. {TOO_LATE}")
+        assert bots.transfers == []
 
 
-async def test_final_poll_without_an_answer_is_no_fault_of_the_user(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    sandbox.fail_next(503, None, method="GET")
-    async with running(telegram, client, database, lifetime=0.5) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, f"Keyless is not reachable: your approval could not be checked. {TOO_LATE}")
-        assert teller.transfers == []
+async def test_final_poll_without_an_answer_is_no_fault_of_the_user(bots: Bots) -> None:
+    bots.sandbox.fail_next(503, None, method="GET")
+    async with bots.running(lifetime=0.5):
+        await bots.order()
+        await bots.read(f"Keyless is not reachable: your approval could not be checked. {TOO_LATE}")
+        assert bots.transfers == []
 
 
-async def test_user_is_asked_one_question_at_a_time(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database):
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 1)
-        await telegram.say(ALICE, "/transfer 9000 mallory")
-        await telegram.read(ALICE, "Another transfer waits for you.")
-        assert len(sandbox.operations) == 1
+async def test_user_is_asked_one_question_at_a_time(bots: Bots) -> None:
+    async with bots.running():
+        await bots.order()
+        await bots.asked()
+        await bots.order("/transfer 9000 mallory")
+        await bots.read("Another transfer waits for you.")
+        assert len(bots.sandbox.operations) == 1
 
 
-async def test_a_malformed_order_starts_no_operation(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
+async def test_a_malformed_order_starts_no_operation(bots: Bots) -> None:
     commands = [
         "/transfer",
         "/transfer alice 40",
@@ -413,134 +372,120 @@ async def test_a_malformed_order_starts_no_operation(
         "/transfer 40 alice\nand more",
         "/transfer 40 alice\N{RIGHT-TO-LEFT OVERRIDE}bob",
     ]
-    async with running(telegram, client, database):
+    async with bots.running():
         for command in commands:
-            await telegram.say(ALICE, command)
-        await telegram.say(STRANGER, "/transfer 40 alice")
-        await until(lambda: len(telegram.messages) > len(commands))
-    answers = sorted((message.chat, message.text) for message in telegram.messages)
+            await bots.order(command)
+        await bots.telegram.say(STRANGER, "/transfer 40 alice")
+        await until(lambda: len(bots.telegram.messages) > len(commands))
+    answers = sorted((message.chat, message.text) for message in bots.telegram.messages)
     assert answers == [(ALICE, example.USAGE)] * len(commands) + [(STRANGER, "This bot does not know you.")]
-    assert not sandbox.operations
+    assert not bots.sandbox.operations
 
 
-async def test_group_is_no_place_for_an_order(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database):
-        await telegram.say(ALICE, "/transfer 40 alice", group=True)
-        await telegram.say(ALICE, "/transfer")
-        await telegram.read(ALICE, example.USAGE)
-    assert len(telegram.messages) == 1
-    assert not sandbox.operations
+async def test_group_is_no_place_for_an_order(bots: Bots) -> None:
+    async with bots.running():
+        await bots.telegram.say(ALICE, "/transfer 40 alice", group=True)
+        await bots.order("/transfer")
+        await bots.read(example.USAGE)
+    assert len(bots.telegram.messages) == 1
+    assert not bots.sandbox.operations
 
 
-async def test_users_text_is_shown_as_text(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
+async def test_users_text_is_shown_as_text(bots: Bots) -> None:
     payee = "<b>alice</i> & [bob](tg://user?id=1) *_`"
-    async with running(telegram, client, database, edit_every=0.05):
-        await telegram.say(ALICE, f"/transfer 40 {payee}")
-        await telegram.read(ALICE, "Waiting for your approval: ")
-        sandbox.approve(operation_ids(sandbox)[0])
-        message = await telegram.read(ALICE, "Approved and transferred.")
+    async with bots.running(edit_every=0.05):
+        await bots.order(f"/transfer 40 {payee}")
+        await bots.read("Waiting for your approval: ")
+        await bots.approve()
+        message = await bots.read("Approved and transferred.")
     assert {text.splitlines()[0] for text in message.texts} == {f"Transfer 40 to {payee}"}
 
 
-async def test_telegram_failing_at_progress_does_not_end_the_wait(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
+async def test_telegram_failing_at_progress_does_not_end_the_wait(bots: Bots) -> None:
     failures = [
         refusal(ApiError(429, "Too Many Requests: retry after 1", retry_after=1)),
         web.Response(status=502, text="<html>Bad gateway</html>", content_type="text/html"),
         refusal(ApiError(403, "Forbidden: bot was blocked by the user")),
     ]
-    telegram.broken = lambda method: failures.pop() if method == "editMessageText" and failures else None
-    async with running(telegram, client, database, edit_every=0.05) as teller:
-        await telegram.say(ALICE, "/transfer 40 alice")
+    bots.telegram.broken = lambda method: failures.pop() if method == "editMessageText" and failures else None
+    async with bots.running(edit_every=0.05):
+        await bots.order()
         await until(lambda: not failures)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await telegram.read(ALICE, "Approved and transferred.")
-        assert len(teller.transfers) == 1
+        await bots.approve()
+        await bots.read("Approved and transferred.")
+        assert len(bots.transfers) == 1
 
 
-async def test_the_end_is_reported_also_where_the_message_was_deleted(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database):
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 1)  # the message comes before the question
-        [message] = telegram.messages
+async def test_the_end_is_reported_also_where_the_message_was_deleted(bots: Bots) -> None:
+    async with bots.running():
+        await bots.order()
+        await bots.asked()  # the message comes before the question
+        [message] = bots.telegram.messages
         message.deleted = True
-        sandbox.approve(operation_ids(sandbox)[0])
-        assert (await telegram.read(ALICE, "Approved and transferred.")) is not message
+        await bots.approve()
+        assert (await bots.read("Approved and transferred.")) is not message
 
 
-async def test_stopping_ends_every_wait_notifies_the_chats_and_leaves_nothing(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
-) -> None:
+async def test_stopping_ends_every_wait_notifies_the_chats_and_leaves_nothing(bots: Bots) -> None:
     before = asyncio.all_tasks()
-    async with running(telegram, client, database) as teller:
+    async with bots.running():
         for chat in USERS:
-            await telegram.say(chat, "/transfer 40 alice")
-        await until(lambda: client.statistics.waiting == len(USERS))
-    assert [message.text.splitlines()[1] for message in telegram.messages] == [f"The bot was stopped. {TOO_LATE}"] * 2
-    assert teller.transfers == []
+            await bots.telegram.say(chat, "/transfer 40 alice")
+        await until(lambda: bots.client.statistics.waiting == len(USERS))
+    assert [message.text.splitlines()[1] for message in bots.telegram.messages] == [
+        f"The bot was stopped. {TOO_LATE}"
+    ] * 2
+    assert bots.transfers == []
     await until(lambda: not tasks_since(before))
 
 
-async def test_stopping_does_not_wait_for_a_telegram_that_hangs(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stopping_does_not_wait_for_a_telegram_that_hangs(bots: Bots, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(example, "GRACE", 0.2)
-    async with running(telegram, client, database, edit_every=60):
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: client.statistics.waiting == 1)
+    async with bots.running(edit_every=60):
+        await bots.order()
+        await until(lambda: bots.client.statistics.waiting == 1)
         flood = ApiError(429, "Too Many Requests: retry after 600", retry_after=600)
-        telegram.broken = lambda method: refusal(flood) if method == "editMessageText" else None
+        bots.telegram.broken = lambda method: refusal(flood) if method == "editMessageText" else None
         began = time.monotonic()
     assert time.monotonic() - began < 60  # Telegram asked for 600
 
 
 async def test_program_takes_its_settings_from_the_environment_and_ends_at_sigterm(
-    telegram: BotApiServer, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in settings(telegram, sandbox, tmp_path).items():
+    for name, value in bots.settings.items():
         monkeypatch.setenv(name, value)
     program = asyncio.create_task(example.main())
-    await telegram.say(ALICE, "/transfer 40 alice")
-    await until(lambda: len(sandbox.operations) == 1)
+    await bots.order()
+    await bots.asked()
     signal.raise_signal(signal.SIGTERM)
     await asyncio.wait_for(program, PATIENCE)
-    await telegram.read(ALICE, "The bot was stopped.")
+    await bots.read("The bot was stopped.")
 
 
-async def test_message_is_edited_seldom_however_often_keyless_is_asked(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
-) -> None:
-    async with running(telegram, client, database, edit_every=0.3):
+async def test_message_is_edited_seldom_however_often_keyless_is_asked(bots: Bots) -> None:
+    async with bots.running(edit_every=0.3):
         began = time.monotonic()
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: client.statistics.polls > 30)
-        edits = telegram.calls.count("editMessageText")
+        await bots.order()
+        await until(lambda: bots.client.statistics.polls > 30)
+        edits = bots.telegram.calls.count("editMessageText")
         assert 1 <= edits <= (time.monotonic() - began) / 0.3 + 1
 
 
-async def test_many_chats_wait_at_once_and_edits_are_few(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
+async def test_many_chats_wait_at_once_and_edits_are_few(bots: Bots) -> None:
     users = {chat: f"{chat:06X}" for chat in range(1, 201)}
-    async with running(telegram, client, database, users=users, lifetime=600, edit_every=0.5) as teller:
+    async with bots.running(users=users, lifetime=600, edit_every=0.5):
         began = time.monotonic()
         for chat in users:
-            await telegram.say(chat, f"/transfer {chat} alice")
-        await until(lambda: client.statistics.waiting == len(users))
-        await until(lambda: "editMessageText" in telegram.calls)  # the message of any of them
-        edits = telegram.calls.count("editMessageText")
+            await bots.telegram.say(chat, f"/transfer {chat} alice")
+        await until(lambda: bots.client.statistics.waiting == len(users))
+        await until(lambda: "editMessageText" in bots.telegram.calls)  # the message of any of them
+        edits = bots.telegram.calls.count("editMessageText")
         assert edits <= (time.monotonic() - began) / example.EDITS_APART + 1
-        for operation_id in operation_ids(sandbox):
-            sandbox.approve(operation_id)
-        await telegram.read_all(list(users), "Approved and transferred.")
-    assert sorted(teller.transfers) == sorted((users[chat], f"{chat}", "alice") for chat in users)
+        for operation_id in bots.sandbox.operations:
+            bots.sandbox.approve(operation_id)
+        await bots.telegram.read_all(list(users), "Approved and transferred.")
+    assert sorted(bots.transfers) == sorted((users[chat], f"{chat}", "alice") for chat in users)
 
 
 async def test_chat_in_a_terminal_runs_the_bot_without_telegram_and_without_a_phone() -> None:
