@@ -30,7 +30,7 @@ sys.path.insert(0, str(EXAMPLE))
 from payments import Payment, Record, make_app, verdict  # noqa: E402  # examples are programs, not a package
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator
 
     from nats.aio.client import Client
     from nats.js.api import ConsumerInfo
@@ -52,9 +52,40 @@ class Verdict(NamedTuple):
 class Streams:
     """What the application reads and writes, seen from outside."""
 
-    def __init__(self, connection: Client) -> None:
+    def __init__(self, connection: Client, broker: NatsServer, sandbox: Sandbox, database: sqlite3.Connection) -> None:
         self.connection = connection
         self.js = connection.jetstream(timeout=PATIENCE)
+        self.broker = broker
+        self.sandbox = sandbox
+        self.database = database
+        self.paid: list[Payment] = []
+
+    @asynccontextmanager
+    async def working(self) -> AsyncGenerator[None]:
+        """Run a worker, which makes the streams."""
+        async with self.sandbox.client() as client:
+            worker = ApprovalWorker(client, self.broker.url, schedule=wait_fixed(0.05), grace=0.5)
+            task = asyncio.create_task(worker.run())
+            try:
+                await until(lambda: worker.statistics.is_ready or task.done())
+                yield
+            finally:
+                worker.stop()
+                await task
+
+    @asynccontextmanager
+    async def deciding(self) -> AsyncGenerator[None]:
+        """Run the application, on the record of all applications of a test."""
+        async with make_app(self.database, self.broker.url, retry=RETRY, pay=self.paid.append):
+            yield
+
+    async def asked(self, payment_id: str = "1") -> None:
+        await until(lambda: f"payment-{payment_id}" in self.sandbox.operations)
+
+    async def approve(self, payment_id: str = "1", auth_type: str = "biom") -> None:
+        """Approve a payment, once the user is asked."""
+        await self.asked(payment_id)
+        self.sandbox.approve(f"payment-{payment_id}", auth_type=auth_type)
 
     async def request(self, payment: Payment) -> None:
         await self.send(msgspec.json.encode(payment))
@@ -121,59 +152,25 @@ def is_idle(consumer: ConsumerInfo) -> bool:
 
 
 @pytest.fixture
-async def connection(broker: NatsServer) -> AsyncGenerator[Client]:
-    async with await nats.connect(broker.url, reconnect_time_wait=0) as connection:
-        yield connection
-
-
-@pytest.fixture
-def streams(connection: Client) -> Streams:
-    return Streams(connection)
-
-
-@asynccontextmanager
-async def working(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
-    async with sandbox.client() as client:
-        worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05), grace=0.5)
-        task = asyncio.create_task(worker.run())
-        try:
-            await until(lambda: worker.statistics.is_ready or task.done())
-            yield
-        finally:
-            worker.stop()
-            await task
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    """The record of all applications of a test, on disk."""
+async def streams(broker: NatsServer, sandbox: Sandbox, tmp_path: Path) -> AsyncGenerator[Streams]:
+    """No worker, and no application yet."""
     with closing(sqlite3.connect(tmp_path / "payments.sqlite3", isolation_level=None)) as database:
-        yield database
-
-
-@asynccontextmanager
-async def deciding(
-    broker: NatsServer, database: sqlite3.Connection, paid: list[Payment] | None = None
-) -> AsyncGenerator[None]:
-    pays: list[Payment] = [] if paid is None else paid
-    async with make_app(database, broker.url, retry=RETRY, pay=pays.append):
-        yield
+        async with await nats.connect(broker.url, reconnect_time_wait=0) as connection:
+            yield Streams(connection, broker, sandbox, database)
 
 
 @pytest.fixture
-async def worker(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
-    async with working(broker, sandbox):
-        yield
+async def served(streams: Streams) -> AsyncGenerator[Streams]:
+    """With a worker."""
+    async with streams.working():
+        yield streams
 
 
 @pytest.fixture
-async def application(
-    broker: NatsServer,
-    worker: None,  # noqa: ARG001  # it makes the streams
-    database: sqlite3.Connection,
-) -> AsyncGenerator[None]:
-    async with deciding(broker, database):
-        yield
+async def app(served: Streams) -> AsyncGenerator[Streams]:
+    """With a worker, and the application."""
+    async with served.deciding():
+        yield served
 
 
 def payment(payment_id: str = "1", *, amount: str = "40.00", seconds: float = 60) -> Payment:
@@ -189,56 +186,37 @@ def payment(payment_id: str = "1", *, amount: str = "40.00", seconds: float = 60
     )
 
 
-async def asked(sandbox: Sandbox, payment_id: str = "1") -> None:
-    await until(lambda: f"payment-{payment_id}" in sandbox.operations)
-
-
-@pytest.mark.usefixtures("worker")  # it makes the streams
-async def test_a_pin_pays_nothing_whoever_submitted_the_request(
-    broker: NatsServer,
-    database: sqlite3.Connection,
-    connection: Client,
-    streams: Streams,
-    sandbox: Sandbox,
-) -> None:
-    paid: list[Payment] = []
+async def test_a_pin_pays_nothing_whoever_submitted_the_request(app: Streams) -> None:
     forged = payment("2")
-    async with deciding(broker, database, paid):
-        await streams.request(payment("1"))
-        await submit_approval(  # by another application, which requires no face
-            connection, "C0FFEE", operation_id="payment-2", operation_payload=forged.text, context=forged
-        )
-        for number in ("1", "2"):
-            await asked(sandbox, number)
-            sandbox.approve(f"payment-{number}", auth_type="pin")
-        assert await streams.settled() == [Verdict("refused", "1")]
-    assert not paid
+    await app.request(payment("1"))
+    await submit_approval(  # by another application, which requires no face
+        app.connection, "C0FFEE", operation_id="payment-2", operation_payload=forged.text, context=forged
+    )
+    for number in ("1", "2"):
+        await app.approve(number, auth_type="pin")
+    assert await app.settled() == [Verdict("refused", "1")]
+    assert not app.paid
 
 
-@pytest.mark.usefixtures("application")
-async def test_payment_that_nobody_approves_expires(streams: Streams, sandbox: Sandbox) -> None:
-    await streams.request(payment(seconds=1))
-    assert await streams.settled() == [Verdict("expired", "1")]
-    assert sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
+async def test_payment_that_nobody_approves_expires(app: Streams) -> None:
+    await app.request(payment(seconds=1))
+    assert await app.settled() == [Verdict("expired", "1")]
+    assert app.sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
 
 
-@pytest.mark.usefixtures("application")
-async def test_late_approval_revives_nothing_even_when_the_event_comes_again(
-    streams: Streams, sandbox: Sandbox
-) -> None:
+async def test_late_approval_revives_nothing_even_when_the_event_comes_again(app: Streams) -> None:
     event = payment(seconds=1)
-    await streams.request(event)
-    await streams.settled()
-    sandbox.approve("payment-1")
-    await streams.request(event)
-    assert await streams.settled() == [Verdict("expired", "1")]
+    await app.request(event)
+    await app.settled()
+    app.sandbox.approve("payment-1")
+    await app.request(event)
+    assert await app.settled() == [Verdict("expired", "1")]
 
 
-@pytest.mark.usefixtures("application")
-async def test_event_that_arrives_too_late_asks_nobody(streams: Streams, sandbox: Sandbox) -> None:
-    await streams.request(payment(seconds=-1))
-    assert await streams.settled() == [Verdict("expired", "1")]
-    assert not sandbox.operations
+async def test_event_that_arrives_too_late_asks_nobody(app: Streams) -> None:
+    await app.request(payment(seconds=-1))
+    assert await app.settled() == [Verdict("expired", "1")]
+    assert not app.sandbox.operations
 
 
 @pytest.mark.parametrize(
@@ -275,62 +253,49 @@ def test_verdict_claims_no_more_than_the_worker_knows(facts: dict[str, Any], exp
     ],
     ids=["json", "payment_id", "newline", "user_id", "amount", "payee", "approve_by"],
 )
-@pytest.mark.usefixtures("application")
-async def test_malformed_event_asks_nobody_and_is_not_delivered_again(
-    streams: Streams, sandbox: Sandbox, event: bytes
-) -> None:
-    await streams.send(event)
-    assert await streams.settled() == []
-    assert not (await streams.requests()).num_redelivered
-    assert not sandbox.operations
+async def test_malformed_event_asks_nobody_and_is_not_delivered_again(app: Streams, event: bytes) -> None:
+    await app.send(event)
+    assert await app.settled() == []
+    assert not (await app.requests()).num_redelivered
+    assert not app.sandbox.operations
 
 
-@pytest.mark.usefixtures("application")
-async def test_event_that_comes_twice_is_one_operation_and_has_one_verdict(streams: Streams, sandbox: Sandbox) -> None:
+async def test_event_that_comes_twice_is_one_operation_and_has_one_verdict(app: Streams) -> None:
     event = payment()
-    await streams.request(event)
-    await streams.request(event)
-    await asked(sandbox)
-    sandbox.approve("payment-1")
-    assert await streams.settled() == [Verdict("approved", "1")]
-    await streams.request(event)
-    assert await streams.settled() == [Verdict("approved", "1")]
-    assert list(sandbox.operations) == ["payment-1"]
+    await app.request(event)
+    await app.request(event)
+    await app.approve()
+    assert await app.settled() == [Verdict("approved", "1")]
+    await app.request(event)
+    assert await app.settled() == [Verdict("approved", "1")]
+    assert list(app.sandbox.operations) == ["payment-1"]
 
 
-@pytest.mark.usefixtures("application")
-async def test_outcome_that_comes_twice_is_one_verdict(streams: Streams) -> None:
-    await streams.request(payment(seconds=0.5))
-    await streams.settled()
-    event = await streams.js.get_msg("KEYLESS_OUTCOMES", 1)
-    await streams.js.publish(event.subject or "", event.data or b"")
-    assert await streams.settled() == [Verdict("expired", "1")]
+async def test_outcome_that_comes_twice_is_one_verdict(app: Streams) -> None:
+    await app.request(payment(seconds=0.5))
+    await app.settled()
+    event = await app.js.get_msg("KEYLESS_OUTCOMES", 1)
+    await app.js.publish(event.subject or "", event.data or b"")
+    assert await app.settled() == [Verdict("expired", "1")]
 
 
-@pytest.mark.usefixtures("application")
-async def test_another_payment_under_the_same_id_is_refused_and_takes_nothing_from_the_first(
-    streams: Streams, sandbox: Sandbox
-) -> None:
-    await streams.request(payment())
-    await asked(sandbox)
-    await streams.request(payment(amount="9000.00"))
-    await until(streams.has_verdicts)
-    sandbox.approve("payment-1")
-    assert await streams.settled() == [Verdict("refused", "1", "9000.00"), Verdict("approved", "1", "40.00")]
-    assert sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
+async def test_another_payment_under_the_same_id_is_refused_and_takes_nothing_from_the_first(app: Streams) -> None:
+    await app.request(payment())
+    await app.asked()
+    await app.request(payment(amount="9000.00"))
+    await until(app.has_verdicts)
+    app.sandbox.approve("payment-1")
+    assert await app.settled() == [Verdict("refused", "1", "9000.00"), Verdict("approved", "1", "40.00")]
+    assert app.sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
 
 
-@pytest.mark.usefixtures("application")
-async def test_outcome_of_another_application_is_no_verdict_on_a_payment(
-    streams: Streams, connection: Client, sandbox: Sandbox
-) -> None:
-    login = (await submit_approval(connection, "c0ffee", operation_id="login-7", context={"login": 7})).operation_id
-    await until(lambda: login in sandbox.operations)
-    sandbox.approve(login)
-    assert await streams.settled() == []
+async def test_outcome_of_another_application_is_no_verdict_on_a_payment(app: Streams) -> None:
+    login = (await submit_approval(app.connection, "c0ffee", operation_id="login-7", context={"login": 7})).operation_id
+    await until(lambda: login in app.sandbox.operations)
+    app.sandbox.approve(login)
+    assert await app.settled() == []
 
 
-@pytest.mark.usefixtures("application")
 @pytest.mark.parametrize(
     "asked_for",
     [
@@ -340,103 +305,87 @@ async def test_outcome_of_another_application_is_no_verdict_on_a_payment(
     ],
 )
 async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is_no_verdict(
-    streams: Streams, connection: Client, sandbox: Sandbox, asked_for: dict[str, Any]
+    app: Streams, asked_for: dict[str, Any]
 ) -> None:
-    await submit_approval(connection, **asked_for, context=payment())
-    await until(lambda: asked_for["operation_id"] in sandbox.operations)
-    sandbox.approve(asked_for["operation_id"])
-    assert await streams.settled() == []
+    await submit_approval(app.connection, **asked_for, context=payment())
+    await until(lambda: asked_for["operation_id"] in app.sandbox.operations)
+    app.sandbox.approve(asked_for["operation_id"])
+    assert await app.settled() == []
 
 
-async def test_event_stays_until_the_request_for_its_approval_is_stored(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
-) -> None:
-    async with working(broker, sandbox):
+async def test_event_stays_until_the_request_for_its_approval_is_stored(streams: Streams) -> None:
+    async with streams.working():
         pass
     await streams.js.delete_stream("KEYLESS_REQUESTS")
-    async with deciding(broker, database):
+    async with streams.deciding():
         await streams.request(payment())
         await until(streams.asks_again)
-        async with working(broker, sandbox):  # it makes the stream again
-            await asked(sandbox)
-            sandbox.approve("payment-1")
+        async with streams.working():  # it makes the stream again
+            await streams.approve()
             assert await streams.settled() == [Verdict("approved", "1")]
 
 
-@pytest.mark.usefixtures("worker")
-async def test_outcome_stays_until_its_verdict_is_stored_and_pays_once(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
-) -> None:
-    asked_for, paid = payment(), list[Payment]()
-    async with deciding(broker, database, paid):
-        config = (await streams.js.stream_info("payments")).config
-        await streams.request(asked_for)
-        await streams.js.update_stream(config, max_msgs=1, discard=DiscardPolicy.NEW)  # full
-        await asked(sandbox)
-        sandbox.approve("payment-1")
-        await until(streams.decides_again)
-        await streams.js.update_stream(config)
-        assert await streams.settled() == [Verdict("approved", "1")]
-    assert paid == [asked_for]
+async def test_outcome_stays_until_its_verdict_is_stored_and_pays_once(served: Streams) -> None:
+    asked_for = payment()
+    async with served.deciding():
+        config = (await served.js.stream_info("payments")).config
+        await served.request(asked_for)
+        await served.js.update_stream(config, max_msgs=1, discard=DiscardPolicy.NEW)  # full
+        await served.approve()
+        await until(served.decides_again)
+        await served.js.update_stream(config)
+        assert await served.settled() == [Verdict("approved", "1")]
+    assert served.paid == [asked_for]
 
 
-@pytest.mark.usefixtures("worker")
-async def test_outcome_that_comes_again_pays_once_though_the_stream_forgot_the_verdict(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
-) -> None:
-    asked_for, paid = payment(), list[Payment]()
-    async with deciding(broker, database, paid):
-        await streams.request(asked_for)
-        await asked(sandbox)
-        sandbox.approve("payment-1")
-        await streams.settled()
-    event = await streams.js.get_msg("KEYLESS_OUTCOMES", 1)
-    await streams.js.delete_stream("payments")
-    async with deciding(broker, database, paid):
-        await streams.js.publish(event.subject or "", event.data or b"")
-        await until(streams.has_verdicts)
-        assert await streams.settled() == [Verdict("approved", "1")]
-    assert paid == [asked_for]
+async def test_outcome_that_comes_again_pays_once_though_the_stream_forgot_the_verdict(served: Streams) -> None:
+    asked_for = payment()
+    async with served.deciding():
+        await served.request(asked_for)
+        await served.approve()
+        await served.settled()
+    event = await served.js.get_msg("KEYLESS_OUTCOMES", 1)
+    await served.js.delete_stream("payments")
+    async with served.deciding():
+        await served.js.publish(event.subject or "", event.data or b"")
+        await until(served.has_verdicts)
+        assert await served.settled() == [Verdict("approved", "1")]
+    assert served.paid == [asked_for]
 
 
-def test_first_verdict_counts_and_another_payment_under_a_paid_id_is_refused(database: sqlite3.Connection) -> None:
-    record, first, second = Record(database), payment("1"), payment("2")
-    assert record.settle(first, "expired") == ("expired", True)
-    assert record.settle(first, "approved") == ("expired", False)
-    assert record.settle(second, "approved") == ("approved", True)
-    assert record.settle(second, "approved") == ("approved", False)
-    assert record.settle(replace(second, amount="9000.00"), "approved") == ("refused", False)
+def test_first_verdict_counts_and_another_payment_under_a_paid_id_is_refused() -> None:
+    first, second = payment("1"), payment("2")
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
+        record = Record(database)
+        assert record.settle(first, "expired") == ("expired", True)
+        assert record.settle(first, "approved") == ("expired", False)
+        assert record.settle(second, "approved") == ("approved", True)
+        assert record.settle(second, "approved") == ("approved", False)
+        assert record.settle(replace(second, amount="9000.00"), "approved") == ("refused", False)
 
 
-@pytest.mark.usefixtures("worker")
-async def test_application_that_was_away_misses_nothing(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
-) -> None:
+async def test_application_that_was_away_misses_nothing(served: Streams) -> None:
     names = [f"{number}" for number in range(20)]
-    async with deciding(broker, database):
+    async with served.deciding():
         for name in names:
-            await streams.request(payment(name))
-            await asked(sandbox, name)
+            await served.request(payment(name))
+            await served.asked(name)
     for name in names:
-        sandbox.approve(f"payment-{name}")
-    await until(streams.are_waited_for_no_more)
-    assert await streams.verdicts() == []
-    async with deciding(broker, database):
-        assert sorted(await streams.settled()) == sorted(Verdict("approved", name) for name in names)
+        served.sandbox.approve(f"payment-{name}")
+    await until(served.are_waited_for_no_more)
+    assert await served.verdicts() == []
+    async with served.deciding():
+        assert sorted(await served.settled()) == sorted(Verdict("approved", name) for name in names)
 
 
-@pytest.mark.usefixtures("application")
-async def test_application_outlives_a_broker_that_is_killed(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox
-) -> None:
-    broker.kill()
-    await until(lambda: not streams.connection.is_connected)
-    await broker.start()
-    await until(lambda: streams.connection.is_connected)
-    await streams.request(payment())
-    await asked(sandbox)
-    sandbox.approve("payment-1")
-    assert await streams.settled() == [Verdict("approved", "1")]
+async def test_application_outlives_a_broker_that_is_killed(app: Streams) -> None:
+    app.broker.kill()
+    await until(lambda: not app.connection.is_connected)
+    await app.broker.start()
+    await until(lambda: app.connection.is_connected)
+    await app.request(payment())
+    await app.approve()
+    assert await app.settled() == [Verdict("approved", "1")]
 
 
 async def start(
@@ -462,21 +411,18 @@ async def test_program_without_a_worker_says_in_one_line_what_to_do(broker: Nats
     assert log.splitlines()[-1] == "there is no stream KEYLESS_OUTCOMES: start a worker first, it makes it"
 
 
-@pytest.mark.usefixtures("worker")
-async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
-) -> None:
-    program = await start("-W", "error", EXAMPLE / "payments.py", broker=broker)
-    await until(streams.are_read)
-    await streams.request(payment())
-    await asked(sandbox)
+async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(served: Streams) -> None:
+    program = await start("-W", "error", EXAMPLE / "payments.py", broker=served.broker)
+    await until(served.are_read)
+    await served.request(payment())
+    await served.asked()
     began = time.monotonic()
     program.send_signal(signal.SIGTERM)
     await ended(program)
     assert time.monotonic() - began < 30
-    sandbox.approve("payment-1")
-    async with deciding(broker, database):
-        assert await streams.settled() == [Verdict("approved", "1")]
+    served.sandbox.approve("payment-1")
+    async with served.deciding():
+        assert await served.settled() == [Verdict("approved", "1")]
 
 
 async def test_one_command_runs_all_of_the_example() -> None:
