@@ -6,7 +6,7 @@ import asyncio
 import base64
 import re
 import sys
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ import webhooks  # noqa: E402
 sys.path.remove(str(EXAMPLE))
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
 
@@ -120,6 +120,8 @@ CALLBACK = "/realms/shop/protocol/openid-connect/ext/ciba/auth/callback"
 class Keycloak:
     """The realm "shop": it delegates logins, and takes one result for each bearer token that it gave out."""
 
+    channel: TestClient[web.Request, web.Application]
+
     def __init__(self) -> None:
         self.results: dict[str, list[Any]] = {}
         self.status = 200
@@ -127,9 +129,7 @@ class Keycloak:
         app.router.add_post(CALLBACK, self.take_result)
         self.server = TestServer(app)
 
-    async def delegate(
-        self, channel: TestClient[web.Request, web.Application], user: str, token: str, **changes: Any
-    ) -> int:
+    async def delegate(self, user: str = "alice", token: str = "token", **changes: Any) -> int:  # noqa: S107  # no secret
         """Delegate a login of the client "fern". The token is the signature of a JWT."""
         self.results[token] = []
         claims = base64.urlsafe_b64encode(b'{"azp": "fern", "jti": "~~~"}').decode().rstrip("=")
@@ -140,7 +140,7 @@ class Keycloak:
             "binding_message": "W4SCT",
         }
         headers = {"Authorization": f"Bearer e30.{claims}.{token}"}
-        async with channel.post("/delegate", json=body | changes, headers=headers) as answer:
+        async with self.channel.post("/delegate", json=body | changes, headers=headers) as answer:
             return answer.status
 
     async def take_result(self, request: web.Request) -> web.Response:
@@ -149,16 +149,21 @@ class Keycloak:
         self.results[token].append((await request.json())["status"])
         return web.Response(status=self.status if len(self.results[token]) == 1 else 403)
 
+    async def gets(self, status: str, token: str = "token") -> None:  # noqa: S107
+        await until(lambda: self.results[token] == [status])
 
-@pytest.fixture
-def channel_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sandbox, Keycloak], Any]:
-    def channel_of(sandbox: Sandbox, realm: Keycloak) -> TestClient[web.Request, web.Application]:
-        monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
-        monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
-        monkeypatch.setenv("KEYCLOAK_REALM", str(realm.server.make_url("/realms/shop")))
-        return TestClient(TestServer(keycloak.make_app()))
 
-    return channel_of
+@asynccontextmanager
+async def delegating(sandbox: Sandbox) -> AsyncGenerator[Keycloak]:
+    """Run a realm, and the channel to which it delegates logins."""
+    realm = Keycloak()
+    async with sandbox, realm.server:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KEYLESS_BASE_URL", sandbox.url)
+            patch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+            patch.setenv("KEYCLOAK_REALM", str(realm.server.make_url("/realms/shop")))
+            async with TestClient(TestServer(keycloak.make_app())) as realm.channel:
+                yield realm
 
 
 @pytest.mark.looptime
@@ -167,14 +172,10 @@ def channel_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sandbox, Keycloak],
     [(ApprovingSandbox("biom"), "SUCCEED"), (ApprovingSandbox("pin"), "UNAUTHORIZED"), (Sandbox(), "UNAUTHORIZED")],
     ids=["face", "pin", "nobody"],
 )
-async def test_keycloak_gets_the_result_of_a_login_once(
-    sandbox: Sandbox, status: str, channel_of: Callable[[Sandbox, Keycloak], Any]
-) -> None:
-    realm = Keycloak()
-    async with sandbox, realm.server:
-        async with channel_of(sandbox, realm) as channel:
-            assert await realm.delegate(channel, "alice", "token") == 201
-            await until(lambda: realm.results["token"] != [])
+async def test_keycloak_gets_the_result_of_a_login_once(sandbox: Sandbox, status: str) -> None:
+    async with delegating(sandbox) as realm:
+        assert await realm.delegate() == 201
+        await until(lambda: realm.results["token"] != [])
         [operation] = sandbox.operations.values()
         assert operation.user_id == "C0FFEE"
     assert realm.results == {"token": [status]}
@@ -196,70 +197,58 @@ CONSENT = "and allow openid email offline_access"
     ],
 )
 async def test_the_user_sees_which_client_wants_the_login_and_each_scope_that_keycloak_stores_a_consent_for(
-    changes: dict[str, Any], payload: str, channel_of: Callable[[Sandbox, Keycloak], Any]
+    changes: dict[str, Any], payload: str
 ) -> None:
-    realm = Keycloak()
-    async with ApprovingSandbox("biom") as sandbox, realm.server, channel_of(sandbox, realm) as channel:
-        assert await realm.delegate(channel, "alice", "token", **changes) == 201
-        await until(lambda: realm.results["token"] == ["SUCCEED"])
-        assert [operation.operation_payload for operation in sandbox.operations.values()] == [payload]
+    sandbox = ApprovingSandbox("biom")
+    async with delegating(sandbox) as realm:
+        assert await realm.delegate(**changes) == 201
+        await realm.gets("SUCCEED")
+    assert [operation.operation_payload for operation in sandbox.operations.values()] == [payload]
 
 
 @pytest.mark.looptime
-async def test_a_consent_that_cannot_be_shown_is_refused_and_nobody_is_asked(
-    channel_of: Callable[[Sandbox, Keycloak], Any],
-) -> None:
-    realm = Keycloak()
-    async with Sandbox() as sandbox, realm.server, channel_of(sandbox, realm) as channel:
-        assert await realm.delegate(channel, "alice", "token", is_consent_required=True, scope=None) == 201
-        await until(lambda: realm.results["token"] == ["UNAUTHORIZED"])
-        assert not sandbox.operations
+async def test_a_consent_that_cannot_be_shown_is_refused_and_nobody_is_asked() -> None:
+    sandbox = Sandbox()
+    async with delegating(sandbox) as realm:
+        assert await realm.delegate(is_consent_required=True, scope=None) == 201
+        await realm.gets("UNAUTHORIZED")
+    assert not sandbox.operations
 
 
-async def test_keycloak_is_refused_a_login_of_an_unknown_user_and_nobody_is_asked(
-    channel_of: Callable[[Sandbox, Keycloak], Any],
-) -> None:
-    realm = Keycloak()
-    async with Sandbox() as sandbox, realm.server, channel_of(sandbox, realm) as channel:
-        assert await realm.delegate(channel, "mallory", "token") == 404
-        assert not sandbox.operations
+async def test_keycloak_is_refused_a_login_of_an_unknown_user_and_nobody_is_asked() -> None:
+    sandbox = Sandbox()
+    async with delegating(sandbox) as realm:
+        assert await realm.delegate("mallory") == 404
+    assert not sandbox.operations
 
 
-async def test_a_server_that_stops_refuses_the_logins_that_wait(
-    channel_of: Callable[[Sandbox, Keycloak], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    realm = Keycloak()
-    async with Sandbox() as sandbox, realm.server, channel_of(sandbox, realm) as channel:
-        assert await realm.delegate(channel, "alice", "token") == 201
+async def test_a_server_that_stops_refuses_the_logins_that_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    sandbox = Sandbox()
+    async with delegating(sandbox) as realm:
+        assert await realm.delegate() == 201
         await until(lambda: len(sandbox.operations) == 1)
         await until(lambda: "push to C0FFEE" in capsys.readouterr().out)
     assert realm.results == {"token": ["UNAUTHORIZED"]}
 
 
 @pytest.mark.looptime
-async def test_a_push_that_fails_refuses_its_login_and_no_other(
-    channel_of: Callable[[Sandbox, Keycloak], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_push_that_fails_refuses_its_login_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_ticket: ApprovalTicket) -> None:
         raise OSError("the push service is away")
 
     monkeypatch.setattr(keycloak, "notify_phone", fail)
-    realm = Keycloak()
-    async with ApprovingSandbox("biom") as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+    async with delegating(ApprovingSandbox("biom")) as realm:
         for token in ("token-1", "token-2"):
-            assert await realm.delegate(channel, "alice", token) == 201
-            await until(lambda: [*realm.results.values()][-1] == ["UNAUTHORIZED"])
+            assert await realm.delegate(token=token) == 201
+            await realm.gets("UNAUTHORIZED", token)
 
 
 @pytest.mark.looptime
-async def test_no_log_has_the_bearer_token_of_a_login(
-    channel_of: Callable[[Sandbox, Keycloak], Any], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_no_log_has_the_bearer_token_of_a_login(caplog: pytest.LogCaptureFixture) -> None:
     """Whoever has it can post that the user has approved."""
-    realm = Keycloak()
-    async with ApprovingSandbox("biom") as sandbox, realm.server, channel_of(sandbox, realm) as channel:
+    async with delegating(ApprovingSandbox("biom")) as realm:
         realm.status = 400
-        assert await realm.delegate(channel, "alice", "s3cret") == 201
+        assert await realm.delegate(token="s3cret") == 201
         await until(lambda: "did not take the result" in caplog.text)
     assert "s3cret" not in caplog.text
 
