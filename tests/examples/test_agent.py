@@ -60,14 +60,20 @@ async def approve(sandbox: Sandbox, after: float = 1) -> None:
         sandbox.approve(operation_id)
 
 
+async def hold_approved(gate: Gate, sandbox: Sandbox, request: str | None = None) -> str:
+    """Hold the transfer of forty until it is approved, and return its request."""
+    tap = asyncio.create_task(approve(sandbox))
+    answer = await gate.hold(FORTY, request=request)
+    await tap
+    assert answer.state == "approved"
+    return answer.request
+
+
 # -- the gate
 
 
 async def test_approved_transfer_is_made_once(gate: Gate, sandbox: Sandbox) -> None:
-    tap = asyncio.create_task(approve(sandbox))
-    state, request = await gate.hold(FORTY)
-    await tap
-    assert state == "approved"
+    request = await hold_approved(gate, sandbox)
     assert [gate.spend(FORTY, request) for _ in range(3)] == [True, False, False]
     assert (await gate.hold(FORTY, request=request)).state == "spent"
 
@@ -111,9 +117,7 @@ def test_arguments_that_would_mislead_are_refused(arguments: dict[str, str]) -> 
 
 
 async def test_changed_arguments_are_refused_under_the_old_request(gate: Gate, sandbox: Sandbox) -> None:
-    tap = asyncio.create_task(approve(sandbox))
-    _, request = await gate.hold(FORTY)
-    await tap
+    request = await hold_approved(gate, sandbox)
     assert await gate.hold(FOUR_THOUSAND, request=request) == ("refused", request)
     assert not gate.spend(FOUR_THOUSAND, request)
     assert gate.spend(FORTY, request)
@@ -130,9 +134,8 @@ async def test_two_processes_on_one_record_ask_once_and_act_once(gate: Gate, san
     with closing(sqlite3.connect(tmp_path / "agent.sqlite3", isolation_level=None)) as record:
         async with sandbox.client() as client:
             gates = [gate, Gate(client, record, "C0FFEE")]
-            tap = asyncio.create_task(approve(sandbox))
-            answers = await asyncio.gather(*(each.hold(FORTY) for each in gates * 3))
-            await tap
+            holds = asyncio.gather(*(each.hold(FORTY) for each in gates * 3))
+            answers, _ = await asyncio.gather(holds, approve(sandbox))
             assert {answer.state for answer in answers} == {"approved"}
             assert len(sandbox.operations) == 1
             assert sorted(each.spend(FORTY, answers[0].request) for each in gates * 3) == [False] * 5 + [True]
@@ -141,11 +144,8 @@ async def test_two_processes_on_one_record_ask_once_and_act_once(gate: Gate, san
 async def test_an_approval_of_one_user_is_neither_found_nor_spent_by_another_on_the_same_record(
     gate: Gate, client: KeylessClient, record: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
-    tap = asyncio.create_task(approve(sandbox))
-    state, request = await gate.hold(FORTY)
-    await tap
+    request = await hold_approved(gate, sandbox)
     thief = Gate(client, record, "BAD")
-    assert state == "approved"
     assert (await thief.hold(FORTY, request=request)).state == "refused"
     assert thief.find(request) is None
     assert not thief.spend(FORTY, request)
@@ -170,9 +170,7 @@ async def test_request_that_nobody_approves_ends_and_a_late_approval_counts_for_
 async def test_an_approval_is_spent_at_once_or_never_once_its_time_has_ended(
     gate: Gate, record: sqlite3.Connection, sandbox: Sandbox, *, seconds: float, is_spent: bool
 ) -> None:
-    tap = asyncio.create_task(approve(sandbox))
-    _, request = await gate.hold(FORTY)
-    await tap
+    request = await hold_approved(gate, sandbox)
     end(record, seconds)
     assert gate.spend(FORTY, request) is is_spent
     assert (await gate.hold(FORTY, request=request)).state == ("spent" if is_spent else "timed_out")
@@ -206,9 +204,7 @@ async def test_outage_is_told_and_the_same_request_goes_on(gate: Gate, sandbox: 
     sandbox.recover()
     for operation_id in list(sandbox.operations):  # approved meanwhile, where the create was stored
         sandbox.approve(operation_id)
-    tap = asyncio.create_task(approve(sandbox))
-    assert await gate.hold(FORTY, request=request) == ("approved", request)
-    await tap
+    assert await hold_approved(gate, sandbox, request) == request
     assert gate.spend(FORTY, request)
     assert len(sandbox.operations) == 1
 
@@ -239,9 +235,8 @@ async def call(caller: Client, **arguments: object) -> str:
 
 async def test_tool_transfers_what_the_phone_approved(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
     async with bank(client, tmp_path) as caller:
-        tap = asyncio.create_task(approve(sandbox))
-        assert await call(caller, amount="40", recipient="Alice") == "Pay 40.00 EUR to Alice: done."
-        await tap
+        text, _ = await asyncio.gather(call(caller, amount="40", recipient="Alice"), approve(sandbox))
+        assert text == "Pay 40.00 EUR to Alice: done."
 
 
 async def test_tool_answers_pending_with_a_handle_and_goes_on(
@@ -290,9 +285,8 @@ MALLORY = {"transfer": {"amount": "400", "recipient": "Mallory"}}
 
 async def test_agent_transfers_what_the_phone_approved(gate: Gate, sandbox: Sandbox) -> None:
     transfers: list[str] = []
-    tap = asyncio.create_task(approve(sandbox))
-    await make_agent(model_that_calls(ALICE), transfers).run("Pay Alice", deps=gate)
-    await tap
+    agent = make_agent(model_that_calls(ALICE), transfers)
+    await asyncio.gather(agent.run("Pay Alice", deps=gate), approve(sandbox))
     assert transfers == ["Pay 40.00 EUR to Alice"]
 
 
@@ -312,9 +306,7 @@ async def test_agent_that_repeats_or_changes_a_call_is_asked_about_anew(
     transfers: list[str] = []
     gate = Gate(client, record, "C0FFEE", expires_in=30)
     agent = make_agent(model_that_calls(ALICE, ALICE | {"request": "approved"}, MALLORY), transfers)
-    run = asyncio.create_task(agent.run("Pay Alice", deps=gate))
-    await approve(sandbox, after=0)
-    await run
+    await asyncio.gather(agent.run("Pay Alice", deps=gate), approve(sandbox, after=0))
     assert transfers == ["Pay 40.00 EUR to Alice"]
     assert [operation.operation_payload for operation in sandbox.operations.values()] == [
         "Pay 40.00 EUR to Alice",
