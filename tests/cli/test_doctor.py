@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import select
 import ssl
 import sys
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ import pytest
 from raw_server import RawServer, answer, refused
 
 from aiokeyless.cli.app import CommandError, InterruptedCommandError, UsageError, app
-from aiokeyless.cli.doctor.requests import describe_connection
-from aiokeyless.cli.doctor.table import CHECKS
+from aiokeyless.cli.doctor import describe_connection
+from aiokeyless.cli.findings import CHECKS
 from aiokeyless.models import Secret
 from aiokeyless.sandbox.api import Answer
 
@@ -227,20 +228,28 @@ def echo(it: Exchange, status: int) -> Any:
     return it.with_json({"error": f"{it.key} of C0FFEE0123, and a payload of another user"})._replace(status=status)
 
 
-async def test_a_proxy_that_is_not_used_differs_and_its_password_is_not_shown(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, capsys: pytest.CaptureFixture[str]
+async def test_a_proxy_that_is_not_used_differs_and_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert service.url
     named = Secret("socks5://ann:pass-word@proxy.example:1080")
-    monkeypatch.setattr("aiokeyless.cli.doctor.examination.read_environment", lambda _url: named)
+    monkeypatch.setattr("aiokeyless._http.proxies.read_environment", lambda _url: named)
     code, report = await examine(monkeypatch)
     assert (code, with_status(report, "differs")) == (1, {"proxy"})
-    assert "socks5://proxy.example:1080 is not used" in capsys.readouterr().err
-    named = Secret("http://ann:pass-word@proxy.example:3128")
-    code, report = await examine(monkeypatch)
-    assert code == 0
-    assert "http://proxy.example:3128\n" in (text := capsys.readouterr().err)
-    assert "pass-word" not in text + json.dumps(report)
+    assert report["checks"][1]["found"] == "socks5://proxy.example:1080 is not used"
+    assert len(caplog.records) == 1
+
+
+async def test_a_proxy_is_used_and_its_password_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with RawServer(answer(status=b"502 Bad Gateway")) as proxy:
+        named = Secret(proxy.url.replace("//", "//ann:pass-word@"))
+        monkeypatch.setattr("aiokeyless._http.proxies.read_environment", lambda _url: named)
+        report = await nothing_is_created(monkeypatch, "http://127.0.0.1:1")
+        assert report["checks"][1]["found"] == proxy.url
+        assert {head.split()[1].partition(b"/v2")[0] for head in proxy.heads} == {b"http://127.0.0.1:1"}
+    assert "pass-word" not in capsys.readouterr().err + json.dumps(report)
 
 
 # If all goes wrong
@@ -358,11 +367,10 @@ async def test_a_person_agrees_before_anything_is_created(
 # What a person does
 
 
-def terminal_of(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Make stdin a terminal, and return the other side of it."""
-    keyboard, terminal = os.openpty()
-    monkeypatch.setattr(sys, "stdin", os.fdopen(terminal))
-    return keyboard
+def press(keyboard: int, keys: bytes) -> None:
+    """Press keys at the other side of stdin. The kernel passes them on a little later than the clock may be moved."""
+    os.write(keyboard, keys)
+    select.select([sys.stdin], [], [])
 
 
 @pytest.mark.usefixtures("person")
@@ -379,8 +387,9 @@ def terminal_of(monkeypatch: pytest.MonkeyPatch) -> int:
 async def test_lateness_is_from_enter_to_the_answer(
     monkeypatch: pytest.MonkeyPatch, keys: bytes, after: float, status: str, found: str
 ) -> None:
-    keyboard = terminal_of(monkeypatch)
-    later(after, os.write, keyboard, keys)
+    keyboard, terminal = os.openpty()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(terminal))
+    later(after, press, keyboard, keys)
     try:
         _, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
     finally:

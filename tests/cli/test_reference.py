@@ -9,7 +9,7 @@ import pytest
 
 from aiokeyless.cli import wait
 from aiokeyless.cli.app import Exit, app
-from aiokeyless.cli.doctor.table import CHECKS, Check
+from aiokeyless.cli.findings import CHECKS, Check
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 PAGE = (REFERENCE / "command-line.md").read_text()

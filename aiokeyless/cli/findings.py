@@ -1,8 +1,29 @@
-"""The checks of ``aiokeyless doctor`` as data; docs/reference/assumptions.md has what they expect."""
+"""The checks of ``aiokeyless doctor``, and what it found: line by line on the screen, and as JSON.
+
+docs/reference/assumptions.md has what they expect. Users and payloads are digests in a report.
+"""
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from aiokeyless.ticket import payload_digest
+
+from .render import escape, is_terminal, new_console, print_fact
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from rich.console import Console
+
+    from aiokeyless.models import Operation
+
+#: Whether a check is as expected, and what was found.
+Finding: TypeAlias = tuple[bool, str]
 
 
 class Check(NamedTuple):
@@ -76,14 +97,93 @@ howto/paid-once.md | The service forgets operations. Record what was approved.
 """
 
 
-def _read_table() -> dict[str, Check]:
-    lines = iter([line.split(" | ") for line in _TABLE.splitlines()])
-    documented = {"yes": True, "no": False, "-": None}
-    return {
-        name: Check(name, documented[says], tuple(needs.split(", ")), expected, f"{follows} See docs/{page}.")
-        for (name, says, needs, expected), (page, follows) in zip(lines, lines, strict=True)
-    }
-
-
-CHECKS: Final = _read_table()
+_LINES: Final = [line.split(" | ") for line in _TABLE.splitlines()]
+_DOCUMENTED: Final = {"yes": True, "no": False, "-": None}
+CHECKS: Final = {
+    name: Check(name, _DOCUMENTED[says], tuple(needs.split(", ")), expected, f"{follows} See docs/{page}.")
+    for (name, says, needs, expected), (page, follows) in zip(_LINES[::2], _LINES[1::2], strict=True)
+}
 """All checks by id, in the order of the questions."""
+
+_STATUS: Final = {True: "as_expected", False: "differs", None: "skipped"}
+
+
+class CreatedOperation(msgspec.Struct):
+    """An operation that was created, and its latest state; without one, it may not exist."""
+
+    operation_id: str
+    payload_sha256: str
+    state: str | None = None
+
+
+class EarlierReport(msgspec.Struct):
+    """What ``--again`` reads of a report."""
+
+    operations: list[CreatedOperation]
+
+
+class Notebook:
+    """Takes the findings, and prints each. With JSON, stdout is for the report only.
+
+    Attributes:
+        progress: Where a person is told what to do.
+        created: The operations that were created, by id.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._console = new_console(stderr=as_json)
+        self.progress: Console = self._console if is_terminal(self._console) else new_console(stderr=True)
+        self.created: dict[str, CreatedOperation] = {}
+        self._findings: dict[str, Finding] = {}
+
+    def note(self, check_id: str, finding: Finding) -> None:
+        """Note and print a finding."""
+        self._findings[check_id] = holds, found = finding
+        yes, no = ("+", "x") if self._console.options.ascii_only else ("✓", "✗")
+        sign, check = Text(yes, "green") if holds else Text(no, "bold red"), CHECKS[check_id]
+        rows: list[tuple[Text | str, str, Text]] = [(sign, check_id, Text(escape(found)))]
+        if not holds:
+            rows += [("", "", Text(text, "dim")) for text in (f"expected: {check.expected}", check.consequence)]
+        for row in rows:
+            table = Table.grid(padding=(0, 2, 0, 0))
+            for width in (1, max(map(len, CHECKS)), None):
+                table.add_column(width=width, overflow="fold")
+            table.add_row(*row)
+            self._console.print(table)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no check differs."""
+        return all(holds for holds, _ in self._findings.values())
+
+    def record_state(self, operation: Operation) -> None:
+        """Record the state of an operation if it was created here."""
+        if (created := self.created.get(operation.operation_id)) is not None:
+            created.state = operation.state
+
+    def finish(
+        self, given: Collection[str], user_id: str | None, earlier: Sequence[CreatedOperation]
+    ) -> dict[str, object]:
+        """Print what was skipped and how many checks differ, and return the report."""
+        checks: list[dict[str, object]] = []
+        skipped: dict[str, list[str]] = {}
+        for check_id, check in CHECKS.items():
+            missing = (f"without {need}" for need in check.needs if need not in given)
+            holds, found = self._findings.get(check_id) or (None, next(missing, "interrupted"))
+            if holds is None:
+                skipped.setdefault(found, []).append(check_id)
+            about = {"id": check_id, "status": _STATUS[holds], "documented": check.documented}
+            consequence = check.consequence if holds is False else None
+            checks.append({**about, "expected": check.expected, "found": found, "consequence": consequence})
+        self._console.print()
+        for why, ids in skipped.items():
+            print_fact(self._console, "Skipped", f"{', '.join(ids)}: {why}")
+        statuses = [check["status"] for check in checks]
+        counts = f"{statuses.count('as_expected')} as expected, {statuses.count('differs')} different"
+        print_fact(self._console, "Found", counts, "bold")
+        return {
+            "version": 1,
+            "checks": checks,
+            "user_sha256": None if user_id is None else payload_digest(user_id.upper()),
+            "operations": msgspec.to_builtins([*earlier, *self.created.values()]),
+        }
