@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import re
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiokeyless.cli.app import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pytest
+    from aiokeyless import ApprovalTicket
+    from aiokeyless.sandbox import Sandbox
 
 ESCAPE = "\x1b"
+Fail: TypeAlias = "Callable[..., str]"
+"""The fixture `fail`."""
 
 
 class Terminal(io.StringIO):
@@ -33,11 +36,27 @@ class Pipe(io.StringIO):
         return match
 
 
-async def output_of(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, *arguments: str) -> str:
-    """Return what a command that exits with 0 writes to this stdout."""
-    monkeypatch.setattr(sys, "stdout", stream)
-    assert await app.run_async(arguments) is None
-    return stream.getvalue()
+async def output_of(*arguments: str, stream: io.StringIO | None = None) -> str:
+    """Return what a command that exits with 0 writes to a stdout that is a file, or to this one."""
+    stdout = stream or io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        assert await app.run_async(arguments) is None
+    return stdout.getvalue()
+
+
+async def drawn_by(*arguments: str) -> str:
+    """Return what a command that exits with 0 writes to a terminal, without colours and the like."""
+    return re.sub(r"\x1b\[[\d;]*m", "", await output_of(*arguments, stream=Terminal()))
+
+
+async def json_of(*arguments: str) -> Any:
+    """Return the one object that a command prints for programs."""
+    return json.loads(await output_of(*arguments, "--json"))
+
+
+async def create(service: Sandbox, operation_id: str = "txn-1", **options: Any) -> ApprovalTicket:
+    async with service.client() as client:
+        return await client.create_operation("C0FFEE", operation_id=operation_id, **options)
 
 
 def later(seconds: float, what: Callable[..., object], *arguments: object) -> None:

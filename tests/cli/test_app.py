@@ -7,14 +7,22 @@ import io
 import re
 import sys
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aiokeyless import ApprovalTicket, ApprovalTimeoutError, ApprovalUnknownError, ConfigurationError, __version__
 from aiokeyless.cli import demo, run
 from aiokeyless.cli.app import CommandError
+from aiokeyless.cli.error_messages import describe
+from aiokeyless.sandbox.control import ENDPOINTS
+
+if TYPE_CHECKING:
+    from .terminal import Fail
 
 TICKET = ApprovalTicket.for_operation("a", user_id="AB", created_at=datetime(2026, 1, 1, tzinfo=UTC)).to_json()
+TIMED_OUT = ApprovalTimeoutError("", operation_id="a b", polls=1, elapsed=2)
+UNKNOWN = ApprovalUnknownError("", operation_id="a", polls=1, elapsed=2)
 COMMANDS = ["create", "demo", "get", "pending", "sandbox", "wait", "worker"]
 
 
@@ -23,11 +31,11 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"Example.*:\n  aiokeyless demo", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"sandbox {name}" for name in ENDPOINTS)])
 def test_help_of_each_command_has_an_example_and_80_columns(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    assert run([command, "--help"]) == 0
+    assert run([*command.split(), "--help"]) == 0
     out, err = capsys.readouterr()
-    assert re.search(rf"Example.*:\n  aiokeyless {command}", out)
+    assert re.search(rf"Example.*:\n.*aiokeyless {command}", out)
     assert max(map(len, out.splitlines())) <= 80
     assert err == ""
 
@@ -93,16 +101,20 @@ def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         (["wait", "a", "--if-missing", "hope"], ["--if-missing", "hope", "raise", "wait"], "wait "),
         *((["wait", "a", "--timeout", value], ["--timeout", "more than 0"], "wait ") for value in ("0", "-1", "nan")),
         (["no\nsuch\x1b[2J"], [r"no\nsuch\x1b[2J"], ""),
+        (["worker", "--replicas", "0"], ["--replicas", "at least 1"], "worker "),
+        (["worker", "--replicas", "many"], ["--replicas", "many"], "worker "),
+        *((["worker", "--health-port", value], ["--health-port", "65535"], "worker ") for value in ("-1", "65536")),
+        (["worker", "--broker"], ["--broker"], "worker "),
+        (["schema"], ["MESSAGE"], "schema "),
+        (["schema", "nothing"], ["nothing"], "schema "),
     ],
 )
 def test_wrong_arguments_are_one_line_on_stderr_that_names_them_and_exit_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str], help_of: str
+    fail: Fail, arguments: list[str], named: list[str], help_of: str
 ) -> None:
     # The rest is cyclopts' wording, which changes.
-    assert run(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(rf"aiokeyless: [ -~]+[.?] See aiokeyless {help_of}--help\.\n", err)
+    err = fail(*arguments, code=2)
+    assert re.fullmatch(rf"[ -~]+[.?] See aiokeyless {help_of}--help\.", err)
     assert [name for name in named if name not in err] == []
 
 
@@ -114,44 +126,18 @@ def test_wrong_arguments_are_one_line_on_stderr_that_names_them_and_exit_2(
         (CommandError("cannot: fix it"), 1, "cannot: fix it"),
         (ConfigurationError("two\nlines\x1b[2J"), 1, r"two\nlines\x1b[2J"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (TIMED_OUT, 3, describe(TIMED_OUT)),
+        (UNKNOWN, 4, "time is up after 2.0 s and 1 poll, and the outcome is unknown; check it: aiokeyless get a"),
     ],
 )
 def test_what_a_command_raises_is_one_line_on_stderr_and_an_exit_code(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    code: int,
-    message: str,
+    fail: Fail, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def play(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "play_people", fail)
-    assert run(["demo", "--json"]) == code
-    assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")
-
-
-def test_a_timeout_is_exit_3(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ApprovalTimeoutError("", operation_id="a b", polls=1, elapsed=2)
-
-    monkeypatch.setattr(demo, "play_people", fail)
-    assert run(["demo", "--json"]) == 3
-    assert capsys.readouterr().err == (
-        "aiokeyless: still missing after 2.0 s and 1 poll; a timeout is not a denial: it can still be approved; "
-        "check it: aiokeyless get 'a b'\n"
-    )
-
-
-def test_a_timeout_with_an_unknown_outcome_is_exit_4(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise ApprovalUnknownError("", operation_id="a", polls=1, elapsed=2)
-
-    monkeypatch.setattr(demo, "play_people", fail)
-    assert run(["demo", "--json"]) == 4
-    assert "the outcome is unknown; check it: aiokeyless get a" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "play_people", play)
+    assert fail("demo", "--json", code=code) == message
 
 
 @pytest.mark.parametrize(
@@ -169,19 +155,12 @@ def test_a_timeout_with_an_unknown_outcome_is_exit_4(
     ],
 )
 def test_a_wrong_environment_is_one_line_that_names_the_variable(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-    variables: dict[str, str],
-    message: str,
+    fail: Fail, monkeypatch: pytest.MonkeyPatch, command: str, variables: dict[str, str], message: str
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert run(command.split()) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"aiokeyless: {message}")
-    assert err.count("\n") == 1
+    err = fail(*command.split())
+    assert err.startswith(message)
     assert "k\u00e9y" not in err
 
 
@@ -199,9 +178,8 @@ def test_a_wrong_environment_is_one_line_that_names_the_variable(
     ],
 )
 def test_a_value_that_the_library_refuses_is_one_line_that_names_the_option(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    fail: Fail, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
-    assert run(arguments) == 1
-    assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")
+    assert fail(*arguments) == message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import re
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from aiokeyless.cli import scenes
 from aiokeyless.cli.demo import describe_outage, describe_people
 from aiokeyless.cli.scenes import SceneResult, SideResult
 
-from .terminal import ESCAPE, Terminal, output_of
+from .terminal import ESCAPE, drawn_by, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,20 +76,17 @@ def assert_is_the_transcript(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-async def test_the_transcript_has_what_was_measured_in_less_than_25_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_transcript_has_what_was_measured_in_less_than_25_seconds() -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
-    text = await output_of(monkeypatch, io.StringIO(), "demo")
+    text = await output_of("demo")
     assert loop.time() - began < 25
     assert ESCAPE not in text
     assert_is_the_transcript(text)
 
 
-async def test_on_a_terminal_the_same_transcript_stays_above_a_line_with_the_progress(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    drawn = await output_of(monkeypatch, Terminal(), "demo")
+async def test_on_a_terminal_the_same_transcript_stays_above_a_line_with_the_progress() -> None:
+    drawn = await drawn_by("demo")
     assert re.search(r" \d\.\d s\S*   aiokeyless: \d+ requests   the loop: \d+ requests\W", drawn)
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l"), "the cursor is back"
     assert max(len(line) for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", drawn))) <= 80
@@ -112,8 +108,8 @@ def what_stays(drawn: str) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-async def test_json_is_one_object_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = await output_of(monkeypatch, io.StringIO(), "demo", "--json")
+async def test_json_is_one_object_and_nothing_else() -> None:
+    text = await output_of("demo", "--json")
     assert text.count("\n") == 1
     result = json.loads(text)
     assert list(result) == ["people", "loop_interval", "approval", "outage", "mismatch"]

@@ -10,6 +10,7 @@ import pytest
 from aiokeyless import (
     ApprovalError,
     ApprovalTicket,
+    ApprovalTimeoutError,
     ApprovalUnknownError,
     BadRequestError,
     ConfigurationError,
@@ -47,6 +48,14 @@ from aiokeyless.cli.error_messages import OPTIONS, REQUIREMENTS, VARIABLES, desc
             ["2.0 s and 2 polls", "outcome is unknown", "aiokeyless get a", "it is down"],
         ),
         (ApprovalUnknownError("", operation_id="a"), ["0 polls", "outcome is unknown"]),
+        (
+            ApprovalTimeoutError("", operation_id="a b", polls=1, elapsed=2),
+            [
+                "still missing after 2.0 s and 1 poll; ",
+                "not a denial: it can still be approved",
+                "aiokeyless get 'a b'",
+            ],
+        ),
         (
             ApprovalUnknownError(
                 "", operation_id="a", last_error=RateLimitError(status=429, method="GET", path="/v2/x")

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from postgres_server import shared_server
 from worker.conformance.brokers import LEASE, decide, submit, take_n
 
-from aiokeyless.cli import run
 from aiokeyless.cli.app import CommandError, Exit, app
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
-from .terminal import output_of
+from .terminal import json_of, output_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from aiokeyless.worker import Broker
+
+    from .terminal import Fail
 
 
 async def leave_unread(broker: Broker) -> None:
@@ -41,10 +40,6 @@ async def leave_unread(broker: Broker) -> None:
     await submit(broker, "order-3")
 
 
-async def inspected(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    return json.loads(await output_of(monkeypatch, io.StringIO(), "inspect", *arguments, "--json"))
-
-
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 async def test_it_says_what_waits_and_what_is_unread_and_consumes_nothing(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -58,9 +53,9 @@ async def test_it_says_what_waits_and_what_is_unread_and_consumes_nothing(
         broker = PostgresBroker(url)
     async with broker:
         await leave_unread(broker)
-        found = await inspected(monkeypatch, "--broker", url)
+        found = await json_of("inspect", "--broker", url)
         monkeypatch.setenv("KEYLESS_BROKER", url)
-        again = await inspected(monkeypatch)
+        again = await json_of("inspect")
     ages = [found["oldest_age"], found["unread"]["shop"]["oldest_age"], *(old["age"] for old in found["oldest_unread"])]
     assert all(0 <= age < 60 for age in ages)
     assert found["unread"]["shop"]["oldest_age"] > 0.1
@@ -80,11 +75,11 @@ async def test_it_says_what_waits_and_what_is_unread_and_consumes_nothing(
         }
 
 
-async def test_people_get_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_people_get_lines(tmp_path: Path) -> None:
     path = tmp_path / "keyless.db"
 
     async def printed() -> str:
-        return await output_of(monkeypatch, io.StringIO(), "inspect", "--broker", f"sqlite:{path}")
+        return await output_of("inspect", "--broker", f"sqlite:{path}")
 
     async with SqliteBroker(path) as broker:
         assert await printed() == "  Waiting    0\n"
@@ -108,25 +103,20 @@ async def test_a_problem_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     async with SqliteBroker(path):
         pass
     monkeypatch.setattr(SqliteBroker, "inspect", find_problem)
-    printed = await output_of(monkeypatch, io.StringIO(), "inspect", "--broker", f"sqlite:{path}")
+    printed = await output_of("inspect", "--broker", f"sqlite:{path}")
     assert printed.splitlines()[0] == "  Problem    the disk is full"
 
 
-def test_a_file_that_is_not_there_is_not_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_not_made(fail: Fail, tmp_path: Path) -> None:
     path = tmp_path / "keyless.db"
-    assert run(["inspect", "--broker", f"sqlite:{path}"]) == Exit.ERROR
-    assert capsys.readouterr().err == (
-        f"aiokeyless: --broker must name the broker's file, and there is none at {path}\n"
-    )
+    err = fail("inspect", "--broker", f"sqlite:{path}")
+    assert err == f"--broker must name the broker's file, and there is none at {path}"
     assert not path.exists()
 
 
-def test_without_a_broker_it_is_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_broker_it_is_one_line_and_exit_2(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KEYLESS_BROKER", raising=False)
-    assert run(["inspect"]) == Exit.USAGE
-    assert "--broker or KEYLESS_BROKER must name the broker" in capsys.readouterr().err
+    assert "--broker or KEYLESS_BROKER must name the broker" in fail("inspect", code=Exit.USAGE)
 
 
 async def test_a_broker_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 from raw_server import RawServer, hang
 
-from aiokeyless import (
-    AlreadyApprovedError,
-    ApprovalTicket,
-    ConflictError,
-    OperationMismatchError,
-    ServerError,
-)
+from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError, OperationMismatchError, ServerError
 from aiokeyless.cli.app import CommandError, InterruptedCommandError, app
 from aiokeyless.cli.error_messages import describe
 
-from .terminal import Terminal, lines_of_json, output_of
+from .terminal import Terminal, create, lines_of_json, output_of
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -31,12 +25,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.looptime
 
 
-async def test_create_prints_the_operation_and_how_to_wait_for_it(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    text = await output_of(
-        monkeypatch, io.StringIO(), "create", "c0ffee", "--operation-id", "txn 1", "--payload", "Pay 40 to Alice"
-    )
+async def test_create_prints_the_operation_and_how_to_wait_for_it(service: Sandbox) -> None:
+    text = await output_of("create", "c0ffee", "--operation-id", "txn 1", "--payload", "Pay 40 to Alice")
     assert re.search(r"Created +txn 1\n +User +C0FFEE\n", text)
     assert printed_ticket(text).operation_id == "txn 1"
     assert service.operations["txn 1"].operation_payload == "Pay 40 to Alice"
@@ -51,15 +41,15 @@ async def test_create_says_at_a_terminal_that_the_application_notifies_the_phone
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, stream: io.StringIO, options: tuple[str, ...], *, is_said: bool
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
-    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "-5", *options)
+    await output_of("create", "C0FFEE", "--operation-id", "-5", *options)
     assert "-5" in service.operations
     # No command for its id: that wait would accept any user's approval.
     said = "Next, your application notifies the phone.\n"
     assert stream.getvalue() == (said if is_said else "")
 
 
-async def test_create_without_an_id_generates_one(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE")
+async def test_create_without_an_id_generates_one(service: Sandbox) -> None:
+    text = await output_of("create", "C0FFEE")
     [operation_id] = service.operations
     assert printed_ticket(text).operation_id == operation_id
 
@@ -68,18 +58,18 @@ async def test_create_without_an_id_generates_one(monkeypatch: pytest.MonkeyPatc
 async def test_the_command_that_create_prints_works_for_any_id(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, operation_id: str
 ) -> None:
-    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", f"--operation-id={operation_id}")
+    text = await output_of("create", "C0FFEE", f"--operation-id={operation_id}")
     service.approve(operation_id)
     ticket = printed_ticket(text)
     assert ticket.operation_id == operation_id
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.to_json().encode())))
-    assert "Approved" in await output_of(monkeypatch, io.StringIO(), "wait", "--ticket", "-")
+    assert "Approved" in await output_of("wait", "--ticket", "-")
 
 
 async def test_the_command_that_create_prints_accepts_no_other_payload(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
-    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id=a", "--payload=Pay 40")
+    text = await output_of("create", "C0FFEE", "--operation-id=a", "--payload=Pay 40")
     service.tamper("a", operation_payload="Pay 4000")
     service.approve("a")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed_ticket(text).to_json().encode())))
@@ -91,7 +81,7 @@ async def test_the_command_that_create_prints_takes_no_pin_for_a_face(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox
 ) -> None:
     options = "--operation-id=a", "--require-auth-type=biom"
-    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", *options)
+    text = await output_of("create", "C0FFEE", *options)
     service.approve("a", auth_type="pin")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed_ticket(text).to_json().encode())))
     with pytest.raises(OperationMismatchError) as caught:
@@ -106,21 +96,17 @@ def printed_ticket(text: str) -> ApprovalTicket:
     return ApprovalTicket.from_json(subprocess.check_output(shell))
 
 
-async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
+async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(service: Sandbox) -> None:
     command = ["create", "C0FFEE", "--operation-id", "txn-1", "--payload", "Pay 40 to Alice"]
-    await output_of(monkeypatch, io.StringIO(), *command)
+    await output_of(*command)
     with pytest.raises(
         CommandError, match=r"exists already, with this content.* get its ticket: create --if-exists resume$"
     ):
         await app.run_async(command)
-    text = await output_of(monkeypatch, io.StringIO(), *command, "--if-exists", "resume")
+    text = await output_of(*command, "--if-exists", "resume")
     assert re.search(r"Pending +txn-1\n", text)
     assert printed_ticket(text).operation_id == "txn-1"
-    ticket = ApprovalTicket.from_json(
-        await output_of(monkeypatch, io.StringIO(), *command, "--if-exists", "resume", "--json")
-    )
+    ticket = ApprovalTicket.from_json(await output_of(*command, "--if-exists", "resume", "--json"))
     assert (ticket.operation_id, ticket.reconciled) == ("txn-1", True)
     assert list(service.operations) == ["txn-1"]
 
@@ -184,25 +170,16 @@ async def test_a_command_that_is_interrupted_once_its_request_was_sent_says_how_
     assert str(interruption.value) == message.format(id=sent.get("operationId"))
 
 
-async def test_an_operation_that_was_in_the_way_and_is_gone_is_created(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
+async def test_an_operation_that_was_in_the_way_and_is_gone_is_created(service: Sandbox) -> None:
     service.fail_next(status=409)
-    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+    text = await output_of("create", "C0FFEE", "--operation-id", "txn-1")
     assert "Created    txn-1\n" in text
     assert "txn-1" in service.operations
 
 
-async def test_create_as_json_is_the_ticket(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_create_as_json_is_the_ticket(service: Sandbox) -> None:
     text = await output_of(
-        monkeypatch,
-        io.StringIO(),
-        "create",
-        "C0FFEE",
-        "--json",
-        "--expires-in=30",
-        "--external-user-id=\u00e9ve",
-        "--payload=-5",
+        "create", "C0FFEE", "--json", "--expires-in=30", "--external-user-id=\u00e9ve", "--payload=-5"
     )
     ticket = ApprovalTicket.from_json(text)
     [operation] = service.operations.values()
@@ -214,11 +191,9 @@ async def test_create_as_json_is_the_ticket(monkeypatch: pytest.MonkeyPatch, ser
 
 
 @pytest.mark.parametrize(("auth_type", "state"), [("biom", "approved by face"), ("pin", "approved by PIN")])
-async def test_get_shows_an_operation_but_not_its_key(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, auth_type: str, state: str
-) -> None:
+async def test_get_shows_an_operation_but_not_its_key(service: Sandbox, auth_type: str, state: str) -> None:
     operation = service.approve("txn-1", user_id="C0FFEE", auth_type=auth_type, operation_payload="Pay 40 to Alice")
-    text = await output_of(monkeypatch, io.StringIO(), "get", "txn-1")
+    text = await output_of("get", "txn-1")
     assert text == (
         "  Operation  txn-1\n"
         f"  State      {state}\n"
@@ -228,9 +203,9 @@ async def test_get_shows_an_operation_but_not_its_key(
     )
 
 
-async def test_get_as_json_is_the_operation_without_its_key(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_get_as_json_is_the_operation_without_its_key(service: Sandbox) -> None:
     operation = service.approve("txn-1", user_id="C0FFEE")
-    text = await output_of(monkeypatch, io.StringIO(), "get", "txn-1", "--json")
+    text = await output_of("get", "txn-1", "--json")
     assert lines_of_json(text) == [{**operation.to_dict(), "is_approved": True}]
     assert operation.api_key is not None
     assert operation.api_key.reveal() not in text
@@ -248,11 +223,11 @@ async def test_get_as_json_is_the_operation_without_its_key(monkeypatch: pytest.
     ],
 )
 async def test_get_says_approved_only_of_an_approved_operation(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, lie: dict[str, object], state: str
+    service: Sandbox, lie: dict[str, object], state: str
 ) -> None:
     service.approve("txn-1", user_id="C0FFEE")
     service.tamper("txn-1", **lie)
-    text = await output_of(monkeypatch, io.StringIO(), "get", "txn-1")
+    text = await output_of("get", "txn-1")
     assert re.search(rf"State +{re.escape(state)}", text)
 
 
@@ -263,12 +238,12 @@ async def test_get_refuses_an_answer_about_another_operation(service: Sandbox) -
         await app.run_async(["get", "txn-1"])
 
 
-async def test_pending_is_a_table_of_the_pending_operations(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_pending_is_a_table_of_the_pending_operations(service: Sandbox) -> None:
     async with service.client() as client:
         await client.create_operation("C0FFEE", operation_id="txn-1", operation_payload="Pay 40 to Alice")
         await client.create_operation("C0FFEE", operation_id="txn-2")
         await client.create_operation("BADA55", operation_id="txn-3")
-    text = await output_of(monkeypatch, io.StringIO(), "pending", "c0ffee")
+    text = await output_of("pending", "c0ffee")
     assert [line.split() for line in text.splitlines()] == [
         ["Operation", "Payload"],
         ["txn-1", "Pay", "40", "to", "Alice"],
@@ -276,70 +251,60 @@ async def test_pending_is_a_table_of_the_pending_operations(monkeypatch: pytest.
     ]
 
 
-async def test_pending_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1", external_user_id="alice")
-    assert lines_of_json(await output_of(monkeypatch, io.StringIO(), "pending", "c0ffee", "--json")) == [
+async def test_pending_as_json_is_one_object(service: Sandbox) -> None:
+    await create(service, external_user_id="alice")
+    assert lines_of_json(await output_of("pending", "c0ffee", "--json")) == [
         {
             "user_id": "C0FFEE",
             "pending": [
-                {
-                    "operation_id": "txn-1",
-                    "operation_payload": None,
-                    "external_user_id": "alice",
-                    "auth_type": None,
-                }
+                {"operation_id": "txn-1", "operation_payload": None, "external_user_id": "alice", "auth_type": None}
             ],
         }
     ]
 
 
 @pytest.mark.usefixtures("service")
-async def test_pending_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert await output_of(monkeypatch, io.StringIO(), "pending", "c0ffee") == "No pending operations for C0FFEE.\n"
-    assert lines_of_json(await output_of(monkeypatch, io.StringIO(), "pending", "c0ffee", "--json")) == [
-        {"user_id": "C0FFEE", "pending": []}
-    ]
+async def test_pending_says_that_there_are_none() -> None:
+    assert await output_of("pending", "c0ffee") == "No pending operations for C0FFEE.\n"
+    assert lines_of_json(await output_of("pending", "c0ffee", "--json")) == [{"user_id": "C0FFEE", "pending": []}]
 
 
-async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_approval(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn 1")
-    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "other")
+async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_approval(service: Sandbox) -> None:
+    await output_of("create", "C0FFEE", "--operation-id", "txn 1")
+    await output_of("create", "C0FFEE", "--operation-id", "other")
     service.fail_authentication("txn 1", 30003)
     service.fail_authentication("txn 1", 12345, auth_type="pin")
     service.fail_authentication("other", 30004)
-    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn 1")
+    text = await output_of("attempts", "txn 1")
     assert re.match(r"  Operation  txn 1\n  State      pending\n\n", text)
     assert re.search(r"\n20[\dT:.-]+ +FAILED +the user left the scan \(30003\) +biom +sandbox-phone *\n", text)
     assert re.search(r"\n20[\dT:.-]+ +FAILED +error 12345 +pin +sandbox-phone *\n", text)
     assert "30004" not in text
     service.approve("txn 1")
-    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn 1")
+    text = await output_of("attempts", "txn 1")
     assert re.search(r"State +approved by face\n", text)
     assert re.search(r" APPROVED +", text)
 
 
 @pytest.mark.usefixtures("service")
-async def test_attempts_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
-    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1")
+async def test_attempts_says_that_there_are_none() -> None:
+    await output_of("create", "C0FFEE", "--operation-id", "txn-1")
+    text = await output_of("attempts", "txn-1")
     assert text.endswith("\nNo attempts under this operation's id in the last ten minutes.\n")
 
 
-async def test_attempts_says_that_there_are_more(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+async def test_attempts_says_that_there_are_more(service: Sandbox) -> None:
+    await output_of("create", "C0FFEE", "--operation-id", "txn-1")
     for _ in range(21):
         service.fail_authentication("txn-1", 30003)
-    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1")
+    text = await output_of("attempts", "txn-1")
     assert text.endswith("\nThere are more, which the service does not show.\n")
 
 
-async def test_attempts_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+async def test_attempts_as_json_is_one_object(service: Sandbox) -> None:
+    await output_of("create", "C0FFEE", "--operation-id", "txn-1")
     failed = service.fail_authentication("txn-1", 30003)
-    [answer] = lines_of_json(await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1", "--json"))
+    [answer] = lines_of_json(await output_of("attempts", "txn-1", "--json"))
     assert answer == {
         "operation_id": "txn-1",
         "user_id": "C0FFEE",

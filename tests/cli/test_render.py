@@ -14,15 +14,13 @@ from aiokeyless import ApprovalUpdate, Authentication, ServerError
 from aiokeyless.cli import scenes
 from aiokeyless.cli.render import PlainLines, Progress, escape, print_table
 
-from .terminal import ESCAPE, Terminal, output_of
+from .terminal import ESCAPE, Terminal, create, drawn_by, output_of
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
 #: Control sequences, line breaks, rich's markup, and a change of the writing direction.
 HOSTILE = "\x1b[2J\x9b1m\r\n\x07[bold red]Pay 1[/] :smile: \u202eecila"
-
-
 HARMLESS = r"\x1b[2J\x9b1m\r\n\x07[bold red]Pay 1[/] :smile: \u202eecila"
 
 
@@ -42,46 +40,36 @@ def test_only_what_is_not_printable_is_escaped(text: str, harmless: str) -> None
 
 
 @pytest.mark.looptime
-@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("is_terminal", [False, True])
 @pytest.mark.parametrize("command", ["get", "pending"])
 async def test_a_text_of_the_service_is_printed_and_never_interpreted(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, stream: type[io.StringIO], command: str
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, command: str, *, is_terminal: bool
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setenv("NO_COLOR", "1")
-    async with service.client() as client:
-        await client.create_operation(
-            "C0FFEE", operation_id="[red]a[/]", operation_payload=HOSTILE, external_user_id=HOSTILE
-        )
-    text = await output_of(monkeypatch, stream(), command, "[red]a[/]" if command == "get" else "C0FFEE")
+    await create(service, "[red]a[/]", operation_payload=HOSTILE, external_user_id=HOSTILE)
+    arguments = command, "[red]a[/]" if command == "get" else "C0FFEE"
+    text = await (drawn_by if is_terminal else output_of)(*arguments)
     assert text.count(HARMLESS) == 2
     assert "[red]a[/]" in text
-    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # rich's own: dim and bold
     assert text.replace("\n", "").isprintable()
 
 
 @pytest.mark.looptime
 @pytest.mark.parametrize("command", ["get", "pending"])
-async def test_json_carries_a_text_of_the_service_whole_and_in_printable_ascii(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, command: str
-) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="a", operation_payload=HOSTILE + "\x7f\u00e9")
-    text = await output_of(monkeypatch, io.StringIO(), command, "a" if command == "get" else "C0FFEE", "--json")
+async def test_json_carries_a_text_of_the_service_whole_and_in_printable_ascii(service: Sandbox, command: str) -> None:
+    await create(service, "a", operation_payload=HOSTILE + "\x7f\u00e9")
+    text = await output_of(command, "a" if command == "get" else "C0FFEE", "--json")
     assert re.fullmatch(r"[ -~]+\n", text)
     data = json.loads(text)
     assert (data if command == "get" else data["pending"][0])["operation_payload"] == HOSTILE + "\x7f\u00e9"
 
 
 @pytest.mark.looptime
-async def test_a_payload_is_one_line_in_a_file_and_folded_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
+async def test_a_payload_is_one_line_in_a_file_and_folded_on_a_terminal(service: Sandbox) -> None:
     payload = ("Pay 40 to Alice. " * 12).strip()
     service.approve("txn-1", user_id="C0FFEE", operation_payload=payload)
-    assert payload in await output_of(monkeypatch, io.StringIO(), "get", "txn-1")
-    text = await output_of(monkeypatch, Terminal(), "get", "txn-1")
-    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+    assert payload in await output_of("get", "txn-1")
+    lines = (await drawn_by("get", "txn-1")).splitlines()
     assert max(map(len, lines)) <= 80
     assert [line[:13] for line in lines].count(" " * 13) == 2
 
@@ -103,9 +91,8 @@ def test_a_table_loses_nothing_in_a_narrow_terminal(operation_id: str, width: in
 @pytest.mark.looptime
 async def test_a_row_of_a_table_is_one_line_in_a_file(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("COLUMNS", "24")
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1", operation_payload="Pay 40 to Alice. " * 1000)
-    text = await output_of(monkeypatch, io.StringIO(), "pending", "C0FFEE")
+    await create(service, operation_payload="Pay 40 to Alice. " * 1000)
+    text = await output_of("pending", "C0FFEE")
     assert [line.split()[0] for line in text.splitlines()] == ["Operation", "txn-1"]
 
 
@@ -113,7 +100,7 @@ async def test_a_row_of_a_table_is_one_line_in_a_file(monkeypatch: pytest.Monkey
 async def test_the_line_stays_one_line_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     service.approve("txn-1", user_id="C0FFEE")
-    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1")
+    text = await drawn_by("wait", "txn-1")
     assert text.count("\x1b[1A") == 1, "only the end removes a line"
 
 
@@ -121,7 +108,7 @@ async def test_the_line_stays_one_line_in_a_narrow_terminal(monkeypatch: pytest.
 async def test_no_color_turns_colours_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(scenes, "PEOPLE", 5)
-    text = await output_of(monkeypatch, Terminal(), "demo")
+    text = await output_of("demo", stream=Terminal())
     codes = [code for codes in re.findall(r"\x1b\[([\d;]*)m", text) for code in codes.split(";")]
     assert not [code for code in codes if 30 <= int(code or 0) < 100]
 
@@ -130,14 +117,14 @@ async def test_no_color_turns_colours_off(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(scenes, "PEOPLE", 5)
-    assert ESCAPE not in await output_of(monkeypatch, Terminal(), "demo")
+    assert ESCAPE not in await output_of("demo", stream=Terminal())
 
 
 @pytest.mark.looptime
 async def test_forced_colours_do_not_make_a_file_a_terminal(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     service.approve("txn-1", user_id="C0FFEE")
-    assert "poll 1: approved" in await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
+    assert "poll 1: approved" in await output_of("wait", "txn-1")
 
 
 @pytest.mark.looptime

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiokeyless import AuthenticationError, KeylessClient
-from aiokeyless.cli import run
 from aiokeyless.cli.app import app
 from aiokeyless.sandbox import Sandbox
 
@@ -21,6 +20,8 @@ from .terminal import Pipe, lines_of_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from .terminal import Fail
 
 pytestmark = pytest.mark.looptime
 
@@ -37,14 +38,10 @@ async def serving(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> AsyncIter
     assert await command is None
 
 
-async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch, "--api-key", "it's a key") as stdout:
         url = (await stdout.until(r"Phone +(http://127\.0\.0\.1:\d+)/ "))[1]
-        await stdout.until(
-            rf"""\n  export KEYLESS_BASE_URL={url} KEYLESS_API_KEY='it'"'"'s a key'\n""",
-        )
+        await stdout.until(rf"""\n  export KEYLESS_BASE_URL={url} KEYLESS_API_KEY='it'"'"'s a key'\n""")
         assert "User" not in stdout.getvalue()
         assert "Listens" not in stdout.getvalue()
         async with KeylessClient("it's a key", base_url=url) as client:
@@ -138,11 +135,10 @@ async def test_the_sandbox_warns_that_others_can_reach_it(monkeypatch: pytest.Mo
     ],
 )
 def test_a_sandbox_that_cannot_listen_is_one_line_that_says_what_to_change(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
+    fail: Fail, monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
 ) -> None:
-    async def fail(_self: Sandbox) -> None:
+    async def start(_self: Sandbox) -> None:
         raise error
 
-    monkeypatch.setattr(Sandbox, "start", fail)
-    assert run(["sandbox"]) == 1
-    assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")
+    monkeypatch.setattr(Sandbox, "start", start)
+    assert fail("sandbox") == message

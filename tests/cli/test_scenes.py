@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiokeyless.cli import scenes
-from aiokeyless.cli.scenes import (
-    INTERVAL,
-    OUTAGE,
-    PEOPLE,
-    play_mismatch,
-    play_outage,
-    play_people,
-)
+from aiokeyless.cli.scenes import INTERVAL, OUTAGE, PEOPLE, play_mismatch, play_outage, play_people
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:

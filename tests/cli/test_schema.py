@@ -17,9 +17,3 @@ def test_it_prints_the_schema_of_a_message(
 ) -> None:
     assert run(["schema", name]) == 0
     assert json.loads(capsys.readouterr().out) == message_schema(message)
-
-
-@pytest.mark.parametrize("arguments", [[], ["nothing"]], ids=str)
-def test_it_says_which_messages_there_are(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["schema", *arguments]) == 2
-    assert "aiokeyless schema --help" in capsys.readouterr().err

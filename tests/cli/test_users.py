@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from cyclopts import CycloptsError
@@ -15,7 +14,7 @@ from aiokeyless import AmbiguousUserError, SignatureError, SignatureReason
 from aiokeyless.cli.app import CommandError, app
 from aiokeyless.cli.error_messages import describe
 
-from .terminal import Terminal, output_of
+from .terminal import Terminal, json_of, output_of
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -26,53 +25,45 @@ TEXT = "Pay 40 EUR to J\u00f6rg"
 pytestmark = pytest.mark.looptime
 
 
-async def printed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    return await output_of(monkeypatch, io.StringIO(), *arguments)
-
-
-async def printed_json(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    return json.loads(await printed(monkeypatch, *arguments, "--json"))
-
-
 # Users
 
 
-async def test_a_user_is_linked_found_relinked_and_unlinked(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_a_user_is_linked_found_relinked_and_unlinked(service: Sandbox) -> None:
     service.enroll(USER)
-    assert "External   account-1042\n" in await printed(monkeypatch, "users", "link", "c0ffee", "account-1042")
-    assert await printed(monkeypatch, "users", "get", "account-1042") == f"{USER}\n"
-    assert USER in await printed(monkeypatch, "users", "find", "ACCOUNT-1042")
-    assert "External   account-1\n" in await printed(monkeypatch, "users", "relink", USER, "account-1")
-    assert await printed(monkeypatch, "users", "find", "account-1042") == "No user has this external id.\n"
-    deleted = await printed(monkeypatch, "users", "unlink", "account-1", "--yes")
+    assert "External   account-1042\n" in await output_of("users", "link", "c0ffee", "account-1042")
+    assert await output_of("users", "get", "account-1042") == f"{USER}\n"
+    assert USER in await output_of("users", "find", "ACCOUNT-1042")
+    assert "External   account-1\n" in await output_of("users", "relink", USER, "account-1")
+    assert await output_of("users", "find", "account-1042") == "No user has this external id.\n"
+    deleted = await output_of("users", "unlink", "account-1", "--yes")
     assert deleted == "The external id is deleted.\n"
-    assert await printed(monkeypatch, "users", "find", "account-1") == "No user has this external id.\n"
+    assert await output_of("users", "find", "account-1") == "No user has this external id.\n"
 
 
-async def test_machines_get_json(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_machines_get_json(service: Sandbox) -> None:
     service.enroll(USER)
-    link = await printed_json(monkeypatch, "users", "link", USER, "ann")
+    link = await json_of("users", "link", USER, "ann")
     assert (link["sdk_customer_id"], link["user_id"], link["external_user_id"]) == (1, USER, "ann")
-    assert (await printed_json(monkeypatch, "users", "relink", USER, "anne"))["external_user_id"] == "anne"
-    user = await printed_json(monkeypatch, "users", "get", "anne")
-    assert await printed_json(monkeypatch, "users", "find", "anne") == {"users": [user]}
-    [device] = (await printed_json(monkeypatch, "devices", "list", USER))["devices"]
+    assert (await json_of("users", "relink", USER, "anne"))["external_user_id"] == "anne"
+    user = await json_of("users", "get", "anne")
+    assert await json_of("users", "find", "anne") == {"users": [user]}
+    [device] = (await json_of("devices", "list", USER))["devices"]
     for arguments in (
         ("devices", "remove", USER, device["public_signing_key"]),
         ("users", "unlink", "anne"),
         ("users", "delete", USER),
     ):
-        assert await printed_json(monkeypatch, *arguments, "--yes") == {"deleted": True}
+        assert await json_of(*arguments, "--yes") == {"deleted": True}
 
 
-async def test_devices_are_listed_and_removed(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_devices_are_listed_and_removed(service: Sandbox) -> None:
     key = service.enroll(USER).public_signing_key
-    listed = await printed(monkeypatch, "devices", "list", USER)
+    listed = await output_of("devices", "list", USER)
     assert f"Device     {key}\n" in listed
     assert "State      ACTIVE\n" in listed
     assert "Removed" not in listed
-    assert await printed(monkeypatch, "devices", "remove", USER, key, "--yes") == "The device is deleted.\n"
-    assert await printed(monkeypatch, "devices", "list", USER) == f"User {USER} has no device.\n"
+    assert await output_of("devices", "remove", USER, key, "--yes") == "The device is deleted.\n"
+    assert await output_of("devices", "list", USER) == f"User {USER} has no device.\n"
 
 
 @pytest.mark.parametrize(
@@ -112,23 +103,19 @@ async def test_an_id_that_cannot_be_sent_is_a_usage_error(service: Sandbox, argu
 # Deleting asks
 
 
-class Answer(Terminal):
-    """A terminal on which this was typed."""
-
-
 async def test_a_deletion_is_asked_for_on_the_terminal(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service.enroll(USER)
     handler = signal.getsignal(signal.SIGINT)
     for answer in ("no\n", "\n", ""):
-        monkeypatch.setattr(sys, "stdin", Answer(answer))
+        monkeypatch.setattr(sys, "stdin", Terminal(answer))
         with pytest.raises(CommandError, match="nothing was deleted"):
             await app.run_async(("users", "delete", "c0ffee"))
     assert service.requests == []
     assert "Delete user C0FFEE permanently, with all devices? Type yes: " in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", Answer("Yes\n"))
-    assert await printed(monkeypatch, "users", "delete", USER) == f"User {USER} is deleted.\n"
+    monkeypatch.setattr(sys, "stdin", Terminal("Yes\n"))
+    assert await output_of("users", "delete", USER) == f"User {USER} is deleted.\n"
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -165,17 +152,17 @@ def signed(service: Sandbox) -> tuple[str, ...]:
     return ("verify", service.sign("a"), "--tenant", service.tenant, "--user", "c0ffee")
 
 
-async def test_a_token_is_verified(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+async def test_a_token_is_verified(service: Sandbox) -> None:
     arguments = signed(service)
-    text = await printed(monkeypatch, *arguments, "--data", TEXT, "--external-user-id", "ann")
+    text = await output_of(*arguments, "--data", TEXT, "--external-user-id", "ann")
     for line in (f"Signed     {TEXT}\n", f"By         {USER}\n", "External   ann\n", "Key        sandbox-1\n"):
         assert line in text
-    proved = await printed_json(monkeypatch, *arguments, "--data", TEXT)
+    proved = await json_of(*arguments, "--data", TEXT)
     assert (proved["user_id"], proved["transaction_data"]) == (USER, TEXT)
     assert proved["signed_sha256"] in text
     service.approve("b", user_id="BEEF", operation_payload=TEXT)
     more = ("verify", service.sign("b"), "--tenant", service.tenant, "--user", "BEEF", "--data", TEXT)
-    assert "External" not in await printed(monkeypatch, *more)
+    assert "External" not in await output_of(*more)
 
 
 async def test_a_token_that_is_refused_is_an_error(service: Sandbox) -> None:
@@ -188,13 +175,11 @@ async def test_a_token_that_is_refused_is_an_error(service: Sandbox) -> None:
     assert caught.value.reason is SignatureReason.MALFORMED
 
 
-async def test_a_token_for_an_audience_is_verified_for_that_one_alone(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
+async def test_a_token_for_an_audience_is_verified_for_that_one_alone(service: Sandbox) -> None:
     service.approve("a", user_id=USER, operation_payload=TEXT)
     token = service.sign("a", claims={"aud": "shop"})
     arguments = ("verify", token, "--tenant", service.tenant, "--user", USER, "--data", TEXT)
-    assert f"By         {USER}\n" in await printed(monkeypatch, *arguments, "--audience", "shop")
+    assert f"By         {USER}\n" in await output_of(*arguments, "--audience", "shop")
     for refused in (arguments, (*arguments, "--audience", "bank")):
         with pytest.raises(SignatureError) as caught:
             await app.run_async(refused)

@@ -12,6 +12,7 @@ import pytest
 
 from aiokeyless import (
     ApprovalError,
+    ApprovalTicket,
     ApprovalTimeoutError,
     ApprovalUnknownError,
     InconsistentOperationError,
@@ -19,27 +20,25 @@ from aiokeyless import (
     OperationMismatchError,
     __version__,
 )
-from aiokeyless.cli import run
 from aiokeyless.cli.app import InterruptedCommandError, app
 from aiokeyless.cli.error_messages import describe
 
-from .terminal import ESCAPE, Terminal, later, lines_of_json, output_of
+from .terminal import ESCAPE, create, drawn_by, later, lines_of_json, output_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
 
+    from .terminal import Fail
+
 pytestmark = pytest.mark.looptime
 
 
-async def test_wait_without_a_terminal_is_a_plain_line_a_poll(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1", operation_payload="Pay 40 to Alice")
+async def test_wait_without_a_terminal_is_a_plain_line_a_poll(service: Sandbox) -> None:
+    await create(service, operation_payload="Pay 40 to Alice")
     later(5, service.approve, "txn-1")
-    text = await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
+    text = await output_of("wait", "txn-1")
     assert ESCAPE not in text
     assert max(map(len, text.splitlines())) <= 80
     assert re.match(r"  Operation  txn-1\n  Time       120 s at most\n\n", text)
@@ -49,15 +48,10 @@ async def test_wait_without_a_terminal_is_a_plain_line_a_poll(
     assert "Pay 40" not in text, "a script's log must not have it"
 
 
-async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_left(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_left(service: Sandbox) -> None:
+    await create(service)
     later(5, service.approve, "txn-1")
-    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1")
-    text = re.sub(r"\x1b\[[\d;]*m", "", text)
+    text = await drawn_by("wait", "txn-1")
     assert re.search(r"Waiting for Keyless +0\.0 s  0 polls  120 s left", text)
     assert re.search(r"Waiting for the user +\d\.\d s  0 polls", text) is None
     assert re.search(r"Waiting for the user +2\.\d s  \d polls?  next in \d\.\d s  11[78] s left", text)
@@ -67,18 +61,15 @@ async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_
     assert re.search(r"Approved +by face, after [5-8]\.\d s", text)
 
 
-async def test_wait_shows_that_there_is_no_answer_or_no_operation(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
+async def test_wait_shows_that_there_is_no_answer_or_no_operation(service: Sandbox) -> None:
     service.fail_next(times=1)
     later(8, service.approve, "txn-1")
     later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
-    for stream, no_answer, missing in (
-        (Terminal(), "No answer, retrying ", "Not created yet "),
-        (io.StringIO(), "poll 1: no answer (ServerError), next in", "not created yet, next in"),
+    for output, no_answer, missing in (
+        (drawn_by, "No answer, retrying ", "Not created yet "),
+        (output_of, "poll 1: no answer (ServerError), next in", "not created yet, next in"),
     ):
-        text = await output_of(monkeypatch, stream, "wait", "txn-1", "--if-missing", "wait")
+        text = await output("wait", "txn-1", "--if-missing", "wait")
         assert no_answer in text
         assert missing in text
         service.forget("txn-1")
@@ -86,20 +77,17 @@ async def test_wait_shows_that_there_is_no_answer_or_no_operation(
         later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
 
 
-async def test_wait_can_have_no_time_limit(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+async def test_wait_can_have_no_time_limit(service: Sandbox) -> None:
+    await create(service)
     later(130, service.approve, "txn-1")
-    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1", "--timeout", "inf")
+    text = await drawn_by("wait", "txn-1", "--timeout", "inf")
     assert "no limit" in text
     assert "left" not in text
 
 
 @pytest.mark.parametrize("arguments", [["--timeout", "3"], ["--timeout", "3", "--json"]])
 async def test_wait_ends_at_its_timeout(service: Sandbox, arguments: list[str]) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+    await create(service)
     loop = asyncio.get_running_loop()
     began = loop.time()
     with pytest.raises(ApprovalTimeoutError) as end:
@@ -108,12 +96,11 @@ async def test_wait_ends_at_its_timeout(service: Sandbox, arguments: list[str]) 
     assert "still pending after 3.0 s" in describe(end.value)
 
 
-async def test_wait_as_json_is_a_line_a_poll_and_the_outcome(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+async def test_wait_as_json_is_a_line_a_poll_and_the_outcome(service: Sandbox) -> None:
+    await create(service)
     service.fail_next()
     later(5, service.approve, "txn-1")
-    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1", "--json")
+    text = await drawn_by("wait", "txn-1", "--json")
     first, *polls, last, outcome = lines_of_json(text)
     assert first == {
         "event": "poll",
@@ -155,8 +142,7 @@ async def test_the_last_line_of_json_names_every_outcome(
     outcome: str,
 ) -> None:
     if lie is not None:
-        async with service.client() as client:
-            await client.create_operation("C0FFEE", operation_id="txn-1")
+        await create(service)
     if lie == "down":
         service.fail_next(times=None)
     elif isinstance(lie, dict):
@@ -216,9 +202,7 @@ async def test_a_wait_that_is_interrupted_says_how_to_resume_it(
 async def test_wait_resumes_a_ticket(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, source: str
 ) -> None:
-    content = await output_of(
-        monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "a", "--expires-in", "30", "--json"
-    )
+    content = await output_of("create", "C0FFEE", "--operation-id", "a", "--expires-in", "30", "--json")
     if source == "file":
         name = str(tmp_path / "ticket.json")
         (tmp_path / "ticket.json").write_text(content)
@@ -226,7 +210,7 @@ async def test_wait_resumes_a_ticket(
         name = "-"
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     later(5, service.approve, "a")
-    text = await output_of(monkeypatch, io.StringIO(), "wait", "--ticket", name)
+    text = await output_of("wait", "--ticket", name)
     assert re.match(r"  Operation  a\n  User       C0FFEE\n  Time       (29|30) s at most\n", text)
     assert "Approved" in text
 
@@ -242,100 +226,78 @@ async def test_wait_resumes_a_ticket(
     ],
 )
 def test_a_bad_ticket_is_one_line_that_says_how_to_create_one(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, message: str
+    fail: Fail, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "ticket.json"
     if content is not None:
         file.write_bytes(content)
-    assert run(["wait", "--ticket", str(file)]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"aiokeyless: {message.replace('FILE', str(file)).replace('VERSION', __version__)}")
-    assert err.endswith("; to create one: aiokeyless create USER_ID --json > FILE\n")
-    assert err.removesuffix("\n").isprintable()
+    err = fail("wait", "--ticket", str(file))
+    assert err.startswith(message.replace("FILE", str(file)).replace("VERSION", __version__))
+    assert err.endswith("; to create one: aiokeyless create USER_ID --json > FILE")
+    assert err.isprintable()
 
 
-def test_a_ticket_that_cannot_be_read_is_one_line_with_the_reason(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert run(["wait", "--ticket", str(tmp_path)]) == 1
-    assert "(Is a directory)" in capsys.readouterr().err
-    assert run(["wait", "--ticket", "a\0b"]) == 1
-    assert r"cannot read the ticket a\x00b (embedded null byte)" in capsys.readouterr().err
+def test_a_ticket_that_cannot_be_read_is_one_line_with_the_reason(fail: Fail, tmp_path: Path) -> None:
+    assert "(Is a directory)" in fail("wait", "--ticket", str(tmp_path))
+    assert r"cannot read the ticket a\x00b (embedded null byte)" in fail("wait", "--ticket", "a\0b")
 
 
-def test_a_wait_is_for_an_id_or_a_ticket_and_not_both(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ticket = (
-        '{"operation_id": "a", "user_id": "C0FFEE", "created_at": "2026-01-01T00:00:00Z", '
-        f'"expires_at": "2026-01-01T00:00:00Z", "version": 1, "payload_sha256": "{"0" * 64}"}}'
-    )
+def test_a_wait_is_for_an_id_or_a_ticket_and_not_both(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket = ApprovalTicket.for_operation("a", user_id="C0FFEE").to_json()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.encode())))
-    assert run(["wait", "a", "--ticket", "-"]) == 2
-    assert "either OPERATION_ID or --ticket FILE. See aiokeyless wait --help.\n" in capsys.readouterr().err
+    err = fail("wait", "a", "--ticket", "-", code=2)
+    assert err.endswith("either OPERATION_ID or --ticket FILE. See aiokeyless wait --help.")
 
 
-def test_a_factor_is_compared_with_a_ticket_and_not_with_an_id(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["wait", "a", "--require-auth-type", "biom"]) == 2
-    assert "--require-auth-type needs --ticket FILE" in capsys.readouterr().err
+def test_a_factor_is_compared_with_a_ticket_and_not_with_an_id(fail: Fail) -> None:
+    assert "--require-auth-type needs --ticket FILE" in fail("wait", "a", "--require-auth-type", "biom", code=2)
 
 
 @pytest.mark.parametrize("factor", ["biom", "pin"])
-async def test_wait_takes_no_other_factor_than_the_required_one(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, factor: str
-) -> None:
+async def test_wait_takes_no_other_factor_than_the_required_one(service: Sandbox, tmp_path: Path, factor: str) -> None:
     async with service.client() as client:
         ticket = await client.create_operation("C0FFEE", operation_id="txn-1")
     (tmp_path / "ticket.json").write_text(ticket.to_json())
     service.approve("txn-1", auth_type=factor)
     command = "wait", "--ticket", str(tmp_path / "ticket.json"), "--require-auth-type", "biom"
     if factor == "biom":
-        assert "Approved" in await output_of(monkeypatch, io.StringIO(), *command)
+        assert "Approved" in await output_of(*command)
     else:
         with pytest.raises(OperationMismatchError):
             await app.run_async(list(command))
 
 
-async def test_wait_shows_attempts_that_failed(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+async def test_wait_shows_attempts_that_failed(service: Sandbox) -> None:
+    await create(service)
     for code in (30003, 30004):
         service.fail_authentication("txn-1", code)
     later(20, service.approve, "txn-1")
-    text = await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
+    text = await output_of("wait", "txn-1")
     assert re.search(r"\n +\d+\.\d\d s  1 attempt failed: the user left the scan \(30003\)\n", text)
     assert text.count("1 attempt failed: the face did not match (30004)") == 1
     assert text.count("attempt failed") == 2
 
 
-async def test_wait_on_a_terminal_counts_attempts_that_failed(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+async def test_wait_on_a_terminal_counts_attempts_that_failed(service: Sandbox) -> None:
+    await create(service)
     service.fail_authentication("txn-1", 30003)
     later(20, service.approve, "txn-1")
-    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1")
-    assert "1 attempt failed " in re.sub(r"\x1b\[[\d;]*m", "", text)
+    text = await drawn_by("wait", "txn-1")
+    assert "1 attempt failed " in text
 
 
-async def test_wait_as_json_is_a_line_an_attempt_too(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+async def test_wait_as_json_is_a_line_an_attempt_too(service: Sandbox) -> None:
+    await create(service)
     failed = service.fail_authentication("txn-1", 30003)
     later(20, service.approve, "txn-1")
-    lines = lines_of_json(await output_of(monkeypatch, io.StringIO(), "wait", "txn-1", "--json"))
+    lines = lines_of_json(await output_of("wait", "txn-1", "--json"))
     [attempt] = [line for line in lines if line["event"] == "attempt"]
     assert attempt == {"event": "attempt", "elapsed": attempt["elapsed"], **failed.to_dict()}
     assert 5 < attempt["elapsed"] < 20
 
 
 async def test_wait_that_times_out_says_what_failed(service: Sandbox) -> None:
-    async with service.client() as client:
-        await client.create_operation("C0FFEE", operation_id="txn-1")
+    await create(service)
     service.fail_authentication("txn-1")
     with pytest.raises(ApprovalTimeoutError) as end:
         await app.run_async(["wait", "txn-1", "--timeout", "3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -21,19 +22,20 @@ from ports import own_port
 from waiting import PATIENCE, until
 
 import aiokeyless.worker
-from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.worker import Outcome, next_outcome, submit_approval
 from aiokeyless.worker.nats import EventKeys, NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Mapping
     from pathlib import Path
 
     from nats.aio.client import Client
 
     from aiokeyless.sandbox import Sandbox
+
+    from .terminal import Fail
 
 EVENT_KEY = "a-key-of-the-workers-and-readers-only"
 USER, PASSWORD = "worker", "n4ts-s3cret"
@@ -148,15 +150,11 @@ def the_one_line(lines: list[str]) -> str:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def refuse(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> Fail:
     """Runs a worker in this process, for one that ends before it asks the service, and returns its one line."""
-
-    def start(*arguments: str) -> str:
-        monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
-        assert run(["worker", *arguments]) == Exit.ERROR
-        return the_one_line(capsys.readouterr().err.splitlines())
-
-    return start
+    for name, value in {"KEYLESS_API_KEY": "a-key", "KEYLESS_BROKER": ""}.items():
+        monkeypatch.setenv(name, value)
+    return functools.partial(fail, "worker")
 
 
 # -- a worker that runs
@@ -238,15 +236,15 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
     ],
 )
 def test_a_file_of_the_connection_that_cannot_be_used_is_named_in_one_line(
-    options: list[str], message: str, refused: Callable[..., str]
+    options: list[str], message: str, refuse: Fail
 ) -> None:
-    assert refused("--broker", "nats://127.0.0.1:1", *options).startswith(message)
+    assert refuse("--broker", "nats://127.0.0.1:1", *options).startswith(message)
 
 
-def test_with_a_certificate_authority_it_speaks_tls(refused: Callable[..., str], nats_url: str, tmp_path: Path) -> None:
+def test_with_a_certificate_authority_it_speaks_tls(refuse: Fail, nats_url: str, tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text(ssl.DER_cert_to_PEM_cert(ssl.create_default_context().get_ca_certs(binary_form=True)[0]))
-    message = refused("--broker", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
+    message = refuse("--broker", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
     assert message.startswith("no connection to the broker")
     assert message.endswith(": it does not ask for TLS")  # this one has none
 
@@ -258,8 +256,8 @@ async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) 
     assert await worker.stop() == 0
 
 
-def test_an_event_key_that_cannot_be_read_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "none: No such file" in refused("--broker", "nats://127.0.0.1:1", "--event-key", str(tmp_path / "none"))
+def test_an_event_key_that_cannot_be_read_is_one_line(refuse: Fail, tmp_path: Path) -> None:
+    assert "none: No such file" in refuse("--broker", "nats://127.0.0.1:1", "--event-key", str(tmp_path / "none"))
 
 
 @pytest.mark.slow
@@ -335,8 +333,8 @@ async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
 # -- a worker that cannot start
 
 
-def test_a_broker_that_is_not_there_is_one_line(refused: Callable[..., str]) -> None:
-    line = refused("--broker", f"nats://worker:{PASSWORD}@127.0.0.1:1")
+def test_a_broker_that_is_not_there_is_one_line(refuse: Fail) -> None:
+    line = refuse("--broker", f"nats://worker:{PASSWORD}@127.0.0.1:1")
     assert line.startswith("no connection to the broker at 127.0.0.1:1: ")
     assert PASSWORD not in line
 
@@ -370,14 +368,12 @@ async def test_as_json_the_error_that_ends_it_is_an_object_too(
 
 @pytest.mark.parametrize("missing", ["nats", "nkeys"])
 def test_a_missing_extra_is_one_line_that_says_how_to_install_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
+    refuse: Fail, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     forget_the_worker(monkeypatch)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
-    assert run(["worker", "--broker", "nats://127.0.0.1:1", "--creds", __file__]) == 1
-    assert re.fullmatch(r'aiokeyless: .*: install the extra "nats"\n', capsys.readouterr().err)
+    assert refuse("--broker", "nats://127.0.0.1:1", "--creds", __file__).endswith(': install the extra "nats"')
 
 
 def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,17 +402,11 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_without_a_broker_that_is_known_it_is_one_line_and_exit_2(
-    arguments: list[str],
-    variables: dict[str, str],
-    named: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    refuse: Fail, arguments: list[str], variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"KEYLESS_API_KEY": "a-key", "KEYLESS_BROKER": "", **variables}.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert run(["worker", *arguments]) == Exit.USAGE
-    [line] = capsys.readouterr().err.splitlines()
-    assert named in line
+    assert named in refuse(*arguments, code=Exit.USAGE)
 
 
 @pytest.mark.slow
@@ -434,30 +424,9 @@ async def test_a_file_needs_no_server(workers: Workers, sandbox: Sandbox, tmp_pa
     assert "broker.sqlite" in worker.lines[0]
 
 
-def test_a_name_that_cannot_be_is_one_line_that_names_the_option(refused: Callable[..., str]) -> None:
-    assert refused("--broker", "nats://127.0.0.1:1", "--name", "a\n").startswith("--name must be ")
+def test_a_name_that_cannot_be_is_one_line_that_names_the_option(refuse: Fail) -> None:
+    assert refuse("--broker", "nats://127.0.0.1:1", "--name", "a\n").startswith("--name must be ")
 
 
-def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["worker", "--broker", "sqlite::memory:"]) == 1
-    assert capsys.readouterr().err.startswith("aiokeyless: no API key: export KEYLESS_API_KEY=...")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--replicas", "0"], ["--replicas", "at least 1"]),
-        (["--replicas", "many"], ["--replicas", "many"]),
-        *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
-        (["--broker"], ["--broker"]),
-        (["--nope"], ["--nope"]),
-    ],
-)
-def test_wrong_arguments_are_one_line_that_names_them_and_exit_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]
-) -> None:
-    assert run(["worker", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(r"aiokeyless: [ -~]+[.?] See aiokeyless worker --help\.\n", err)
-    assert [name for name in named if name not in err] == []
+def test_without_a_key_it_is_one_line(fail: Fail) -> None:
+    assert fail("worker", "--broker", "sqlite::memory:").startswith("no API key: export KEYLESS_API_KEY=...")
