@@ -171,9 +171,7 @@ async def test_a_pipe_has_a_plain_line_a_check_and_progress_is_on_stderr(
     assert await app.run_async(["doctor", "--user", "C0FFEE", "--yes"]) == 1
     out, err = capsys.readouterr()
     assert ESCAPE not in out + err
-    assert re.search(
-        r"^✗  no_key +answered with 403\n +expected: 401 without a key\n +Something else", out, re.MULTILINE
-    )
+    assert re.search(r"^✗  no_key +answered with 403\n +expected: 401 without a key\n +Something", out, re.MULTILINE)
     assert re.search(r"^✓  approved +after 2\d s by face$", out, re.MULTILINE)
     assert re.search(r"^  Skipped +phone_started: without --phone-started$", out, re.MULTILINE)
     assert re.search(r"^  Found +24 as expected, 1 different$", out, re.MULTILINE)

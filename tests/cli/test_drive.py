@@ -16,7 +16,6 @@ from .terminal import create, json_of, output_of
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
-    from .terminal import Fail
 
 USER = "C0FFEE"
 
@@ -167,29 +166,3 @@ async def test_the_key_of_a_tenant_goes_to_no_address_that_was_not_named(monkeyp
     [head] = server.heads
     assert b"\r\nX-Api-Key: sandbox-key\r\n" in head
     assert b"key-of-a-tenant" not in head
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["approve"],
-        ["approve", "a", "--auth-type", "voice"],
-        ["approve", "a", "--user", "Alice"],
-        ["decline"],
-        ["decline", "a", "--code", "0"],
-        ["fail", "--status", "600"],
-        ["fail", "--times", "0"],
-        ["fail", "--retry-after", "-1"],
-        ["fail", "--method", "get"],
-        ["unlock", "Alice"],
-        ["list", "--state", "denied"],
-        ["aprove", "a"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_arguments_are_one_line_and_exit_2(fail: Fail, arguments: list[str]) -> None:
-    assert "See aiokeyless sandbox" in fail("sandbox", *arguments, code=2)
-
-
-def test_a_command_that_is_misspelt_is_suggested(fail: Fail) -> None:
-    assert 'Unknown command "aprove". Did you mean approve?' in fail("sandbox", "aprove", "a", code=2)

@@ -17,7 +17,7 @@ from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError, Oper
 from aiokeyless.cli.app import CommandError, InterruptedCommandError, app
 from aiokeyless.cli.error_messages import describe
 
-from .terminal import Terminal, create, lines_of_json, output_of
+from .terminal import Terminal, create, json_of, lines_of_json, output_of
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -66,27 +66,24 @@ async def test_the_command_that_create_prints_works_for_any_id(
     assert "Approved" in await output_of("wait", "--ticket", "-")
 
 
-async def test_the_command_that_create_prints_accepts_no_other_payload(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"operation_payload": "Pay 4000"}, "its payload is not the one that was created"),
+        ({"auth_type": "pin"}, "it must be 'biom', and the answer has 'pin'"),
+    ],
+)
+async def test_the_command_that_create_prints_accepts_no_other_payload_and_no_pin_for_a_face(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, lie: dict[str, str], reason: str
 ) -> None:
-    text = await output_of("create", "C0FFEE", "--operation-id=a", "--payload=Pay 40")
-    service.tamper("a", operation_payload="Pay 4000")
-    service.approve("a")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed_ticket(text).to_json().encode())))
-    with pytest.raises(OperationMismatchError):
-        await app.run_async(["wait", "--ticket", "-"])
-
-
-async def test_the_command_that_create_prints_takes_no_pin_for_a_face(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox
-) -> None:
-    options = "--operation-id=a", "--require-auth-type=biom"
+    options = "--operation-id=a", "--payload=Pay 40", "--require-auth-type=biom"
     text = await output_of("create", "C0FFEE", *options)
-    service.approve("a", auth_type="pin")
+    service.approve("a")
+    service.tamper("a", **lie)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed_ticket(text).to_json().encode())))
     with pytest.raises(OperationMismatchError) as caught:
         await app.run_async(["wait", "--ticket", "-"])
-    assert "it must be 'biom', and the answer has 'pin'" in describe(caught.value)
+    assert reason in describe(caught.value)
 
 
 def printed_ticket(text: str) -> ApprovalTicket:
@@ -99,9 +96,7 @@ def printed_ticket(text: str) -> ApprovalTicket:
 async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(service: Sandbox) -> None:
     command = ["create", "C0FFEE", "--operation-id", "txn-1", "--payload", "Pay 40 to Alice"]
     await output_of(*command)
-    with pytest.raises(
-        CommandError, match=r"exists already, with this content.* get its ticket: create --if-exists resume$"
-    ):
+    with pytest.raises(CommandError, match=r"already, with this content.* get its ticket: create --if-exists resume$"):
         await app.run_async(command)
     text = await output_of(*command, "--if-exists", "resume")
     assert re.search(r"Pending +txn-1\n", text)
@@ -178,9 +173,8 @@ async def test_an_operation_that_was_in_the_way_and_is_gone_is_created(service: 
 
 
 async def test_create_as_json_is_the_ticket(service: Sandbox) -> None:
-    text = await output_of(
-        "create", "C0FFEE", "--json", "--expires-in=30", "--external-user-id=\u00e9ve", "--payload=-5"
-    )
+    options = "--expires-in=30", "--external-user-id=\u00e9ve", "--payload=-5"
+    text = await output_of("create", "C0FFEE", "--json", *options)
     ticket = ApprovalTicket.from_json(text)
     [operation] = service.operations.values()
     assert (ticket.operation_id, ticket.external_user_id) == (operation.operation_id, "\u00e9ve")
@@ -231,11 +225,13 @@ async def test_get_says_approved_only_of_an_approved_operation(
     assert re.search(rf"State +{re.escape(state)}", text)
 
 
-async def test_get_refuses_an_answer_about_another_operation(service: Sandbox) -> None:
+@pytest.mark.parametrize("command", ["get", "attempts"])
+async def test_an_answer_about_another_operation_is_refused(service: Sandbox, command: str) -> None:
     service.approve("txn-1", user_id="C0FFEE")
     service.tamper("txn-1", operation_id="txn-2")
     with pytest.raises(CommandError, match="another operation, txn-2"):
-        await app.run_async(["get", "txn-1"])
+        await app.run_async([command, "txn-1"])
+    assert len(service.requests) == 1
 
 
 async def test_pending_is_a_table_of_the_pending_operations(service: Sandbox) -> None:
@@ -253,14 +249,8 @@ async def test_pending_is_a_table_of_the_pending_operations(service: Sandbox) ->
 
 async def test_pending_as_json_is_one_object(service: Sandbox) -> None:
     await create(service, external_user_id="alice")
-    assert lines_of_json(await output_of("pending", "c0ffee", "--json")) == [
-        {
-            "user_id": "C0FFEE",
-            "pending": [
-                {"operation_id": "txn-1", "operation_payload": None, "external_user_id": "alice", "auth_type": None}
-            ],
-        }
-    ]
+    operation = {"operation_id": "txn-1", "operation_payload": None, "external_user_id": "alice", "auth_type": None}
+    assert await json_of("pending", "c0ffee") == {"user_id": "C0FFEE", "pending": [operation]}
 
 
 @pytest.mark.usefixtures("service")
@@ -312,11 +302,3 @@ async def test_attempts_as_json_is_one_object(service: Sandbox) -> None:
         "attempts": [failed.to_dict()],
         "truncated": False,
     }
-
-
-async def test_attempts_of_an_answer_about_another_operation_are_not_asked_for(service: Sandbox) -> None:
-    service.approve("txn-1", user_id="C0FFEE")
-    service.tamper("txn-1", operation_id="txn-2")
-    with pytest.raises(CommandError, match="another operation, txn-2"):
-        await app.run_async(["attempts", "txn-1"])
-    assert len(service.requests) == 1

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import re
 import signal
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,20 +26,19 @@ pytestmark = pytest.mark.looptime
 
 
 @contextlib.asynccontextmanager
-async def serving(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> AsyncIterator[Pipe]:
-    """`aiokeyless sandbox` in the test's loop, until Ctrl-C."""
-    stream = Pipe()
-    monkeypatch.setattr(sys, "stdout", stream)
-    command = asyncio.create_task(app.run_async(["sandbox", "--port", "0", *arguments]))
-    await stream.until(r"\n$")
-    yield stream
-    signal.raise_signal(signal.SIGINT)
-    assert await command is None
+async def serving(*arguments: str) -> AsyncIterator[tuple[Pipe, str]]:
+    """Run `aiokeyless sandbox` in the test's loop until Ctrl-C, and yield its stdout and its URL."""
+    with contextlib.redirect_stdout(Pipe()) as stdout:
+        command = asyncio.create_task(app.run_async(["sandbox", "--port", "0", *arguments]))
+        await stdout.until(r"\n$")
+        yield stdout, (await stdout.until(r"(http://127\.0\.0\.1:\d+|http://0\.0\.0\.0:\d+)"))[1]
+        signal.raise_signal(signal.SIGINT)
+        assert await command is None
 
 
-async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch, "--api-key", "it's a key") as stdout:
-        url = (await stdout.until(r"Phone +(http://127\.0\.0\.1:\d+)/ "))[1]
+async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients() -> None:
+    async with serving("--api-key", "it's a key") as (stdout, url):
+        await stdout.until(rf"Phone +{url}/ ")
         await stdout.until(rf"""\n  export KEYLESS_BASE_URL={url} KEYLESS_API_KEY='it'"'"'s a key'\n""")
         assert "User" not in stdout.getvalue()
         assert "Listens" not in stdout.getvalue()
@@ -48,10 +46,9 @@ async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(m
             assert await client.get_pending_operations("C0FFEE") == []
 
 
-async def test_the_sandbox_as_json_prints_one_object_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch, "--json") as stdout:
+async def test_the_sandbox_as_json_prints_one_object_and_nothing_else() -> None:
+    async with serving("--json") as (stdout, url):
         [data] = lines_of_json(stdout.getvalue())
-        url = data["url"]
         assert data == {
             "url": url,
             "api_key": "sandbox-key",
@@ -60,10 +57,9 @@ async def test_the_sandbox_as_json_prints_one_object_and_nothing_else(monkeypatc
     assert stdout.getvalue().count("\n") == 1
 
 
-async def test_the_sandboxs_simulated_user_approves_after_the_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch, "--auto-approve", "2.5") as stdout:
+async def test_the_sandboxs_simulated_user_approves_after_the_delay() -> None:
+    async with serving("--auto-approve", "2.5") as (stdout, url):
         assert "approves each operation after 2.5 s" in stdout.getvalue()
-        url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with KeylessClient("sandbox-key", base_url=url) as client:
@@ -71,9 +67,8 @@ async def test_the_sandboxs_simulated_user_approves_after_the_delay(monkeypatch:
         assert loop.time() - began >= 2.5
 
 
-async def test_the_sandbox_prints_a_line_for_each_request_of_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch) as stdout:
-        url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
+async def test_the_sandbox_prints_a_line_for_each_request_of_the_api() -> None:
+    async with serving() as (stdout, url):
         async with KeylessClient("sandbox-key", base_url=url) as client:
             await client.create_operation("C0FFEE", operation_id="txn 1\u202e")
             await client.get_operation("txn 1\u202e")
@@ -89,9 +84,8 @@ async def test_the_sandbox_prints_a_line_for_each_request_of_the_api(monkeypatch
     )
 
 
-async def test_a_request_that_got_no_answer_has_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch) as stdout:
-        url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
+async def test_a_request_that_got_no_answer_has_no_status() -> None:
+    async with serving() as (stdout, url):
         _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         writer.write(
             b"POST /v2/users/C0FFEE/operations HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Api-Key: sandbox-key\r\n"
@@ -103,17 +97,16 @@ async def test_a_request_that_got_no_answer_has_no_status(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("option", ["--quiet", "--json"])
-async def test_requests_are_not_printed_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
-    async with serving(monkeypatch, option) as stdout:
+async def test_requests_are_not_printed_where_that_is_not_wanted(option: str) -> None:
+    async with serving(option) as (stdout, url):
         before = stdout.getvalue()
-        url = (await stdout.until(r"(http://127\.0\.0\.1:\d+)"))[1]
         async with KeylessClient("sandbox-key", base_url=url) as client:
             await client.get_pending_operations("C0FFEE")
     assert stdout.getvalue() == before
 
 
-async def test_the_sandbox_warns_that_others_can_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch, "--host", "0.0.0.0") as stdout:  # noqa: S104  # for a moment
+async def test_the_sandbox_warns_that_others_can_reach_it() -> None:
+    async with serving("--host", "0.0.0.0") as (stdout, _):  # noqa: S104  # for a moment
         assert "on 0.0.0.0: anyone who can reach it can approve" in stdout.getvalue()
 
 

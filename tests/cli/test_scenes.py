@@ -24,20 +24,6 @@ def draw_seldom(_scene: Scene) -> float:
     return 60
 
 
-@pytest.fixture
-def sandboxes(monkeypatch: pytest.MonkeyPatch) -> list[Sandbox]:
-    """The sandboxes that the scenes start."""
-    started: list[Sandbox] = []
-    start = Sandbox.start
-
-    async def noted(self: Sandbox) -> None:
-        await start(self)
-        started.append(self)
-
-    monkeypatch.setattr(Sandbox, "start", noted)
-    return started
-
-
 async def test_both_notice_every_approval_and_the_library_sooner_on_average() -> None:
     result = await play_people(draw_seldom)
     for side in (result.aiokeyless, result.loop):
@@ -82,8 +68,16 @@ async def test_an_answer_about_something_else_deceives_the_loop_and_not_the_libr
 
 @pytest.mark.parametrize("play", [play_people, play_outage, play_mismatch])
 async def test_the_polls_that_are_reported_are_those_that_the_sandbox_received(
-    sandboxes: list[Sandbox], play: Callable[[Draw], Awaitable[SceneResult]], monkeypatch: pytest.MonkeyPatch
+    play: Callable[[Draw], Awaitable[SceneResult]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sandboxes: list[Sandbox] = []
+    start = Sandbox.start
+
+    async def noted(self: Sandbox) -> None:
+        await start(self)
+        sandboxes.append(self)
+
+    monkeypatch.setattr(Sandbox, "start", noted)
     few = 5
     monkeypatch.setattr(scenes, "PEOPLE", few)
     result = await play(draw_seldom)

@@ -26,6 +26,7 @@ from aiokeyless.cli.error_messages import describe
 from .terminal import ESCAPE, create, drawn_by, later, lines_of_json, output_of
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
@@ -61,20 +62,21 @@ async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_
     assert re.search(r"Approved +by face, after [5-8]\.\d s", text)
 
 
-async def test_wait_shows_that_there_is_no_answer_or_no_operation(service: Sandbox) -> None:
-    service.fail_next(times=1)
-    later(8, service.approve, "txn-1")
-    later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
-    for output, no_answer, missing in (
+@pytest.mark.parametrize(
+    ("output", "no_answer", "missing"),
+    [
         (drawn_by, "No answer, retrying ", "Not created yet "),
         (output_of, "poll 1: no answer (ServerError), next in", "not created yet, next in"),
-    ):
-        text = await output("wait", "txn-1", "--if-missing", "wait")
-        assert no_answer in text
-        assert missing in text
-        service.forget("txn-1")
-        service.fail_next(times=1)
-        later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
+    ],
+)
+async def test_wait_shows_that_there_is_no_answer_or_no_operation(
+    service: Sandbox, output: Callable[..., Awaitable[str]], no_answer: str, missing: str
+) -> None:
+    service.fail_next()
+    later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
+    text = await output("wait", "txn-1", "--if-missing", "wait")
+    assert no_answer in text
+    assert missing in text
 
 
 async def test_wait_can_have_no_time_limit(service: Sandbox) -> None:
@@ -176,18 +178,16 @@ async def test_the_last_line_of_json_names_every_outcome(
 async def test_a_wait_that_is_interrupted_says_how_to_resume_it(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, arguments: list[str], command: str
 ) -> None:
-    async with service.client() as client:
-        for operation_id in ("txn 1", "-5"):
-            await client.create_operation("C0FFEE", operation_id=operation_id)
-        ticket = await client.create_operation("C0FFEE", operation_id="a")
+    for operation_id in ("txn 1", "-5"):
+        await create(service, operation_id)
+    ticket = await create(service, "a")
     file = tmp_path / "ticket.json"
     file.write_text(ticket.to_json())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.to_json().encode())))
     stdout = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stdout)
-    waiting = asyncio.create_task(
-        app.run_async(["wait", *(str(file) if argument == "FILE" else argument for argument in arguments)])
-    )
+    names = [str(file) if argument == "FILE" else argument for argument in arguments]
+    waiting = asyncio.create_task(app.run_async(["wait", *names]))
     await asyncio.sleep(30)
     waiting.cancel()  # as Ctrl-C does
     with pytest.raises(InterruptedCommandError) as interruption:
@@ -198,17 +198,14 @@ async def test_a_wait_that_is_interrupted_says_how_to_resume_it(
     assert service.operations["a"].state == "pending"
 
 
-@pytest.mark.parametrize("source", ["file", "stdin"])
+@pytest.mark.parametrize("name", ["ticket.json", "-"])
 async def test_wait_resumes_a_ticket(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, source: str
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, name: str
 ) -> None:
     content = await output_of("create", "C0FFEE", "--operation-id", "a", "--expires-in", "30", "--json")
-    if source == "file":
-        name = str(tmp_path / "ticket.json")
-        (tmp_path / "ticket.json").write_text(content)
-    else:
-        name = "-"
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ticket.json").write_text(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     later(5, service.approve, "a")
     text = await output_of("wait", "--ticket", name)
     assert re.match(r"  Operation  a\n  User       C0FFEE\n  Time       (29|30) s at most\n", text)
