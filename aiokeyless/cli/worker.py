@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 from cyclopts import Parameter
 
+from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError, KeylessError
 
 from .app import (
@@ -29,7 +30,6 @@ from .app import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiokeyless import KeylessClient
     from aiokeyless.worker import Broker
 
 P = ParamSpec("P")
@@ -115,7 +115,9 @@ async def worker(
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     opened = open_broker(broker, schema, nats)
-    async with _make_unused_client() if prepare else new_client() as client, opened:
+    # To prepare, it names the service and sends nothing, so it needs no key.
+    new = KeylessClient(os.environ.get("KEYLESS_API_KEY") or "none") if prepare else new_client()
+    async with new as client, opened:
         service = ApprovalWorker(client, opened)
         if prepare:
             await service.prepare()
@@ -127,13 +129,6 @@ async def worker(
         finally:
             if health is not None:
                 await health.cleanup()
-
-
-def _make_unused_client() -> KeylessClient:
-    """Return a client that identifies the service but sends no request; it needs no key."""
-    from aiokeyless import KeylessClient  # noqa: PLC0415  # only when used
-
-    return KeylessClient(os.environ.get("KEYLESS_API_KEY") or "none")
 
 
 def open_broker(url: str | None, schema: str | None, options: NatsOptions | None) -> Broker:
