@@ -1,4 +1,4 @@
-"""A plain environment, and a sandbox that its variables name."""
+"""A plain environment, a sandbox that its variables name, and a command that fails."""
 
 from __future__ import annotations
 
