@@ -43,7 +43,8 @@ SITE: Final = asked_in(
 WORKER: Final = {
     LATE: "worker/conformance/test_decisions.py::test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of",
     PIN: "worker/test_decisions.py::test_an_operation_that_a_pin_approved_is_no_face_and_says_so",
-    USER: "worker/test_decisions.py::test_an_operation_of_somebody_else_is_a_conflict",
+    USER: "worker/test_decisions.py::"
+    "test_an_answer_about_something_else_or_that_contradicts_itself_has_failed_and_says_why",
     TAB: "each request has an operation of its own",
     RESTART: "worker/conformance/test_requests.py::test_what_is_stored_is_there_for_the_next_process",
     TWICE: "worker/conformance/test_requests.py::test_the_same_request_twice_is_one_also_if_only_created_at_differs",

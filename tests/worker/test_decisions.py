@@ -189,9 +189,7 @@ def test_a_pending_operation_is_polled_again_when_the_schedule_says() -> None:
     ("number", "failures", "is_news"),
     [(1, 0, False), (1, 5, False), (2, 1, True), (2, 0, False), (3, 2, True), (3, 1, False), (9, 9, True)],
 )
-def test_a_pending_operation_is_news_if_each_delivery_before_failed(
-    number: int, failures: int, *, is_news: bool
-) -> None:
+def test_a_pending_operation_is_news_if_all_before_failed(number: int, failures: int, *, is_news: bool) -> None:
     """One that did not fail knew of the operation: it created it, or found it."""
     delivery = msgspec.structs.replace(DELIVERY, message=a_message(number=number, failures=failures))
     decision = polled(operation(), 10, delivery=delivery)
@@ -208,9 +206,12 @@ def test_an_answer_that_shows_no_operation_is_no_news(answer: KeylessError) -> N
 
 
 @pytest.mark.parametrize("age", [FINAL, LATE])
-def test_pending_at_the_final_poll_is_expired_and_answered(age: float) -> None:
-    event, *_ = decided(answered(age))
-    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
+@pytest.mark.parametrize(("answer", "asked"), [(operation(), True), (MISSING, False)], ids=["pending", "missing"])
+def test_pending_or_missing_at_the_final_poll_is_expired_and_answered(
+    answer: Operation | KeylessError, age: float, *, asked: bool
+) -> None:
+    event, *_ = decided(polled(answer, age, took=1))
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, asked)
     assert (event.auth_type, event.reason) == (None, None)
 
 
@@ -248,35 +249,33 @@ def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
     assert polled(operation(), -60, took=10, schedule=schedule) == polled(operation(), 0, schedule=schedule)
 
 
+FOREIGN: tuple[dict[str, Any], ...] = (
+    {"user_id": "BAD"},
+    {"operation_payload": "Pay 4000"},
+    {"external_user_id": "mallory"},
+)
+
+
 @pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 @pytest.mark.parametrize(
-    "lie",
-    [{"state": "approved"}, {"state": "denied"}, {"state": "denied", "result": True}, {"state": "", "result": True}],
+    ("answer", "reason"),
+    [
+        *((foreign, FailureReason.CONFLICT) for foreign in FOREIGN),
+        *((APPROVED | foreign, FailureReason.CONFLICT) for foreign in FOREIGN),
+        (APPROVED | {"operation_id": "txn 2"}, FailureReason.MISMATCH),
+        ({"state": "approved"}, FailureReason.INCONSISTENT),
+        ({"state": "denied"}, FailureReason.INCONSISTENT),
+        ({"state": "denied", "result": True}, FailureReason.INCONSISTENT),
+        ({"state": "", "result": True}, FailureReason.INCONSISTENT),
+    ],
 )
-def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: float, lie: dict[str, Any]) -> None:
-    event, *_ = decided(answered(age, **lie))
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INCONSISTENT)
-    assert event.detail
-
-
-foreign = pytest.mark.parametrize(
-    "other", [{"user_id": "BAD"}, {"operation_payload": "Pay 4000"}, {"external_user_id": "mallory"}]
-)
-
-
-@pytest.mark.parametrize("state", [{}, APPROVED], ids=["pending", "approved"])
-@pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
-@foreign
-def test_an_operation_of_somebody_else_is_a_conflict(state: dict[str, Any], age: float, other: dict[str, Any]) -> None:
-    event, *_ = decided(answered(age, **state, **other))
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
-    assert event.detail
-
-
-@pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
-def test_an_answer_about_another_operation_is_a_mismatch_of_this_one(age: float) -> None:
-    event, *_ = decided(answered(age, **APPROVED, operation_id="txn 2"))
-    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.MISMATCH, "txn 1")
+def test_an_answer_about_something_else_or_that_contradicts_itself_has_failed_and_says_why(
+    answer: dict[str, Any], reason: FailureReason, age: float
+) -> None:
+    for decision in (answered(age, **answer), after_unclaimed(DELIVERY, operation(**answer), now=at(age))):
+        event, *_ = decided(decision)
+        assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, reason, "txn 1")
+        assert event.detail
 
 
 def test_every_outcome_says_when_it_was_decided() -> None:
@@ -336,7 +335,7 @@ def test_the_application_asked_the_user_itself(answer: KeylessError, *, is_answe
     assert decided(expired[0]).event.answered is is_answered
 
 
-@foreign
+@pytest.mark.parametrize("other", FOREIGN)
 def test_what_the_app_sent_in_place_of_what_it_was_given_is_a_mismatch(other: dict[str, Any]) -> None:
     event, *_ = decided(polled(operation(**APPROVED, **other), 10, delivery=PHONE))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.MISMATCH)
@@ -353,9 +352,7 @@ def test_what_the_app_sent_in_place_of_what_it_was_given_is_a_mismatch(other: di
         ("2026-11-24T12:00:00Z", True),
     ],
 )
-def test_an_operation_is_older_than_its_request_if_no_zone_and_no_clock_explain_it(
-    timestamp: str, *, expected: bool
-) -> None:
+def test_an_operation_is_older_if_no_zone_and_no_clock_explain_it(timestamp: str, *, expected: bool) -> None:
     assert is_older(operation(timestamp=timestamp), DELIVERY) is expected
 
 
@@ -371,22 +368,9 @@ def test_an_approval_from_before_the_request_does_not_count_again() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({}, FailureReason.CONFLICT),
-        ({"user_id": "BAD", **APPROVED}, FailureReason.CONFLICT),
-        ({"operation_payload": "Pay 4000", **APPROVED}, FailureReason.CONFLICT),
-        ({"external_user_id": "mallory", **APPROVED}, FailureReason.CONFLICT),
-        ({"operation_id": "txn 2", **APPROVED}, FailureReason.MISMATCH),
-        ({"state": "approved"}, FailureReason.INCONSISTENT),
-    ],
-)
-def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why(
-    changed: dict[str, Any], reason: FailureReason
-) -> None:
-    event, *_ = decided(after_unclaimed(DELIVERY, operation(**changed), now=at(1)))
-    assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
+def test_a_pending_operation_from_before_the_request_is_a_conflict() -> None:
+    event, *_ = decided(after_unclaimed(DELIVERY, operation(), now=at(1)))
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
     assert event.detail
 
 
@@ -402,15 +386,11 @@ def test_an_operation_that_a_pin_approved_is_no_face_and_says_so() -> None:
 # -- no answer
 
 
-def test_just_created_it_is_polled_when_the_schedule_says() -> None:
-    decision = after_creation(DELIVERY, at(1), pacing(wait_fixed(3)))
-    assert delay(decision, ExchangeResult.CREATED) == 3
+@pytest.mark.parametrize(("age", "expected"), [(1, 3), (IN_TIME, 1), (LATE, SHORTEST)])
+def test_just_created_it_is_polled_when_the_schedule_says_and_by_the_deadline(age: float, expected: float) -> None:
+    decision = after_creation(DELIVERY, at(age), pacing())
+    assert delay(decision, ExchangeResult.CREATED) == expected
     assert decision.created == DELIVERY.request  # the phone is told of it
-    assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3))), ExchangeResult.CREATED) == 1
-
-
-def test_created_after_the_deadline_there_is_still_the_final_poll() -> None:
-    assert delay(after_creation(DELIVERY, at(LATE), pacing(wait_fixed(3))), ExchangeResult.CREATED) == SHORTEST
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
@@ -432,16 +412,11 @@ def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
     assert polled_at is None
 
 
-def test_what_this_request_may_have_created_is_not_created_again_where_it_is_missing_for_a_moment() -> None:
-    assert SHORTEST <= delay_after_failure(polled(MISSING, 10, was_created=True)) <= 0.5
-    assert SHORTEST <= delay_after_failure(polled(MISSING, FINAL, was_created=True, grace=30)) <= 0.5
-    assert decided(polled(MISSING, FINAL, was_created=True)).event.answered is False
-
-
-def test_a_gateway_that_refuses_everything_for_a_moment_does_not_end_what_users_were_asked() -> None:
-    assert SHORTEST <= delay_after_failure(polled(FORBIDDEN, 10, was_created=True)) <= 0.5
-    assert SHORTEST <= delay_after_failure(polled(FORBIDDEN, FINAL, was_created=True, grace=30)) <= 0.5
-    event, *_ = decided(polled(FORBIDDEN, FINAL, was_created=True))
+@pytest.mark.parametrize("answer", [MISSING, FORBIDDEN], ids=["missing", "refused by a gateway"])
+def test_an_odd_answer_about_what_it_may_have_created_ends_and_creates_nothing(answer: KeylessError) -> None:
+    assert SHORTEST <= delay_after_failure(polled(answer, 10, was_created=True)) <= 0.5
+    assert SHORTEST <= delay_after_failure(polled(answer, FINAL, was_created=True, grace=30)) <= 0.5
+    event, *_ = decided(polled(answer, FINAL, was_created=True))
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
 
 
@@ -453,38 +428,24 @@ def test_no_user_is_asked_after_the_deadline_since_another_worker_may_have_decid
     assert delay(polled(MISSING, IN_TIME, took=10)) == SHORTEST  # then the final poll comes
 
 
-@pytest.mark.parametrize("age", [FINAL, LATE])
-def test_missing_at_the_final_poll_is_expired_and_answered(age: float) -> None:
-    event, *_ = decided(polled(MISSING, age, took=1))
-    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
-
-
 transient = pytest.mark.parametrize(
     "error", [UNREACHABLE, GATEWAY, status(ServerError, 503), status(RateLimitError, 429)]
 )
 
 
 @transient
-def test_a_transient_failure_is_retried_with_the_backoff(error: KeylessError) -> None:
+def test_a_transient_failure_is_retried_with_the_backoff_after_the_pause_by_the_deadline(error: KeylessError) -> None:
     assert SHORTEST <= delay_after_failure(polled(error, 1, failures=1)) <= 0.5
+    assert delay_after_failure(polled(error, 1, paused_for=30)) == 30
+    assert delay_after_failure(polled(error, 1, closed_for=30)) == 30
+    assert delay_after_failure(polled(error, IN_TIME, paused_for=30)) == 1
+    assert delay_after_failure(polled(error, IN_TIME, took=9, paused_for=30)) == SHORTEST
 
 
 def test_the_more_failures_in_a_row_the_longer_the_delay_may_be() -> None:
     delays = [delay_after_failure(polled(UNREACHABLE, 1, failures=6)) for _ in range(200)]
     assert max(delays) > 2
     assert max(delays) <= 16
-
-
-@transient
-def test_a_service_that_wants_to_be_left_alone_is(error: KeylessError) -> None:
-    assert delay_after_failure(polled(error, 1, paused_for=30)) == 30
-    assert delay_after_failure(polled(error, 1, closed_for=30)) == 30
-
-
-@transient
-def test_a_pause_does_not_go_past_the_deadline(error: KeylessError) -> None:
-    assert delay_after_failure(polled(error, IN_TIME, paused_for=30)) == 1
-    assert delay_after_failure(polled(error, IN_TIME, took=9, paused_for=30)) == SHORTEST
 
 
 @transient
@@ -512,9 +473,7 @@ def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_i
         (MISSHAPEN, FailureReason.UNREADABLE),
     ],
 )
-def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
-    error: KeylessError, reason: FailureReason, age: float
-) -> None:
+def test_a_poll_that_fails_for_good_says_why_at_once(error: KeylessError, reason: FailureReason, age: float) -> None:
     event, *_ = decided(polled(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
 
@@ -523,36 +482,31 @@ def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
 
 
 @transient
-def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadline(
-    error: KeylessError,
-) -> None:
+def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadline(error: KeylessError) -> None:
     assert SHORTEST <= delay_after_failure(not_created(error, 1)) <= 0.5
     assert delay_after_failure(not_created(error, 1, paused_for=30)) == 30
     assert delay_after_failure(not_created(error, IN_TIME, paused_for=30)) == 1
 
 
-@pytest.mark.parametrize("error", [status(NotFoundError, 404), status(BadRequestError, 400)])
-def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
-    event, *_ = decided(not_created(error, 1))
-    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.REJECTED, str(error))
+@pytest.mark.parametrize(
+    ("error", "may_exist", "reason"),
+    [
+        (MISSING, False, FailureReason.REJECTED),
+        (status(BadRequestError, 400), False, FailureReason.REJECTED),
+        (status(BadRequestError, 400), True, FailureReason.POLL_REFUSED),
+    ],
+)
+def test_a_create_that_is_refused_is_rejected_unless_an_earlier_one_may_have_taken_effect(
+    error: KeylessError, reason: FailureReason, *, may_exist: bool
+) -> None:
+    event, *_ = decided(not_created(error, 1, may_exist=may_exist))
+    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
 
 
-@pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)])
-def test_a_create_that_may_have_taken_effect_ends_no_request(error: KeylessError) -> None:
+@pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202), MISSING, FORBIDDEN])
+def test_what_may_have_been_created_is_not_given_up(error: KeylessError) -> None:
     assert delay(not_created(error, 10, may_exist=True), ExchangeResult.FAILED) == 3
     assert delay(not_created(error, IN_TIME, may_exist=True), ExchangeResult.FAILED) == 1
-
-
-@pytest.mark.parametrize("error", [MISSING, FORBIDDEN])
-def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True), ExchangeResult.FAILED) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True), ExchangeResult.FAILED) == 1
-
-
-def test_what_may_have_been_created_is_not_said_to_be_rejected() -> None:
-    error = status(BadRequestError, 400)
-    event, *_ = decided(not_created(error, 1, may_exist=True))
-    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.POLL_REFUSED, str(error))
 
 
 def test_a_long_text_of_an_answer_is_cut() -> None:
@@ -610,19 +564,23 @@ def test_an_approval_came_between_the_poll_before_and_the_answer() -> None:
     assert learned(answered(30, took=2, **APPROVED), schedule) == (schedule.previous_poll(30), 32)
 
 
-def test_an_approval_found_by_the_first_poll_came_since_the_beginning() -> None:
-    second = numbered(2)
-    assert learned(polled(operation(**APPROVED), 30, took=2, delivery=second)) == (0.0, 32)
+SHORT = msgspec.structs.replace(DELIVERY, ticket=msgspec.structs.replace(DELIVERY.ticket, expires_at=at(0.5)))
 
 
-def test_a_request_that_expired_was_pending_at_the_start_of_its_final_poll() -> None:
-    assert learned(answered(FINAL, took=2)) == (FINAL, None)
-    assert learned(polled(MISSING, FINAL, took=2)) == (FINAL, None)
-
-
-def test_a_short_request_that_expired_was_observed_for_no_longer_than_it_lasted() -> None:
-    ticket = msgspec.structs.replace(DELIVERY.ticket, expires_at=at(0.5))
-    assert learned(polled(operation(), 0.5, delivery=msgspec.structs.replace(DELIVERY, ticket=ticket))) == (0.5, None)
+@pytest.mark.parametrize(
+    ("decision", "expected"),
+    [
+        (polled(operation(**APPROVED), 30, took=2, delivery=numbered(2)), (0.0, 32)),
+        (answered(FINAL, took=2), (FINAL, None)),
+        (polled(MISSING, FINAL, took=2), (FINAL, None)),
+        (polled(operation(), 0.5, delivery=SHORT), (0.5, None)),
+    ],
+    ids=["approved before the first poll", "expired", "expired, never there", "expired soon"],
+)
+def test_what_is_learned_begins_with_the_request_and_ends_with_the_final_poll(
+    decision: Decision | Next, expected: tuple[float, float | None]
+) -> None:
+    assert learned(decision) == expected
 
 
 def test_a_clock_that_steps_back_during_a_poll_makes_no_observation_that_ends_before_it_begins() -> None:
