@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,43 +14,21 @@ from aiokeyless.worker.messages import Message
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Sequence
 
     from aiokeyless import KeylessClient
+    from aiokeyless.events import Listener
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import Broker
 
 #: JSON numbers that a context may have, and some that it may not.
 MODERATE_NUMBERS = (
-    "0",
-    "-0.0",
-    "0e999",
-    "0e-0000999",
-    "12345678901234567890",
-    "1.7999e308",
-    "-1.7999e308",
-    "1e-307",
-    f"0.{'0' * 306}1",
-    "9" * 308,
-    f"1.{'0' * 398}",
-    f"1{'0' * 393}e-390",
+    *("0", "-0.0", "0e999", "0e-0000999", "12345678901234567890", "1.7999e308", "-1.7999e308", "1e-307"),
+    *(f"0.{'0' * 306}1", "9" * 308, f"1.{'0' * 398}", f"1{'0' * 393}e-390"),
 )
 EXTREME_NUMBERS = (
-    "1.8e308",
-    "-1.8e308",
-    "1E+309",
-    "1e131000",
-    "1e200000",
-    "0.99e-307",
-    "-0.99e-307",
-    "1e-16000",
-    "0e-16000",
-    "0e1000",
-    f"1e{'9' * 20}",
-    f"1.{'0' * 399}",
-    f"-1.{'0' * 398}",
-    f"{'2' * 309}e0",
-    "1" * 16_384,
+    *("1.8e308", "-1.8e308", "1E+309", "1e131000", "1e200000", "0.99e-307", "-0.99e-307", "1e-16000", "0e-16000"),
+    *("0e1000", f"1e{'9' * 20}", f"1.{'0' * 399}", f"-1.{'0' * 398}", f"{'2' * 309}e0", "1" * 16_384),
 )
 
 
@@ -87,10 +65,13 @@ async def outcomes(broker: object, reader: str) -> AsyncGenerator[ApprovalEvent]
 
 
 @asynccontextmanager
-async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
-    """Run a worker on a broker in memory, which polls each second."""
+async def working(
+    sandbox: Sandbox, memory: SqliteBroker | None = None, *, listeners: Sequence[Listener] = (), **options: Any
+) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
+    """Run a worker that polls each second, on this broker or on one of its own in memory."""
     async with (
-        SqliteBroker(":memory:") as broker,
+        sandbox.client(listeners=listeners) as client,
+        SqliteBroker(":memory:") if memory is None else nullcontext(memory) as broker,
         ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker,
     ):
         yield worker, broker

@@ -11,6 +11,7 @@ from tenacity.wait import wait_base
 from waiting import until
 
 from aiokeyless import AuthenticationError, ClientClosedError, ConfigurationError, KeylessClient, PermissionDeniedError
+from aiokeyless.events import WorkerInspected
 from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, approval_worker, submit_approval
 from aiokeyless.worker.serving import Serving
 
@@ -19,6 +20,7 @@ from .reading import read
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
+    from aiokeyless.events import Event
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker.sqlite import SqliteBroker
 
@@ -149,19 +151,19 @@ async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
     assert worker.statistics.in_flight == 0
 
 
-async def test_a_cancellation_that_is_repeated_leaves_no_task_behind_either(client: KeylessClient) -> None:
+async def test_a_repeated_cancellation_leaves_no_task_behind_either_and_is_told(sandbox: Sandbox) -> None:
     before = asyncio.all_tasks()
-    run = await running(ApprovalWorker(client, MEMORY))
-    while not run.done():  # as a scope of anyio does
-        run.cancel()
-        await asyncio.sleep(0)
-    await client.aclose()
+    told: list[Event] = []
+    async with sandbox.client(listeners=[told.append]) as client:
+        run = await running(ApprovalWorker(client, MEMORY))
+        while not run.done():  # as a scope of anyio does
+            run.cancel()
+            await asyncio.sleep(0)
     await until(lambda: asyncio.all_tasks() <= before)
+    assert [event.has_ended for event in told if isinstance(event, WorkerInspected)][-1]
 
 
-async def test_shutdown_waits_until_the_worker_has_ended(
-    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
-) -> None:
+async def test_shutdown_waits_until_it_has_ended(client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker) -> None:
     worker = ApprovalWorker(client, memory)
     run = await running(worker)
     sandbox.latency = 0.3
@@ -173,21 +175,28 @@ async def test_shutdown_waits_until_the_worker_has_ended(
     await run
 
 
-async def test_shutdown_of_a_worker_that_never_ran_returns_at_once_and_it_ends_when_it_is_run(
-    client: KeylessClient,
+async def test_shutdown_returns_at_once_before_a_run_after_a_preparation_and_after_a_start_that_was_cancelled(
+    client: KeylessClient, memory: SqliteBroker
 ) -> None:
-    worker = ApprovalWorker(client, MEMORY)
-    await worker.shutdown()
-    assert worker.statistics.is_draining
-    await worker.run()
+    new, prepared, cancelled = (ApprovalWorker(client, memory) for _ in range(3))
+    await prepared.prepare()
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled.__aenter__()
+    task.uncancel()
+    async with asyncio.timeout(1):
+        for worker in (new, prepared, cancelled):
+            await worker.shutdown()
+            assert worker.statistics.is_draining
+        await new.run()
 
 
 # -- as a context manager
 
 
-async def test_it_is_ready_in_the_body_and_has_ended_after_it(
-    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
-) -> None:
+async def test_it_is_ready_in_the_body_only(client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker) -> None:
     worker = ApprovalWorker(client, memory)
     assert worker.statistics.problems == ("the worker has not started yet",)
     async with worker:

@@ -61,9 +61,13 @@ class Told:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(told: Told, sandbox: Sandbox) -> None:
+    async with working(sandbox, listeners=[told]) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await asyncio.sleep(12)
     inspections = told.of(WorkerInspected)
@@ -77,30 +81,15 @@ async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandb
     assert len({event.worker for event in inspections}) == 1
 
 
-async def test_a_worker_whose_cancellation_is_repeated_is_told_to_have_ended(
-    sandbox: Sandbox, memory: SqliteBroker
-) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client:
-        running = asyncio.create_task(ApprovalWorker(client, memory).run())
-        await asyncio.sleep(1)
-        while not running.done():  # as a scope of anyio does
-            running.cancel()
-            await asyncio.sleep(0)
-    assert [event.has_ended for event in told.of(WorkerInspected)] == [False, True]
-
-
-async def test_each_worker_of_a_process_has_a_number(sandbox: Sandbox) -> None:
-    told = Told()
+async def test_each_worker_of_a_process_has_a_number(told: Told, sandbox: Sandbox) -> None:
     for _ in range(2):
-        async with sandbox.client(listeners=[told]) as client, working(client):
+        async with working(sandbox, listeners=[told]):
             await asyncio.sleep(1)
     assert len({event.worker for event in told.of(WorkerInspected)}) == 2
 
 
-async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
+async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(told: Told, sandbox: Sandbox) -> None:
+    async with working(sandbox, listeners=[told]) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
         await created(sandbox, 1)
         asyncio.get_running_loop().call_later(4.5, sandbox.approve, "txn-1")
@@ -131,9 +120,8 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
     assert "Pay 40" not in repr(told.events)
 
 
-async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
+async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(told: Told, sandbox: Sandbox) -> None:
+    async with working(sandbox, listeners=[told]) as (_, broker):
         await broker.submit(new_request("txn-1", TRACEPARENT, expires_in=5.0))
         await read(broker)
         await asyncio.sleep(1)
@@ -155,24 +143,18 @@ async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: S
     ],
 )
 async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
-    kind: Outcome,
-    answered: bool | None,
-    reason: FailureReason | None,
-    outcome: WaitOutcome,
-    memory: SqliteBroker,
+    kind: Outcome, answered: bool | None, reason: FailureReason | None, outcome: WaitOutcome, memory: SqliteBroker
 ) -> None:
     told = Told()
-    circuit = Circuit(64)
-    reporter = Reporter(memory, circuit, (), listeners=Listeners((told,)), on_loss=print)
+    reporter = Reporter(memory, Circuit(64), (), listeners=Listeners((told,)), on_loss=print)
     reporter.report_outcome(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
 
 
 async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    told: Told, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = Told()
     lost = [UnavailableError("the answer was lost")]
     put_off = SqliteBroker.put_off
 
@@ -182,7 +164,7 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
             raise lost.pop()
 
     monkeypatch.setattr(SqliteBroker, "put_off", lose_once)
-    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
+    async with working(sandbox, listeners=[told]) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await created(sandbox, 1)
         sandbox.approve("txn-1")
@@ -202,9 +184,8 @@ async def test_a_thousand_deliveries_that_the_broker_does_not_settle_are_one_lin
 
 
 async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_error(
-    sandbox: Sandbox, memory: SqliteBroker
+    told: Told, sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
-    told = Told()
     async with sandbox.client(listeners=[told]) as client:
         run = asyncio.create_task(ApprovalWorker(client, memory).run())
         await submit_approval(memory, "C0FFEE", operation_id="txn-1")
@@ -219,11 +200,10 @@ async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_er
 
 
 async def test_an_outage_is_told_and_is_two_lines_of_the_log(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+    told: Told, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = Told()
     caplog.set_level(logging.INFO, "aiokeyless.worker")
-    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
+    async with working(sandbox, listeners=[told]) as (_, broker):
         for number in range(20):
             await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=300)
         await created(sandbox, 20)
@@ -248,9 +228,8 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
     assert lines == [("WARNING", "keyless.circuit_opened"), ("INFO", "keyless.circuit_closed")]
 
 
-async def test_a_circuit_that_is_open_when_its_worker_ends_is_told_to_be_gone(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client, working(client) as (_, broker):
+async def test_a_circuit_that_is_open_when_its_worker_ends_is_told_to_be_gone(told: Told, sandbox: Sandbox) -> None:
+    async with working(sandbox, listeners=[told]) as (_, broker):
         for number in range(20):
             await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
         await created(sandbox, 20)
@@ -291,15 +270,12 @@ def broker() -> FakeBroker:
     return FakeBroker()
 
 
-@pytest.fixture
-def circuit() -> Circuit:
-    return Circuit(64)
-
-
 @asynccontextmanager
-async def reporting(broker: FakeBroker, circuit: Circuit) -> AsyncGenerator[Reporter]:
+async def reporting(broker: FakeBroker, circuit: Circuit | None = None) -> AsyncGenerator[Reporter]:
     """Run a reporter; the body starts between two inspections."""
-    reporter = Reporter(cast("Broker", broker), circuit, (), listeners=Listeners(()), on_loss=broker.losses.append)
+    reporter = Reporter(
+        cast("Broker", broker), circuit or Circuit(64), (), listeners=Listeners(()), on_loss=broker.losses.append
+    )
     watching = asyncio.create_task(reporter.watch())
     await asyncio.sleep(1)
     yield reporter
@@ -311,12 +287,12 @@ def problems(reporter: Reporter) -> list[str]:
 
 
 async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeeds(
-    broker: FakeBroker, circuit: Circuit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def fail() -> Inspection:
         raise LookupError("no such row")
 
-    async with reporting(broker, circuit) as reporter:
+    async with reporting(broker) as reporter:
         with monkeypatch.context() as patch:
             patch.setattr(broker, "inspect", fail)
             await asyncio.sleep(5)
@@ -332,24 +308,22 @@ def delivery(*, number: int = 1, waited: float = 0.0) -> Message:
     return cast("Message", SimpleNamespace(number=number, stored_at=NOW - timedelta(seconds=waited)))
 
 
-async def test_a_broker_that_is_well_is_no_problem_and_is_asked_every_5_seconds(
-    broker: FakeBroker, circuit: Circuit
-) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_a_broker_that_is_well_is_no_problem_and_is_asked_every_5_seconds(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         await asyncio.sleep(100)
         assert broker.inspections == 21
         assert problems(reporter) == []
 
 
-async def test_a_broker_that_is_gone_for_good_ends_the_worker(broker: FakeBroker, circuit: Circuit) -> None:
-    async with reporting(broker, circuit):
+async def test_a_broker_that_is_gone_for_good_ends_the_worker(broker: FakeBroker) -> None:
+    async with reporting(broker):
         error = broker.told = BrokerError("the file is gone")
         await asyncio.sleep(5)
         assert broker.losses == [error]
 
 
-async def test_a_silent_broker_is_a_problem_until_it_answers(broker: FakeBroker, circuit: Circuit) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_a_silent_broker_is_a_problem_until_it_answers(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         broker.told = UnavailableError("nats: timeout")
         await asyncio.sleep(5)
         assert problems(reporter) == ["the broker does not answer: nats: timeout"]
@@ -359,23 +333,23 @@ async def test_a_silent_broker_is_a_problem_until_it_answers(broker: FakeBroker,
         assert reporter.statistics().fleet.waiting == 3
 
 
-async def test_what_the_broker_names_are_problems(broker: FakeBroker, circuit: Circuit) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_what_the_broker_names_are_problems(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         broker.told = Inspection(problems=("a stream is gone", "another one is full"))
         await asyncio.sleep(5)
         assert problems(reporter) == ["a stream is gone", "another one is full"]
 
 
-async def test_an_event_that_is_refused_is_a_problem_until_one_is_stored(broker: FakeBroker, circuit: Circuit) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_an_event_that_is_refused_is_a_problem_until_one_is_stored(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         reporter.report_settlement(1, RefusedError("insufficient storage"), started_at=0.0)
         assert problems(reporter) == ["the broker does not store outcomes or claims: insufficient storage"]
         reporter.report_outcome(an_event(), is_new=False)
         assert problems(reporter) == []
 
 
-async def test_a_refusal_is_forgotten_where_nothing_is_stored_any_more(broker: FakeBroker, circuit: Circuit) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_a_refusal_is_forgotten_where_nothing_is_stored_any_more(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         reporter.report_settlement(1, RefusedError("insufficient storage"), started_at=0.0)
         await asyncio.sleep(59)
         assert problems(reporter) != []
@@ -383,10 +357,8 @@ async def test_a_refusal_is_forgotten_where_nothing_is_stored_any_more(broker: F
         assert problems(reporter) == []
 
 
-async def test_requests_that_wait_while_nothing_is_delivered_are_a_problem_after_half_a_minute(
-    broker: FakeBroker, circuit: Circuit
-) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_requests_that_wait_while_none_is_delivered_are_a_problem_after_half_a_minute(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         broker.told = Inspection(waiting=9, backlog=7)
         await asyncio.sleep(5 + 28)
         assert problems(reporter) == []
@@ -398,9 +370,8 @@ async def test_requests_that_wait_while_nothing_is_delivered_are_a_problem_after
 
 
 @pytest.mark.parametrize("reason", ["deliveries come", "nothing waits", "Keyless fares badly"])
-async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(
-    broker: FakeBroker, circuit: Circuit, reason: str
-) -> None:
+async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(broker: FakeBroker, reason: str) -> None:
+    circuit = Circuit(64)
     async with reporting(broker, circuit) as reporter:
         broker.told = Inspection(waiting=9, backlog=0 if reason == "nothing waits" else 7)
         if reason == "Keyless fares badly":
@@ -414,10 +385,8 @@ async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(
         assert problems(reporter) == wrong
 
 
-async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_inspections(
-    broker: FakeBroker, circuit: Circuit
-) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_inspections(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         assert reporter.statistics().lateness == 0
         for message in (delivery(waited=3), delivery(waited=7), delivery(waited=4), delivery(number=2, waited=60)):
             reporter.report_delivery(message)
@@ -427,8 +396,8 @@ async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_ins
         assert reporter.statistics().lateness == 0
 
 
-async def test_a_request_that_comes_from_the_future_is_not_early(broker: FakeBroker, circuit: Circuit) -> None:
-    async with reporting(broker, circuit) as reporter:
+async def test_a_request_that_comes_from_the_future_is_not_early(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
         reporter.report_delivery(delivery(waited=-3))
         await asyncio.sleep(5)
         assert reporter.statistics().lateness == 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tenacity import wait_fixed
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
@@ -27,39 +27,37 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.looptime
 
 
+async def submit(broker: SqliteBroker, count: int = 1, **options: Any) -> None:
+    """Submit txn-0, txn-1 and so on."""
+    for number in range(count):
+        await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", **options)
+
+
+def approve_all(sandbox: Sandbox) -> None:
+    for operation_id in list(sandbox.operations):
+        sandbox.approve(operation_id)
+
+
 @pytest.mark.parametrize("status", [403, 404])
-async def test_a_gateway_that_refuses_everything_is_asked_no_more_often_than_a_service_that_is_well(
-    client: KeylessClient, sandbox: Sandbox, status: int
-) -> None:
+async def test_a_gateway_that_refuses_all_is_asked_no_more_often_than_a_service(sandbox: Sandbox, status: int) -> None:
     """A refusal is no failure of the service, so no circuit limits what waiting requests send to it."""
-    async with working(client, schedule=wait_fixed(5.0)) as (_, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    async with working(sandbox, schedule=wait_fixed(5.0)) as (_, broker):
+        await submit(broker)
         await created(sandbox, 1)
         before = len(sandbox.requests)
         sandbox.fail_next(status=status, times=None)
         await asyncio.sleep(21)
         assert len(sandbox.requests) - before <= 4 * 2  # after a 404, the operation is polled and created
         sandbox.recover()
-        sandbox.approve("txn-1")
+        sandbox.approve("txn-0")
         [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
 
-@pytest.mark.parametrize("status", [403, 404])
-async def test_rejected_is_what_cannot_have_been_created(client: KeylessClient, sandbox: Sandbox, status: int) -> None:
-    async with working(client) as (_, broker):
-        sandbox.fail_next(status=status, times=None, method="POST")
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        [event] = await read(broker)
-    assert event.reason == FailureReason.REJECTED
-
-
-async def test_a_create_that_is_refused_after_one_in_doubt_does_not_say_that_nobody_was_asked(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    async with working(client) as (_, broker):
+async def test_a_create_that_is_refused_after_one_in_doubt_does_not_say_that_nobody_was_asked(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (_, broker):
         sandbox.drop_next(times=None, method="POST")
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await submit(broker)
         await asyncio.sleep(2)
         sandbox.recover()
         sandbox.fail_next(status=400, times=None, method="POST")
@@ -69,23 +67,21 @@ async def test_a_create_that_is_refused_after_one_in_doubt_does_not_say_that_nob
 
 async def test_an_approval_that_comes_before_a_lost_create_is_found_counts() -> None:
     """The service takes the create, its answer is lost, and the user approves before the client checks."""
-    async with Sandbox(auto_approve=0.5) as sandbox, sandbox.client() as client, working(client) as (_, broker):
+    async with Sandbox(auto_approve=0.5) as sandbox, working(sandbox) as (_, broker):
         sandbox.latency = 1.0
         sandbox.drop_next(times=1, stored=True, method="POST")
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await submit(broker)
         [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
 
-async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_operation(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
+async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_operation(sandbox: Sandbox) -> None:
     """The zone of its timestamps is not documented, and the clock of a machine may be wrong."""
-    async with working(client) as (_, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    async with working(sandbox) as (_, broker):
+        await submit(broker)
         await created(sandbox, 1)
-        sandbox.tamper("txn-1", timestamp="2020-01-02T03:04:05.68")
-        sandbox.approve("txn-1")
+        sandbox.tamper("txn-0", timestamp="2020-01-02T03:04:05.68")
+        sandbox.approve("txn-0")
         [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
@@ -99,7 +95,7 @@ def a_later_delivery(broker: SqliteBroker) -> Message:
 
 @pytest.mark.parametrize("was_in_doubt", [False, True])
 async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
-    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, *, was_in_doubt: bool
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, *, was_in_doubt: bool
 ) -> None:
     claim = SqliteBroker.claim
 
@@ -108,10 +104,10 @@ async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
         return await claim(broker, message)
 
     monkeypatch.setattr(SqliteBroker, "claim", be_late)
-    async with working(client) as (_, broker):
+    async with working(sandbox) as (_, broker):
         if was_in_doubt:
             sandbox.drop_next(method="POST")
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1", expires_in=4)
+        await submit(broker, expires_in=4)
         [event] = await read(broker)
     assert not sandbox.operations
     assert (event.outcome, event.asked) == (Outcome.EXPIRED, was_in_doubt)
@@ -135,35 +131,37 @@ async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
 
     monkeypatch.setattr(KeylessClient, "create_operation", be_overtaken)
     async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
-        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+        await submit(memory)
         await created(sandbox, 1)
         await asyncio.sleep(3)
-        sandbox.approve("txn-1")
+        sandbox.approve("txn-0")
         [event] = await read(memory)
     assert event.outcome is Outcome.APPROVED
 
 
-async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(
-    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def patient_key_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a worker in use."""
     monkeypatch.setattr(serving, "KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
-    async with working(client) as (worker, broker):
-        for number in range(10):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
+
+
+@pytest.mark.usefixtures("patient_key_checks")
+async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (worker, broker):
+        await submit(broker, 10)
         await created(sandbox, 10)
         sandbox.latency = 0.5  # several are refused before the first check
         sandbox.fail_next(status=401, times=None)
         await asyncio.sleep(6)
         sandbox.recover()
-        for number in range(10):
-            sandbox.approve(f"txn-{number}")
+        approve_all(sandbox)
         events = await read(broker, 10)
         assert not worker.statistics.is_draining
     assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
 async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the_key(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+    sandbox: Sandbox, memory: SqliteBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = [sandbox.api_key]
 
@@ -172,47 +170,40 @@ async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the
             keys.append("the new key")
         return keys[-1]
 
-    async with KeylessClient(newest, base_url=sandbox.url) as client, working(client) as (worker, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    async with KeylessClient(newest, base_url=sandbox.url) as client, ApprovalWorker(client, memory) as worker:
+        await submit(memory)
         await created(sandbox, 1)
         sandbox._api._key = "the new key"
         await asyncio.sleep(2)
-        sandbox.approve("txn-1")
-        [event] = await read(broker)
+        sandbox.approve("txn-0")
+        [event] = await read(memory)
         assert worker.statistics.transient_failures == 1
     assert event.outcome is Outcome.APPROVED
     assert "keyless.key_refused" not in caplog.text
 
 
-async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_no_worker(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    async with working(client) as (worker, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_no_worker(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (worker, broker):
+        await submit(broker)
         await created(sandbox, 1)
         sandbox.fail_next(status=401, times=1)
         sandbox.fail_next(status=403, times=2)
         await asyncio.sleep(5)
-        sandbox.approve("txn-1")
+        sandbox.approve("txn-0")
         [event] = await read(broker)
         assert not worker.statistics.is_draining
     assert event.outcome is Outcome.APPROVED
 
 
+@pytest.mark.usefixtures("patient_key_checks")
 async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
-    client: KeylessClient,
-    sandbox: Sandbox,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    memory: SqliteBroker,
+    client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture, memory: SqliteBroker
 ) -> None:
-    monkeypatch.setattr(serving, "KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
     run = asyncio.create_task(ApprovalWorker(client, memory).run())
-    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await submit(memory)
     await created(sandbox, 1)
     sandbox.fail_next(status=401, times=None)
-    while "keyless.key_refused" not in caplog.text:  # noqa: ASYNC110  # as above
-        await asyncio.sleep(0.01)
+    await until(lambda: "keyless.key_refused" in caplog.text)
     await client.aclose()
     with pytest.raises(ClientClosedError):
         await run
@@ -223,7 +214,7 @@ async def test_a_key_that_stays_refused_ends_the_worker(
     client: KeylessClient, sandbox: Sandbox, status: int, error: type[Exception], memory: SqliteBroker
 ) -> None:
     run = asyncio.create_task(ApprovalWorker(client, memory).run())
-    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await submit(memory)
     await created(sandbox, 1)
     sandbox.fail_next(status=401, times=1)
     sandbox.fail_next(status=status, times=None)
@@ -261,46 +252,33 @@ async def test_a_broker_that_leaves_no_time_to_wait_is_one_line(client: KeylessC
             pass
 
 
-async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_grace(
-    client: KeylessClient, sandbox: Sandbox
+@pytest.mark.parametrize(
+    ("count", "fault"),
+    [(100, {"status": 503}), (4, {"status": 429, "retry_after": 120})],  # 4: too few to open the circuit
+    ids=["outage", "long pause"],
+)
+async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadline_and_grace(
+    sandbox: Sandbox, count: int, fault: dict[str, Any]
 ) -> None:
     loop = asyncio.get_running_loop()
-    async with working(client, grace=5) as (_, broker):
-        for number in range(100):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
-        await created(sandbox, 100)
+    async with working(sandbox, grace=5) as (_, broker):
+        await submit(broker, count, expires_in=30)
+        await created(sandbox, count)
         began = loop.time()
         sandbox.latency = 0.2
-        sandbox.fail_next(status=503, times=None)
-        events = await read(broker, 100)
+        sandbox.fail_next(times=None, **fault)
+        events = await read(broker, count)
     assert {(event.outcome, event.answered, event.asked) for event in events} == {(Outcome.EXPIRED, False, True)}
     assert loop.time() - began < 30 + 5 + 20
-
-
-async def test_a_long_pause_does_not_keep_applications_waiting_past_deadline_and_grace(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    loop = asyncio.get_running_loop()
-    async with working(client, grace=5) as (_, broker):
-        for number in range(4):  # too few for a circuit that opens since the service is down
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
-        await created(sandbox, 4)
-        began = loop.time()
-        sandbox.fail_next(status=429, times=None, retry_after=120)
-        events = await read(broker, 4)
-    assert {(event.outcome, event.answered) for event in events} == {(Outcome.EXPIRED, False)}
-    assert loop.time() - began < 30 + 5 + 5
 
 
 async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_grace(
     client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
-    for number in range(4):
-        await submit_approval(memory, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
+    await submit(memory, 4, expires_in=30)
     async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
         await created(sandbox, 4)
-    for number in range(4):
-        sandbox.approve(f"txn-{number}")
+    approve_all(sandbox)
     await asyncio.sleep(100)  # no worker runs
     sandbox.fail_next(status=429, retry_after=20)
     async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0), grace=30):
@@ -323,21 +301,16 @@ async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
         await asyncio.sleep(50)
         asked = len(sandbox.operations)
         assert asked >= 19  # the one that was refused waits for the end of the pause
-        for operation in list(sandbox.operations):
-            sandbox.approve(operation)
+        approve_all(sandbox)
         events = await asyncio.wait_for(read(memory, asked), PATIENCE)
         assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
-async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    async with working(client) as (worker, broker):
+async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (worker, broker):
         sandbox.fail_next(status=503, times=None)
-        for number in range(100):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
-        while worker.statistics.circuit != "open":  # noqa: ASYNC110  # there is no event for it
-            await asyncio.sleep(0.1)
+        await submit(broker, 100)
+        await until(lambda: worker.statistics.circuit == "open")
         for number in range(5):
             await broker.submit(new_request(f"broken-{number}")._replace(body=b"no request"))
         await asyncio.sleep(5)

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import random
 import uuid
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,10 +23,11 @@ from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import ApprovalRequest, request_name
 from aiokeyless.worker.sqlite import SqliteBroker
 
+from . import reading
 from .reading import read
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import Callable
 
     from aiokeyless import KeylessClient
     from aiokeyless._http.protocol import Request
@@ -40,10 +41,7 @@ AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is t
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-@asynccontextmanager
-async def working(client: KeylessClient, broker: SqliteBroker, **options: Any) -> AsyncGenerator[ApprovalWorker]:
-    async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(0.05), **options}) as worker:
-        yield worker
+working = partial(reading.working, schedule=wait_fixed(0.05))
 
 
 async def submit(broker: SqliteBroker, user_id: str, **options: Any) -> str:
@@ -85,16 +83,8 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-@pytest.fixture
-async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-    async with sandbox.client() as client:
-        yield client
-
-
-async def test_a_client_that_repeats_calls_sends_each_call_of_the_worker_once(
-    memory: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with sandbox.client(max_attempts=3) as client, working(client, memory) as worker:
+async def test_a_client_that_repeats_calls_sends_each_of_a_workers_once(sandbox: Sandbox, memory: SqliteBroker) -> None:
+    async with sandbox.client(max_attempts=3) as client, ApprovalWorker(client, memory) as worker:
         sandbox.fail_next(times=2, method="POST")
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
@@ -102,11 +92,9 @@ async def test_a_client_that_repeats_calls_sends_each_call_of_the_worker_once(
         assert sum(record.method == "POST" for record in sandbox.requests) == 3
 
 
-async def test_keyless_that_is_down_at_the_start_is_waited_for(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
+async def test_keyless_that_is_down_at_the_start_is_waited_for(sandbox: Sandbox) -> None:
     sandbox.fail_next()
-    async with working(client, memory):
+    async with working(sandbox) as (_, memory):
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
 
@@ -122,10 +110,8 @@ async def test_keyless_that_is_down_at_the_start_is_waited_for(
     ],
     ids=["503", "429 with Retry-After", "503 with Retry-After", "a page", "dropped"],
 )
-async def test_a_create_that_fails_for_a_moment_costs_no_approval(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, fail: Callable[[Sandbox], None]
-) -> None:
-    async with working(client, memory) as worker:
+async def test_a_create_that_fails_briefly_costs_no_approval(sandbox: Sandbox, fail: Callable[[Sandbox], None]) -> None:
+    async with working(sandbox) as (worker, memory):
         fail(sandbox)
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
@@ -136,11 +122,9 @@ async def test_a_create_that_fails_for_a_moment_costs_no_approval(
     assert list(sandbox.operations) == [operation_id]
 
 
-async def test_failures_are_retried_with_a_separate_backoff(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
+async def test_failures_are_retried_with_a_separate_backoff(sandbox: Sandbox) -> None:
     random.seed(5)  # the backoff is random
-    async with working(client, memory, schedule=wait_fixed(0.02)):
+    async with working(sandbox, schedule=wait_fixed(0.02)) as (_, memory):
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.fail_next(times=4, method="GET")
@@ -149,11 +133,9 @@ async def test_failures_are_retried_with_a_separate_backoff(
     assert last.at - first.at > 0.5  # the schedule alone: 0.06
 
 
-async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
+async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(sandbox: Sandbox) -> None:
     random.seed(5)  # the backoff of the probes is random
-    async with working(client, memory, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
+    async with working(sandbox, max_in_flight=8, schedule=wait_fixed(0.5)) as (worker, memory):
         ids = [await submit(memory, "C0FFEE") for _ in range(200)]
         await until(lambda: len(sandbox.operations) == 200)
         sandbox.fail_next(times=None)
@@ -173,7 +155,7 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
 
 
 async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_recovers(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random.seed(5)  # the backoff of the probes is random
     fetch = Transport.fetch
@@ -188,7 +170,7 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
             hanging.discard(operation_id)
         return await fetch(transport, request, **options)
 
-    async with working(client, memory, max_in_flight=3) as worker:
+    async with working(sandbox, max_in_flight=3) as (worker, memory):
         slow = {await submit(memory, "C0FFEE") for _ in range(2)}
         await until(lambda: slow <= sandbox.operations.keys())
         monkeypatch.setattr(Transport, "fetch", hang)
@@ -204,10 +186,8 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
         released.set()
 
 
-async def test_a_rate_limit_pauses_the_whole_intake(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, memory, max_in_flight=4) as worker:
+async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox) -> None:
+    async with working(sandbox, max_in_flight=4) as (worker, memory):
         for _ in range(30):
             await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
@@ -220,10 +200,8 @@ async def test_a_rate_limit_pauses_the_whole_intake(
         assert sandbox.requests[0].at > paused + 1.4
 
 
-async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, memory, max_in_flight=8) as worker:
+async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(sandbox: Sandbox) -> None:
+    async with working(sandbox, max_in_flight=8) as (worker, memory):
         sandbox.fail_next(status=503, retry_after=2)
         first = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
@@ -235,8 +213,8 @@ async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_ot
         assert now() > paused + 1.9
 
 
-async def test_final_poll_starts_at_the_deadline(client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox) -> None:
-    async with working(client, memory, schedule=AT_THE_DEADLINE):
+async def test_final_poll_starts_at_the_deadline(sandbox: Sandbox) -> None:
+    async with working(sandbox, schedule=AT_THE_DEADLINE) as (_, memory):
         asked_at = now()
         operation_id = await submit(memory, "C0FFEE", expires_in=1.0)
         [event] = await all_outcomes(memory)
@@ -245,10 +223,8 @@ async def test_final_poll_starts_at_the_deadline(client: KeylessClient, memory: 
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
 
 
-async def test_a_request_that_expires_before_anybody_was_asked_says_so(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, memory, grace=0):
+async def test_a_request_that_expires_before_anybody_was_asked_says_so(sandbox: Sandbox) -> None:
+    async with working(sandbox, grace=0) as (_, memory):
         sandbox.fail_next(times=None)
         operation_id = await submit(memory, "C0FFEE", expires_in=0.5)
         [event] = await all_outcomes(memory)
@@ -265,96 +241,54 @@ async def test_request_first_delivered_after_its_deadline_gets_one_poll(
         sandbox.approve("txn-1")
     sandbox.requests.clear()
     await publish(memory, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
-    async with working(client, memory):
+    async with working(sandbox, memory):
         [event] = await all_outcomes(memory)
     reason = FailureReason.ALREADY_APPROVED if approved else FailureReason.CONFLICT
     assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
     assert len(polls_of(sandbox, "txn-1")) == 1
 
 
-async def test_one_failure_long_after_the_deadline_costs_no_approval(
-    client: KeylessClient, other_client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, memory, schedule=AT_THE_DEADLINE):
+async def test_one_failure_long_after_the_deadline_costs_no_approval(memory: SqliteBroker, sandbox: Sandbox) -> None:
+    async with working(sandbox, memory, schedule=AT_THE_DEADLINE):
         asked_at = now()
         operation_id = await submit(memory, "C0", expires_in=2)
         await until(lambda: operation_id in sandbox.operations)
     sandbox.approve(operation_id)
     await until(lambda: now() > asked_at + 2.1)
-    async with working(other_client, memory, grace=0):
+    async with working(sandbox, memory, grace=0):
         sandbox.fail_next(times=2)
         [event] = await all_outcomes(memory)
     assert event.outcome is Outcome.APPROVED
 
 
-async def test_nobody_is_asked_after_the_deadline(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
+async def test_nobody_is_asked_after_the_deadline(memory: SqliteBroker, sandbox: Sandbox) -> None:
     await publish(memory, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
-    async with working(client, memory):
+    async with working(sandbox, memory):
         [event] = await all_outcomes(memory)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
     assert not sandbox.operations
 
 
-@pytest.mark.parametrize("poll_fails_too", [False, True])
-@pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
-async def test_create_whose_answer_was_lost_makes_no_second_operation(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, loses: str, *, poll_fails_too: bool
-) -> None:
-    async with working(client, memory):
-        getattr(sandbox, loses)(stored=True, method="POST")
-        if poll_fails_too:
-            sandbox.fail_next(404, method="GET")  # the poll before the create
-            sandbox.fail_next(method="GET")
-        operation_id = await submit(memory, "C0FFEE")
-        # Before the create, and after it: what is approved by then was approved before this request asked.
-        await until(lambda: len(polls_of(sandbox, operation_id)) > 1)
-        sandbox.approve(operation_id)
-        [event] = await all_outcomes(memory)
-    assert event.outcome is Outcome.APPROVED
-    assert list(sandbox.operations) == [operation_id]
-    assert sum(record.method == "POST" for record in sandbox.requests) == 1
-
-
-def nothing_else(_sandbox: Sandbox) -> None:
-    pass
-
-
-def create_is_held_off(sandbox: Sandbox) -> None:
-    sandbox.fail_next(status=429, retry_after=0.1, method="POST")
-
-
-def create_is_in_doubt(sandbox: Sandbox) -> None:
-    sandbox.fail_next(status=503, method="POST")
-
-
-def first_poll_fails(sandbox: Sandbox) -> None:
-    sandbox.fail_next(method="GET")
-
-
-def first_poll_finds_nothing(sandbox: Sandbox) -> None:
-    sandbox.fail_next(status=404, method="GET")
+#: What happens to the request besides, when the operation is there already.
+BESIDES: dict[str, Callable[[Sandbox], object]] = {
+    "nothing": lambda _: None,
+    "its create is held off": lambda sandbox: sandbox.fail_next(status=429, retry_after=0.1, method="POST"),
+    "its create is in doubt": lambda sandbox: sandbox.fail_next(status=503, method="POST"),
+    "its first poll fails": lambda sandbox: sandbox.fail_next(method="GET"),
+    "its first poll finds nothing": lambda sandbox: sandbox.fail_next(status=404, method="GET"),
+}
 
 
 @pytest.mark.parametrize("approved_before", [True, False])
-@pytest.mark.parametrize(
-    "besides",
-    [nothing_else, create_is_held_off, create_is_in_doubt, first_poll_fails, first_poll_finds_nothing],
-)
+@pytest.mark.parametrize("besides", BESIDES)
 async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
-    client: KeylessClient,
-    memory: SqliteBroker,
-    sandbox: Sandbox,
-    *,
-    besides: Callable[[Sandbox], None],
-    approved_before: bool,
+    client: KeylessClient, sandbox: Sandbox, besides: str, *, approved_before: bool
 ) -> None:
     await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
     if approved_before:
         sandbox.approve("txn-1")
-    async with working(client, memory):
-        besides(sandbox)
+    async with working(sandbox) as (_, memory):
+        BESIDES[besides](sandbox)
         await publish(memory, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
         if not approved_before:
             await until(lambda: bool(polls_of(sandbox, "txn-1")))
@@ -362,18 +296,15 @@ async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
         [event] = await all_outcomes(memory)
     assert event.outcome is Outcome.FAILED
     assert event.reason in {FailureReason.ALREADY_APPROVED, FailureReason.CONFLICT}
-    if approved_before and besides is not first_poll_finds_nothing:  # else the create finds that the id is taken
+    if approved_before and besides != "its first poll finds nothing":  # else the create finds that the id is taken
         assert event.reason == FailureReason.ALREADY_APPROVED
 
 
 async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
-    client: KeylessClient,
-    memory: SqliteBroker,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "after_creation", lambda *_: 1 / 0)
-    async with working(client, memory) as worker:
+    async with working(sandbox) as (worker, memory):
         operation_id = await submit(memory, "C0FFEE", context={"order": 7})
         [event] = await all_outcomes(memory)
         assert worker.statistics.deliveries == 1
@@ -386,10 +317,8 @@ async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
     assert record.levelno == logging.ERROR
 
 
-async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, memory, max_in_flight=3):
+async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(sandbox: Sandbox) -> None:
+    async with working(sandbox, max_in_flight=3) as (_, memory):
         sandbox.requests.clear()
         sandbox.latency = 0.1
         for _ in range(12):
@@ -398,18 +327,16 @@ async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
     assert most_at_once(sandbox.requests) == 3
 
 
-async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    async with SqliteBroker(":memory:") as broker, working(client, broker):
-        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
+async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (_, memory):
+        await submit(memory, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
         await until(lambda: "order-7" in sandbox.operations)
         sandbox.approve("order-7")
-        [event] = await all_outcomes(broker)
+        [event] = await all_outcomes(memory)
         assert event.outcome is Outcome.APPROVED
-    async with SqliteBroker(":memory:") as broker, working(client, broker):  # which remembers nothing
-        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
-        [event] = await all_outcomes(broker)
+    async with working(sandbox) as (_, memory):  # which remembers nothing
+        await submit(memory, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
+        [event] = await all_outcomes(memory)
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
 
 
@@ -425,11 +352,9 @@ class Remembering(wait_adaptive):
         super().observe(after, until)
 
 
-async def test_schedule_learns_when_people_approve(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox
-) -> None:
+async def test_schedule_learns_when_people_approve(sandbox: Sandbox) -> None:
     schedule = Remembering()
-    async with working(client, memory, schedule=schedule) as worker:
+    async with working(sandbox, schedule=schedule) as (worker, memory):
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.deliveries >= 3)  # the first creates it, and the second polls it
         sandbox.approve(operation_id)
@@ -440,13 +365,13 @@ async def test_schedule_learns_when_people_approve(
 
 
 async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
-    client: KeylessClient, memory: SqliteBroker, caplog: pytest.LogCaptureFixture
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(wait_adaptive):
         def observe(self, after: float, until: float | None) -> None:
             raise RuntimeError("not today")
 
-    async with working(client, memory, schedule=Failing()) as worker:
+    async with working(sandbox, schedule=Failing()) as (worker, memory):
         await submit(memory, "C0FFEE", expires_in=0.2)
         [event] = await all_outcomes(memory)
         await until(lambda: worker.statistics.expired == 1)
@@ -457,15 +382,11 @@ async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
 
 
 async def test_logs_hold_no_payload_no_context_and_no_key(
-    client: KeylessClient,
-    memory: SqliteBroker,
-    sandbox: Sandbox,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG, "aiokeyless")
     secrets = {"operation_payload": "hidden payload", "context": msgspec.Raw(b'"hidden context"')}
-    async with working(client, memory):
+    async with working(sandbox) as (_, memory):
         sandbox.fail_next()
         for operation_id in ("approved", "lying", "unreadable"):
             await publish(memory, {"operation_id": operation_id, **secrets})
@@ -495,7 +416,7 @@ async def test_logs_hold_no_payload_no_context_and_no_key(
 
 
 async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_room(
-    client: KeylessClient, memory: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decide, room_at = SqliteBroker.decide, now() + 20.0
 
@@ -505,7 +426,7 @@ async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_roo
         return await decide(broker, message, event)
 
     monkeypatch.setattr(SqliteBroker, "decide", decide_with_room)
-    async with working(client, memory) as worker:
+    async with working(sandbox) as (worker, memory):
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)

@@ -33,10 +33,7 @@ async def submit(broker: SqliteBroker, **changed: Any) -> None:
 async def test_nobody_is_told_of_an_operation_whose_id_the_application_handed_out(sandbox: Sandbox) -> None:
     events: list[Event] = []
     told: list[ApprovalRequest] = []
-    async with (
-        sandbox.client(listeners=[events.append]) as client,
-        working(client, on_created=told.append) as (worker, broker),
-    ):
+    async with working(sandbox, listeners=[events.append], on_created=told.append) as (worker, broker):
         sandbox.fail_next(method="GET")  # so the next delivery would tell of an operation that it finds
         await submit(broker)
         await until(lambda: worker.statistics.transient_failures == 1)
@@ -65,9 +62,7 @@ async def test_nobody_who_authenticates_is_an_expired_request_whose_user_was_ask
     assert {record.method for record in sandbox.requests} == {"GET"}
 
 
-async def test_a_tap_before_a_request_that_was_delivered_too_late_counts(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
+async def test_a_tap_before_a_request_delivered_too_late_counts(client: KeylessClient, sandbox: Sandbox) -> None:
     async with SqliteBroker(":memory:") as broker:
         await submit(broker, expires_in=20)
         sandbox.approve("txn-1", user_id="C0FFEE")
@@ -77,16 +72,16 @@ async def test_a_tap_before_a_request_that_was_delivered_too_late_counts(
     assert event.outcome is Outcome.APPROVED
 
 
-async def test_while_keyless_is_away_the_user_was_asked_nevertheless(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client, grace=5) as (_, broker):
+async def test_while_keyless_is_away_the_user_was_asked_nevertheless(sandbox: Sandbox) -> None:
+    async with working(sandbox, grace=5) as (_, broker):
         sandbox.fail_next(503, times=None)
         await submit(broker, expires_in=10)
         [event] = await read(broker)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, True)
 
 
-async def test_a_gateway_that_refuses_for_a_moment_ends_no_request(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client) as (worker, broker):
+async def test_a_gateway_that_refuses_for_a_moment_ends_no_request(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (worker, broker):
         sandbox.fail_next(403, times=3)
         await submit(broker)
         await until(lambda: worker.statistics.polls >= 5)
@@ -113,10 +108,10 @@ def claims(monkeypatch: pytest.MonkeyPatch, *answers: Claim | None) -> Callable[
 
 
 async def test_an_id_that_another_request_holds_is_a_conflict_before_anything_is_polled(
-    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims(monkeypatch, Claim.ANOTHERS)
-    async with working(client) as (worker, broker):
+    async with working(sandbox) as (worker, broker):
         await submit(broker)
         [event] = await read(broker)
         assert worker.statistics.polls == 0
@@ -125,10 +120,10 @@ async def test_an_id_that_another_request_holds_is_a_conflict_before_anything_is
 
 @pytest.mark.parametrize("claim", [Claim.NEW, Claim.ANOTHERS])
 async def test_an_approval_counts_only_with_the_claim_even_if_the_broker_was_away_at_the_first_one(
-    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, claim: Claim
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, claim: Claim
 ) -> None:
     made = claims(monkeypatch, None, claim)
-    async with working(client) as (worker, broker):
+    async with working(sandbox) as (worker, broker):
         await submit(broker)
         await until(lambda: worker.statistics.polls >= 2)
         assert made() == 1  # no poll needs one

@@ -19,7 +19,6 @@ from .reading import read, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker.broker import NewRequest
@@ -27,23 +26,6 @@ if TYPE_CHECKING:
 
 looptime = pytest.mark.looptime
 TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
-
-
-@looptime
-async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_that_was_cancelled_before_it_began(
-    client: KeylessClient, memory: SqliteBroker
-) -> None:
-    prepared, cancelled = ApprovalWorker(client, memory), ApprovalWorker(client, memory)
-    await prepared.prepare()
-    task = asyncio.current_task()
-    assert task is not None
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled.__aenter__()
-    task.uncancel()
-    async with asyncio.timeout(1):
-        await prepared.shutdown()
-        await cancelled.shutdown()
 
 
 @looptime
@@ -62,9 +44,9 @@ async def test_a_preparation_is_for_workers_of_any_region(client: KeylessClient,
     [(TRACEPARENT, TRACEPARENT), (None, None), ("", None), ("00-nonsense", None), (TRACEPARENT + "\r\nX: y", None)],
 )
 async def test_an_event_carries_the_trace_of_its_request_and_nothing_else_that_the_sender_may_put_there(
-    client: KeylessClient, sandbox: Sandbox, sent: str | None, handed_back: str | None
+    sandbox: Sandbox, sent: str | None, handed_back: str | None
 ) -> None:
-    async with working(client) as (_, broker):
+    async with working(sandbox) as (_, broker):
         await broker.submit(new_request("txn-1", sent))
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
@@ -73,8 +55,8 @@ async def test_an_event_carries_the_trace_of_its_request_and_nothing_else_that_t
 
 
 @looptime
-async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(client: KeylessClient) -> None:
-    async with working(client) as (_, broker):
+async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (_, broker):
         await broker.submit(new_request("txn-1", TRACEPARENT)._replace(body=b"no request"))
         [event] = await read(broker)
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
@@ -82,49 +64,18 @@ async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(client: K
 
 
 @looptime
-async def test_a_submission_carries_the_trace_of_its_caller(client: KeylessClient, sandbox: Sandbox) -> None:
+async def test_a_submission_carries_the_trace_of_its_caller(sandbox: Sandbox) -> None:
     trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is not installed")
     span = trace.NonRecordingSpan(
         trace.SpanContext(trace_id=1, span_id=2, is_remote=False, trace_flags=trace.TraceFlags(1))
     )
-    async with working(client) as (_, broker):
+    async with working(sandbox) as (_, broker):
         with trace.use_span(span):
             await submit_approval(broker, "c0ffee", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         [event] = await read(broker)
     assert event.traceparent == TRACEPARENT
-
-
-@looptime
-async def test_a_worker_that_is_cancelled_leaves_its_deliveries_to_the_next_one(
-    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
-) -> None:
-    worker = ApprovalWorker(client, memory)
-    run = asyncio.create_task(worker.run())
-    sandbox.latency = 0.2
-    await submit_approval(memory, "c0ffee", operation_id="txn-1")
-    while not worker.statistics.in_flight:  # noqa: ASYNC110  # there is no event for it
-        await asyncio.sleep(0.01)
-    run.cancel()
-    await asyncio.wait([run])
-    async with ApprovalWorker(client, memory):
-        await until(lambda: "txn-1" in sandbox.operations)
-        sandbox.approve("txn-1")
-        [event] = await read(memory)
-        assert event.outcome is Outcome.APPROVED
-
-
-async def test_a_worker_opens_and_closes_the_broker_of_a_url(
-    client: KeylessClient, sandbox: Sandbox, tmp_path: Path
-) -> None:
-    path = tmp_path / "keyless.db"
-    async with ApprovalWorker(client, f"sqlite:{path}"), SqliteBroker(path) as broker:
-        await submit_approval(broker, "c0ffee", operation_id="txn-1")
-        await until(lambda: "txn-1" in sandbox.operations)
-        sandbox.approve("txn-1")
-        [event] = await read(broker)
-        assert event.outcome is Outcome.APPROVED
 
 
 async def test_a_broker_that_is_not_open_is_refused(client: KeylessClient) -> None:
@@ -194,9 +145,7 @@ async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessCli
 
 
 @looptime
-async def test_a_worker_that_fails_twice_raises_what_it_failed_with_first(
-    client: KeylessClient, memory: SqliteBroker
-) -> None:
+async def test_a_worker_that_fails_twice_raises_its_first_failure(client: KeylessClient, memory: SqliteBroker) -> None:
     worker = ApprovalWorker(client, memory)
     running = asyncio.create_task(worker.run())
     await asyncio.sleep(1)
@@ -215,8 +164,8 @@ async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessCl
 
 
 @looptime
-async def test_polls_may_be_as_many_as_fit(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client, max_polls_per_second=None) as (_, broker):
+async def test_polls_may_be_as_many_as_fit(sandbox: Sandbox) -> None:
+    async with working(sandbox, max_polls_per_second=None) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
@@ -225,8 +174,8 @@ async def test_polls_may_be_as_many_as_fit(client: KeylessClient, sandbox: Sandb
 
 
 @looptime
-async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client) as (_, broker):
+async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (_, broker):
         waiting = [asyncio.create_task(broker.next_outcome("shop")) for _ in range(2)]
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await until(lambda: "txn-1" in sandbox.operations)
