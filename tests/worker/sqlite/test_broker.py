@@ -8,7 +8,7 @@ import sqlite3
 import stat
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from benchmarks.soak.disk import full
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Sequence
+    from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -49,10 +49,9 @@ async def broker(path: Path) -> AsyncGenerator[SqliteBroker]:
 
 
 @pytest.fixture
-async def memory() -> AsyncGenerator[SqliteBroker]:
-    async with SqliteBroker(":memory:") as broker:
-        await broker.prepare(lease=2.0, service="")
-        yield broker
+async def memory(memory: SqliteBroker) -> SqliteBroker:
+    await memory.prepare(lease=2.0, service="")
+    return memory
 
 
 def execute(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
@@ -64,13 +63,9 @@ def mode_of(file: Path) -> int:
     return stat.S_IMODE(file.stat().st_mode)
 
 
-def open_to_all(file: Path) -> None:
-    file.chmod(0o644)
-
-
 async def test_only_its_user_can_read_the_file(broker: SqliteBroker, path: Path) -> None:
     await submit(broker, "a")
-    for file in files_in(path.parent):
+    for file in path.parent.iterdir():
         assert mode_of(file) == 0o600, file
 
 
@@ -79,12 +74,12 @@ async def test_a_file_that_others_could_read_is_closed_to_them_and_logged(
 ) -> None:
     async with SqliteBroker(path) as kept_open:
         await submit(kept_open, "a")
-        for file in files_in(path.parent):
-            open_to_all(file)
+        for file in path.parent.iterdir():
+            file.chmod(0o644)
         (link := path.with_name("link.db")).symlink_to(path.name)
         async with SqliteBroker(link):
             pass
-        assert {mode_of(file) for file in files_in(path.parent)} == {0o600}
+        assert {mode_of(file) for file in path.parent.iterdir()} == {0o600}
     lines = [record.getMessage() for record in caplog.records if "mode_changed" in record.getMessage()]
     assert [re.findall(r'"(.*?)"', line) for line in lines] == [
         [f"{path}{ending}", "600", "644"] for ending in ("", "-wal", "-shm")
@@ -107,7 +102,7 @@ async def test_what_another_user_planted_beside_the_file_is_refused(path: Path, 
         pass
     path.with_name("link.db").symlink_to(path.name)
     planted = path.with_name(f"{path.name}{ending}")
-    overwrite(planted, b"")
+    planted.write_bytes(b"")
     os.chown(planted, 4711, 4711)
     with pytest.raises(BrokerError, match=f"{planted} belongs to the user 4711"):
         async with SqliteBroker(path.with_name(named)):
@@ -128,16 +123,16 @@ async def test_a_file_that_cannot_be_closed_to_others_is_refused(path: Path, mon
     def fail(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")  # as on a file system that has no modes
 
-    overwrite(path, b"")
-    open_to_all(path)
+    path.write_bytes(b"")
+    path.chmod(0o644)
     monkeypatch.setattr(Path, "chmod", fail)
     assert "mode cannot be set to 600: Operation not permitted" in await opening_fails(path)
 
 
 async def test_windows_has_no_owners_and_no_modes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "geteuid")
-    overwrite(path, b"")
-    open_to_all(path)
+    path.write_bytes(b"")
+    path.chmod(0o644)
     async with SqliteBroker(path):
         pass
     assert mode_of(path) == 0o644
@@ -193,9 +188,7 @@ async def test_a_reader_gets_outcomes_of_a_broker_that_is_opened_again() -> None
                 await (await reading).mark_handled()
 
 
-async def test_a_reader_that_is_deleted_under_its_process_gets_all_outcomes_again(
-    broker: SqliteBroker, path: Path
-) -> None:
+async def test_a_reader_that_is_deleted_in_use_gets_all_outcomes_again(broker: SqliteBroker, path: Path) -> None:
     _, outcome = await read_and_taken(broker, "a", "b")
     await outcome.mark_handled()
     for table, column in (("reader", "name"), ("unread", "reader")):
@@ -206,22 +199,6 @@ async def test_a_reader_that_is_deleted_under_its_process_gets_all_outcomes_agai
 
 
 # -- files that are not fit
-
-
-def content_of(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def overwrite(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-def move(path: Path) -> None:
-    path.rename(path.with_name("moved.db"))
-
-
-def files_in(folder: Path) -> list[Path]:
-    return list(folder.iterdir())
 
 
 async def opening_fails(path: Path) -> str:
@@ -245,22 +222,22 @@ async def test_a_file_of_a_later_version_is_refused(path: Path) -> None:
 
 async def test_another_applications_database_is_refused_and_keeps_its_mode(path: Path) -> None:
     execute(path, "CREATE TABLE orders (id INTEGER)")
-    open_to_all(path)
+    path.chmod(0o644)
     assert "another application's database" in await opening_fails(path)
     assert execute(path, "SELECT name FROM sqlite_master") == [("orders",)]
     assert mode_of(path) == 0o644
 
 
 async def test_a_file_that_is_no_database_is_refused_and_not_changed(path: Path) -> None:
-    overwrite(path, b"dear diary\n" * 100)
+    path.write_bytes(b"dear diary\n" * 100)
     assert "no SQLite database" in await opening_fails(path)
-    assert content_of(path) == b"dear diary\n" * 100
+    assert path.read_bytes() == b"dear diary\n" * 100
 
 
 async def test_a_damaged_file_is_refused(path: Path) -> None:
     async with SqliteBroker(path) as broker:
         await submit(broker, *(f"payment-{number}" for number in range(200)))
-    overwrite(path, content_of(path)[:100] + b"\xff" * 3996 + content_of(path)[4096:])
+    path.write_bytes(path.read_bytes()[:100] + b"\xff" * 3996 + path.read_bytes()[4096:])
     assert "damaged" in await opening_fails(path)
 
 
@@ -280,15 +257,13 @@ async def test_a_read_only_folder_is_named(path: Path) -> None:
         connection.execute("CREATE TABLE a (b)")
 
 
-async def test_a_file_of_another_machine_is_refused(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mounts = tmp_path / "mounts"
-    overwrite(mounts, f"overlay / overlay rw 0 0\nnas:/export {tmp_path} nfs4 rw 0 0\n".encode())
+async def test_a_file_of_another_machine_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = path.parent / "mounts"
+    mounts.write_bytes(f"overlay / overlay rw 0 0\nnas:/export {path.parent} nfs4 rw 0 0\n".encode())
     monkeypatch.setattr(schema, "_MOUNTS", mounts)
     assert "nfs4" in await opening_fails(path)
-    assert path not in files_in(tmp_path)
-    monkeypatch.setattr(schema, "_MOUNTS", tmp_path / "missing")  # as where the machine does not tell
+    assert path not in path.parent.iterdir()
+    monkeypatch.setattr(schema, "_MOUNTS", path.parent / "missing")  # as where the machine does not tell
     async with SqliteBroker(path):
         pass
 
@@ -297,7 +272,7 @@ async def test_a_name_is_no_uri_even_if_sqlite_reads_them(tmp_path: Path, monkey
     """Its owner and its mode would be those of another file."""
     monkeypatch.chdir(tmp_path)
     async with SqliteBroker("file:a.db"):
-        assert set(files_in(tmp_path)) == {tmp_path / f"file:a.db{ending}" for ending in ("", "-wal", "-shm")}
+        assert set(tmp_path.iterdir()) == {tmp_path / f"file:a.db{ending}" for ending in ("", "-wal", "-shm")}
 
 
 def test_a_file_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,14 +329,21 @@ async def test_a_worker_on_a_full_disk_is_not_ready_and_goes_on_when_there_is_ro
         await until(lambda: worker.statistics.is_ready)
 
 
-async def test_a_file_that_another_process_holds_is_waited_for(broker: SqliteBroker, path: Path) -> None:
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a file as another process does that writes."""
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("COMMIT")
+
+
+async def test_a_file_that_another_process_holds_is_waited_for(broker: SqliteBroker, path: Path) -> None:
+    with held(path):
         submitting = asyncio.create_task(submit(broker, "a"))
         await asyncio.sleep(0.2)
         assert not submitting.done()
-        other.execute("COMMIT")
-        await submitting
+    await submitting
 
 
 async def test_a_file_that_is_held_for_long_is_unavailable(
@@ -372,8 +354,7 @@ async def test_a_file_that_is_held_for_long_is_unavailable(
     await decide(broker, message)
     outcome = await broker.next_outcome("shop")
     monkeypatch.setattr(failures, "_BUSY_FOR", 0.05)
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with held(path):
         with pytest.raises(UnavailableError, match="locked"):
             await broker.put_off(message, 1.0, ExchangeResult.NONE)
         with pytest.raises(UnavailableError, match="locked"):
@@ -382,7 +363,6 @@ async def test_a_file_that_is_held_for_long_is_unavailable(
             await outcome.mark_handled()
         with pytest.raises(BrokerError, match="locked"):  # when a worker starts
             await broker.prepare(lease=30.0, service="https://keyless.test")
-        other.execute("COMMIT")
     await outcome.mark_handled()
 
 
@@ -390,17 +370,16 @@ async def test_opening_a_file_that_is_held_for_long_is_an_error(path: Path, monk
     async with SqliteBroker(path):
         pass
     monkeypatch.setattr(failures, "_BUSY_FOR", 0.05)
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with held(path):
         assert "locked" in await opening_fails(path)
 
 
 async def test_a_file_that_was_removed_ends_the_worker(broker: SqliteBroker, path: Path) -> None:
     assert (await broker.inspect()).waiting == 0
-    move(path)
+    path.rename(path.with_name("moved.db"))
     with pytest.raises(BrokerError, match="removed or replaced"):
         await broker.inspect()
-    overwrite(path, b"")
+    path.write_bytes(b"")
     with pytest.raises(BrokerError, match="removed or replaced"):
         await broker.inspect()
 
@@ -423,10 +402,8 @@ async def test_the_backup_of_the_guide_has_what_a_broker_in_use_holds(
         assert b'"decided"' in (await restored.next_outcome("shop")).data
 
 
-async def test_a_delivery_from_before_a_restore_changes_no_other_request_of_its_id(
-    broker: SqliteBroker, path: Path, tmp_path: Path
-) -> None:
-    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+async def test_a_delivery_from_before_a_restore_changes_no_other_request(broker: SqliteBroker, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(path.with_name("backup.db"))) as backup:
         live.backup(backup)
         lost, unread = await read_and_taken(broker, "a", "b")
         backup.backup(live)  # under the running worker
@@ -500,9 +477,7 @@ async def test_nobody_is_asked_for_a_request_that_is_decided(memory: SqliteBroke
 
 
 @pytest.mark.looptime
-async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer(
-    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_clock_set_back_delays_nothing_for_long(memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     await submit(memory, "a", "b")
     messages = await take_all(memory, 0.1)
     await decide(memory, messages[0])
@@ -549,14 +524,23 @@ async def test_what_nobody_needs_any_more_is_removed_in_time(
     assert not await memory.submit(new_request("read"))
 
 
+def refuse_repairs(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> list[None]:
+    """Let housekeeping fail from now on; the list gets an entry each time."""
+    turns: list[None] = []
+
+    def refuse(*_arguments: object) -> None:
+        turns.append(None)
+        raise error or sqlite3.DatabaseError("out of order")
+
+    monkeypatch.setattr(store.Store, "repair", refuse)
+    return turns
+
+
 @pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")])
 async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    def refused(*_arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr(store.Store, "repair", refused)
+    refuse_repairs(monkeypatch, error)
     async with SqliteBroker(path) as broker:
         await broker.prepare(lease=2.0, service="")
         await broker.inspect()  # after that
@@ -570,29 +554,19 @@ async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
 async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    turns = 0
-
-    def refused(*_arguments: object) -> None:
-        nonlocal turns
-        turns += 1
-        raise sqlite3.DatabaseError("out of order")
-
-    monkeypatch.setattr(store.Store, "repair", refused)
+    turns = refuse_repairs(monkeypatch)
     await asyncio.sleep(100)  # of the loop's clock; the log's own stands still
-    assert turns >= 9
+    assert len(turns) >= 9
     assert caplog.text.count("broker.not_cleaned") == 1
 
 
 @pytest.mark.looptime
-async def test_housekeeping_that_has_failed_for_a_minute_is_a_problem(
+async def test_a_minute_without_housekeeping_is_a_problem(
     memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*_arguments: object) -> None:
-        raise sqlite3.DatabaseError("out of order")
-
     await asyncio.sleep(15)
     with monkeypatch.context() as patched:
-        patched.setattr(store.Store, "repair", refused)
+        refuse_repairs(patched)
         await asyncio.sleep(60)
         assert (await memory.inspect()).problems == ()
         await asyncio.sleep(15)
@@ -647,25 +621,17 @@ async def test_a_take_that_another_worker_wins_waits_on(broker: SqliteBroker, mo
     assert lost
 
 
-async def test_an_outcome_that_another_process_takes_first_is_waited_for(
-    broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_outcome_that_others_took_is_waited_for(broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     await submit(broker, "a")
     (message,) = await broker.take(1, 5.0)
     await decide(broker, message)
-    real = store.Store.take_unread
-    beaten: list[int] = []
-
-    def take_unread(self: store.Store, reader: str) -> store.Unread | None:
-        if not beaten:
-            beaten.append(1)
-            return None
-        return real(self, reader)
-
-    monkeypatch.setattr(store.Store, "take_unread", take_unread)
+    take_unread, taken_first = store.Store.take_unread, [None]
+    monkeypatch.setattr(
+        store.Store, "take_unread", lambda *call: taken_first.pop() if taken_first else take_unread(*call)
+    )
     outcome = await broker.next_outcome("shop")
     await outcome.mark_handled()
-    assert beaten
+    assert not taken_first
 
 
 async def test_an_inspection_reads_so_many_rows_of_a_dead_reader_and_no_more(path: Path) -> None:
