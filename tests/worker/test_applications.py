@@ -81,9 +81,7 @@ async def test_one_whose_body_takes_too_long_is_delivered_again(decided: SqliteB
             assert len(await read(decided, reader="shop")) == 1
 
 
-async def test_what_is_no_event_is_logged_and_never_delivered_again(
-    decided: SqliteBroker, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_what_is_no_event_is_logged_and_handled(decided: SqliteBroker, caplog: pytest.LogCaptureFixture) -> None:
     decided._store._connection.execute("UPDATE outcome SET body = x'7b'")
     assert await is_handled(decided)
     assert caplog.text.count("outcome.unreadable") == 1

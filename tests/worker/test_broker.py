@@ -97,14 +97,19 @@ async def test_a_connection_picks_the_broker_and_keeps_it(connection: Client) ->
     assert broker_for(connection) is broker
 
 
+def remove(monkeypatch: pytest.MonkeyPatch, library: str, package: ModuleType) -> None:
+    """Let a library be missing; what a broker's package imports of it is forgotten."""
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"{package.__name__}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, library, None)
+
+
 @pytest.mark.parametrize(("folder", "library"), [("nats", "nats"), ("postgres", "asyncpg"), ("sqlite", "sqlite3")])
 def test_a_broker_whose_library_is_missing_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, folder: str, library: str
 ) -> None:
     package = import_module(f"aiokeyless.worker.{folder}")
-    for name in [name for name in sys.modules if name.startswith(f"{package.__name__}.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, library, None)
+    remove(monkeypatch, library, package)
     with pytest.raises(ConfigurationError, match=rf"^broker needs {library}, which is not .*: {package.HINT}$"):
         broker_for(f"{package.SCHEMES[0]}:somewhere")
 
@@ -116,9 +121,7 @@ def test_a_broker_whose_library_is_missing_says_what_to_install(
 def test_importing_a_broker_whose_library_is_missing_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, package: ModuleType, name: str, library: str
 ) -> None:
-    for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"{package.__name__}.")]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setitem(sys.modules, library, None)
+    remove(monkeypatch, library, package)
     extra = package.__name__.rpartition(".")[2]
     with pytest.raises(ModuleNotFoundError, match=rf'needs {library}.*: install the extra "{extra}"'):
         getattr(package, name)

@@ -187,9 +187,7 @@ async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)
 
 
-async def test_a_server_with_an_empty_store_says_when_the_others_have_filled_it(
-    tmp_path: Path, sandbox: Sandbox
-) -> None:
+async def test_a_server_with_an_empty_store_says_when_others_have_filled_it(tmp_path: Path, sandbox: Sandbox) -> None:
     """The stream's own information counts a server as current that has just started, and has nothing yet."""
     port = str(own_port())
     async with cluster(tmp_path, c=port) as servers, sandbox.client() as client, aiohttp.ClientSession() as session:

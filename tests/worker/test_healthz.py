@@ -24,21 +24,8 @@ if TYPE_CHECKING:
     from aiokeyless.worker.sqlite import SqliteBroker
 
 STATISTICS = WorkerStatistics(
-    in_flight=1,
-    deliveries=20,
-    polls=19,
-    created=2,
-    approved=1,
-    expired=0,
-    failed=0,
-    duplicates=0,
-    transient_failures=3,
-    circuit="open",
-    is_ready=True,
-    is_draining=False,
+    in_flight=1, deliveries=20, polls=19, created=2, approved=1, transient_failures=3, circuit="open", is_ready=True
 )
-
-
 UNREADY = msgspec.structs.replace(STATISTICS, is_ready=False, problems=("a stream is full", "a key is refused"))
 
 
@@ -93,9 +80,7 @@ async def test_a_worker_that_takes_none_is_unavailable(served: web.BaseRunner, w
     assert (body["status"], body["problems"]) == ("unavailable", ["a stream is full", "a key is refused"])
 
 
-async def test_it_is_ready_while_it_takes_requests_and_else_says_why_not_a_line_each(
-    served: web.BaseRunner, worker: Worker
-) -> None:
+async def test_it_is_ready_while_it_takes_requests_else_says_why_not(served: web.BaseRunner, worker: Worker) -> None:
     assert await asked_for_text(served, "/readyz") == (200, "ok\n")
     worker.statistics = UNREADY
     assert await asked_for_text(served, "/readyz") == (503, "a stream is full\na key is refused\n")

@@ -133,9 +133,7 @@ def result_of(event: ApprovalEvent, case: OutcomeCase) -> Result:
 
 
 @each_case
-async def test_a_poll_before_the_deadline_has_a_worker_do_what_the_table_says(
-    case: OutcomeCase, memory: SqliteBroker
-) -> None:
+async def test_before_the_deadline_a_worker_does_what_the_table_says(case: OutcomeCase, memory: SqliteBroker) -> None:
     async with ArrangedSandbox(case) as sandbox:
         # Only a failure of the service is repeated sooner than the schedule says.
         has_backoff = case.worker_before is Result.TRANSIENT and not isinstance(case.answer, PermissionDeniedError)
@@ -165,7 +163,7 @@ async def test_a_poll_before_the_deadline_has_a_worker_do_what_the_table_says(
 
 
 @each_case
-async def test_a_final_poll_has_a_worker_do_what_the_table_says(case: OutcomeCase, memory: SqliteBroker) -> None:
+async def test_by_the_final_poll_a_worker_does_what_the_table_says(case: OutcomeCase, memory: SqliteBroker) -> None:
     async with (
         ArrangedSandbox(case) as sandbox,
         working(sandbox, memory, schedule=AT_THE_DEADLINE, grace=0) as (worker, run),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Made here, so that no line of source that a reporter quotes holds it.
 PASSWORD = f"password-{secrets.token_hex(8)}"
 PORT = own_port()
+OPTIONS = {"user": "worker", "password": PASSWORD}
 POSTGRES, NATS = (f"{scheme}://worker:{PASSWORD}@127.0.0.1:{PORT}/shop" for scheme in ("postgresql", "nats"))
 
 
@@ -54,12 +55,7 @@ MISTAKES: dict[str, Callable[[KeylessClient], Any]] = {
 AWAY: dict[str, Callable[[KeylessClient], Awaitable[object]]] = {
     "PostgresBroker": lambda _: opened(PostgresBroker(POSTGRES)),
     "NatsBroker": lambda _: opened(NatsBroker(NATS)),
-    "NatsBroker with options": lambda _: opened(
-        NatsBroker(
-            f"nats://127.0.0.1:{PORT}",
-            connect_options={"user": "worker", "password": PASSWORD},
-        )
-    ),
+    "NatsBroker with options": lambda _: opened(NatsBroker(f"nats://127.0.0.1:{PORT}", connect_options=OPTIONS)),
     "a worker on PostgreSQL": lambda client: ApprovalWorker(client, POSTGRES).prepare(),
     "a worker on NATS": lambda client: ApprovalWorker(client, NATS).prepare(),
 }
