@@ -32,6 +32,16 @@ def outcome(ending: Ending, *, ended: float = 60.0, how: str = "wait", **of: obj
     return Outcome("a", how, ending, 0.0, ended, **{"deadline": 60.0, **of})  # type: ignore[arg-type]  # by name
 
 
+def having(recorded: list[Event] | None, payload: str) -> Verdicts:
+    """Return verdicts by what happened to an operation after half a minute; None: there was no such operation."""
+    verdicts = Verdicts(memory=600.0)
+    if recorded is not None:
+        verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", payload))
+        for event in recorded:
+            verdicts.record(Entry(event, 30.0, "a"))
+    return verdicts
+
+
 APPROVED = outcome(Ending.APPROVED, ended=31.0, approved=("a", "AB", "pay"))
 ANOTHER_USER = outcome(Ending.APPROVED, ended=31.0, approved=("a", "CD", "pay"))
 ANOTHER_PAYLOAD = outcome(Ending.APPROVED, ended=31.0, approved=("a", "AB", "pay more"))
@@ -71,11 +81,7 @@ TIMED_OUT_EARLIER = outcome(Ending.TIMED_OUT, deadline=29.0)
     ],
 )
 def test_outcome_is_decided_by_the_record_alone(told: Outcome, recorded: list[Event] | None, verdict: Verdict) -> None:
-    verdicts = Verdicts(memory=600.0)
-    if recorded is not None:
-        verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
-        for event in recorded:
-            verdicts.record(Entry(event, 30.0, "a"))
+    verdicts = having(recorded, "pay")
     assert verdicts.evaluate(told) is verdict
     assert verdicts.verdicts == {verdict: 1}
     assert bool(verdicts.examples) is (verdict is not Verdict.RIGHT)
@@ -105,21 +111,12 @@ def told(outcome: str, *, payload: str = payload_of("a"), **of: object) -> Told:
         (told("failed", reason="already_approved"), [Event.APPROVED], Verdict.UNEXPECTED),
     ],
 )
-def test_outcome_that_a_worker_told_is_decided_by_the_record(
-    told: Told, recorded: list[Event] | None, verdict: Verdict
-) -> None:
-    verdicts = Verdicts(memory=600.0)
-    if recorded is not None:
-        verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", payload_of("a")))
-        for event in recorded:
-            verdicts.record(Entry(event, 30.0, "a"))
-    assert verdicts.evaluate(told.as_outcome(0.0, expires_in=60.0)) is verdict
+def test_a_workers_outcome_is_decided_by_the_record(told: Told, recorded: list[Event] | None, verdict: Verdict) -> None:
+    assert having(recorded, payload_of("a")).evaluate(told.as_outcome(0.0, expires_in=60.0)) is verdict
 
 
 def test_lateness_counts_from_the_approval_or_from_a_later_wait() -> None:
-    verdicts = Verdicts(memory=600.0)
-    verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
-    verdicts.record(Entry(Event.APPROVED, 30.0, "a"))
+    verdicts = having([Event.APPROVED], "pay")
     verdicts.evaluate(APPROVED)
     verdicts.evaluate(Outcome("a", "resumed", Ending.APPROVED, 100.0, 100.5, approved=("a", "AB", "pay")))
     assert verdicts.lateness == [1.0, 0.5]
@@ -162,30 +159,6 @@ def test_reader_yields_complete_lines_once(tmp_path: Path) -> None:
 ANSWER = b"ok" * 500
 
 
-@contextlib.asynccontextmanager
-async def echo() -> AsyncGenerator[tuple[int, list[bytes]]]:
-    """Run a server that answers each chunk with ANSWER; it yields its port and what it received."""
-    received: list[bytes] = []
-    writers: list[asyncio.StreamWriter] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                received.append(data)
-                writer.write(ANSWER)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1], received
-    finally:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
-        await asyncio.sleep(0)
-
-
 class Scripted(FaultyProxy):
     """A proxy with one fault, for the first bytes in its direction."""
 
@@ -201,6 +174,32 @@ class Scripted(FaultyProxy):
         self.struck.set()
         fault, self._next = self._next, None
         return fault
+
+
+@contextlib.asynccontextmanager
+async def scripted(fault: Fault | None, *, of_request: bool = False) -> AsyncGenerator[tuple[Scripted, list[bytes]]]:
+    """Run such a proxy before a server that answers each chunk with ANSWER; the list is what the server received."""
+    received: list[bytes] = []
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                received.append(data)
+                writer.write(ANSWER)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        async with Scripted(fault, of_request=of_request) as proxy:
+            proxy.target = server.sockets[0].getsockname()[1]
+            yield proxy, received
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
 
 
 async def exchange(proxy: FaultyProxy, *, enough: Callable[[bytes], bool]) -> bytes:
@@ -230,8 +229,7 @@ def never(_answer: bytes) -> bool:
 
 @pytest.mark.parametrize("fault", [None, Fault.DELAY])
 async def test_proxy_forwards_what_no_fault_changes(fault: Fault | None) -> None:
-    async with echo() as (port, received), Scripted(fault) as proxy:
-        proxy.target = port
+    async with scripted(fault) as (proxy, received):
         assert await exchange(proxy, enough=complete) == ANSWER
         assert received == [b"request"]
 
@@ -244,32 +242,27 @@ async def test_proxy_forwards_what_no_fault_changes(fault: Fault | None) -> None
     ],
 )
 async def test_answer_that_is_cut_off_ends_the_connection(fault: Fault, is_right: Callable[[bytes], bool]) -> None:
-    async with echo() as (port, _), Scripted(fault) as proxy:
-        proxy.target = port
+    async with scripted(fault) as (proxy, _):
         assert is_right(await exchange(proxy, enough=never))
 
 
 async def test_garbage_comes_in_place_of_an_answer_or_after_it() -> None:
-    async with echo() as (port, _), Scripted(Fault.GARBAGE) as proxy:
-        proxy.target = port
+    async with scripted(Fault.GARBAGE) as (proxy, _):
         assert (await exchange(proxy, enough=bool)) not in {b"", ANSWER}
-    async with echo() as (port, _), Scripted(Fault.EXTRA) as proxy:
-        proxy.target = port
+    async with scripted(Fault.EXTRA) as (proxy, _):
         answer = await exchange(proxy, enough=lambda answer: len(answer) > len(ANSWER))
         assert answer.startswith(ANSWER)
 
 
 @pytest.mark.parametrize("of_request", [False, True])
 async def test_reset_is_seen_by_the_client(of_request: bool) -> None:
-    async with echo() as (port, _), Scripted(Fault.RESET, of_request=of_request) as proxy:
-        proxy.target = port
+    async with scripted(Fault.RESET, of_request=of_request) as (proxy, _):
         with pytest.raises(ConnectionResetError):
             await exchange(proxy, enough=never)
 
 
 async def test_dropped_request_never_arrives_and_the_connection_stays_open() -> None:
-    async with echo() as (port, received), Scripted(Fault.DROP, of_request=True) as proxy:
-        proxy.target = port
+    async with scripted(Fault.DROP, of_request=True) as (proxy, received):
         hanging = asyncio.create_task(exchange(proxy, enough=never))
         await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
         assert await exchange(proxy, enough=complete) == ANSWER  # on a connection of its own
@@ -281,8 +274,7 @@ async def test_dropped_request_never_arrives_and_the_connection_stays_open() -> 
 
 
 async def test_truncated_request_ends_the_connection_of_the_service() -> None:
-    async with echo() as (port, received), Scripted(Fault.TRUNCATION, of_request=True) as proxy:
-        proxy.target = port
+    async with scripted(Fault.TRUNCATION, of_request=True) as (proxy, received):
         await exchange(proxy, enough=never)
         assert b"request" not in received
 

@@ -66,15 +66,8 @@ def fuzz(names: Sequence[str], folder: Path, *, seconds: int, seed: int) -> None
         return data[:1] + mutate(data[1:], random)[: largest - 1]
 
     limits = (f"-max_total_time={seconds}", f"-max_len={LARGEST}", "-timeout=60", f"-seed={seed}")
-    arguments = [
-        sys.argv[0],
-        *limits,
-        f"-artifact_prefix={folder}/",
-        "-verbosity=0",
-        "-print_final_stats=1",
-        str(folder),
-    ]
-    atheris.Setup(arguments, run, custom_mutator=changed)
+    output = (f"-artifact_prefix={folder}/", "-verbosity=0", "-print_final_stats=1")
+    atheris.Setup([sys.argv[0], *limits, *output, str(folder)], run, custom_mutator=changed)
     atheris.Fuzz()
 
 

@@ -375,17 +375,8 @@ def keys_of_a_tenant(data: bytes) -> None:
 TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     target.__name__: target
     for target in (
-        operation,
-        pending_operations,
-        created,
-        authentications,
-        refusal,
-        ticket,
-        request,
-        event,
-        signature,
-        signed_transaction,
-        keys_of_a_tenant,
+        *(operation, pending_operations, created, authentications, refusal),
+        *(ticket, request, event, signature, signed_transaction, keys_of_a_tenant),
     )
 }
 
