@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -31,45 +31,43 @@ import phones  # noqa: E402
 sys.path.remove(str(EXAMPLE))
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator, Iterator
 
     from aiokeyless.sandbox import Sandbox
 
 
 ALICE = "A11CE0"
+Record = sqlite3.Connection
 LOGIN = EXAMPLE / "login.py"
 
 
-@contextmanager
-def opened(folder: Path) -> Iterator[sqlite3.Connection]:
-    """Open the record of the site in this folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOGIN_DB", str(folder / "login.sqlite3"))
-        with closing(phones.open_record()) as record:
-            yield record
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
+    """The record of the site."""
+    monkeypatch.setenv("LOGIN_DB", str(tmp_path / "login.sqlite3"))
+    with closing(phones.open_record()) as record:
+        yield record
 
 
-async def link(sandbox: Sandbox, folder: Path, account: str, user: str, **approval: str) -> str:
+async def link(sandbox: Sandbox, record: Record, account: str, user: str, **approval: str) -> str:
     """Link an account to a user whose phone authenticates under the offered id; return the linked user."""
-    with opened(folder) as record:
-        operation_id = phones.offer(record, account)
-        sandbox.approve(operation_id, user_id=user, **approval)
-        async with sandbox.client() as client:
-            return await phones.link(client, record, operation_id)
+    operation_id = phones.offer(record, account)
+    sandbox.approve(operation_id, user_id=user, **approval)
+    async with sandbox.client() as client:
+        return await phones.link(client, record, operation_id)
 
 
 class Server(ExampleServer):
-    """The login, with its database, in which Alice has a phone and Bob has none."""
+    """The login, in whose record Alice has a phone and Bob has none."""
 
-    def __init__(self, sandbox: Sandbox, folder: Path, **settings: str) -> None:
-        settings["LOGIN_DB"] = str(folder / "login.sqlite3")
-        with opened(folder) as record:
-            record.execute("INSERT OR IGNORE INTO users VALUES ('account-1', ?, NULL)", (ALICE,))
+    def __init__(self, sandbox: Sandbox, record: Record, folder: Path, **settings: str) -> None:
+        record.execute("INSERT OR IGNORE INTO users VALUES ('account-1', ?, NULL)", (ALICE,))
+        self.sandbox = sandbox
         super().__init__(LOGIN, sandbox, folder, port="LOGIN_PORT", **settings)
 
 
 class Browser:
-    """A browser without a screen: the requests that the page makes, and the cookies that it keeps."""
+    """A browser without a screen: the requests that the page makes, the cookies that it keeps, and its user's phone."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -95,6 +93,9 @@ class Browser:
             assert answer.status != 200 or answer.headers["Cache-Control"] == "no-store"
             return str((await answer.json())["state"]) if answer.status == 200 else answer.status
 
+    def approve(self, **options: str) -> None:
+        self._server.sandbox.approve(self.login, **options)
+
     async def log_out(self) -> int:
         async with self._session.post(f"{self._server.url}/logout") as answer:
             return answer.status
@@ -106,42 +107,53 @@ class Browser:
             return email
 
 
-async def test_approval_logs_in_the_browser_that_asked_and_no_other(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
-        assert await alice.start() == 200
-        assert f"push to the phone of {ALICE}: {alice.login}\n" in server.log.read_text()
-        assert await alice.who() is None
-        held = asyncio.create_task(alice.follow())
-        sandbox.approve(alice.login)
-        assert await mallory.follow(alice.login) == 404
-        assert await held == "approved"
-        assert await alice.who() == "alice@example.com"
-        assert await mallory.who() is None
+@pytest.fixture
+async def server(sandbox: Sandbox, record: Record, tmp_path: Path) -> AsyncGenerator[Server]:
+    async with Server(sandbox, record, tmp_path) as server:
+        yield server
 
 
-async def log_in(sandbox: Sandbox, browser: Browser) -> None:
+async def browser(server: Server) -> AsyncGenerator[Browser]:
+    async with Browser(server) as browser:
+        yield browser
+
+
+alice, bob, mallory = pytest.fixture(browser), pytest.fixture(browser), pytest.fixture(browser)
+
+
+async def test_approval_logs_in_the_browser_that_asked_and_no_other(
+    server: Server, alice: Browser, mallory: Browser
+) -> None:
+    assert await alice.start() == 200
+    assert f"push to the phone of {ALICE}: {alice.login}\n" in server.log.read_text()
+    assert await alice.who() is None
+    held = asyncio.create_task(alice.follow())
+    alice.approve()
+    assert await mallory.follow(alice.login) == 404
+    assert await held == "approved"
+    assert await alice.who() == "alice@example.com"
+    assert await mallory.who() is None
+
+
+async def log_in(browser: Browser) -> None:
     await browser.start()
-    sandbox.approve(browser.login)
+    browser.approve()
     assert await browser.follow() == "approved"
     assert await browser.who() == "alice@example.com"
 
 
-async def test_a_session_ends_after_twelve_hours(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await log_in(sandbox, alice)
-        with opened(tmp_path) as record:
-            record.execute("UPDATE logins SET asked = asked - 12 * 3600 + 60")
-            assert await alice.who() == "alice@example.com"
-            record.execute("UPDATE logins SET asked = asked - 60")
-            assert await alice.who() is None
+async def test_a_session_ends_after_twelve_hours(record: Record, alice: Browser) -> None:
+    await log_in(alice)
+    record.execute("UPDATE logins SET asked = asked - 12 * 3600 + 60")
+    assert await alice.who() == "alice@example.com"
+    record.execute("UPDATE logins SET asked = asked - 60")
+    assert await alice.who() is None
 
 
-async def test_logging_out_ends_the_session_of_this_browser_for_good_and_no_other(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as phone:
-        await log_in(sandbox, alice)
-        await log_in(sandbox, phone)
+async def test_logging_out_ends_this_browsers_session_for_good_and_no_other(server: Server, alice: Browser) -> None:
+    async with Browser(server) as phone:
+        await log_in(alice)
+        await log_in(phone)
         assert await alice.log_out() == 204
         assert await alice.who() is None, "the cookie is there still"
         assert await alice.follow() == "logged_out"
@@ -149,140 +161,130 @@ async def test_logging_out_ends_the_session_of_this_browser_for_good_and_no_othe
         assert await phone.who() == "alice@example.com"
 
 
-async def test_logging_out_leaves_a_login_that_is_not_decided(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()
-        assert await alice.log_out() == 204
-        sandbox.approve(alice.login)
-        assert await alice.follow() == "approved"
+async def test_logging_out_leaves_a_login_that_is_not_decided(alice: Browser) -> None:
+    await alice.start()
+    assert await alice.log_out() == 204
+    alice.approve()
+    assert await alice.follow() == "approved"
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_the_cookie_is_secure_behind_a_proxy_that_speaks_tls(
-    sandbox: Sandbox, tmp_path: Path, scheme: str
-) -> None:
-    async with Server(sandbox, tmp_path) as server, aiohttp.ClientSession() as http:
+async def test_the_cookie_is_secure_behind_a_proxy_that_speaks_tls(server: Server, scheme: str) -> None:
+    async with aiohttp.ClientSession() as http:
         body, headers = {"email": "alice@example.com"}, {"X-Forwarded-Proto": scheme}
         async with http.post(f"{server.url}/login", json=body, headers=headers) as answer:
             cookie = answer.cookies["browser"]
     assert (cookie["httponly"], cookie["samesite"], cookie["secure"] is True) == (True, "lax", scheme == "https")
 
 
-async def test_a_pin_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()
-        sandbox.approve(alice.login, auth_type="pin")
-        assert await alice.follow() == "refused"
-        assert await alice.who() is None
+async def test_a_pin_logs_nobody_in(alice: Browser) -> None:
+    await alice.start()
+    alice.approve(auth_type="pin")
+    assert await alice.follow() == "refused"
+    assert await alice.who() is None
 
 
-async def test_one_approval_counts_once_however_often_it_is_asked_about(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()
-        tabs = [asyncio.create_task(alice.follow()) for _ in range(5)]
-        sandbox.approve(alice.login)
-        assert await asyncio.gather(*tabs) == ["approved"] * 5
-        assert await alice.follow() == "approved"
-        assert await alice.who() == "alice@example.com"
-        assert (tmp_path / "log").read_text().count(f"login {alice.login}: approved") == 1
+async def test_one_approval_counts_once_however_often_it_is_asked_about(tmp_path: Path, alice: Browser) -> None:
+    await alice.start()
+    tabs = [asyncio.create_task(alice.follow()) for _ in range(5)]
+    alice.approve()
+    assert await asyncio.gather(*tabs) == ["approved"] * 5
+    assert await alice.follow() == "approved"
+    assert await alice.who() == "alice@example.com"
+    assert (tmp_path / "log").read_text().count(f"login {alice.login}: approved") == 1
 
 
-async def test_lost_answer_does_not_lose_the_login(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()
-        lost = asyncio.create_task(alice.follow())
-        await until(lambda: any(request.path.endswith(alice.login) for request in sandbox.requests))
-        lost.cancel()  # as when the page is reloaded
-        sandbox.approve(alice.login)
-        assert await alice.follow() == "approved"
-        assert await alice.who() == "alice@example.com"
+async def test_lost_answer_does_not_lose_the_login(sandbox: Sandbox, alice: Browser) -> None:
+    await alice.start()
+    lost = asyncio.create_task(alice.follow())
+    await until(lambda: any(request.path.endswith(alice.login) for request in sandbox.requests))
+    lost.cancel()  # as when the page is reloaded
+    alice.approve()
+    assert await alice.follow() == "approved"
+    assert await alice.who() == "alice@example.com"
 
 
-async def test_login_survives_a_server_that_is_killed(sandbox: Sandbox, tmp_path: Path) -> None:
-    server = Server(sandbox, tmp_path)
+async def test_login_survives_a_server_that_is_killed(sandbox: Sandbox, record: Record, tmp_path: Path) -> None:
+    server = Server(sandbox, record, tmp_path)
     async with Browser(server) as alice:
         async with server:
             await alice.start()
             assert await alice.follow(wait=0.1) == "pending"
-        sandbox.approve(alice.login)
+        alice.approve()
         async with server:
             assert await alice.follow() == "approved"
             assert await alice.who() == "alice@example.com"
 
 
-async def test_server_that_is_stopped_answers_the_open_poll_with_pending(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()
-        held = asyncio.create_task(alice.follow(wait=55))
-        await until(lambda: any(request.path.endswith(alice.login) for request in sandbox.requests))
-        async with asyncio.timeout(45):  # less than the poll would last
-            await server.end(signal.SIGTERM)
-        assert await held == "pending"
+async def test_server_that_is_stopped_answers_the_open_poll_with_pending(server: Server, alice: Browser) -> None:
+    await alice.start()
+    held = asyncio.create_task(alice.follow(wait=55))
+    await until(lambda: any(request.path.endswith(alice.login) for request in server.sandbox.requests))
+    async with asyncio.timeout(45):  # less than the poll would last
+        await server.end(signal.SIGTERM)
+    assert await held == "pending"
 
 
-async def test_approval_after_the_end_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path, LOGIN_EXPIRES_IN="0.5") as server, Browser(server) as alice:
+async def test_approval_after_the_end_logs_nobody_in(sandbox: Sandbox, record: Record, tmp_path: Path) -> None:
+    async with Server(sandbox, record, tmp_path, LOGIN_EXPIRES_IN="0.5") as server, Browser(server) as alice:
         await alice.start()
         assert await alice.follow() == "timed_out"
-        sandbox.approve(alice.login)
+        alice.approve()
         assert await alice.follow() == "timed_out"
         assert await alice.who() is None
 
 
-async def test_approval_that_is_found_only_after_the_end_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path, LOGIN_EXPIRES_IN="0.01") as server, Browser(server) as alice:
+async def test_approval_found_after_the_end_logs_nobody_in(sandbox: Sandbox, record: Record, tmp_path: Path) -> None:
+    async with Server(sandbox, record, tmp_path, LOGIN_EXPIRES_IN="0.01") as server, Browser(server) as alice:
         await alice.start()
         await asyncio.sleep(0.05)  # the time of the login, which is another process's
-        sandbox.approve(alice.login)
+        alice.approve()
         assert await alice.follow() == "timed_out"
         assert await alice.who() is None
 
 
-async def test_answer_about_another_user_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()
-        sandbox.tamper(alice.login, user_id="BAD", state="approved", result=True)
-        assert await alice.follow() == "refused"
-        sandbox.tamper(alice.login)
-        sandbox.approve(alice.login)
-        assert await alice.follow() == "refused"
-        assert await alice.who() is None
+async def test_answer_about_another_user_is_refused(sandbox: Sandbox, alice: Browser) -> None:
+    await alice.start()
+    sandbox.tamper(alice.login, user_id="BAD", state="approved", result=True)
+    assert await alice.follow() == "refused"
+    sandbox.tamper(alice.login)
+    alice.approve()
+    assert await alice.follow() == "refused"
+    assert await alice.who() is None
 
 
-async def test_outage_is_told_and_nobody_is_logged_in(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        sandbox.fail_next(401, times=None)
-        assert await alice.start() == 503
-        sandbox.recover()
-        await alice.start()
-        sandbox.fail_next(401, times=None)
-        assert await alice.follow() == 503
-        sandbox.recover()
-        sandbox.approve(alice.login)
-        assert await alice.follow() == "approved"
+async def test_outage_is_told_and_nobody_is_logged_in(sandbox: Sandbox, alice: Browser) -> None:
+    sandbox.fail_next(401, times=None)
+    assert await alice.start() == 503
+    sandbox.recover()
+    await alice.start()
+    sandbox.fail_next(401, times=None)
+    assert await alice.follow() == 503
+    sandbox.recover()
+    alice.approve()
+    assert await alice.follow() == "approved"
 
 
 async def test_a_create_that_an_outage_interrupts_leaves_the_login_to_its_own_browser(
-    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, alice: Browser, mallory: Browser
 ) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
-        with monkeypatch.context() as outage:
-            # From the list of pending operations on: the create takes effect, and nothing is answered.
-            outage.setattr(sandbox, "_on_request", lambda _record: sandbox.fail_next(503, times=None, stored=True))
-            assert await alice.start() == 503
-        [asked] = sandbox.operations
-        sandbox.recover()
-        assert await mallory.start() == 409
-        assert (await alice.start(), alice.login) == (200, asked)
-        assert list(sandbox.operations) == [asked]
-        sandbox.approve(asked)
-        assert await alice.follow() == "approved"
+    with monkeypatch.context() as outage:
+        # From the list of pending operations on: the create takes effect, and nothing is answered.
+        outage.setattr(sandbox, "_on_request", lambda _record: sandbox.fail_next(503, times=None, stored=True))
+        assert await alice.start() == 503
+    [asked] = sandbox.operations
+    sandbox.recover()
+    assert await mallory.start() == 409
+    assert (await alice.start(), alice.login) == (200, asked)
+    assert list(sandbox.operations) == [asked]
+    sandbox.approve(asked)
+    assert await alice.follow() == "approved"
 
 
 async def test_a_create_that_the_end_of_the_server_interrupts_goes_on_at_the_next_one(
-    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = Server(sandbox, tmp_path)
+    server = Server(sandbox, record, tmp_path)
     async with Browser(server) as alice:
         async with server:
             with monkeypatch.context() as slow:
@@ -296,118 +298,110 @@ async def test_a_create_that_the_end_of_the_server_interrupts_goes_on_at_the_nex
         async with server:
             assert await alice.start() == 200
             assert list(sandbox.operations) == [alice.login]
-            sandbox.approve(alice.login)
+            alice.approve()
             assert await alice.follow() == "approved"
 
 
 # -- linking
 
 
-async def test_an_account_without_a_phone_asks_nobody(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as bob:
-        assert await bob.start("bob@example.com") == 409
-        assert not sandbox.operations
+async def test_an_account_without_a_phone_asks_nobody(sandbox: Sandbox, bob: Browser) -> None:
+    assert await bob.start("bob@example.com") == 409
+    assert not sandbox.operations
 
 
-async def test_an_account_belongs_to_the_user_who_used_the_offered_id(sandbox: Sandbox, tmp_path: Path) -> None:
-    assert await link(sandbox, tmp_path, "account-2", "B0B") == "B0B"
-    async with Server(sandbox, tmp_path) as server, Browser(server) as bob:
-        assert await bob.start("bob@example.com") == 200
-        assert sandbox.operations[bob.login].user_id == "B0B"
+async def test_an_account_belongs_to_who_used_the_offered_id(sandbox: Sandbox, record: Record, bob: Browser) -> None:
+    assert await link(sandbox, record, "account-2", "B0B") == "B0B"
+    assert await bob.start("bob@example.com") == 200
+    assert sandbox.operations[bob.login].user_id == "B0B"
 
 
-async def test_an_attacker_who_sends_a_victims_ids_takes_over_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        await alice.start()  # the victim
-        sandbox.approve(alice.login)
-        sent = [ALICE, "account-1", alice.login, "", "a-random-id"]
-        sandbox.approve("a-random-id", user_id=ALICE, external_user_id="account-2")  # which the attacker's app made up
-        with opened(tmp_path) as record:
-            phones.offer(record, "account-2")  # the attacker's own, which no phone has used
-            async with sandbox.client() as client:
-                for operation_id in sent:
-                    with pytest.raises(PermissionError):
-                        await phones.link(client, record, operation_id)
-            assert record.execute("SELECT account, user_id FROM users").fetchall() == [("account-1", ALICE)]
+async def test_an_attacker_who_sends_a_victims_ids_takes_over_nothing(
+    sandbox: Sandbox, record: Record, alice: Browser
+) -> None:
+    await alice.start()  # the victim
+    alice.approve()
+    sent = [ALICE, "account-1", alice.login, "", "a-random-id"]
+    sandbox.approve("a-random-id", user_id=ALICE, external_user_id="account-2")  # which the attacker's app made up
+    phones.offer(record, "account-2")  # the attacker's own, which no phone has used
+    async with sandbox.client() as client:
+        for operation_id in sent:
+            with pytest.raises(PermissionError):
+                await phones.link(client, record, operation_id)
+    assert record.execute("SELECT account, user_id FROM users").fetchall() == [("account-1", ALICE)]
 
 
-async def test_what_the_app_says_of_account_and_payload_links_nothing_else(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_what_the_app_says_of_account_and_payload_links_nothing_else(sandbox: Sandbox, record: Record) -> None:
     words = {"external_user_id": "account-1", "operation_payload": "account-1"}
-    assert await link(sandbox, tmp_path, "account-2", "BAD", **words) == "BAD"
-    with opened(tmp_path) as record:
-        assert record.execute("SELECT account, user_id FROM users").fetchall() == [("account-2", "BAD")]
+    assert await link(sandbox, record, "account-2", "BAD", **words) == "BAD"
+    assert record.execute("SELECT account, user_id FROM users").fetchall() == [("account-2", "BAD")]
 
 
-async def test_a_user_is_linked_to_one_account(sandbox: Sandbox, tmp_path: Path) -> None:
-    await link(sandbox, tmp_path, "account-1", ALICE)
+async def test_a_user_is_linked_to_one_account(sandbox: Sandbox, record: Record) -> None:
+    await link(sandbox, record, "account-1", ALICE)
     with pytest.raises(sqlite3.IntegrityError):
-        await link(sandbox, tmp_path, "account-2", ALICE.lower())
+        await link(sandbox, record, "account-2", ALICE.lower())
 
 
 async def test_an_offer_links_once_and_not_after_its_time(
-    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(tmp_path) as record:
-        async with sandbox.client() as client:
-            used = phones.offer(record, "account-2")
-            sandbox.approve(used, user_id="B0B")
-            twice = await asyncio.gather(*(phones.link(client, record, used) for _ in range(2)), return_exceptions=True)
-            assert {type(each) for each in twice} == {str, PermissionError}
-            monkeypatch.setattr(phones, "OFFER", 0.2)
-            late = phones.offer(record, "account-2")
-            with pytest.raises(ApprovalTimeoutError):
-                await phones.link(client, record, late)
-            sandbox.approve(late, user_id="BAD")
-            with pytest.raises(PermissionError):
-                await phones.link(client, record, late)
-        assert record.execute("SELECT user_id FROM users").fetchall() == [("B0B",)]
+    async with sandbox.client() as client:
+        used = phones.offer(record, "account-2")
+        sandbox.approve(used, user_id="B0B")
+        twice = await asyncio.gather(*(phones.link(client, record, used) for _ in range(2)), return_exceptions=True)
+        assert {type(each) for each in twice} == {str, PermissionError}
+        monkeypatch.setattr(phones, "OFFER", 0.2)
+        late = phones.offer(record, "account-2")
+        with pytest.raises(ApprovalTimeoutError):
+            await phones.link(client, record, late)
+        sandbox.approve(late, user_id="BAD")
+        with pytest.raises(PermissionError):
+            await phones.link(client, record, late)
+    assert record.execute("SELECT user_id FROM users").fetchall() == [("B0B",)]
 
 
 async def test_after_enrolling_again_the_new_user_logs_in_and_the_old_one_does_not(
-    sandbox: Sandbox, tmp_path: Path
+    sandbox: Sandbox, record: Record, mallory: Browser, alice: Browser
 ) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as thief, Browser(server) as alice:
-        await thief.start()
-        stolen = thief.login
-        assert await link(sandbox, tmp_path, "account-1", "A11CE1") == "A11CE1"
-        sandbox.approve(stolen)
-        assert await thief.follow() == "pending"
-        assert await thief.who() is None
-        assert await alice.start() == 200
-        sandbox.approve(alice.login)
-        assert await alice.follow() == "approved"
-        assert sandbox.operations[alice.login].user_id == "A11CE1"
+    await mallory.start()
+    stolen = mallory.login
+    assert await link(sandbox, record, "account-1", "A11CE1") == "A11CE1"
+    sandbox.approve(stolen)
+    assert await mallory.follow() == "pending"
+    assert await mallory.who() is None
+    assert await alice.start() == 200
+    alice.approve()
+    assert await alice.follow() == "approved"
+    assert sandbox.operations[alice.login].user_id == "A11CE1"
 
 
-async def test_an_account_that_is_linked_again_ends_its_sessions(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as thief:
-        await thief.start()
-        sandbox.approve(thief.login)
-        assert await thief.follow() == "approved"
-        await link(sandbox, tmp_path, "account-1", "A11CE1")
-        assert await thief.who() is None
+async def test_an_account_linked_again_ends_its_sessions(sandbox: Sandbox, record: Record, mallory: Browser) -> None:
+    await mallory.start()
+    mallory.approve()
+    assert await mallory.follow() == "approved"
+    await link(sandbox, record, "account-1", "A11CE1")
+    assert await mallory.who() is None
 
 
 async def test_a_user_who_moved_to_another_account_approves_no_login_of_the_first(
-    sandbox: Sandbox, tmp_path: Path
+    sandbox: Sandbox, record: Record, mallory: Browser
 ) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as thief:
-        await thief.start()
-        await link(sandbox, tmp_path, "account-1", "A11CE1")
-        await link(sandbox, tmp_path, "account-2", ALICE)
-        sandbox.approve(thief.login)
-        assert await thief.follow() == "pending"
-        assert await thief.who() is None
+    await mallory.start()
+    await link(sandbox, record, "account-1", "A11CE1")
+    await link(sandbox, record, "account-2", ALICE)
+    mallory.approve()
+    assert await mallory.follow() == "pending"
+    assert await mallory.who() is None
 
 
-async def test_the_phone_is_known_if_it_is_the_users_only_device(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_the_phone_is_known_if_it_is_the_users_only_device(sandbox: Sandbox, record: Record) -> None:
     phone = sandbox.enroll("B0B").public_signing_key
-    await link(sandbox, tmp_path, "account-2", "B0B")
-    with opened(tmp_path) as record:
-        assert record.execute("SELECT phone FROM users").fetchall() == [(phone,)]
-        sandbox.enroll("B0B")  # a backup, perhaps
-        await link(sandbox, tmp_path, "account-2", "B0B")
-        assert record.execute("SELECT phone FROM users").fetchall() == [(None,)]
+    await link(sandbox, record, "account-2", "B0B")
+    assert record.execute("SELECT phone FROM users").fetchall() == [(phone,)]
+    sandbox.enroll("B0B")  # a backup, perhaps
+    await link(sandbox, record, "account-2", "B0B")
+    assert record.execute("SELECT phone FROM users").fetchall() == [(None,)]
 
 
 async def test_the_program_links_an_account(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -422,31 +416,29 @@ async def test_the_program_links_an_account(sandbox: Sandbox, tmp_path: Path) ->
     assert output.decode() == "bob@example.com is user B0B\n"
 
 
-async def test_bad_input_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        assert await alice.start("nobody@example.com") == 404
-        assert not sandbox.operations
-        assert await alice.start("ALICE@example.com") == 200
-        for wait in (0, -1, 56, float("nan")):
-            assert await alice.follow(wait=wait) == 422
-        assert await alice.follow("unknown") == 404
+async def test_bad_input_is_refused(sandbox: Sandbox, alice: Browser) -> None:
+    assert await alice.start("nobody@example.com") == 404
+    assert not sandbox.operations
+    assert await alice.start("ALICE@example.com") == 200
+    for wait in (0, -1, 56, float("nan")):
+        assert await alice.follow(wait=wait) == 422
+    assert await alice.follow("unknown") == 404
 
 
-async def test_a_phone_is_asked_once_at_a_time_and_few_times_in_ten_minutes(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
-        assert await alice.start() == 200
-        assert await mallory.start() == 409
-        first = alice.login
-        assert (await alice.start(), alice.login) == (200, first), "the browser that asked goes on with its login"
-        assert len(sandbox.operations) == 1
-        sandbox.approve(first)
+async def test_a_phone_is_asked_once_at_a_time_and_seldom(sandbox: Sandbox, alice: Browser, mallory: Browser) -> None:
+    assert await alice.start() == 200
+    assert await mallory.start() == 409
+    first = alice.login
+    assert (await alice.start(), alice.login) == (200, first), "the browser that asked goes on with its login"
+    assert len(sandbox.operations) == 1
+    sandbox.approve(first)
+    assert await alice.follow() == "approved"
+    for _ in range(4):
+        assert await alice.start() == 200, "the phone shows nothing"
+        alice.approve()
         assert await alice.follow() == "approved"
-        for _ in range(4):
-            assert await alice.start() == 200, "the phone shows nothing"
-            sandbox.approve(alice.login)
-            assert await alice.follow() == "approved"
-        assert await alice.start() == 429
-        assert len(sandbox.operations) == 5
+    assert await alice.start() == 429
+    assert len(sandbox.operations) == 5
 
 
 class SlowList(KeylessClient):
@@ -461,40 +453,37 @@ class SlowList(KeylessClient):
 
 
 async def test_a_slow_list_of_pending_operations_brings_no_second_prompt(
-    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, record: Record, monkeypatch: pytest.MonkeyPatch, alice: Browser
 ) -> None:
     monkeypatch.setattr(site, "UNLISTED", 0.05)
-    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
-        with opened(tmp_path) as record:
-            async with SlowList(sandbox.api_key, base_url=sandbox.url) as slow:
-                slow.arrived = asyncio.Event()
-                second = asyncio.create_task(site.start(slow, record, Response(), "alice@example.com", secure=False))
-                await until(lambda: any(request.path.endswith("/pending") for request in sandbox.requests))
-                assert await alice.start() == 200
-                await asyncio.sleep(0.2)  # the phone's prompt is older than UNLISTED when the list arrives
-                slow.arrived.set()
-                with pytest.raises(HTTPException, match="409"):
-                    await second
+    async with SlowList(sandbox.api_key, base_url=sandbox.url) as slow:
+        slow.arrived = asyncio.Event()
+        second = asyncio.create_task(site.start(slow, record, Response(), "alice@example.com", secure=False))
+        await until(lambda: any(request.path.endswith("/pending") for request in sandbox.requests))
+        assert await alice.start() == 200
+        await asyncio.sleep(0.2)  # the phone's prompt is older than UNLISTED when the list arrives
+        slow.arrived.set()
+        with pytest.raises(HTTPException, match="409"):
+            await second
     assert list(sandbox.operations) == [alice.login]
 
 
 async def test_a_prompt_that_is_being_created_brings_no_second_one(
-    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site, "UNLISTED", 0.0)
-    async with Server(sandbox, tmp_path), sandbox.client() as client:
-        with opened(tmp_path) as record:
-            new = site.Prompt("first", "browser", "417", 0.0)
-            site.reserve(record, new, ALICE, "alice@example.com", set(), listed_at=0.0)
-            with pytest.raises(HTTPException, match="409"):
-                await site.start(client, record, Response(), "alice@example.com", secure=False)
+    async with Server(sandbox, record, tmp_path), sandbox.client() as client:
+        new = site.Prompt("first", "browser", "417", 0.0)
+        site.reserve(record, new, ALICE, "alice@example.com", set(), listed_at=0.0)
+        with pytest.raises(HTTPException, match="409"):
+            await site.start(client, record, Response(), "alice@example.com", secure=False)
     assert not sandbox.operations
 
 
 async def test_a_login_that_has_ended_keeps_nobody_from_asking_though_the_phone_shows_it(
-    sandbox: Sandbox, tmp_path: Path
+    sandbox: Sandbox, record: Record, tmp_path: Path
 ) -> None:
-    async with Server(sandbox, tmp_path, LOGIN_EXPIRES_IN="0.3") as server, Browser(server) as alice:
+    async with Server(sandbox, record, tmp_path, LOGIN_EXPIRES_IN="0.3") as server, Browser(server) as alice:
         await alice.start()
         assert await alice.follow() == "timed_out"
         async with Browser(server) as another:
@@ -506,8 +495,8 @@ async def starts(browser: Browser) -> bool:
 
 
 @pytest.mark.browser
-async def test_page_logs_in_and_shows_the_number_of_the_phone(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, chromium() as browser:
+async def test_page_logs_in_and_shows_the_number_of_the_phone(server: Server, sandbox: Sandbox) -> None:
+    async with chromium() as browser:
         from playwright.async_api import expect  # chromium() skips where it is missing
 
         page = await browser.new_page()
@@ -539,10 +528,8 @@ async def test_page_logs_in_and_shows_the_number_of_the_phone(sandbox: Sandbox, 
 
 
 @pytest.mark.browser
-async def test_page_asks_again_after_a_lost_answer_a_502_and_an_answer_that_never_comes(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    async with Server(sandbox, tmp_path) as server, chromium() as browser:
+async def test_page_asks_again_after_a_lost_answer_a_502_and_none(server: Server, sandbox: Sandbox) -> None:
+    async with chromium() as browser:
         from playwright.async_api import expect  # chromium() skips where it is missing
 
         page = await browser.new_page()
