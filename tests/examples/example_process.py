@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+
+from waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -43,6 +46,30 @@ async def example_process(
             await process.wait()
 
 
+#: Where a server says that it listens.
+ADDRESS = r"(http://127\.0\.0\.1:[1-9]\d*)"
+
+
+async def printed(process: asyncio.subprocess.Process, pattern: str) -> re.Match[str]:
+    """Read what a process prints, up to the first line that completes the pattern."""
+    assert process.stdout is not None
+    output = ""
+    async with asyncio.timeout(PATIENCE):
+        while (found := re.search(pattern, output)) is None:
+            line = (await process.stdout.readline()).decode()
+            assert line, f"it ended: {output}"
+            output += line
+    return found
+
+
+async def stopped(process: asyncio.subprocess.Process) -> str:
+    """Send SIGTERM, and return what the process printed since it was read."""
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(PATIENCE):
+        output, _ = await process.communicate()
+    return output.decode()
+
+
 @asynccontextmanager
 async def serving(command: str, *, folder: Path, environment: Mapping[str, str]) -> AsyncGenerator[str]:
     """Run a shell command that serves until it is stopped, and give the URL that it prints."""
@@ -53,14 +80,8 @@ async def serving(command: str, *, folder: Path, environment: Mapping[str, str])
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    assert process.stdout is not None
-    printed = ""
     try:
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", printed)):
-            line = (await process.stdout.readline()).decode()
-            assert line, f"it ended: {printed}"
-            printed += line
-        yield found[0]
+        yield (await printed(process, ADDRESS))[1]
     finally:
         if process.returncode is None:
             process.terminate()

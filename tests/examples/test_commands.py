@@ -19,6 +19,12 @@ from aiokeyless.sandbox import Sandbox
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCS = EXAMPLES.parent / "docs"
+#: As of a reader who has installed the package.
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONUNBUFFERED": "1",
+}
 SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALL = re.compile(r"\.venv/bin/pip install -q -e \"\.\[[a-z,]+\]\" (?P<packages>.*)$", re.MULTILINE)
 
@@ -36,14 +42,18 @@ PAGES = [
 ]
 
 
+def make_checkout(folder: Path) -> None:
+    """Make a checkout with an environment, by the names that the pages use."""
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "examples").symlink_to(EXAMPLES)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.example for page in PAGES])
 async def test_two_terminals_are_enough(page: Page, tmp_path: Path) -> None:
     blocks = SHELL.findall((EXAMPLES / page.example / "README.md").read_text())
     sandbox, program = blocks[1].splitlines()
-    # A checkout with an environment, by the names that the page uses.
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", page.port: "0"}
+    make_checkout(tmp_path)
+    environment = ENVIRONMENT | {page.port: "0"}
     async with serving(f"{sandbox} --port 0", folder=tmp_path, environment=environment) as keyless:
         program = program.replace("http://127.0.0.1:3223", keyless)
         async with (
@@ -57,13 +67,11 @@ async def test_two_terminals_are_enough(page: Page, tmp_path: Path) -> None:
 async def test_the_quickstart_is_approved(tmp_path: Path) -> None:
     [block] = SHELL.findall((EXAMPLES / "README.md").read_text())
     _, sandbox, program = block.splitlines()
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    make_checkout(tmp_path)
     command = f"{sandbox.partition('#')[0]} --port 0"
-    async with serving(command, folder=tmp_path, environment=environment) as keyless:
+    async with serving(command, folder=tmp_path, environment=ENVIRONMENT) as keyless:
         program = program.replace("http://127.0.0.1:3223", keyless)
-        assert "Approved (biom): pay." in await output_of(program, folder=tmp_path, environment=environment)
+        assert "Approved (biom): pay." in await output_of(program, folder=tmp_path, environment=ENVIRONMENT)
 
 
 SHOP = """
@@ -85,11 +93,7 @@ asyncio.run(main())
 async def test_prometheus_gets_metrics(tmp_path: Path, unused_tcp_port: int) -> None:
     [command] = SHELL.findall((DOCS / "howto" / "observability.md").read_text())
     (tmp_path / "shop.py").write_text(SHOP)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OTEL_EXPORTER_PROMETHEUS_PORT": str(unused_tcp_port),
-    }
+    environment = ENVIRONMENT | {"OTEL_EXPORTER_PROMETHEUS_PORT": str(unused_tcp_port)}
     output = await output_of(command, folder=tmp_path, environment=environment)
     assert "aiokeyless_polls_total{" in output
     assert 'aiokeyless_wait_duration_seconds_bucket{aiokeyless_wait_outcome="approved"' in output
@@ -105,20 +109,17 @@ def test_every_example_is_in_the_list() -> None:
 async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Path) -> None:
     block, *_ = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
     sandbox, commands = block.split("\n", 1)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     command = f"{sandbox.partition('#')[0]} --port 0 --auto-approve 1"  # in place of the person with the phone
-    async with serving(command, folder=tmp_path, environment=environment) as url:
-        assert "Approved" in await output_of(
-            commands.replace("http://127.0.0.1:3223", url), folder=tmp_path, environment=environment
-        )
+    async with serving(command, folder=tmp_path, environment=ENVIRONMENT) as url:
+        commands = commands.replace("http://127.0.0.1:3223", url)
+        assert "Approved" in await output_of(commands, folder=tmp_path, environment=ENVIRONMENT)
 
 
 async def test_a_script_may_run_twice(tmp_path: Path) -> None:
     *_, block = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
     create, wait = block.replace("\\\n", "").splitlines()
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     async with Sandbox() as sandbox:
-        environment |= {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
+        environment = ENVIRONMENT | {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
         await output_of(create, folder=tmp_path, environment=environment)
         await output_of(create, folder=tmp_path, environment=environment)
         [operation_id] = sandbox.operations
@@ -132,9 +133,8 @@ async def test_a_sandbox_is_driven_by_commands_by_curl_and_by_a_script(tmp_path:
     lines = lines.replace("curl ", "curl -sS --fail-with-body ")  # an error ends the block
     script = (EXAMPLES / "sandbox" / "drive.sh").read_text()
     assert script.count("\n") == 10
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     async with Sandbox() as sandbox:
-        environment |= {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
+        environment = ENVIRONMENT | {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
         for block in (script, commands, lines):
             await output_of(block, folder=tmp_path, environment=environment)
             sandbox.recover()

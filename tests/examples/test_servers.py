@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-from example_process import example_process
-from waiting import PATIENCE, until
+from example_process import ADDRESS, example_process, printed, stopped
+from waiting import until
 
 from aiokeyless.sandbox import Sandbox
 
@@ -30,21 +29,6 @@ async def approving() -> AsyncGenerator[Sandbox]:
         yield sandbox
 
 
-async def printed(process: asyncio.subprocess.Process, pattern: str) -> str:
-    """Return what the group of a pattern is in the next line that has it."""
-    output = ""
-    assert process.stdout is not None
-    async with asyncio.timeout(PATIENCE):
-        while (found := re.search(pattern, output)) is None:
-            line = (await process.stdout.readline()).decode()
-            assert line, f"it ended: {output}"
-            output += line
-    return found[1]
-
-
-ADDRESS = r"(http://127\.0\.0\.1:\d+)"
-
-
 async def get(url: str) -> str:
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return await answer.text()
@@ -58,23 +42,21 @@ async def test_gunicorn_asks_for_approvals_in_the_processes_that_it_forks(
     command = ["-m", "gunicorn", "-w", "1", "-b", "127.0.0.1:0", *threads, *preload, "approving:wsgi"]
     calls = {"CALL_AT_IMPORT": "1"} if preload else {}
     async with example_process(*command, folder=FOLDER, sandbox=approving, **calls) as process:
-        url = await printed(process, ADDRESS)
+        url = (await printed(process, ADDRESS))[1]
         answers = await asyncio.gather(*(get(url) for _ in range(REQUESTS)))
         states, processes = zip(*(answer.split() for answer in answers), strict=True)
         assert set(states) == {"approved"}
         assert str(process.pid) not in processes  # but in one that it has forked
-        process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            ending, _ = await process.communicate()
-    assert process.returncode == 0, ending.decode()
-    assert b"Traceback" not in ending
+        output = await stopped(process)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
 
 
 async def test_uvicorn_is_told_to_use_the_other_client_and_its_threads_may_use_this_one(approving: Sandbox) -> None:
     async with example_process(
         "-m", "uvicorn", "--port", "0", "--lifespan", "off", "approving:asgi", folder=FOLDER, sandbox=approving
     ) as process:
-        refused, _, state = (await get(await printed(process, ADDRESS))).partition(" / ")
+        refused, _, state = (await get((await printed(process, ADDRESS))[1])).partition(" / ")
     assert "use aiokeyless.KeylessClient" in refused
     assert state == "approved"
 
@@ -83,12 +65,10 @@ async def test_celery_asks_for_approvals_in_the_processes_of_its_pool(approving:
     command = ["-m", "celery", "-A", "approving_task", "worker", "-P", "prefork", "-c", "2", "-l", "info"]
     alone = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     async with example_process(*command, *alone, folder=FOLDER, sandbox=approving, CALL_AT_IMPORT="1") as process:
-        processes = [await printed(process, r"succeeded in .*'approved (\d+)'") for _ in range(6)]
+        processes = [(await printed(process, r"succeeded in .*'approved (\d+)'"))[1] for _ in range(6)]
         assert str(process.pid) not in processes
-        process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            ending, _ = await process.communicate()
-    assert process.returncode == 0, ending.decode()
+        output = await stopped(process)
+    assert process.returncode == 0, output
 
 
 async def test_the_task_of_a_killed_process_runs_again(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -97,14 +77,12 @@ async def test_the_task_of_a_killed_process_runs_again(sandbox: Sandbox, tmp_pat
     path = os.pathsep.join([str(FOLDER.parents[2] / "examples" / "sync"), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "PAYMENTS_DB": str(tmp_path / "payments.sqlite3")}
     async with example_process(*command, *alone, folder=FOLDER, sandbox=sandbox, **environment) as process:
-        await printed(process, "(settle).* received")
+        await printed(process, "settle.* received")
         await until(lambda: any(request.method == "GET" for request in sandbox.requests))
         os.kill(only_child_of(process.pid), signal.SIGKILL)
         sandbox.approve(*sandbox.operations)
-        await printed(process, r"succeeded in .*('paid')")
-        process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            await process.communicate()
+        await printed(process, r"succeeded in .*'paid'")
+        await stopped(process)
 
 
 def only_child_of(process: int) -> int:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-from example_process import example_process
+from example_process import ADDRESS, example_process, printed, stopped
 from factors import ApprovingSandbox
 from flask import Flask
 from flask.sessions import SecureCookieSessionInterface
-from waiting import PATIENCE, until
+from waiting import until
 
 from aiokeyless.sandbox import Sandbox
 
@@ -25,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 from bot_api import TOKEN, BotApiServer  # examples are programs, not a package
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from contextlib import AbstractAsyncContextManager
 
 
 ROOT = Path(__file__).parents[2]
@@ -48,38 +46,6 @@ RECIPES = {
 }
 
 
-class Program:
-    """A program in a process of its own, and what it printed so far."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.output = ""
-
-    async def read_until(self, pattern: str) -> re.Match[str]:
-        assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
-            while (found := re.search(pattern, self.output)) is None:
-                line = await self.process.stdout.readline()
-                assert line, f"it ended: {self.output}"
-                self.output += line.decode()
-        return found
-
-    async def stop(self) -> int:
-        """Send SIGTERM, and return the exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            output, _ = await self.process.communicate()
-        self.output += output.decode()
-        assert self.process.returncode is not None
-        return self.process.returncode
-
-
-@asynccontextmanager
-async def running(*command: str, sandbox: Sandbox, **environment: str) -> AsyncGenerator[Program]:
-    async with example_process(*command, folder=FOLDER, sandbox=sandbox, **environment) as process:
-        yield Program(process)
-
-
 async def until_polled(sandbox: Sandbox) -> None:
     await until(lambda: any(request.method == "GET" for request in sandbox.requests))
 
@@ -90,10 +56,9 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str,
     async with (
         Sandbox() as sandbox,
         aiohttp.ClientSession() as http,
-        running(*RECIPES[name], sandbox=sandbox, **environment) as program,
+        example_process(*RECIPES[name], folder=FOLDER, sandbox=sandbox, **environment) as process,
     ):
-        port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
-        approval = f"http://127.0.0.1:{port}/approvals/order-1"
+        approval = f"{(await printed(process, f'unning on {ADDRESS}'))[1]}/approvals/order-1"
         async with http.get(approval) as response:
             assert await response.json() == {"state": "not asked"}  # a link asks nobody
         async with http.post(approval) as response:
@@ -101,12 +66,12 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str,
         assert not any(request.method == "GET" for request in sandbox.requests)
         answer = asyncio.create_task(http.get(approval))
         await until_polled(sandbox)
-        stopping = asyncio.create_task(program.stop())
+        stopping = asyncio.create_task(stopped(process))
         async with asyncio.timeout(AT_ONCE), await answer as response:
             assert await response.json() == {"state": "pending"}  # and not a connection that was cut off
-        status = await stopping
-    assert status in {0, -signal.SIGTERM}, program.output
-    assert "Traceback" not in program.output
+        output = await stopping
+    assert process.returncode in {0, -signal.SIGTERM}, output
+    assert "Traceback" not in output
 
 
 def session_of(user_id: str) -> str:
@@ -129,15 +94,15 @@ async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(
             *command, "flask_app:app", folder=FOLDER.parent / "sync", sandbox=sandbox, **environment
         ) as process,
     ):
-        program = Program(process)
-        payments = (await program.read_until(r"(http://127\.0\.0\.1:[1-9]\d*)"))[1] + "/payments"
+        payments = f"{(await printed(process, ADDRESS))[1]}/payments"
         async with http.post(f"{payments}/order-1") as response:
             assert response.status == 200
         answer = asyncio.create_task(http.get(f"{payments}/order-1"))
         await until_polled(sandbox)
         async with asyncio.timeout(AT_ONCE):
             if end == "SIGTERM":
-                assert await program.stop() == 0, program.output
+                output = await stopped(process)
+                assert process.returncode == 0, output
             else:
                 async with http.get(f"{payments}/nobody") as response:  # the third request
                     assert response.status == 404
@@ -145,9 +110,7 @@ async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(
                 assert await response.json() == {"state": "pending"}
 
 
-async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_a_lifespan_entered_twice_has_a_client_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("APPROVALS_DB", str(tmp_path / "approvals.sqlite3"))
     async with ApprovingSandbox("biom") as sandbox:
         monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
@@ -163,25 +126,29 @@ async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(
                 assert await state(client, f"order-{number}") == {"state": "approved"}
 
 
+def running_bot(sandbox: Sandbox, telegram: BotApiServer) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    environment = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url}
+    return example_process("aiogram_bot.py", folder=FOLDER, sandbox=sandbox, **environment)
+
+
 async def test_a_pin_is_no_approval_for_a_bot() -> None:
     async with (
         ApprovingSandbox("pin") as sandbox,
         BotApiServer() as telegram,
-        running("aiogram_bot.py", sandbox=sandbox, BOT_TOKEN=TOKEN, BOT_API_URL=telegram.url),
+        running_bot(sandbox, telegram),
     ):
         await telegram.say(7, "Pay 40 to Alice")
         await telegram.read(7, "nothing is paid")
 
 
 async def test_a_bot_that_waits_stops_and_says_so() -> None:
-    async with Sandbox() as sandbox, BotApiServer() as telegram:
-        environment = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url}
-        async with running("aiogram_bot.py", sandbox=sandbox, **environment) as bot:
-            await telegram.say(7, "Pay 40 to Alice")
-            await until_polled(sandbox)
-            assert await bot.stop() == 0, bot.output
-            await telegram.read(7, "nothing is paid")
-    assert "Traceback" not in bot.output
+    async with Sandbox() as sandbox, BotApiServer() as telegram, running_bot(sandbox, telegram) as bot:
+        await telegram.say(7, "Pay 40 to Alice")
+        await until_polled(sandbox)
+        output = await stopped(bot)
+        await telegram.read(7, "nothing is paid")
+    assert bot.returncode == 0, output
+    assert "Traceback" not in output
 
 
 def test_each_program_and_each_test_is_on_a_page() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import sqlite3
 import sys
 import uuid
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from example_process import example_process
 from ports import own_port
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
@@ -91,9 +91,7 @@ async def test_another_worker_goes_on_with_the_ticket_and_asks_nobody_again(sand
     assert questions(sandbox) == 1
 
 
-async def test_worker_that_died_before_its_first_heartbeat_loses_no_approval(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
+async def test_worker_that_died_before_a_heartbeat_loses_no_approval(client: KeylessClient, sandbox: Sandbox) -> None:
     await client.create_operation("C0FFEE", operation_id="transfer-1", operation_payload=REQUEST.payload)
     sandbox.approve("transfer-1")
     assert await Attempt(client, number=2).run() is Outcome.APPROVED
@@ -111,9 +109,7 @@ async def test_a_pin_transfers_nothing(client: KeylessClient, sandbox: Sandbox, 
     assert (raised.value.type, raised.value.non_retryable) == ("OperationMismatchError", True)
 
 
-async def test_approval_from_before_the_first_attempt_is_another_requests(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
+async def test_approval_before_the_first_attempt_is_another_requests(client: KeylessClient, sandbox: Sandbox) -> None:
     await client.create_operation("C0FFEE", operation_id="transfer-1", operation_payload=REQUEST.payload)
     sandbox.approve("transfer-1")
     with pytest.raises(ApplicationError) as raised:
@@ -125,9 +121,7 @@ async def test_a_timeout_is_a_result_and_a_late_approval_changes_it_for_no_one(c
     assert await Attempt(client).run(SHORT) is Outcome.TIMED_OUT
 
 
-async def test_end_without_an_answer_is_retried_and_the_retry_learns_the_outcome(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
+async def test_end_without_an_answer_is_retried_and_learns_the_outcome(client: KeylessClient, sandbox: Sandbox) -> None:
     sandbox.fail_next(503, None, method="GET")
     first = Attempt(client)
     with pytest.raises(ApplicationError) as raised:
@@ -232,15 +226,10 @@ async def test_worker_says_that_it_cannot_reach_temporal(sandbox: Sandbox, tmp_p
     settings = {
         "TEMPORAL_ADDRESS": f"127.0.0.1:{own_port()}",
         "TRANSFERS_DB": str(tmp_path / "transfers.sqlite3"),
-        "KEYLESS_API_KEY": sandbox.api_key,
-        "KEYLESS_BASE_URL": sandbox.url,
     }
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(Path(example.__file__).with_name("run_worker.py"))),
-        env=os.environ | settings,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, log = await asyncio.wait_for(worker.communicate(), PATIENCE)
+    folder = Path(example.__file__).parent
+    async with example_process("run_worker.py", folder=folder, sandbox=sandbox, **settings) as worker:
+        output, _ = await asyncio.wait_for(worker.communicate(), PATIENCE)
     # The SDK's own threads sometimes abort the interpreter while it ends; the message was printed before that.
     assert worker.returncode != 0
-    assert log.startswith(b"there is no Temporal server at 127.0.0.1:")
+    assert output.startswith(b"there is no Temporal server at 127.0.0.1:")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
 import nats
-from example_process import example_process
+from example_process import ADDRESS, example_process, printed
 from nats_server import REQUESTS, jetstream
 from waiting import PATIENCE
 
@@ -32,12 +31,7 @@ async def test_a_worker_that_fails_ends_the_process_of_its_server(broker: NatsSe
         await nats.connect(broker.url) as connection,
         example_process(*command, folder=EXAMPLES, sandbox=sandbox, KEYLESS_BROKER=broker.url) as server,
     ):
-        assert server.stdout is not None
-        output = ""
-        while (found := re.search(r"http://127\.0\.0\.1:[1-9]\d*", output)) is None:
-            output += (line := await server.stdout.readline()).decode()
-            assert line, f"it ended: {output}"
-        async with http.get(found[0]) as answer:
+        async with http.get((await printed(server, ADDRESS))[1]) as answer:
             assert await answer.json() == {"state": "serving"}
         await submit_approval(connection, "C0FFEE", operation_id="txn-1")
         async with next_outcome(connection, "test") as event:
