@@ -77,11 +77,12 @@ class Process:
 
 
 class Application:
-    """The queues of the broker, and the processes that read them."""
+    """The queues of the broker, the processes that read them, and their record."""
 
-    def __init__(self, rabbitmq: RabbitServer, sandbox: Sandbox, folder: Path) -> None:
+    def __init__(self, rabbitmq: RabbitServer, sandbox: Sandbox, record: PaymentRecord, folder: Path) -> None:
         self._rabbitmq = rabbitmq
         self.sandbox = sandbox
+        self.record = record
         self._folder = folder
 
     async def publish(self, *payments: str, **fields: object) -> None:
@@ -124,6 +125,25 @@ class Application:
         async with example_process("-c", program, folder=self._folder, sandbox=self.sandbox) as process:
             yield Process(process)
 
+    @asynccontextmanager
+    async def asking(self, program: str = PROGRAM) -> AsyncGenerator[Process]:
+        """Run a process that waits for all payments."""
+        async with self.process(program) as process:
+            await until(self.is_ready)
+            await self.publish(*PAYMENTS)
+            await self.asked(*PAYMENTS)
+            yield process
+
+    def approve(self) -> None:
+        for payment in PAYMENTS:
+            self.sandbox.approve(payment)
+
+    async def are_paid(self) -> None:
+        await until(lambda: len(self.record.moved) == len(PAYMENTS))
+
+    def check_that_each_is_paid_once(self) -> None:
+        assert sorted(self.record.moved) == sorted(self.sandbox.operations) == PAYMENTS
+
     async def asked(self, *payments: str) -> None:
         """Wait until each of the users is asked, and waited for."""
         polled = {f"/v2/operations/{payment}" for payment in payments}
@@ -131,57 +151,40 @@ class Application:
 
 
 @pytest.fixture
-def application(rabbitmq: RabbitServer, sandbox: Sandbox, tmp_path: Path) -> Application:
-    return Application(rabbitmq, sandbox, tmp_path)
+def application(rabbitmq: RabbitServer, sandbox: Sandbox, record: PaymentRecord, tmp_path: Path) -> Application:
+    return Application(rabbitmq, sandbox, record, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-async def test_payments_of_a_process_that_ends_are_paid_by_the_next(
-    application: Application, sandbox: Sandbox, record: PaymentRecord, number: signal.Signals
-) -> None:
-    async with application.process() as process:
-        await until(application.is_ready)
-        await application.publish(*PAYMENTS)
-        await application.asked(*PAYMENTS)
+async def test_payments_outlive_their_process(application: Application, number: signal.Signals) -> None:
+    async with application.asking() as process:
         assert "ERROR" not in await process.end(number)
     assert await application.waiting() == len(PAYMENTS)
-    for payment in PAYMENTS:
-        sandbox.approve(payment)
+    application.approve()
     async with application.process() as process:
-        await until(lambda: len(record.moved) == len(PAYMENTS))
+        await application.are_paid()
         assert "ERROR" not in await process.end()
-    assert sorted(record.moved) == sorted(sandbox.operations) == PAYMENTS
+    application.check_that_each_is_paid_once()
     assert await application.waiting() == 0
 
 
-async def test_no_payment_is_lost_if_only_faststream_hears_the_signal(
-    application: Application, record: PaymentRecord
-) -> None:
+async def test_no_payment_is_lost_if_only_faststream_hears_the_signal(application: Application) -> None:
     program = variant(
         ("close_on_signals(client)", "client"), ("RabbitBroker(", "RabbitBroker(graceful_timeout=0.1, url=")
     )
-    async with application.process(program) as process:
-        await until(application.is_ready)
-        await application.publish(*PAYMENTS)
-        await application.asked(*PAYMENTS)
+    async with application.asking(program) as process:
         await process.end()
     assert await application.waiting() == len(PAYMENTS)
-    assert record.states == dict.fromkeys(PAYMENTS, "asked")
+    assert application.record.states == dict.fromkeys(PAYMENTS, "asked")
 
 
-async def test_with_the_default_of_faststream_all_payments_of_a_process_that_ends_are_lost(
-    application: Application, record: PaymentRecord
-) -> None:
-    async with application.process(variant((KEPT, "raise"))) as process:
-        await until(application.is_ready)
-        await application.publish(*PAYMENTS)
-        await application.asked(*PAYMENTS)
+async def test_with_faststreams_default_all_payments_of_a_process_that_ends_are_lost(application: Application) -> None:
+    async with application.asking(variant((KEPT, "raise"))) as process:
         await process.end()
     assert await application.waiting() == 0
-    assert record.states == dict.fromkeys(PAYMENTS, "asked")
+    assert application.record.states == dict.fromkeys(PAYMENTS, "asked")
 
 
-@pytest.mark.usefixtures("record")
 @pytest.mark.parametrize("clause", [KEPT, "raise NackMessage from None"], ids=["kept", "nacked"])
 async def test_a_message_that_is_nacked_comes_back_at_once_and_over_again_and_one_that_is_kept_does_not(
     application: Application, monkeypatch: pytest.MonkeyPatch, clause: str
@@ -200,9 +203,7 @@ async def test_a_message_that_is_nacked_comes_back_at_once_and_over_again_and_on
     assert clause != KEPT or (len(closed), await application.waiting()) == (1, 1)
 
 
-async def test_payments_outlive_a_broker_that_is_killed(
-    application: Application, sandbox: Sandbox, record: PaymentRecord
-) -> None:
+async def test_payments_outlive_a_broker_that_is_killed(application: Application) -> None:
     async with application.process() as process:
         await until(application.is_ready)
         await application.restart(signal.SIGTERM)  # a node that is killed half a second after it made a queue loses it
@@ -210,48 +211,41 @@ async def test_payments_outlive_a_broker_that_is_killed(
         await application.publish(*PAYMENTS)
         await application.asked(*PAYMENTS)
         await application.restart(signal.SIGKILL)
-        for payment in PAYMENTS:
-            sandbox.approve(payment)
-        await until(lambda: len(record.moved) == len(PAYMENTS))
+        application.approve()
+        await application.are_paid()
         await process.end()
-    assert sorted(record.moved) == sorted(sandbox.operations) == PAYMENTS
+    application.check_that_each_is_paid_once()
     assert await application.waiting() == 0
 
 
 @pytest.mark.parametrize("settings", [{"consumer_timeout": 500, "channel_tick_interval": 200}])
-async def test_a_message_that_the_broker_takes_back_in_the_middle_of_a_wait_is_paid_once(
-    application: Application, sandbox: Sandbox, record: PaymentRecord
-) -> None:
+async def test_a_message_that_the_broker_takes_back_during_a_wait_is_paid_once(application: Application) -> None:
     async with application.process() as process:
         await until(application.is_ready)
         await application.publish(*PAYMENTS)
-        await until(lambda: sum(request.method == "POST" for request in sandbox.requests) > 3 * len(PAYMENTS))
-        for payment in PAYMENTS:
-            sandbox.approve(payment)
-        await until(lambda: len(record.moved) == len(PAYMENTS))
+        await until(
+            lambda: sum(request.method == "POST" for request in application.sandbox.requests) > 3 * len(PAYMENTS)
+        )
+        application.approve()
+        await application.are_paid()
         await process.end()
-    assert sorted(record.moved) == sorted(sandbox.operations) == PAYMENTS
+    application.check_that_each_is_paid_once()
 
 
-async def test_messages_that_are_published_twice_are_paid_once_by_two_processes(
-    application: Application, sandbox: Sandbox, record: PaymentRecord
-) -> None:
+async def test_messages_that_are_published_twice_are_paid_once_by_two_processes(application: Application) -> None:
     async with application.process() as first, application.process() as second:
         await until(lambda: application.is_ready(2))
         await application.publish(*PAYMENTS, *PAYMENTS)
         await application.asked(*PAYMENTS)
-        for payment in PAYMENTS:
-            sandbox.approve(payment)
-        await until(lambda: len(record.moved) == len(PAYMENTS))
+        application.approve()
+        await application.are_paid()
         await first.end()
         await second.end()
-    assert sorted(record.moved) == sorted(sandbox.operations) == PAYMENTS
+    application.check_that_each_is_paid_once()
     assert await application.waiting() == 0
 
 
-async def test_a_message_that_is_wrong_is_kept_for_a_person(
-    application: Application, sandbox: Sandbox, record: PaymentRecord
-) -> None:
+async def test_a_message_that_is_wrong_is_kept_for_a_person(application: Application) -> None:
     async with application.process() as process:
         await until(application.is_ready)
         await application.publish("payment-1")
@@ -260,8 +254,8 @@ async def test_a_message_that_is_wrong_is_kept_for_a_person(
         await application.publish("payment-2", user_id=None)
         await until(lambda: application.has_refused(2))
         await process.end()
-    assert record.states == {"payment-1": "asked"}
-    assert list(sandbox.operations) == ["payment-1"]
+    assert application.record.states == {"payment-1": "asked"}
+    assert list(application.sandbox.operations) == ["payment-1"]
 
 
 @pytest.mark.parametrize("seed", range(3))
