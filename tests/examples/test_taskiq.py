@@ -66,9 +66,7 @@ async def test_a_task_that_is_delivered_again_decides_nothing_anew(
     assert {*capsys.readouterr().out.splitlines()} == {f"pay, with the idempotency key {paid.operation_id}"}
 
 
-async def test_a_task_runs_again_until_an_outage_ends(
-    program: ModuleType, client: KeylessClient, sandbox: Sandbox
-) -> None:
+async def test_a_task_is_run_until_an_outage_ends(program: ModuleType, client: KeylessClient, sandbox: Sandbox) -> None:
     ticket = await client.create_operation("C0FFEE", expires_in=5, require_auth_type="biom")
     sandbox.approve(ticket.operation_id)
     sandbox.fail_next(503, times=None, method="GET")
