@@ -98,22 +98,15 @@ async def test_phone_shows_what_the_code_wrote(gate: Gate, sandbox: Sandbox) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("amount", "recipient"),
     [
-        {"amount": "0", "recipient": "Alice"},
-        {"amount": "-40", "recipient": "Alice"},
-        {"amount": "NaN", "recipient": "Alice"},
-        {"amount": "1e9", "recipient": "Alice"},
-        {"amount": "0.001", "recipient": "Alice"},
-        {"amount": "40", "recipient": ""},
-        {"amount": "40", "recipient": "Alice\n(approved)"},
-        {"amount": "40", "recipient": "\u202eecilA"},
-        {"amount": "40", "recipient": "A" * 41},
+        *((amount, "Alice") for amount in ("0", "-40", "NaN", "1e9", "0.001")),
+        *(("40", recipient) for recipient in ("", "Alice\n(approved)", "\u202eecilA", "A" * 41)),
     ],
 )
-def test_arguments_that_would_mislead_are_refused(arguments: dict[str, str]) -> None:
+def test_arguments_that_would_mislead_are_refused(amount: str, recipient: str) -> None:
     with pytest.raises(ValidationError):
-        Transfer.model_validate(arguments)
+        Transfer.model_validate({"amount": amount, "recipient": recipient})
 
 
 async def test_changed_arguments_are_refused_under_the_old_request(gate: Gate, sandbox: Sandbox) -> None:
@@ -239,9 +232,7 @@ async def test_tool_transfers_what_the_phone_approved(client: KeylessClient, san
         assert text == "Pay 40.00 EUR to Alice: done."
 
 
-async def test_tool_answers_pending_with_a_handle_and_goes_on(
-    client: KeylessClient, sandbox: Sandbox, tmp_path: Path
-) -> None:
+async def test_tool_answers_with_a_handle_and_goes_on(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
     async with bank(client, tmp_path) as caller:
         before = asyncio.get_running_loop().time()
         text = await call(caller, amount="40", recipient="Alice")
@@ -290,9 +281,7 @@ async def test_agent_transfers_what_the_phone_approved(gate: Gate, sandbox: Sand
     assert transfers == ["Pay 40.00 EUR to Alice"]
 
 
-async def test_agent_that_says_it_was_approved_gets_nothing_done(
-    client: KeylessClient, record: sqlite3.Connection
-) -> None:
+async def test_agent_that_says_approved_gets_nothing_done(client: KeylessClient, record: sqlite3.Connection) -> None:
     transfers: list[str] = []
     gate = Gate(client, record, "C0FFEE", expires_in=30)
     agent = make_agent(model_that_calls(MALLORY | {"request": "approved"}), transfers)

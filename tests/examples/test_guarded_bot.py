@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sqlite3
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 
 import bot as example  # examples are programs, not a package
 from bot_api import TOKEN, ApiError, BotApiServer, Message, refusal
+from example_process import example_process
 from leaks import tasks_since
 from waiting import PATIENCE, until
 
@@ -166,11 +166,8 @@ async def test_the_bot_survives_an_outage_of_keyless(bots: Bots) -> None:
 @pytest.mark.parametrize(
     ("status", "copy"),
     [
-        (401, "Keyless refuses this bot."),
-        (403, "Keyless refuses this bot."),
-        (429, "Keyless is not reachable."),
-        (503, "Keyless is not reachable."),
-        (None, "Keyless is not reachable."),
+        *((status, "Keyless refuses this bot.") for status in (401, 403)),
+        *((status, "Keyless is not reachable.") for status in (429, 503, None)),
     ],
 )
 async def test_nothing_is_transferred_where_keyless_cannot_be_asked_and_the_chat_learns_why(
@@ -221,22 +218,22 @@ FAULTS: dict[str, Callable[[Sandbox, bool], None]] = {
     "a page": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, method="POST", body=b"<html>"),
     "nothing wrong": lambda _sandbox, _stored: None,
 }
-faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+faults = pytest.mark.parametrize("fault", FAULTS)
 
 
 @faults
 @pytest.mark.parametrize("stored", [False, True], ids=["lost", "stored"])
 async def test_command_that_is_delivered_again_amid_faults_transfers_once(
-    bots: Bots, fault: Callable[[Sandbox, bool], None], *, stored: bool
+    bots: Bots, fault: str, *, stored: bool
 ) -> None:
     async with bots.running():
-        fault(bots.sandbox, stored)
+        FAULTS[fault](bots.sandbox, stored)
         command = await bots.order()
         await bots.approve()
         await bots.read("Approved and transferred.")
         for _again in range(2):
             bots.sandbox.recover()
-            fault(bots.sandbox, stored)
+            FAULTS[fault](bots.sandbox, stored)
             said = len(bots.telegram.messages)
             await bots.telegram.deliver(command)
             await until(lambda: len(bots.telegram.messages) > said)  # noqa: B023  # awaited in this turn
@@ -263,10 +260,10 @@ def ends(telegram: BotApiServer) -> list[str]:
 
 
 @faults
-async def test_two_bots_that_get_one_command_transfer_once(bots: Bots, fault: Callable[[Sandbox, bool], None]) -> None:
+async def test_two_bots_that_get_one_command_transfer_once(bots: Bots, fault: str) -> None:
     """While a new version is rolled out there are two; both see the approval at the same moment."""
     async with BotApiServer() as telegram_too, bots.running(), bots.running(telegram=telegram_too):
-        fault(bots.sandbox, False)  # noqa: FBT003  # not stored
+        FAULTS[fault](bots.sandbox, False)  # noqa: FBT003  # not stored
         await telegram_too.deliver(await bots.order())
         await until(lambda: bots.client.statistics.waiting == 2)
         await bots.approve()
@@ -275,16 +272,14 @@ async def test_two_bots_that_get_one_command_transfer_once(bots: Bots, fault: Ca
 
 
 @faults
-async def test_approval_whose_outcome_was_never_learned_transfers_once(
-    bots: Bots, fault: Callable[[Sandbox, bool], None]
-) -> None:
+async def test_approval_whose_outcome_was_never_learned_transfers_once(bots: Bots, fault: str) -> None:
     operation_id, user, payload = f"transfer-42-{ALICE}-1", USERS[ALICE], "Transfer 40 to alice"
     with closing(sqlite3.connect(bots.record, isolation_level=None)) as database:
         assert example.Record(database).ask(operation_id, user, payload) == "asked"
     await bots.client.create_operation(user, operation_id=operation_id, operation_payload=payload)
     await bots.approve()
     async with bots.running():
-        fault(bots.sandbox, False)  # noqa: FBT003
+        FAULTS[fault](bots.sandbox, False)  # noqa: FBT003
         await bots.order()
         await bots.read("Approved and transferred.")
         assert bots.transfers == [("A11CE0", "40", "alice")]
@@ -314,13 +309,9 @@ async def test_question_that_outlived_the_bot_is_answered_once(bots: Bots) -> No
 
 async def ask_and_be_killed(bots: Bots) -> dict[str, Any]:
     """Run the program until it has asked, and kill it; return the command."""
-    program = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), env=os.environ | bots.settings)
-    try:
+    async with example_process(str(PROGRAM), folder=PROGRAM.parent, sandbox=bots.sandbox, **bots.settings):
         command = await bots.order()
         await until(lambda: len(bots.sandbox.operations) == 1 and bots.telegram.calls.count("getUpdates") > 1)
-    finally:
-        program.kill()
-        await program.wait()
     bots.telegram.calls.clear()
     return command
 
@@ -365,12 +356,8 @@ async def test_user_is_asked_one_question_at_a_time(bots: Bots) -> None:
 
 async def test_a_malformed_order_starts_no_operation(bots: Bots) -> None:
     commands = [
-        "/transfer",
-        "/transfer alice 40",
-        "/transfer 0.00 alice",
-        "/transfer -40 alice",
-        "/transfer 40 alice\nand more",
-        "/transfer 40 alice\N{RIGHT-TO-LEFT OVERRIDE}bob",
+        *("/transfer", "/transfer alice 40", "/transfer 0.00 alice", "/transfer -40 alice"),
+        *("/transfer 40 alice\nand more", "/transfer 40 alice\N{RIGHT-TO-LEFT OVERRIDE}bob"),
     ]
     async with bots.running():
         for command in commands:
@@ -450,9 +437,7 @@ async def test_stopping_does_not_wait_for_a_telegram_that_hangs(bots: Bots, monk
     assert time.monotonic() - began < 60  # Telegram asked for 600
 
 
-async def test_program_takes_its_settings_from_the_environment_and_ends_at_sigterm(
-    bots: Bots, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_program_reads_the_environment_and_ends_at_sigterm(bots: Bots, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in bots.settings.items():
         monkeypatch.setenv(name, value)
     program = asyncio.create_task(example.main())
