@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tenacity import wait_fixed
 from waiting import until
 
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outcome
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outcome, submit_approval
 from aiokeyless.worker.messages import Message
 from aiokeyless.worker.sqlite import SqliteBroker
 
@@ -41,6 +41,23 @@ def an_event(**changed: Any) -> ApprovalEvent:
     asked_at = datetime(2026, 1, 1, tzinfo=UTC)
     times = {"requested_at": asked_at, "decided_at": asked_at + timedelta(seconds=9)}
     return ApprovalEvent(**{"version": 1, "outcome": Outcome.APPROVED, "deliveries": 3, **times, **changed})
+
+
+async def submit(broker: Broker, count: int = 1, **options: Any) -> None:
+    """Submit txn-1, txn-2 and so on."""
+    for number in range(1, count + 1):
+        await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", **options)
+
+
+async def ask(sandbox: Sandbox, broker: Broker, count: int = 1, **options: Any) -> None:
+    """Submit txn-1, txn-2 and so on, and wait until their users are asked."""
+    await submit(broker, count, **options)
+    await created(sandbox, count)
+
+
+def approve_all(sandbox: Sandbox) -> None:
+    for operation_id in list(sandbox.operations):
+        sandbox.approve(operation_id)
 
 
 async def created(sandbox: Sandbox, count: int) -> None:

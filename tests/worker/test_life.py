@@ -12,10 +12,10 @@ from waiting import until
 
 from aiokeyless import AuthenticationError, ClientClosedError, ConfigurationError, KeylessClient, PermissionDeniedError
 from aiokeyless.events import WorkerInspected
-from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, approval_worker, submit_approval
+from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, approval_worker
 from aiokeyless.worker.serving import Serving
 
-from .reading import read
+from .reading import approve_all, ask, read, submit
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -67,7 +67,7 @@ async def test_worker_runs_once(client: KeylessClient) -> None:
 
 
 async def test_wrong_key_is_found_before_anything_is_taken(sandbox: Sandbox, memory: SqliteBroker) -> None:
-    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await submit(memory)
     async with KeylessClient("wrong", base_url=sandbox.url) as client:
         with pytest.raises(AuthenticationError):
             await ApprovalWorker(client, memory).run()
@@ -87,7 +87,7 @@ async def test_refusal_at_the_start_that_will_not_pass_ends_the_worker(client: K
 async def test_a_client_that_is_closed_ends_the_worker(client: KeylessClient, memory: SqliteBroker) -> None:
     run = await running(ApprovalWorker(client, memory))
     await client.aclose()
-    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await submit(memory)
     with pytest.raises(ClientClosedError):
         await run
 
@@ -97,20 +97,16 @@ async def test_key_that_is_withdrawn_ends_the_worker_and_another_one_finishes_it
 ) -> None:
     worker = ApprovalWorker(client, memory)
     run = await running(worker)
-    ids = ["txn-1", "txn-2", "txn-3"]
-    for operation_id in ids:
-        await submit_approval(memory, "C0FFEE", operation_id=operation_id)
-    await until(lambda: len(sandbox.operations) == 3)
+    await ask(sandbox, memory, 3)
     sandbox.fail_next(status=401, times=None)
     with pytest.raises(AuthenticationError):
         await run
     assert not worker.statistics.is_ready
     sandbox.recover()
-    for operation_id in ids:
-        sandbox.approve(operation_id)
+    approve_all(sandbox)
     async with sandbox.client() as other_client, ApprovalWorker(other_client, memory):
         events = await read(memory, 3)
-    assert sorted(event.operation_id or "" for event in events) == ids
+    assert sorted(event.operation_id or "" for event in events) == ["txn-1", "txn-2", "txn-3"]
     assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
@@ -120,8 +116,7 @@ async def test_stop_finishes_what_is_in_flight_and_leaves_the_rest_to_others_at_
     worker = ApprovalWorker(client, memory, max_in_flight=2)
     run = await running(worker)
     sandbox.latency = 0.5
-    for number in range(5):
-        await submit_approval(memory, "C0FFEE", operation_id=f"txn-{number}")
+    await submit(memory, 5)
     await until(lambda: worker.statistics.in_flight == 2)
     worker.stop()
     assert worker.statistics.is_draining
@@ -139,7 +134,7 @@ async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
     worker = ApprovalWorker(client, memory)
     run = await running(worker)
     sandbox.latency = 60
-    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await submit(memory)
     await until(lambda: worker.statistics.in_flight == 1)
     run.cancel()
     async with asyncio.timeout(1):
@@ -167,7 +162,7 @@ async def test_shutdown_waits_until_it_has_ended(client: KeylessClient, sandbox:
     worker = ApprovalWorker(client, memory)
     run = await running(worker)
     sandbox.latency = 0.3
-    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await submit(memory)
     await until(lambda: worker.statistics.in_flight == 1)
     await worker.shutdown()
     assert (worker.statistics.in_flight, worker.statistics.created) == (0, 1)
@@ -201,8 +196,7 @@ async def test_it_is_ready_in_the_body_only(client: KeylessClient, sandbox: Sand
     assert worker.statistics.problems == ("the worker has not started yet",)
     async with worker:
         assert worker.statistics.is_ready
-        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
-        await until(lambda: "txn-1" in sandbox.operations)
+        await ask(sandbox, memory)
     assert worker.statistics.is_draining
     assert not worker.statistics.is_ready
     assert worker.statistics.problems == ("the worker is about to end",)

@@ -32,7 +32,7 @@ from aiokeyless.worker.monitoring import Reporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import an_event, created, read, working
+from .reading import an_event, approve_all, ask, read, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -90,8 +90,7 @@ async def test_each_worker_of_a_process_has_a_number(told: Told, sandbox: Sandbo
 
 async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(told: Told, sandbox: Sandbox) -> None:
     async with working(sandbox, listeners=[told]) as (_, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
-        await created(sandbox, 1)
+        await ask(sandbox, broker, operation_payload="Pay 40")
         asyncio.get_running_loop().call_later(4.5, sandbox.approve, "txn-1")
         [event] = await read(broker)
         await asyncio.sleep(1)
@@ -165,8 +164,7 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
 
     monkeypatch.setattr(SqliteBroker, "put_off", lose_once)
     async with working(sandbox, listeners=[told]) as (_, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        await created(sandbox, 1)
+        await ask(sandbox, broker)
         sandbox.approve("txn-1")
         await read(broker)
         await asyncio.sleep(1)
@@ -188,8 +186,7 @@ async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_er
 ) -> None:
     async with sandbox.client(listeners=[told]) as client:
         run = asyncio.create_task(ApprovalWorker(client, memory).run())
-        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
-        await created(sandbox, 1)
+        await ask(sandbox, memory)
         sandbox.fail_next(status=401, times=None)
         with pytest.raises(AuthenticationError):
             await run
@@ -204,15 +201,12 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
 ) -> None:
     caplog.set_level(logging.INFO, "aiokeyless.worker")
     async with working(sandbox, listeners=[told]) as (_, broker):
-        for number in range(20):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=300)
-        await created(sandbox, 20)
+        await ask(sandbox, broker, 20, expires_in=300)
         sandbox.fail_next(503, times=None)
         await asyncio.sleep(20)
         sandbox.recover()
         await asyncio.sleep(60)
-        for number in range(20):
-            sandbox.approve(f"txn-{number}")
+        approve_all(sandbox)
         assert {event.outcome for event in await read(broker, 20)} == {Outcome.APPROVED}
     changes = told.of(CircuitChanged)
     first, last = changes[0], changes[-1]
@@ -230,9 +224,7 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
 
 async def test_a_circuit_that_is_open_when_its_worker_ends_is_told_to_be_gone(told: Told, sandbox: Sandbox) -> None:
     async with working(sandbox, listeners=[told]) as (_, broker):
-        for number in range(20):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
-        await created(sandbox, 20)
+        await ask(sandbox, broker, 20)
         sandbox.fail_next(503, times=None)
         await asyncio.sleep(20)
     last = told.of(CircuitChanged)[-1]

@@ -17,7 +17,7 @@ from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
 
 from .conformance.brokers import new_request
-from .reading import created, read, working
+from .reading import approve_all, ask, created, read, submit, working
 
 if TYPE_CHECKING:
     from aiokeyless import ApprovalTicket
@@ -27,29 +27,17 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.looptime
 
 
-async def submit(broker: SqliteBroker, count: int = 1, **options: Any) -> None:
-    """Submit txn-0, txn-1 and so on."""
-    for number in range(count):
-        await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", **options)
-
-
-def approve_all(sandbox: Sandbox) -> None:
-    for operation_id in list(sandbox.operations):
-        sandbox.approve(operation_id)
-
-
 @pytest.mark.parametrize("status", [403, 404])
 async def test_a_gateway_that_refuses_all_is_asked_no_more_often_than_a_service(sandbox: Sandbox, status: int) -> None:
     """A refusal is no failure of the service, so no circuit limits what waiting requests send to it."""
     async with working(sandbox, schedule=wait_fixed(5.0)) as (_, broker):
-        await submit(broker)
-        await created(sandbox, 1)
+        await ask(sandbox, broker)
         before = len(sandbox.requests)
         sandbox.fail_next(status=status, times=None)
         await asyncio.sleep(21)
         assert len(sandbox.requests) - before <= 4 * 2  # after a 404, the operation is polled and created
         sandbox.recover()
-        sandbox.approve("txn-0")
+        sandbox.approve("txn-1")
         [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
@@ -78,10 +66,9 @@ async def test_an_approval_that_comes_before_a_lost_create_is_found_counts() -> 
 async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_operation(sandbox: Sandbox) -> None:
     """The zone of its timestamps is not documented, and the clock of a machine may be wrong."""
     async with working(sandbox) as (_, broker):
-        await submit(broker)
-        await created(sandbox, 1)
-        sandbox.tamper("txn-0", timestamp="2020-01-02T03:04:05.68")
-        sandbox.approve("txn-0")
+        await ask(sandbox, broker)
+        sandbox.tamper("txn-1", timestamp="2020-01-02T03:04:05.68")
+        sandbox.approve("txn-1")
         [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
 
@@ -131,10 +118,9 @@ async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
 
     monkeypatch.setattr(KeylessClient, "create_operation", be_overtaken)
     async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
-        await submit(memory)
-        await created(sandbox, 1)
+        await ask(sandbox, memory)
         await asyncio.sleep(3)
-        sandbox.approve("txn-0")
+        sandbox.approve("txn-1")
         [event] = await read(memory)
     assert event.outcome is Outcome.APPROVED
 
@@ -148,8 +134,7 @@ def patient_key_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("patient_key_checks")
 async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(sandbox: Sandbox) -> None:
     async with working(sandbox) as (worker, broker):
-        await submit(broker, 10)
-        await created(sandbox, 10)
+        await ask(sandbox, broker, 10)
         sandbox.latency = 0.5  # several are refused before the first check
         sandbox.fail_next(status=401, times=None)
         await asyncio.sleep(6)
@@ -171,11 +156,10 @@ async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the
         return keys[-1]
 
     async with KeylessClient(newest, base_url=sandbox.url) as client, ApprovalWorker(client, memory) as worker:
-        await submit(memory)
-        await created(sandbox, 1)
+        await ask(sandbox, memory)
         sandbox._api._key = "the new key"
         await asyncio.sleep(2)
-        sandbox.approve("txn-0")
+        sandbox.approve("txn-1")
         [event] = await read(memory)
         assert worker.statistics.transient_failures == 1
     assert event.outcome is Outcome.APPROVED
@@ -184,12 +168,11 @@ async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the
 
 async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_no_worker(sandbox: Sandbox) -> None:
     async with working(sandbox) as (worker, broker):
-        await submit(broker)
-        await created(sandbox, 1)
+        await ask(sandbox, broker)
         sandbox.fail_next(status=401, times=1)
         sandbox.fail_next(status=403, times=2)
         await asyncio.sleep(5)
-        sandbox.approve("txn-0")
+        sandbox.approve("txn-1")
         [event] = await read(broker)
         assert not worker.statistics.is_draining
     assert event.outcome is Outcome.APPROVED
@@ -200,8 +183,7 @@ async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
     client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture, memory: SqliteBroker
 ) -> None:
     run = asyncio.create_task(ApprovalWorker(client, memory).run())
-    await submit(memory)
-    await created(sandbox, 1)
+    await ask(sandbox, memory)
     sandbox.fail_next(status=401, times=None)
     await until(lambda: "keyless.key_refused" in caplog.text)
     await client.aclose()
@@ -214,8 +196,7 @@ async def test_a_key_that_stays_refused_ends_the_worker(
     client: KeylessClient, sandbox: Sandbox, status: int, error: type[Exception], memory: SqliteBroker
 ) -> None:
     run = asyncio.create_task(ApprovalWorker(client, memory).run())
-    await submit(memory)
-    await created(sandbox, 1)
+    await ask(sandbox, memory)
     sandbox.fail_next(status=401, times=1)
     sandbox.fail_next(status=status, times=None)
     with pytest.raises(error):
@@ -262,8 +243,7 @@ async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadl
 ) -> None:
     loop = asyncio.get_running_loop()
     async with working(sandbox, grace=5) as (_, broker):
-        await submit(broker, count, expires_in=30)
-        await created(sandbox, count)
+        await ask(sandbox, broker, count, expires_in=30)
         began = loop.time()
         sandbox.latency = 0.2
         sandbox.fail_next(times=None, **fault)

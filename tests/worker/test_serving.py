@@ -50,6 +50,13 @@ async def submit(broker: SqliteBroker, user_id: str, **options: Any) -> str:
     return (await submit_approval(broker, user_id, **options)).operation_id
 
 
+async def ask(sandbox: Sandbox, broker: SqliteBroker, **options: Any) -> str:
+    """Submit a request, and wait until its user is asked; return the operation's id."""
+    operation_id = await submit(broker, "C0FFEE", **options)
+    await until(lambda: operation_id in sandbox.operations)
+    return operation_id
+
+
 async def publish(broker: SqliteBroker, fields: dict[str, Any], body: bytes | None = None) -> None:
     """Store a request whose fields nobody has checked, or what is none."""
     request = ApprovalRequest(version=1, **{"user_id": "C0", **fields})
@@ -86,8 +93,7 @@ def now() -> float:
 async def test_a_client_that_repeats_calls_sends_each_of_a_workers_once(sandbox: Sandbox, memory: SqliteBroker) -> None:
     async with sandbox.client(max_attempts=3) as client, ApprovalWorker(client, memory) as worker:
         sandbox.fail_next(times=2, method="POST")
-        operation_id = await submit(memory, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
+        await ask(sandbox, memory)
         assert worker.statistics.transient_failures == 2
         assert sum(record.method == "POST" for record in sandbox.requests) == 3
 
@@ -95,8 +101,7 @@ async def test_a_client_that_repeats_calls_sends_each_of_a_workers_once(sandbox:
 async def test_keyless_that_is_down_at_the_start_is_waited_for(sandbox: Sandbox) -> None:
     sandbox.fail_next()
     async with working(sandbox) as (_, memory):
-        operation_id = await submit(memory, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
+        await ask(sandbox, memory)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +118,7 @@ async def test_keyless_that_is_down_at_the_start_is_waited_for(sandbox: Sandbox)
 async def test_a_create_that_fails_briefly_costs_no_approval(sandbox: Sandbox, fail: Callable[[Sandbox], None]) -> None:
     async with working(sandbox) as (worker, memory):
         fail(sandbox)
-        operation_id = await submit(memory, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
+        operation_id = await ask(sandbox, memory)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(memory)
         assert event.outcome is Outcome.APPROVED
@@ -125,8 +129,7 @@ async def test_a_create_that_fails_briefly_costs_no_approval(sandbox: Sandbox, f
 async def test_failures_are_retried_with_a_separate_backoff(sandbox: Sandbox) -> None:
     random.seed(5)  # the backoff is random
     async with working(sandbox, schedule=wait_fixed(0.02)) as (_, memory):
-        operation_id = await submit(memory, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
+        await ask(sandbox, memory)
         sandbox.fail_next(times=4, method="GET")
         await until(lambda: sum(record.status == 503 for record in sandbox.requests) == 4)
         first, *_, last = (record for record in sandbox.requests if record.status == 503)
@@ -206,8 +209,7 @@ async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_ot
         first = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
         paused = now()
-        other = await submit(memory, "C0FFEE")
-        await until(lambda: other in sandbox.operations)
+        await ask(sandbox, memory)
         assert first not in sandbox.operations
         await until(lambda: first in sandbox.operations)
         assert now() > paused + 1.9
@@ -427,8 +429,7 @@ async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_roo
 
     monkeypatch.setattr(SqliteBroker, "decide", decide_with_room)
     async with working(sandbox) as (worker, memory):
-        operation_id = await submit(memory, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
+        operation_id = await ask(sandbox, memory)
         sandbox.approve(operation_id)
         [event] = await read(memory)
         assert now() < room_at + 3.0

@@ -15,7 +15,7 @@ from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, Unavailab
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import read, working
+from .reading import ask, read, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +71,7 @@ async def test_a_submission_carries_the_trace_of_its_caller(sandbox: Sandbox) ->
     )
     async with working(sandbox) as (_, broker):
         with trace.use_span(span):
-            await submit_approval(broker, "c0ffee", operation_id="txn-1")
-        await until(lambda: "txn-1" in sandbox.operations)
+            await ask(sandbox, broker)
         sandbox.approve("txn-1")
         [event] = await read(broker)
     assert event.traceparent == TRACEPARENT
@@ -166,8 +165,7 @@ async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessCl
 @looptime
 async def test_polls_may_be_as_many_as_fit(sandbox: Sandbox) -> None:
     async with working(sandbox, max_polls_per_second=None) as (_, broker):
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        await until(lambda: "txn-1" in sandbox.operations)
+        await ask(sandbox, broker)
         sandbox.approve("txn-1")
         [event] = await read(broker)
         assert event.outcome is Outcome.APPROVED
@@ -177,8 +175,7 @@ async def test_polls_may_be_as_many_as_fit(sandbox: Sandbox) -> None:
 async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(sandbox: Sandbox) -> None:
     async with working(sandbox) as (_, broker):
         waiting = [asyncio.create_task(broker.next_outcome("shop")) for _ in range(2)]
-        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        await until(lambda: "txn-1" in sandbox.operations)
+        await ask(sandbox, broker)
         sandbox.approve("txn-1")
         done, others = await asyncio.wait(waiting, timeout=20)
         assert (len(done), len(others)) == (1, 1)
