@@ -251,9 +251,7 @@ async def test_a_thread_parks_and_another_process_resumes_it(tmp_path: Path) -> 
 
 @pytest.mark.looptime
 @pytest.mark.parametrize(("factor", "count"), [("biom", 1), ("pin", 0)])
-async def test_an_outcome_that_comes_before_its_thread_is_parked_comes_again(
-    factor: str, count: int, memory: SqliteBroker
-) -> None:
+async def test_an_outcome_before_its_thread_parks_comes_again(factor: str, count: int, memory: SqliteBroker) -> None:
     keys: list[str] = []
     graph = threads.make_graph(memory, lambda _payload, key: keys.append(key), InMemorySaver())
     async with ApprovingSandbox(factor) as sandbox, sandbox.client() as client, ApprovalWorker(client, memory):

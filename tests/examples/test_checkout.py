@@ -365,9 +365,7 @@ class TestOverHttp:
         assert cookie["samesite"] == "lax"
         assert not order.keys() & {"session", "ticket"}
 
-    async def test_no_user_sees_the_order_of_another(
-        self, keyless: Sandbox, backend: Backend, customer: Customer
-    ) -> None:
+    async def test_no_user_sees_anothers_order(self, keyless: Sandbox, backend: Backend, customer: Customer) -> None:
         async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
             stranger = await Customer(backend, session).open_shop()
             assert stranger.order["user_id"] != customer.order["user_id"]
@@ -400,9 +398,7 @@ class TestOverHttp:
         await backend.start()
         assert await customer.outcome() == "paid"
 
-    async def test_killing_the_backend_loses_no_wait(
-        self, keyless: Sandbox, backend: Backend, customer: Customer
-    ) -> None:
+    async def test_a_killed_backend_loses_no_wait(self, keyless: Sandbox, backend: Backend, customer: Customer) -> None:
         await customer.pay()
         await backend.end(signal.SIGKILL)
         await backend.start()

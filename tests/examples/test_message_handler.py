@@ -133,9 +133,7 @@ async def killed(handler: Process, sandbox: Sandbox) -> None:
     await handler.close_client()
 
 
-async def test_a_message_whose_client_closes_is_kept_and_paid_by_the_next_process(
-    sandbox: Sandbox, record: PaymentRecord
-) -> None:
+async def test_a_message_whose_client_closes_is_paid_by_the_next_one(sandbox: Sandbox, record: PaymentRecord) -> None:
     async with process(sandbox) as handler:
         await asyncio.gather(handler.deliver(), killed(handler, sandbox))
         await handler.deliver()  # it came just before the consumer was cancelled
