@@ -205,19 +205,16 @@ async def test_an_operation_of_somebody_else_is_never_told(client: KeylessClient
 
 
 async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_the_request_is_put_off(
-    client: KeylessClient, sandbox: Sandbox
+    sandbox: Sandbox,
 ) -> None:
     class Broker(SqliteBroker):
         async def put_off(self, *_: Any) -> None:
             raise UnavailableError("it is away")
 
-    told: list[str] = []
-    async with (
-        Broker(":memory:") as broker,
-        ApprovalWorker(client, broker, on_created=lambda request: told.append(request.operation_id)),
-    ):
+    told: list[ApprovalRequest] = []
+    async with Broker(":memory:") as broker, working(sandbox, broker, on_created=told.append):
         await submit(broker, "txn-1")
-        await until(lambda: told == ["txn-1"])
+        await until(lambda: len(told) == 1)
         assert "txn-1" in sandbox.operations
 
 

@@ -31,15 +31,13 @@ class Executed:
 
 
 async def test_calls_of_one_turn_are_one_batch_and_each_gets_its_own_result() -> None:
-    executed = Executed()
-    batches = Batches(executed)
+    batches = Batches(executed := Executed())
     assert await asyncio.gather(*(batches.call(number) for number in range(5))) == [0, 2, 4, 6, 8]
     assert executed.batches == [[0, 1, 2, 3, 4]]
 
 
 async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
-    executed = Executed()
-    batches = Batches(executed)
+    batches = Batches(executed := Executed())
     first = asyncio.create_task(batches.call(1))
     await asyncio.sleep(0.5)
     later = [asyncio.create_task(batches.call(number)) for number in (2, 3)]
@@ -49,15 +47,13 @@ async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
 
 async def test_a_batch_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 2)
-    executed = Executed()
-    batches = Batches(executed)
+    batches = Batches(executed := Executed())
     await asyncio.gather(*(batches.call(number) for number in range(5)))
     assert executed.batches == [[0, 1], [2, 3], [4]]
 
 
 async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> None:
-    executed = Executed(OSError("the disk is away"))
-    batches = Batches(executed)
+    batches = Batches(executed := Executed(OSError("the disk is away")))
     calls = [asyncio.create_task(batches.call(number)) for number in (0, 1, 2)]
     await asyncio.sleep(0.5)
     calls[0].cancel()
@@ -68,8 +64,7 @@ async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> N
 
 
 async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others() -> None:
-    executed = Executed()
-    batches = Batches(executed)
+    batches = Batches(Executed())
     calls = [asyncio.create_task(batches.call(number)) for number in (1, 2)]
     await asyncio.sleep(0.5)
     calls[0].cancel()

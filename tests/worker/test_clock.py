@@ -13,11 +13,12 @@ MIDNIGHT = datetime(2026, 11, 27, tzinfo=UTC)
 
 
 class Machine:
-    """A machine with a wall clock, which somebody may set, and a monotonic one."""
+    """A machine with a wall clock, which somebody may set, a monotonic one, and its idea of the broker's."""
 
     def __init__(self) -> None:
         self.elapsed = 0.0
         self.set_by = 0.0
+        self.clock = BrokerClock(self.wall, self.monotonic)
 
     def monotonic(self) -> float:
         return self.elapsed
@@ -25,11 +26,11 @@ class Machine:
     def wall(self) -> datetime:
         return MIDNIGHT + timedelta(seconds=self.elapsed + self.set_by)
 
-    def ask(self, clock: BrokerClock, *, ahead: float = 0.0, takes: float = 0.0) -> None:
+    def ask(self, *, ahead: float = 0.0, takes: float = 0.0) -> None:
         """Ask a broker whose clock is ahead of the true time, and whose answer takes a while."""
-        asked_at = clock.now()
+        asked_at = self.clock.now()
         self.elapsed += takes
-        clock.compare(MIDNIGHT + timedelta(seconds=self.elapsed + ahead), asked_at=asked_at)
+        self.clock.compare(MIDNIGHT + timedelta(seconds=self.elapsed + ahead), asked_at=asked_at)
 
 
 @pytest.fixture
@@ -37,44 +38,39 @@ def machine() -> Machine:
     return Machine()
 
 
-@pytest.fixture
-def clock(machine: Machine) -> BrokerClock:
-    return BrokerClock(machine.wall, machine.monotonic)
-
-
 @pytest.mark.parametrize("ahead", [150.0, -130.0, 0.0])
 def test_a_clock_that_is_off_is_corrected_and_told(
-    machine: Machine, clock: BrokerClock, caplog: pytest.LogCaptureFixture, ahead: float
+    machine: Machine, caplog: pytest.LogCaptureFixture, ahead: float
 ) -> None:
-    machine.ask(clock, ahead=ahead)
-    assert clock.now() == MIDNIGHT + timedelta(seconds=ahead)
-    assert clock.ahead == ahead
+    machine.ask(ahead=ahead)
+    assert machine.clock.now() == MIDNIGHT + timedelta(seconds=ahead)
+    assert machine.clock.ahead == ahead
     assert ("worker.clock_differs" in caplog.text) is bool(ahead)
 
 
 @pytest.mark.parametrize("step", [3600.0, -3600.0])
 def test_a_wall_clock_that_steps_moves_no_deadline_and_is_told(
-    machine: Machine, clock: BrokerClock, caplog: pytest.LogCaptureFixture, step: float
+    machine: Machine, caplog: pytest.LogCaptureFixture, step: float
 ) -> None:
     machine.set_by = step
-    assert clock.now() == MIDNIGHT
-    machine.ask(clock)
-    assert (clock.now(), clock.ahead) == (MIDNIGHT, -step)
+    assert machine.clock.now() == MIDNIGHT
+    machine.ask()
+    assert (machine.clock.now(), machine.clock.ahead) == (MIDNIGHT, -step)
     assert "worker.clock_differs" in caplog.text
 
 
 @pytest.mark.parametrize(("takes", "ahead", "left"), [(4, 0, 0), (4, -150, 2), (0, 0.5, 0)])
 def test_a_slow_answer_moves_no_deadline_by_what_it_cannot_tell(
-    machine: Machine, clock: BrokerClock, takes: int, ahead: float, left: int
+    machine: Machine, takes: int, ahead: float, left: int
 ) -> None:
-    machine.ask(clock, ahead=ahead, takes=takes)
-    assert abs(clock.now() - (MIDNIGHT + timedelta(seconds=takes + ahead))) == timedelta(seconds=left)
+    machine.ask(ahead=ahead, takes=takes)
+    assert abs(machine.clock.now() - (MIDNIGHT + timedelta(seconds=takes + ahead))) == timedelta(seconds=left)
 
 
 def test_a_difference_is_logged_once_and_again_only_when_it_has_changed(
-    machine: Machine, clock: BrokerClock, caplog: pytest.LogCaptureFixture
+    machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     for hours in (0, 1, 1, 1, -1, -1, 0, 0):
-        machine.ask(clock, ahead=3600.0 * hours)
+        machine.ask(ahead=3600.0 * hours)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]

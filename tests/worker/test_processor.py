@@ -101,7 +101,7 @@ async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
-    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, memory: SqliteBroker
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, memory: SqliteBroker
 ) -> None:
     """A broker may deliver a request again while its first delivery is in flight."""
     create = KeylessClient.create_operation
@@ -117,7 +117,7 @@ async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
         return await create(one, user_id, **options)
 
     monkeypatch.setattr(KeylessClient, "create_operation", be_overtaken)
-    async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
+    async with working(sandbox, memory):
         await ask(sandbox, memory)
         await asyncio.sleep(3)
         sandbox.approve("txn-1")
@@ -253,15 +253,15 @@ async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadl
 
 
 async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_grace(
-    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+    sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
     await submit(memory, 4, expires_in=30)
-    async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0)):
+    async with working(sandbox, memory):
         await created(sandbox, 4)
     approve_all(sandbox)
     await asyncio.sleep(100)  # no worker runs
     sandbox.fail_next(status=429, retry_after=20)
-    async with ApprovalWorker(client, memory, schedule=wait_fixed(1.0), grace=30):
+    async with working(sandbox, memory, grace=30):
         assert {event.outcome for event in await read(memory, 4)} == {Outcome.APPROVED}
 
 

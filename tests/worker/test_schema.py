@@ -12,22 +12,19 @@ import msgspec
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
-from tenacity import wait_fixed
 
 from aiokeyless.errors import InvalidRequestError
-from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, Outcome, submit_approval
+from aiokeyless.worker import ApprovalEvent, ApprovalRequest, Outcome, submit_approval
 from aiokeyless.worker.messages import read_request
 from aiokeyless.worker.nats import EventKeys
 from aiokeyless.worker.schema import message_schema
 
 from .conformance.brokers import new_request
-from .reading import a_message
+from .reading import a_message, working
 from .reading import read as read_events
 
 if TYPE_CHECKING:
-    from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker.sqlite import SqliteBroker
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
 REQUEST = Draft202012Validator(message_schema(ApprovalRequest), format_checker=FormatChecker())
@@ -98,11 +95,10 @@ def test_what_is_not_valid_a_worker_refuses_too(field: str, value: object) -> No
 
 
 @pytest.mark.looptime
-async def test_what_goes_over_a_broker_is_valid(client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker) -> None:
-    broker = memory
+async def test_what_goes_over_a_broker_is_valid(sandbox: Sandbox) -> None:
     sandbox.approve("txn-1", user_id="C0FFEE")
     seen: dict[str, Outcome] = {}
-    async with ApprovalWorker(client, broker, schedule=wait_fixed(1)):
+    async with working(sandbox) as (_, broker):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="x", context={"order": 7})
         await submit_approval(broker, "C0FFEE", operation_id="txn-2", external_user_id="alice", expires_in=1)
         await submit_approval(broker, "C0FFEE", operation_id="txn-3", operation_payload="Pay 40")

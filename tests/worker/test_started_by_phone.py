@@ -9,7 +9,7 @@ import pytest
 from waiting import until
 
 from aiokeyless.events import Event, OperationCreated
-from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
+from aiokeyless.worker import FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import Claim, UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 
@@ -18,7 +18,6 @@ from .reading import read, working
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import ApprovalRequest
     from aiokeyless.worker.messages import Message
@@ -50,25 +49,23 @@ async def test_nobody_is_told_of_an_operation_whose_id_the_application_handed_ou
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["in time", "expired before its first delivery"])
 async def test_nobody_who_authenticates_is_an_expired_request_whose_user_was_asked(
-    client: KeylessClient, sandbox: Sandbox, *, is_late: bool
+    sandbox: Sandbox, memory: SqliteBroker, *, is_late: bool
 ) -> None:
-    async with SqliteBroker(":memory:") as broker:
-        await submit(broker, expires_in=20)
-        if is_late:
-            await asyncio.sleep(60)
-        async with ApprovalWorker(client, broker):
-            [event] = await read(broker)
+    await submit(memory, expires_in=20)
+    if is_late:
+        await asyncio.sleep(60)
+    async with working(sandbox, memory):
+        [event] = await read(memory)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
     assert {record.method for record in sandbox.requests} == {"GET"}
 
 
-async def test_a_tap_before_a_request_delivered_too_late_counts(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with SqliteBroker(":memory:") as broker:
-        await submit(broker, expires_in=20)
-        sandbox.approve("txn-1", user_id="C0FFEE")
-        await asyncio.sleep(60)
-        async with ApprovalWorker(client, broker):
-            [event] = await read(broker)
+async def test_a_tap_before_a_request_delivered_too_late_counts(sandbox: Sandbox, memory: SqliteBroker) -> None:
+    await submit(memory, expires_in=20)
+    sandbox.approve("txn-1", user_id="C0FFEE")
+    await asyncio.sleep(60)
+    async with working(sandbox, memory):
+        [event] = await read(memory)
     assert event.outcome is Outcome.APPROVED
 
 

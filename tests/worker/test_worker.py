@@ -100,10 +100,10 @@ class Failing(SqliteBroker):
 
 @looptime
 async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_being_ready(
-    client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "aiokeyless.worker")
-    async with Failing() as broker, ApprovalWorker(client, broker) as worker:
+    async with Failing() as broker, working(sandbox, broker) as (worker, _):
         await asyncio.sleep(0)
         broker.error = UnavailableError("the cable is out")
         await asyncio.sleep(30)
@@ -155,8 +155,8 @@ async def test_a_worker_that_fails_twice_raises_its_first_failure(client: Keyles
 
 
 @looptime
-async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessClient, memory: SqliteBroker) -> None:
-    async with ApprovalWorker(client, memory) as worker:
+async def test_a_worker_that_was_shut_down_lets_the_body_go_on(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (worker, _):
         await worker.shutdown()
         await asyncio.sleep(0)
         assert worker.statistics.problems == ("the worker is about to end",)
