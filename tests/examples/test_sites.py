@@ -7,10 +7,12 @@ import os
 import signal
 import sqlite3
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
+import msgspec
 import pytest
 import pytest_asyncio
 from example_server import ExampleServer
@@ -111,13 +113,7 @@ class Site(ExampleServer):
             query = f"SELECT ticket FROM {self.program.table} WHERE state = 'asked'"  # noqa: S608  # a constant
             for [stored] in record.execute(query).fetchall():
                 ticket = ApprovalTicket.from_json(stored)
-                ended = ApprovalTicket.for_operation(
-                    ticket.operation_id,
-                    user_id=ticket.user_id,
-                    operation_payload="Pay 40 to Alice",
-                    expires_in=0.001,
-                    require_auth_type="biom",
-                )
+                ended = msgspec.structs.replace(ticket, expires_at=datetime.now(UTC))
                 change = f"UPDATE {self.program.table} SET ticket = ? WHERE ticket = ?"  # noqa: S608  # as above
                 record.execute(change, (ended.to_json(), stored))
 

@@ -253,18 +253,7 @@ def check_request(delivery: Delivery, said: Mapping[str, Any]) -> None:
     assert plain(bytes(delivery.request.context)) == said.get("context")
     assert ticket.created_at <= NOW
     assert timedelta() <= ticket.expires_at - ticket.created_at <= timedelta(days=1)
-    asked_again = ApprovalRequest(
-        version=VERSION,
-        user_id=ticket.user_id,
-        operation_id=ticket.operation_id,
-        operation_payload=delivery.request.operation_payload,
-        external_user_id=ticket.external_user_id,
-        expires_in=said.get("expires_in", 120.0),
-        created_at=ticket.created_at,
-        context=delivery.request.context,
-        require_auth_type=ticket.require_auth_type,
-        started_by=ticket.started_by,
-    )
+    asked_again = msgspec.structs.replace(delivery.request, user_id=ticket.user_id, created_at=ticket.created_at)
     again = read(msgspec.json.encode(asked_again))
     assert (again.ticket, again.request.operation_payload) == (ticket, delivery.request.operation_payload)
 
