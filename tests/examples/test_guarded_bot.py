@@ -223,9 +223,7 @@ faults = pytest.mark.parametrize("fault", FAULTS)
 
 @faults
 @pytest.mark.parametrize("stored", [False, True], ids=["lost", "stored"])
-async def test_command_that_is_delivered_again_amid_faults_transfers_once(
-    bots: Bots, fault: str, *, stored: bool
-) -> None:
+async def test_command_that_comes_again_amid_faults_transfers_once(bots: Bots, fault: str, *, stored: bool) -> None:
     async with bots.running():
         FAULTS[fault](bots.sandbox, stored)
         command = await bots.order()

@@ -101,9 +101,7 @@ async def test_a_cancellation_of_its_own_is_logged_as_well(sandbox: Sandbox, cap
         await until(lambda: 'on_created.failed operation_id="txn-1"' in caplog.text)
 
 
-async def test_so_many_are_told_at_once_and_each_within_10_s(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_so_many_are_told_at_once_each_within_10_s(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     began: list[tuple[str, float]] = []
 
     async def tell(request: ApprovalRequest) -> None:
@@ -204,7 +202,7 @@ async def test_an_operation_of_somebody_else_is_never_told(client: KeylessClient
     assert (event.reason, told) == ("conflict", [])
 
 
-async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_the_request_is_put_off(
+async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_it_is_put_off(
     sandbox: Sandbox,
 ) -> None:
     class Broker(SqliteBroker):

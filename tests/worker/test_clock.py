@@ -39,9 +39,7 @@ def machine() -> Machine:
 
 
 @pytest.mark.parametrize("ahead", [150.0, -130.0, 0.0])
-def test_a_clock_that_is_off_is_corrected_and_told(
-    machine: Machine, caplog: pytest.LogCaptureFixture, ahead: float
-) -> None:
+def test_a_wrong_clock_is_corrected_and_told(machine: Machine, caplog: pytest.LogCaptureFixture, ahead: float) -> None:
     machine.ask(ahead=ahead)
     assert machine.clock.now() == MIDNIGHT + timedelta(seconds=ahead)
     assert machine.clock.ahead == ahead
@@ -60,16 +58,12 @@ def test_a_wall_clock_that_steps_moves_no_deadline_and_is_told(
 
 
 @pytest.mark.parametrize(("takes", "ahead", "left"), [(4, 0, 0), (4, -150, 2), (0, 0.5, 0)])
-def test_a_slow_answer_moves_no_deadline_by_what_it_cannot_tell(
-    machine: Machine, takes: int, ahead: float, left: int
-) -> None:
+def test_a_slow_answer_moves_no_deadline_by_its_slowness(machine: Machine, takes: int, ahead: float, left: int) -> None:
     machine.ask(ahead=ahead, takes=takes)
     assert abs(machine.clock.now() - (MIDNIGHT + timedelta(seconds=takes + ahead))) == timedelta(seconds=left)
 
 
-def test_a_difference_is_logged_once_and_again_only_when_it_has_changed(
-    machine: Machine, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_difference_is_logged_once_and_again_on_change(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for hours in (0, 1, 1, 1, -1, -1, 0, 0):
         machine.ask(ahead=3600.0 * hours)

@@ -252,9 +252,7 @@ async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadl
     assert loop.time() - began < 30 + 5 + 20
 
 
-async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_grace(
-    sandbox: Sandbox, memory: SqliteBroker
-) -> None:
+async def test_a_short_pause_costs_no_approval_past_its_grace(sandbox: Sandbox, memory: SqliteBroker) -> None:
     await submit(memory, 4, expires_in=30)
     async with working(sandbox, memory):
         await created(sandbox, 4)

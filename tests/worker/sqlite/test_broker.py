@@ -561,9 +561,7 @@ async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
 
 
 @pytest.mark.looptime
-async def test_a_minute_without_housekeeping_is_a_problem(
-    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_housekeeping_for_a_minute_is_a_problem(memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     await asyncio.sleep(15)
     with monkeypatch.context() as patched:
         refuse_repairs(patched)
