@@ -20,11 +20,7 @@ from aiokeyless.sandbox import Sandbox
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCS = EXAMPLES.parent / "docs"
 #: As of a reader who has installed the package.
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "PYTHONUNBUFFERED": "1",
-}
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
 SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALL = re.compile(r"\.venv/bin/pip install -q -e \"\.\[[a-z,]+\]\" (?P<packages>.*)$", re.MULTILINE)
 
@@ -35,11 +31,7 @@ class Page(NamedTuple):
     path: str
 
 
-PAGES = [
-    Page("login", "LOGIN_PORT", "/"),
-    Page("checkout", "CHECKOUT_PORT", "/"),
-    Page("agent", "AGENT_PORT", "/mcp"),
-]
+PAGES = [Page("login", "LOGIN_PORT", "/"), Page("checkout", "CHECKOUT_PORT", "/"), Page("agent", "AGENT_PORT", "/mcp")]
 
 
 def make_checkout(folder: Path) -> None:

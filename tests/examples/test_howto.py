@@ -72,10 +72,7 @@ print(celery_tasks.settle.apply([celery_tasks.ask("C0FFEE")]).get(), flush=True)
 
 each_program = pytest.mark.parametrize(
     ("program", "printed", "by_pin"),
-    [
-        (CELERY, "paid\n", "not paid\n"),
-        ("import script", "approved\n", "OperationMismatchError"),
-    ],
+    [(CELERY, "paid\n", "not paid\n"), ("import script", "approved\n", "OperationMismatchError")],
     ids=["celery", "script"],
 )
 

@@ -132,11 +132,7 @@ def running_bot(sandbox: Sandbox, telegram: BotApiServer) -> AbstractAsyncContex
 
 
 async def test_a_pin_is_no_approval_for_a_bot() -> None:
-    async with (
-        ApprovingSandbox("pin") as sandbox,
-        BotApiServer() as telegram,
-        running_bot(sandbox, telegram),
-    ):
+    async with ApprovingSandbox("pin") as sandbox, BotApiServer() as telegram, running_bot(sandbox, telegram):
         await telegram.say(7, "Pay 40 to Alice")
         await telegram.read(7, "nothing is paid")
 

@@ -127,10 +127,7 @@ class Site(ExampleServer):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=PROGRAMS)
 async def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Site]:
-    async with (
-        Sandbox() as sandbox,
-        Site(PROGRAMS[request.param], sandbox, tmp_path_factory.mktemp("site")) as site,
-    ):
+    async with Sandbox() as sandbox, Site(PROGRAMS[request.param], sandbox, tmp_path_factory.mktemp("site")) as site:
         yield site
 
 

@@ -224,10 +224,7 @@ async def test_workflow_is_one_that_the_sdk_accepts() -> None:
 
 
 async def test_worker_says_that_it_cannot_reach_temporal(sandbox: Sandbox, tmp_path: Path) -> None:
-    settings = {
-        "TEMPORAL_ADDRESS": f"127.0.0.1:{own_port()}",
-        "TRANSFERS_DB": str(tmp_path / "transfers.sqlite3"),
-    }
+    settings = {"TEMPORAL_ADDRESS": f"127.0.0.1:{own_port()}", "TRANSFERS_DB": str(tmp_path / "transfers.sqlite3")}
     folder = Path(example.__file__).parent
     async with example_process("run_worker.py", folder=folder, sandbox=sandbox, **settings) as worker:
         output, _ = await asyncio.wait_for(worker.communicate(), PATIENCE)

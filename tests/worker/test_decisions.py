@@ -249,11 +249,8 @@ def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
     assert polled(operation(), -60, took=10, schedule=schedule) == polled(operation(), 0, schedule=schedule)
 
 
-FOREIGN: tuple[dict[str, Any], ...] = (
-    {"user_id": "BAD"},
-    {"operation_payload": "Pay 4000"},
-    {"external_user_id": "mallory"},
-)
+#: What an operation of somebody else differs in.
+FOREIGN = [{"user_id": "BAD"}, {"operation_payload": "Pay 4000"}, {"external_user_id": "mallory"}]
 
 
 @pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
