@@ -202,9 +202,7 @@ async def test_an_operation_of_somebody_else_is_never_told(client: KeylessClient
     assert (event.reason, told) == ("conflict", [])
 
 
-async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_it_is_put_off(
-    sandbox: Sandbox,
-) -> None:
+async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_it_is_put_off(sandbox: Sandbox) -> None:
     class Broker(SqliteBroker):
         async def put_off(self, *_: Any) -> None:
             raise UnavailableError("it is away")
