@@ -271,6 +271,26 @@ async def test_nobody_is_asked_after_the_deadline(memory: SqliteBroker, sandbox:
     assert not sandbox.operations
 
 
+@pytest.mark.parametrize("poll_fails_too", [False, True])
+@pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
+async def test_create_whose_answer_was_lost_makes_no_second_operation(
+    sandbox: Sandbox, loses: str, *, poll_fails_too: bool
+) -> None:
+    async with working(sandbox) as (_, memory):
+        getattr(sandbox, loses)(stored=True, method="POST")
+        if poll_fails_too:
+            sandbox.fail_next(404, method="GET")  # the poll before the create
+            sandbox.fail_next(method="GET")
+        operation_id = await submit(memory, "C0FFEE")
+        # Before the create, and after it: what is approved by then was approved before this request asked.
+        await until(lambda: len(polls_of(sandbox, operation_id)) > 1)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(memory)
+    assert event.outcome is Outcome.APPROVED
+    assert list(sandbox.operations) == [operation_id]
+    assert sum(record.method == "POST" for record in sandbox.requests) == 1
+
+
 #: What happens to the request besides, when the operation is there already.
 BESIDES: dict[str, Callable[[Sandbox], object]] = {
     "nothing": lambda _: None,
