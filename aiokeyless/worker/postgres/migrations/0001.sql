@@ -564,11 +564,13 @@ END
 $function$;
 
 -- A dead reader may have any number of unread outcomes, and workers ask every few seconds. So both functions look at
--- the first `most` of each reader, by the index; ids are nearly in the order of the decisions.
+-- the first `most` of each reader, by the index: before a table is analyzed, the planner may prefer to sort all of it.
+-- Ids are nearly in the order of the decisions.
 CREATE FUNCTION {schema}.count_unread(most integer)
 RETURNS TABLE (reader text, unread bigint, oldest_age double precision)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET jit = off AS $function$
     SELECT r.name, count(o.id),
         coalesce(greatest(extract(epoch FROM clock_timestamp() - min(o.decided_at)), 0), 0)::double precision
     FROM {schema}.reader r
@@ -582,7 +584,8 @@ $function$;
 CREATE FUNCTION {schema}.list_unread(most integer, up_to integer)
 RETURNS TABLE (reader text, operation_id text, age double precision, failures integer)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET enable_hashjoin = off
+SET enable_mergejoin = off SET jit = off AS $function$
     SELECT o.reader, q.operation_id,
         greatest(extract(epoch FROM clock_timestamp() - o.decided_at), 0)::double precision, o.failures
     FROM (
