@@ -74,10 +74,9 @@ class PostgresServer:
                 "--no-locale", "--no-sync",
             )  # fmt: skip
         else:
-            self.run(
-                "pg_basebackup", "--pgdata", self._data, "--dbname", primary.url("postgres"), "--write-recovery-conf",
-                "--checkpoint=fast", "--no-sync",
-            )  # fmt: skip
+            source = "--dbname", primary.url("postgres")
+            self.run("pg_basebackup", "--pgdata", self._data, *source, "--checkpoint=fast", "--no-sync")
+            self.follow(primary)
 
     @property
     def pid(self) -> int:
@@ -147,6 +146,11 @@ class PostgresServer:
     def promote(self) -> None:
         """Make a standby the primary, and return when it is."""
         self.execute("SELECT pg_promote()")
+
+    def follow(self, primary: PostgresServer) -> None:
+        """Make it a standby of another server, whose copy it is, or which took over from it; it does not run now."""
+        self._settings["primary_conninfo"] = primary.url("postgres")
+        (self._data / "standby.signal").touch()
 
     def kill(self) -> None:
         """End it at once, as a power cut does, with all its processes."""

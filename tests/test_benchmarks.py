@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
-WITHOUT_PICTURE = {"request", "waits", "weather", "fairness", "soak_failover", "soak_nats"}
+WITHOUT_PICTURE = {"request", "waits", "weather", "fairness", "soak_failover", "soak_nats", "soak_pods"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     "command",
     [
         *("request", "waits", "herd", "lateness", "limits", "weather", "fairness", "distributed"),
-        *("soak --uvloop", "soak_failover", "soak_fleet", "soak_nats"),
+        *("soak --uvloop", "soak_failover", "soak_fleet", "soak_nats", "soak_pods"),
     ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(command: str, tmp_path: Path) -> None:

@@ -422,7 +422,7 @@ def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     for name, goal in missed:
         figures = f"{goal['at_most']:g}{goal['unit']} | {goal['figure']:.4g}{goal['unit']}"
         assert f"| `{name}` | {goal['what']} | {figures} |" in of_benchmarks
-    for name in ("soak_failover", "soak_nats"):
+    for name in ("soak_failover", "soak_nats", "soak_pods"):
         results = saved(name)
         assert re.search(rf"{name}` \| .*\b{results['title'].split()[1]} orders", page), name
         assert all(goal["figure"] <= goal["at_most"] for goal in results["goals"])

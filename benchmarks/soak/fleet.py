@@ -120,6 +120,8 @@ class Shop:
                     await self._place(connection, order_id, rolls_back=rolls_back)
                     break
                 except _ERRORS:
+                    if connection is not None:
+                        connection.terminate()  # it may lead to a server that has turned read-only
                     await asyncio.sleep(AGAIN)
             if rolls_back:
                 self.rolled_back.add(order_id)

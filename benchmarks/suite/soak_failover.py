@@ -40,8 +40,8 @@ _LAG: Final = (0.1, 0.9)  # seconds by which a standby is behind when its primar
 _DISK: Final = 1024  # megabytes, for two servers
 _LOG_FILES: Final = 3  # that are there in advance, about
 _FILL_LOG_FILE: Final = "SELECT pg_logical_emit_message(true, '', repeat('x', 1 << 24))"
-_SENDER: Final = "SELECT pid FROM pg_stat_replication WHERE state = 'streaming'"
-_SETTINGS: Final = {"fsync": "on", "min_wal_size": "32MB", "max_wal_size": "128MB", "wal_keep_size": "64MB"}
+SENDER: Final = "SELECT pid FROM pg_stat_replication WHERE state = 'streaming'"
+SETTINGS: Final = {"fsync": "on", "min_wal_size": "32MB", "max_wal_size": "128MB", "wal_keep_size": "64MB"}
 
 
 class Takeover(NamedTuple):
@@ -87,12 +87,12 @@ class FailoverSoak(Soak):
 
     async def _take_over(self) -> None:
         primary = self._server
-        standby = self._standby = await asyncio.to_thread(PostgresServer, primary, self._disk, **_SETTINGS)
-        await self._until_asked(lambda: primary.execute(_SENDER) != [])
+        standby = self._standby = await asyncio.to_thread(PostgresServer, primary, self._disk, **SETTINGS)
+        await self._until_asked(lambda: primary.execute(SENDER) != [])
         kept, since = set(self.shop.committed), time.monotonic()
         ((position,),) = primary.execute("SELECT pg_current_wal_lsn()")
         await self._until_asked(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{position}'") == [["t"]])
-        ((sender,),) = primary.execute(_SENDER)
+        ((sender,),) = primary.execute(SENDER)
         process = psutil.Process(int(sender))
         process.suspend()
         await asyncio.sleep(self._source.uniform(*_LAG))
@@ -170,7 +170,7 @@ def run(bench: Bench) -> Report:
         with suppress(PermissionError):
             disk = stack.enter_context(small_disk(_DISK))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        soak = FailoverSoak(bench, planned(bench), PostgresServer(None, disk, **_SETTINGS), folder, disk)
+        soak = FailoverSoak(bench, planned(bench), PostgresServer(None, disk, **SETTINGS), folder, disk)
         stack.callback(soak.close)
         asyncio.run(soak.run())
         return _report(soak)

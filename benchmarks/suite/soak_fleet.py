@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _SETTLED_WITHIN: Final = 240.0  # seconds
 _SELDOM: Final = 3.0  # seconds: a server starts in one or two
 _MB: Final = 1e6
-_ROLES: Final = ("orders", "workers", "readers")
+ROLES: Final = ("orders", "workers", "readers")
 _KEYLESS: Final = ("request", "waiting", "outcome", "unread")
 #: Bytes. asyncio's own event loop allocates 256 KiB for each read, and gives back what the read did not need. From this
 #: threshold on that leaves no holes in the heap.
@@ -194,7 +194,7 @@ class Soak(Run):
         self._bench = bench
         self._server = server
         self._database = server.new_database()
-        self.proxies = {(of, after): CuttingProxy(server, cut_after=after) for of in _ROLES for after in (False, True)}
+        self.proxies = {(of, after): CuttingProxy(server, cut_after=after) for of in ROLES for after in (False, True)}
         self.readings: list[Reading] = []
         self.samples: list[list[Sample]] = []
 
