@@ -125,7 +125,7 @@ class Outcome(OutcomeDelivery):
             await self._driver.execute("SET CONSTRAINTS ALL IMMEDIATE")
             row = await self._driver.execute("SELECT pg_current_xact_id_if_assigned()::text")
         except self._driver.errors as error:
-            await self._put_off()
+            await self._put_off(lost_by=f": {first_line(error)}")
             raise BrokerError(
                 "the transaction of an outcome was rolled back, and the outcome comes again: a statement of the body "
                 f"failed, or broke a constraint that is checked at the end ({first_line(error)}); for what may fail, "
@@ -137,11 +137,11 @@ class Outcome(OutcomeDelivery):
                 "the body of next_outcome must not end its transaction: what it did after that is rolled back"
             )
 
-    async def _put_off(self, delay: float | None = None) -> None:
+    async def _put_off(self, delay: float | None = None, *, lost_by: str = "") -> None:
         with self._driver.limit(self._driver.ends_within):
             await self._driver.roll_back()
             if self._driver.is_lost():  # a session would make another one
-                raise UnavailableError("the connection is lost")
+                raise UnavailableError(f"the connection is lost{lost_by}")
             await self._driver.execute_alone(
                 "SELECT {}.put_off_outcome($1, $2, $3, $4)",
                 self._reader,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import psycopg
 import pytest
 from django.utils.connection import ConnectionProxy
@@ -34,6 +35,7 @@ from waiting import PATIENCE, until
 from aiokeyless import BrokerError, ConfigurationError, sync, worker
 from aiokeyless.worker import Outcome
 from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres.adapters import driver
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import decide, outcome_of, submit, take_n
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
     from postgres_server import PostgresServer
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from aiokeyless.worker.postgres import PostgresBroker
 
     from .shop import Connection
 
@@ -390,6 +390,44 @@ async def test_a_lost_connection_is_not_one_that_is_in_a_transaction(
         return met
 
     assert await shop.run(lose()) == ["BrokerError", "BrokerError"]
+
+
+@pytest.mark.parametrize("shop", ["Asyncpg", "PsycopgAsync", "Psycopg2"], indirect=True)
+async def test_a_body_that_takes_longer_than_an_administrator_allows_loses_its_connection_and_no_outcome(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, shop: Family
+) -> None:
+    await decide_all(broker, "a")
+
+    async def take_long() -> None:
+        async with shop.connected(), shop.next_outcome():
+            await shop.execute(
+                "SET LOCAL idle_in_transaction_session_timeout = '50ms'; INSERT INTO payment VALUES ('a')"
+            )
+            while is_idle_in_transaction(server, shop.database):
+                pass
+
+    with pytest.raises(BrokerError, match=r"as far as is known.* the connection is lost: "):
+        await shop.run(take_long())
+    assert (await payments(admin), await unread(admin)) == (set(), {"a": 0})
+
+
+def is_idle_in_transaction(server: PostgresServer, database: str) -> bool:
+    state = "SELECT 1 FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND datname = "
+    return server.execute(f"{state} '{database}'") != []
+
+
+async def test_an_outcome_of_the_pool_is_lost_with_its_connection_and_comes_again(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
+) -> None:
+    await decide_all(broker, "a")
+    server.execute(f"ALTER DATABASE {database} SET idle_in_transaction_session_timeout = '50ms'")
+    async with asyncpg.create_pool(server.url(database), min_size=0) as pool, PostgresBroker(pool) as limited:
+        for end in "mark_handled", "put_off":
+            outcome = await limited.next_outcome("shop")
+            await until(lambda: pool.get_size() == 0)
+            with pytest.raises((BrokerError, UnavailableError), match="the connection is lost"):
+                await getattr(outcome, end)()
+    assert await unread(admin) == {"a": 0}
 
 
 # -- cancellation

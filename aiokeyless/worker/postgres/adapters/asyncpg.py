@@ -35,6 +35,12 @@ class Adapter(Driver):
         row = await self._connection.fetchrow(in_schema(self.schema, statement), *arguments)
         return None if row is None else tuple(row)
 
+    def is_lost(self) -> bool:
+        try:
+            return self._connection.is_closed()
+        except asyncpg.InterfaceError:  # its pool has taken it back
+            return True
+
     async def begin(self) -> None:
         self._transaction = self._connection.transaction(isolation="read_committed")
         await self._transaction.start()
@@ -43,5 +49,5 @@ class Adapter(Driver):
         await self._transaction.commit()
 
     async def roll_back(self) -> None:
-        if not self._connection.is_closed():
+        if not self.is_lost():
             await self._transaction.rollback()  # if the body has ended it, the server only warns
