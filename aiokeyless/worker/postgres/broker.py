@@ -61,7 +61,7 @@ _IDLE_FOR: Final = 30.0  # seconds, at most: a network forgets idle connections,
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _CLOSES_WITHIN: Final = 5.0  # seconds until what is still asked of the database is cut
 _ENDS_WITHIN: Final = 1.0  # seconds until a cancellation is repeated
-_TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests; see `_LIMITS`
+_TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
@@ -75,12 +75,12 @@ _WELCOMES_EVERY: Final = 1.0  # seconds
 _CLEANS_EVERY: Final = 3600.0  # seconds
 #: The housekeeping's own limits, in place of those that an administrator sets for all sessions. A function could not
 #: set them, since the server reads them when its statement begins.
-_LIMITS: Final = """
-    SET LOCAL statement_timeout = '120s';
+_LIMITS: Final = f"""
+    SET LOCAL statement_timeout = '{_TIDIES_WITHIN:g}s';
     SET LOCAL idle_in_transaction_session_timeout = '30s';
     SELECT pg_catalog.set_config('transaction_timeout', '0', true) -- which PostgreSQL has from 17 on
     WHERE pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL
-"""
+"""  # noqa: S608  # a number of our own
 _ADVICE: Final = "who is between can read requests and forge approvals: add sslmode=verify-full to the URL"
 _TABLES: Final = ("request", "waiting", "outcome", "unread", "reader", "service")
 
@@ -117,6 +117,7 @@ class PostgresBroker(TableBroker):
         self._pool: Pool | None = None  # None while it is not open
         self._outcomes: asyncio.Semaphore  # connections for outcomes in progress
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
+        self._long_calls: asyncio.Semaphore  # those of the housekeeping, which leaves one of them to the others
         self._closed_by = math.inf  # of the loop's clock: nothing is asked of the database for longer
         self._cuts: set[Callable[[], None]] = set()  # of what is asked of it now
         self._expires_from = -math.inf  # of the loop's clock
@@ -137,8 +138,9 @@ class PostgresBroker(TableBroker):
             raise ConfigurationError("the broker is open already")
         database = self._database
         pool = database if isinstance(database, asyncpg.Pool) else await without_frames(self._connect(database))
-        half = pool.get_max_size() // 2
-        self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
+        half = max(1, pool.get_max_size() // 2)
+        self._outcomes, self._calls = asyncio.Semaphore(half), asyncio.Semaphore(half)
+        self._long_calls = asyncio.Semaphore(max(1, half - 1))
         self._pool, self._closed_by = pool, math.inf
 
     async def _connect(self, url: Secret) -> Pool:
@@ -217,11 +219,10 @@ class PostgresBroker(TableBroker):
         try:
             with broker_errors(self._schema, ERRORS):
                 connection = await self._acquire(pool)
-                driver = _PooledDriver(pool, connection, self._schema, self._outcomes)
-                driver.on_error = partial(self._expire, pool)
         except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
             raise
+        driver = _PooledDriver(pool, connection, self._schema, self._outcomes, partial(self._expire, pool))
         driver.floors = self._floors
         return driver
 
@@ -429,7 +430,8 @@ class PostgresBroker(TableBroker):
             await connection.execute(_LIMITS)
             return await connection.fetch(called, *arguments)
 
-        return await self._in_transaction(call, _TIDIES_WITHIN)
+        async with self._long_calls:
+            return await self._in_transaction(call, _TIDIES_WITHIN)
 
     async def _clean_page(self, after: int) -> int | None:
         ((last,),) = await self._tidy("SELECT {}.clean($1)", after)
@@ -439,19 +441,25 @@ class PostgresBroker(TableBroker):
 class _PooledDriver(Adapter):
     """A connection of the pool, for one outcome of an application without its own connection."""
 
-    on_error: Callable[[Exception], Awaitable[None]]
-
-    def __init__(self, pool: Pool, connection: PoolConnectionProxy[Any], schema: str, slots: asyncio.Semaphore) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        connection: PoolConnectionProxy[Any],
+        schema: str,
+        slots: asyncio.Semaphore,
+        on_error: Callable[[Exception], Awaitable[None]],
+    ) -> None:
         super().__init__(connection, schema)
         self._pool = pool
         self._pooled = connection
         self._slots = slots
+        self._on_error = on_error
 
     async def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
         try:
             return await super().execute(statement, *arguments)
         except ERRORS as error:
-            await self.on_error(error)
+            await self._on_error(error)
             raise
 
     async def release(self) -> None:

@@ -163,6 +163,17 @@ async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: 
             await asyncio.gather(*(handle() for _ in range(4)))
 
 
+async def test_long_chores_leave_a_connection_for_calls(url: str, admin: Connection) -> None:
+    await admin.execute("SELECT pg_advisory_lock(1)")
+    async with asyncpg.create_pool(url, min_size=1, max_size=4) as pool, PostgresBroker(pool) as broker:
+        chores = [asyncio.create_task(broker._tidy("SELECT pg_advisory_xact_lock(1)")) for _ in range(2)]
+        await until(lambda: pool.get_idle_size() == 0)
+        async with asyncio.timeout(PATIENCE):
+            await broker.inspect()
+        await admin.execute("SELECT pg_advisory_unlock(1)")
+        await asyncio.gather(*chores)
+
+
 async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
     broker: PostgresBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
