@@ -68,6 +68,7 @@ _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
 #: Errors of a server that stores nothing: it is read-only, or a standby.
 _READ_ONLY: Final = (asyncpg.ReadOnlySQLTransactionError, asyncpg.FeatureNotSupportedError)
 _EXPIRES_EVERY: Final = 5.0  # seconds
+_ACQUIRES_AGAIN: Final = 0.1  # seconds, if the server has too many connections
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
 _RESTORES_EVERY: Final = 10.0  # seconds
@@ -378,7 +379,7 @@ class PostgresBroker(TableBroker):
             await pool.expire_connections()
 
     async def _acquire(self, pool: Pool) -> PoolConnectionProxy[Any]:
-        loop = asyncio.get_running_loop()
+        loop, refusal = asyncio.get_running_loop(), ""
 
         def cut() -> None:
             with suppress(RuntimeError):  # it is cut already
@@ -389,9 +390,14 @@ class PostgresBroker(TableBroker):
             # If the pool's own setup is cancelled, asyncpg waits for the server again; a second cancellation ends that.
             async with asyncio.timeout(None) as last, asyncio.timeout(None) as first:
                 with self._limit(_ANSWER_WITHIN, cut):
-                    return await without_frames(pool.acquire())
+                    while True:
+                        try:
+                            return await without_frames(pool.acquire())
+                        except asyncpg.TooManyConnectionsError as error:  # until a client or this pool lets one go
+                            refusal = f": {error}"
+                            await asyncio.sleep(_ACQUIRES_AGAIN)
         except TimeoutError:  # nothing was asked, so nothing was refused
-            raise ConnectionError(f"no connection to the database within {_ANSWER_WITHIN:g} s") from None
+            raise ConnectionError(f"no connection to the database within {_ANSWER_WITHIN:g} s{refusal}") from None
 
     @contextmanager
     def _limit(self, patience: float, cut: Callable[[], None]) -> Iterator[asyncio.TimerHandle]:
