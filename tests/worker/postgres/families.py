@@ -23,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scop
 from aiokeyless import sync, worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Awaitable, Coroutine
 
     from aiokeyless.worker import ApprovalEvent
 
@@ -46,11 +46,17 @@ async def entered(manager: Any) -> AsyncGenerator[Any]:
             yield inside
 
 
+FAMILIES: dict[str, type[Family]] = {}
+
+
 class Family:
     """A shop. One that blocks awaits nothing."""
 
     blocks: ClassVar[bool] = True
     target: Any
+
+    def __init_subclass__(cls) -> None:
+        FAMILIES[cls.__name__] = cls
 
     def __init__(self, folder: str, database: str) -> None:
         self.folder = folder
@@ -307,29 +313,6 @@ class DjangoPsycopg2(Django):
     driver = "psycopg2"
 
 
-FAMILIES: dict[str, type[Family]] = {
-    kind.__name__: kind
-    for kind in (
-        Asyncpg,
-        Psycopg,
-        PsycopgWithoutAutocommit,
-        PsycopgAsync,
-        Psycopg2,
-        Psycopg2Dict,
-        SqlalchemySession,
-        SqlalchemyPsycopg,
-        SqlalchemyScoped,
-        Sqlmodel,
-        SqlalchemyConnection,
-        SqlalchemyAsyncSession,
-        SqlalchemyAsyncPsycopg,
-        SqlalchemyAsyncConnection,
-        Django,
-        DjangoPsycopg2,
-    )
-}
-
-
 # -- how a body can end
 
 
@@ -393,24 +376,6 @@ async def is_cancelled_in_a_statement(shop: Family, name: str) -> None:
         await shop.execute("SELECT pg_sleep(60)")
 
 
-BODIES: dict[str, Callable[[Family, str], Awaitable[None]]] = {
-    body.__name__: body
-    for body in (
-        ends,
-        raises,
-        fails_in_a_savepoint,
-        swallows_an_error,
-        breaks_a_constraint,
-        commits,
-        loses_its_backend,
-        is_cut_before_its_commit,
-        is_cut_after_its_commit,
-        is_cancelled,
-        is_cancelled_in_a_statement,
-    )
-}
-
-
 async def handle(shop: Family, names: list[str]) -> dict[str, str]:
     """Handle an outcome for each way in which a body can end; return what the shop met."""
     met: dict[str, str] = {}
@@ -426,7 +391,7 @@ async def handle_one(shop: Family, met: dict[str, str]) -> None:
         async with shop.next_outcome() as event:
             name = str(event.operation_id)
             met[name] = "nothing"
-            await (raises if name in seen else BODIES[name])(shop, name)  # it comes again, if it was not handled
+            await (raises if name in seen else globals()[name])(shop, name)  # it comes again, if it was not handled
             return
     except Exception as error:  # noqa: BLE001  # the table has them all
         met[name] = type(error).__name__

@@ -62,26 +62,6 @@ async def handle(psycopg_url: tuple[str, bool], body: Callable[[Psycopg, Approva
     await asyncio.to_thread(program)
 
 
-# -- submitting
-
-
-async def test_a_transaction_that_the_driver_begins_is_the_callers_to_commit(admin: Connection, url: str) -> None:
-    def program() -> None:
-        with connected((url, False)) as connection:
-            sync.submit_approval(connection, "C0FFEE", operation_id="a")
-            connection.commit()
-            sync.submit_approval(connection, "C0FFEE", operation_id="b")
-            connection.rollback()
-        with connected((url, True)) as connection, pytest.raises(ConfigurationError, match="must be in a transaction"):
-            sync.submit_approval(connection, "C0FFEE", operation_id="c")
-
-    await asyncio.to_thread(program)
-    assert await operations(admin) == {"a"}
-
-
-# -- reading
-
-
 async def test_a_new_reader_gets_all_outcomes(broker: PostgresBroker, admin: Connection, url: str) -> None:
     await decide_all(broker, "a")
 

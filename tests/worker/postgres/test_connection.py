@@ -86,21 +86,6 @@ async def test_a_scope_that_cancels_each_await_leaves_no_transaction_behind(
     assert not connection.is_in_transaction()
 
 
-async def test_an_error_of_sql_that_the_body_swallowed_is_raised(
-    broker: PostgresBroker, admin: Connection, connection: Connection
-) -> None:
-    await decide_all(broker, "a")
-    with pytest.raises(BrokerError, match="use a savepoint") as caught:
-        async with next_outcome(connection, "shop") as event:
-            await pay(connection, event)
-            with pytest.raises(asyncpg.UniqueViolationError):
-                await pay(connection, event)
-    assert isinstance(caught.value.__cause__, asyncpg.InFailedSQLTransactionError)
-    assert await payments(admin) == set()
-    assert await unread(admin) == {"a": 1}
-    assert not connection.is_in_transaction()
-
-
 async def test_a_body_that_begins_a_transaction_of_its_own_loses_it(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
@@ -241,10 +226,10 @@ async def test_while_it_waits_the_connection_is_in_no_transaction(
     await asyncio.wait({waiting})
 
 
-@pytest.mark.parametrize("target", [asyncpg.Record, object()])
-def test_what_is_no_connection_is_refused(target: object) -> None:
-    with pytest.raises(ConfigurationError, match="connection of asyncpg"):
-        PostgresConnection(target)
+@pytest.mark.parametrize("target", [asyncpg.Record, asyncpg.create_pool, object()])
+async def test_what_is_no_connection_is_refused(target: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"connection of asyncpg.* PostgresBroker\(pool\)"):
+        PostgresConnection(target() if target is asyncpg.create_pool else target)
 
 
 async def test_a_connection_that_is_closed_or_not_open_yet_is_not_cut(url: str) -> None:

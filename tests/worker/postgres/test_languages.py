@@ -13,9 +13,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.worker import approval_request, next_outcome, submit_approval
+from aiokeyless.worker import approval_request, submit_approval
 
-from .shop import RefusalError, decide_all, operations, pay, payments, unread
+from .shop import RefusalError, decide_all, operations, unread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -118,14 +118,3 @@ async def test_the_driver_connection_of_a_session_is_in_no_transaction_before_it
         await submit_approval(driver, "C0FFEE", operation_id="a")
         assert await operations(admin) == set()
     assert await operations(admin) == {"a"}
-
-
-async def test_the_driver_connection_of_sqlalchemys_pool_takes_an_outcome(
-    broker: PostgresBroker, admin: Connection, engine: AsyncEngine
-) -> None:
-    await decide_all(broker, "a")
-    async with engine.connect() as connection:
-        driver = (await connection.get_raw_connection()).driver_connection
-        async with next_outcome(driver, "shop") as event:
-            await pay(driver, event)  # type: ignore[arg-type]  # SQLAlchemy does not say whose connection it is
-    assert await payments(admin) == {"a"}

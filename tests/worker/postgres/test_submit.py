@@ -52,26 +52,6 @@ def text_of(**fields: Any) -> str:
 # -- in a transaction
 
 
-async def test_a_request_is_stored_if_and_only_if_the_transaction_commits(
-    admin: Connection, connection: Connection
-) -> None:
-    async with connection.transaction():
-        await connection.execute("INSERT INTO payment VALUES ('a')")
-        submission = await submit_approval(connection, "C0FFEE", operation_id="a")
-        assert not submission.duplicate
-        assert await waiting(admin) == []
-    assert await waiting(admin) == ["a"]
-
-    with pytest.raises(ZeroDivisionError):
-        async with connection.transaction():
-            await submit_approval(connection, "C0FFEE", operation_id="b")
-            raise ZeroDivisionError
-    assert await waiting(admin) == ["a"]
-
-    async with connection.transaction():
-        assert (await submit_approval(connection, "C0FFEE", operation_id="a")).duplicate
-
-
 async def test_a_connection_in_no_transaction_is_refused(admin: Connection, connection: Connection) -> None:
     with pytest.raises(ConfigurationError, match=r"async with connection\.transaction"):
         await submit_approval(connection, "C0FFEE", operation_id="a")
@@ -417,12 +397,3 @@ async def test_a_time_in_the_future_counts_as_now_and_a_wait_ends_after_400_days
 async def test_the_ids_of_a_request_are_compared_byte_by_byte(connection: Connection) -> None:
     for operation_id in ("\u00e9", "e\u0301", "E\u0301", "a", "A", "a "):
         assert not await submit_text(connection, text_of(operation_id=operation_id))
-
-
-async def test_an_application_without_a_connection_uses_the_broker(broker: PostgresBroker, admin: Connection) -> None:
-    assert not (await submit_approval(broker, "C0FFEE", operation_id="a")).duplicate
-    (message,) = await take_n(broker, 1)
-    assert operation_of(message) == "a"
-    assert await waiting(admin) == ["a"]
-    with pytest.raises(ConfigurationError, match=r"PostgresBroker\(pool\)"):
-        await submit_approval(asyncpg.create_pool(), "C0FFEE", operation_id="a")
