@@ -19,7 +19,6 @@ from aiokeyless.worker.messages import FailureReason
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
 from aiokeyless.worker.tables import row_of
-from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import LEASE, SHORT_LEASE, decide, operation_of, submit, take_n
 
 from .shop import decide_all
@@ -180,31 +179,6 @@ async def test_a_worker_that_is_led_to_a_standby_waits_and_says_so(primary: Post
             standby.promote()
             await broker.prepare(lease=LEASE, service="")
             assert [operation_of(message) for message in await take_n(broker, 1)] == ["a"]
-
-
-async def test_a_worker_follows_a_name_that_leads_to_another_server_while_the_old_one_answers(
-    primary: PostgresServer,
-) -> None:
-    database = primary.new_database()
-    with standby_of(primary) as standby:
-        async with (
-            CuttingProxy(primary) as proxy,
-            Sandbox(auto_approve=0.1) as sandbox,
-            sandbox.client() as client,
-            PostgresBroker(proxy.url(database)) as broker,
-            ApprovalWorker(client, broker),
-        ):
-            await asyncio.gather(*(broker._fetch("SELECT pg_sleep(0.5)") for _ in range(10)))  # all connections
-            await caught_up(primary, standby)
-            standby.promote()
-            primary.execute("ALTER SYSTEM SET default_transaction_read_only = on")
-            primary.execute("SELECT pg_reload_conf()")
-            proxy.server = standby  # as DNS does, for new connections
-            connection = await asyncpg.connect(standby.url(database))
-            async with connection.transaction():
-                await submit_approval(connection, "C0FFEE", operation_id="a")
-            await connection.close()
-            assert await read(standby.url(database), 1) == {"a": (Outcome.APPROVED, None)}
 
 
 @pytest.mark.parametrize("option", [(), ("--no-unlogged-table-data",)])
