@@ -124,7 +124,6 @@ class Serving:
             reporter=self._reporter,
         )
         self._announcements = Announcements(on_created, at_once=limits.max_in_flight)
-        self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
         self._taking: asyncio.Task[Sequence[Message]] | None = None
@@ -148,8 +147,8 @@ class Serving:
         Raises:
             BrokerError: The broker will not come back, or has other settings now.
         """
+        watching = self._loop.create_task(self._reporter.watch())
         try:
-            self._watching = self._loop.create_task(self._reporter.watch())
             log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
             while not self._stopping:
                 self._changed.clear()
@@ -157,7 +156,7 @@ class Serving:
             await self._drain()
         finally:
             try:
-                await self._abandon()
+                await self._abandon(watching)
             finally:  # anyio's scopes cancel each await
                 self._reporter.report_end()
 
@@ -239,16 +238,11 @@ class Serving:
         del facts["problems"]
         log(logging.INFO, "worker.done", facts)
 
-    async def _abandon(self) -> None:
+    async def _abandon(self, watching: asyncio.Task[None]) -> None:
         """Cancel what is still in flight; the broker repeats the deliveries."""
         if self._key_check is not None:
             self._key_check.cancel()
-        background = {self._watching} if self._watching is not None else set()
-        while tasks := {
-            *self._deliveries,
-            *self._announcements.calls,
-            *(task for task in background if not task.done()),
-        }:
+        while tasks := {*self._deliveries, *self._announcements.calls, *([] if watching.done() else [watching])}:
             for task in tasks:
                 task.cancel()
             # On Python 3.11, asyncio.wait_for can lose a cancellation, so this loop repeats it.
