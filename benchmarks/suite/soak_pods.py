@@ -50,8 +50,9 @@ class PodsSoak(FailoverSoak):
 
     async def _take_over(self) -> None:
         primary = self._server
-        standby = self._standby or await asyncio.to_thread(PostgresServer, primary, **SETTINGS)
-        self._standby = standby
+        standby = self._standby
+        if standby is None:
+            standby = self._standby = await asyncio.to_thread(PostgresServer, primary, None, **SETTINGS)
         await self._until_asked(lambda: primary.execute(SENDER) != [])
         await asyncio.to_thread(primary.stop)  # which waits until the standby has everything
         await asyncio.to_thread(standby.promote)
@@ -107,7 +108,7 @@ def run(bench: Bench) -> Report:
     """Run the fleet for an hour, or the minutes that were asked for."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        soak = PodsSoak(bench, planned(bench), PostgresServer(**SETTINGS), folder, None)
+        soak = PodsSoak(bench, planned(bench), PostgresServer(None, None, **SETTINGS), folder, None)
         stack.callback(soak.close)
         asyncio.run(soak.run())
         report = soak.report("soak_pods")
