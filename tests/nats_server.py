@@ -45,12 +45,15 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings | None = No
     return await streams.prepare(stream, Fleet(), made, ack_wait=ack_wait, service="")
 
 
-async def change_consumer(connection: Client, **settings: object) -> None:
-    """Change settings of the consumer, as an operator does. nats-py does not know all of them."""
-    subject = f"$JS.API.CONSUMER.INFO.{REQUESTS}.{CONSUMER}"
-    config = json.loads((await connection.request(subject, timeout=PATIENCE)).data)["config"]
-    wanted = json.dumps({"stream_name": REQUESTS, "config": config | settings}).encode()
-    answer = await connection.request(f"$JS.API.CONSUMER.CREATE.{REQUESTS}.{CONSUMER}", wanted, timeout=PATIENCE)
+async def change_consumer(
+    connection: Client, stream: str = REQUESTS, consumer: str = CONSUMER, **settings: object
+) -> None:
+    """Change settings of a consumer, or make it with them, as an operator does. nats-py does not know all of them."""
+    subject = f"$JS.API.CONSUMER.INFO.{stream}.{consumer}"
+    made = {"durable_name": consumer, "ack_policy": "explicit", "max_ack_pending": -1}
+    config = json.loads((await connection.request(subject, timeout=PATIENCE)).data).get("config", made)
+    wanted = json.dumps({"stream_name": stream, "config": config | settings}).encode()
+    answer = await connection.request(f"$JS.API.CONSUMER.CREATE.{stream}.{consumer}", wanted, timeout=PATIENCE)
     assert "error" not in json.loads(answer.data)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
@@ -31,14 +32,14 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
 
 from .claims import READ_WITHIN, NatsClaims
-from .connection import check_options, connect, disconnect
+from .connection import check_options, connect, disconnect, find_largest_request
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT, EventKeys, is_about
 from .failures import NoStreamError, broker_errors, raise_lost_cancellations
 from .fleet import KEYLESS, Fleet
 from .inspection import inspect
-from .intake import ACK_WAIT, Intake, NatsMessage
+from .intake import Intake, NatsMessage
 from .readers import Reader
-from .streams import StreamSettings, prepare, restore_consumer
+from .streams import ACK_WAIT, StreamSettings, prepare, restore_consumer
 
 if TYPE_CHECKING:
     from nats.js import JetStreamContext
@@ -49,7 +50,6 @@ _RESTORED_WITHIN: Final = 1.0  # seconds; during an election nobody answers, and
 _SUBMISSIONS: Final = 3  # attempts
 #: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
 _LEADERLESS_FOR: Final = 15.0
-_ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event with its headers may exceed its request
 _KEPT_AS: Final = "_aiokeyless_broker"  # a connection's attribute for its broker
 
 
@@ -91,12 +91,13 @@ class NatsBroker(Broker):
         self._event_keys = event_keys
         self._settings = settings or StreamSettings()
         if self._connection is not None:
-            self.largest_request: int = self._connection.max_payload - _ROOM_FOR_EVENT
+            self.largest_request: int = find_largest_request(self._connection)
         self._loss: BrokerError | None = None  # why the connection will not come back
         self._clock = BrokerClock()
         self._intake: Intake | None = None  # None until a worker has prepared it
         self._claims: NatsClaims
         self._ack_wait = ACK_WAIT
+        self._inspect: Callable[..., Awaitable[Inspection]] = inspect
         self._readers: dict[str, Reader] = {}
 
     @classmethod
@@ -116,38 +117,30 @@ class NatsBroker(Broker):
                 raise ConfigurationError("the broker is open already")
             self._loss = None
             self._connection = await without_frames(self._connect(self._url))
-            self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
+            self.largest_request = find_largest_request(self._connection)
 
     async def _connect(self, url: Secret) -> Client:
         options = {
             name: value.reveal() if isinstance(value, Secret) else value for name, value in self._options.items()
         }
-        return await connect(url.reveal(), options, on_reconnect=self._on_reconnect, on_loss=self._on_loss)
+        return await connect(url.reveal(), options, on_loss=self._on_loss)
 
     async def aclose(self) -> None:
         connection = self._connection
         if connection is None:
             return
-        if self._intake is not None:
-            intake, self._intake = self._intake, None
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_ANSWER_WITHIN):  # the broker may be silent
-                    await intake.close()
-        for reader in self._readers.values():
-            await reader.close()
+        intakes: list[Reader | Intake] = [*self._readers.values(), *([] if self._intake is None else [self._intake])]
+        self._intake = None
         self._readers.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER_WITHIN):  # the broker may be silent
+                await asyncio.gather(*(intake.close() for intake in intakes))
         if self._url is not None:
             self._connection = None
             await disconnect(connection)
 
-    def _on_reconnect(self) -> None:
-        if self._intake is not None:
-            self._intake.forget()
-
     def _on_loss(self, error: BrokerError) -> None:
         self._loss = self._loss or error
-        if self._intake is not None:
-            self._intake.forget()
 
     def _open_connection(self) -> Client:
         if self._loss is not None:
@@ -214,12 +207,14 @@ class NatsBroker(Broker):
             if self._loss is not None:  # the broker does not answer a request that it does not permit
                 raise self._loss from None
             raise
+        self._inspect = partial(inspect, settings=self._settings, ack_wait=self._ack_wait, service=service)
         with suppress(UnavailableError):
             await self.inspect()  # which measures the broker's clock
         self._claims = NatsClaims(self._fleet.jetstream(connection, READ_WITHIN), self._fleet, self._event_keys)
         if self._intake is None:
             loop = asyncio.get_running_loop()
-            self._intake = Intake(connection, self._fleet, lease=lease, now=loop.time, restore=self._restore)
+            source = self._fleet.prefix, self._fleet.requests, self._fleet.consumer
+            self._intake = Intake(connection, *source, lease=lease, now=loop.time, restore=self._restore)
             await self._intake.open()
         return window
 
@@ -304,7 +299,7 @@ class NatsBroker(Broker):
     async def inspect(self) -> Inspection:
         if not self._open_connection().is_connected:
             raise UnavailableError("there is no connection to the broker")
-        found = await inspect(self._stream(), self._fleet, self._clock)
+        found = await self._inspect(self._stream(), self._fleet, self._clock)
         problem = None if self._intake is None else self._intake.problem
         return found if problem is None else msgspec.structs.replace(found, problems=(*found.problems, problem))
 

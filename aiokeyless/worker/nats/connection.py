@@ -30,6 +30,8 @@ _MAX_OUTSTANDING_PINGS: Final = 2
 #: An older server does not answer a pull for a deleted consumer. Its worker would receive nothing, without an error.
 #: Before 2.10, servers also lack the metadata of streams, which names a fleet's owner, and do not report their time.
 _OLDEST_SERVER: Final = (2, 11)
+_ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event with its headers may exceed its request
+_SMALLEST: Final = 1 << 10  # bytes that a request must be allowed to have
 #: Options of ``nats.connect`` by which a worker observes its connection, and keeps it.
 _OWN_OPTIONS: Final = frozenset(
     {
@@ -40,7 +42,6 @@ _OWN_OPTIONS: Final = frozenset(
         "max_reconnect_attempts",
         "reconnect_time_wait",
         "reconnect_to_server_handler",
-        "reconnected_cb",
         "servers",
     }
 )
@@ -66,7 +67,6 @@ async def connect(
     nats_url: str,
     options: Mapping[str, object],
     *,
-    on_reconnect: Callable[[], None],
     on_loss: Callable[[BrokerError], None],
 ) -> Client:
     """Connect to the broker.
@@ -74,7 +74,6 @@ async def connect(
     Args:
         nats_url: Addresses, separated by commas.
         options: Of ``nats.connect``.
-        on_reconnect: Called when a lost connection is restored.
         on_loss: Called if the connection will not come back or is useless: the broker ended it, or does not permit what
             a worker does.
 
@@ -95,11 +94,10 @@ async def connect(
     if given.get("tls") and "ws" in schemes:
         raise BrokerError(f"no connection to the broker at {_hosts(servers)}: ws:// is without TLS, use wss://")
     is_secure = (bool(given.get("tls")) or "tls" in schemes) and schemes.isdisjoint({"ws", "wss"})
-    client = _Client(on_reconnect, on_loss, is_secure=is_secure)
+    client = _Client(on_loss, is_secure=is_secure)
     callbacks = {
         "error_cb": client.on_error,
         "disconnected_cb": client.on_disconnect,
-        "reconnected_cb": client.on_reconnect,
         "closed_cb": client.on_close,
     }
     try:
@@ -125,6 +123,7 @@ async def _connect_once(client: Client, servers: list[str], options: dict[str, A
             with raise_lost_cancellations():
                 await client.connect(servers, **{**options, **_ONCE})
         _check_version(client, servers)
+        find_largest_request(client)
     except BaseException:  # after a cancellation, too, no connection may stay open
         if client.is_connecting or client.is_connected:  # nats-py does not close a refused connection
             await disconnect(client)
@@ -143,13 +142,10 @@ class _Client(Client):
         is_made: Whether it was made.
     """
 
-    def __init__(
-        self, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None], *, is_secure: bool
-    ) -> None:
+    def __init__(self, on_loss: Callable[[BrokerError], None], *, is_secure: bool) -> None:
         super().__init__()
         self.failures: list[Exception] = []
         self.is_made: bool = False
-        self._reconnect = on_reconnect
         self._lose = on_loss
         self._is_secure = is_secure
 
@@ -164,9 +160,6 @@ class _Client(Client):
     async def on_disconnect(self) -> None:
         if self.is_made and not self.is_closed:  # by the worker itself, at its end
             log(logging.WARNING, "broker.disconnected")
-
-    async def on_reconnect(self) -> None:
-        self._reconnect()
 
     async def on_close(self) -> None:
         if self.is_made:
@@ -218,6 +211,16 @@ def _check_version(client: Client, servers: list[str]) -> None:
             f"the broker at {_hosts(servers)} is a nats-server {found[0]}.{found[1]}, and workers need "
             f"{_OLDEST_SERVER[0]}.{_OLDEST_SERVER[1]} or newer: upgrade it"
         )
+
+
+def find_largest_request(client: Client) -> int:
+    """Return the most bytes of a request for which an event can be stored. Refuse a server that allows hardly any."""
+    largest = client.max_payload - _ROOM_FOR_EVENT
+    if largest < _SMALLEST:
+        raise BrokerError(
+            f"the broker's max_payload is {client.max_payload} bytes, and must be {_ROOM_FOR_EVENT + _SMALLEST} or more"
+        )
+    return largest
 
 
 async def disconnect(connection: Client) -> None:

@@ -1,7 +1,6 @@
-"""The state of a fleet, by few requests to JetStream: for the stream of requests, its consumer, and the readers'.
+"""The state of a fleet, by few requests to JetStream: for its streams, the workers' consumer, and the readers'.
 
-The broker answers them from memory, but for the oldest outcome that a reader has not handled. What becomes of the other
-streams, a worker notices when it stores an outcome or a claim.
+The broker answers them from memory, but for the oldest outcome that a reader has not handled.
 """
 
 from __future__ import annotations
@@ -16,11 +15,19 @@ from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import MOST_UNREAD, UnavailableError
 
 from .failures import broker_errors
-from .streams import request
+from .streams import (
+    ACK_WAIT,
+    Config,
+    StreamSettings,
+    check_service,
+    describe_wrong,
+    find_window,
+    request,
+    wanted_consumer,
+    wanted_streams,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nats.js import JetStreamContext
 
     from aiokeyless.worker.clock import BrokerClock
@@ -31,11 +38,6 @@ if TYPE_CHECKING:
 _ROOM: Final = 4 << 10
 
 
-class _Limits(msgspec.Struct):
-    max_msgs: int = -1
-    max_bytes: int = -1
-
-
 class _Content(msgspec.Struct):
     messages: int
     bytes: int
@@ -44,30 +46,36 @@ class _Content(msgspec.Struct):
 
 class _Stream(msgspec.Struct):
     ts: datetime
-    config: _Limits
+    config: Config
     state: _Content
-
-
-class _Consumer(msgspec.Struct):
-    num_pending: int
-    paused: bool = False
 
 
 class _Floor(msgspec.Struct):
     stream_seq: int
 
 
-class _Place(msgspec.Struct):
+class _Consumer(msgspec.Struct):
     name: str
-    config: dict[str, object]
+    config: Config
     num_pending: int
     num_ack_pending: int
     ack_floor: _Floor
+    paused: bool = False
+
+    @property
+    def unread(self) -> int:
+        """Messages that are not settled."""
+        return min(self.num_pending + self.num_ack_pending, MOST_UNREAD)
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether it belongs to another client than `next_outcome`, which may have settings of its own."""
+        return not self.config.keys().isdisjoint({"deliver_subject", "filter_subject", "filter_subjects"})
 
 
-class _Places(msgspec.Struct):
+class _Consumers(msgspec.Struct):
     total: int = 0
-    consumers: list[_Place] = []
+    consumers: list[_Consumer] = []
 
 
 class _Message(msgspec.Struct):
@@ -78,13 +86,30 @@ class _Kept(msgspec.Struct):
     message: _Message
 
 
-_Info = TypeVar("_Info", _Stream, _Consumer, _Places, _Kept)
+_Info = TypeVar("_Info", _Stream, _Consumer, _Consumers, _Kept)
 
 
-async def inspect(stream: JetStreamContext, fleet: Fleet, clock: BrokerClock) -> Inspection:
+async def inspect(
+    stream: JetStreamContext,
+    fleet: Fleet,
+    clock: BrokerClock,
+    *,
+    settings: StreamSettings | None = None,
+    ack_wait: float = ACK_WAIT,
+    service: str = "",
+) -> Inspection:
     """Return the state of a fleet, and measure the broker's clock.
 
+    Args:
+        stream: The broker's JetStream.
+        fleet: The fleet.
+        clock: The clock.
+        settings: What the operator chose; None if that is not known.
+        ack_wait: The least ack wait of consumers, in seconds.
+        service: Base URL of the service that the worker asks; empty if it is not known.
+
     Raises:
+        BrokerError: The fleet asks another service.
         UnavailableError: The broker does not answer, or not as expected.
     """
 
@@ -102,42 +127,64 @@ async def inspect(stream: JetStreamContext, fleet: Fleet, clock: BrokerClock) ->
     if requests is None:
         return Inspection(clock_ahead=clock.ahead, problems=(f"the stream {fleet.requests} is gone",))
     clock.compare(requests.ts, asked_at=asked_at)
+    if service:
+        check_service(fleet, requests.config, service)
+    outcomes = await ask(f"STREAM.INFO.{fleet.outcomes}", _Stream)
+    claims = await ask(f"STREAM.INFO.{fleet.claims}", _Stream)
     consumer = await ask(f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}", _Consumer)
-    unread: dict[str, int] = {}
+    readers: list[_Consumer] = []
+    total = 1
+    while len(readers) < total:  # an answer has 256 at most
+        page = await ask(f"CONSUMER.LIST.{fleet.outcomes}", _Consumers, offset=len(readers)) or _Consumers()
+        readers += page.consumers
+        total = page.total if page.consumers else 0
+    readers = [reader for reader in readers if "durable_name" in reader.config]  # else an operator looks with it
     ages: dict[str, float] = {}
-    seen, total = 0, 1
-    while seen < total:  # an answer has 256 at most
-        page = await ask(f"CONSUMER.LIST.{fleet.outcomes}", _Places, offset=seen) or _Places()
-        seen, total = seen + len(page.consumers), page.total if page.consumers else 0
-        for place in page.consumers:
-            if "durable_name" not in place.config:  # no reader, but an operator's look
-                continue
-            unread[place.name] = min(place.num_pending + place.num_ack_pending, MOST_UNREAD)
-            ages[place.name] = 0.0
-            if unread[place.name]:
-                after = place.ack_floor.stream_seq + 1
-                oldest = await ask(f"STREAM.MSG.GET.{fleet.outcomes}", _Kept, seq=after, next_by_subj=">")
-                if oldest is not None:  # it was not removed just now
-                    ages[place.name] = max(0.0, (requests.ts - oldest.message.time).total_seconds())
+    for reader in readers:
+        ages[reader.name] = 0.0
+        if reader.unread:
+            after = reader.ack_floor.stream_seq + 1
+            oldest = await ask(f"STREAM.MSG.GET.{fleet.outcomes}", _Kept, seq=after, next_by_subj=">")
+            if oldest is not None:  # it was not removed just now
+                ages[reader.name] = max(0.0, (requests.ts - oldest.message.time).total_seconds())
+
+    window = find_window(*(stream.config for stream in (requests, outcomes) if stream is not None))
+    tables = wanted_streams(fleet, settings or StreamSettings(None, window, window), window)
+    wanted = wanted_consumer(ack_wait)
+    streams = {fleet.requests: requests, fleet.outcomes: outcomes, fleet.claims: claims}
+    consumers = {fleet.consumer: consumer, **{reader.name: reader for reader in readers if not reader.is_anothers}}
+    problems = (
+        *(_describe_stream(name, found, tables[name]) for name, found in streams.items()),
+        *(_describe_consumer(name, found, wanted) for name, found in consumers.items()),
+    )
     waiting = requests.state.messages
     return Inspection(
         waiting=waiting,
         backlog=0 if consumer is None else consumer.num_pending,
         oldest_age=(requests.ts - requests.state.first_ts).total_seconds() if waiting else 0.0,
-        unread=unread,
+        unread={reader.name: reader.unread for reader in readers},
         oldest_unread_age=ages,
         clock_ahead=clock.ahead,
-        problems=tuple(_problems(fleet, requests, consumer)),
+        problems=tuple(filter(None, problems)),
     )
 
 
-def _problems(fleet: Fleet, requests: _Stream, consumer: _Consumer | None) -> Iterator[str]:
-    limits, content = requests.config, requests.state
-    if 0 < limits.max_msgs <= content.messages:
-        yield f"the stream {fleet.requests} is full: it has {content.messages} messages of at most {limits.max_msgs}"
-    elif 0 < limits.max_bytes < content.bytes + _ROOM:
-        yield f"the stream {fleet.requests} is full: it has {content.bytes} bytes of at most {limits.max_bytes}"
-    if consumer is None:
-        yield f"the consumer {fleet.consumer} is gone"
-    elif consumer.paused:
-        yield f"the consumer {fleet.consumer} is paused"
+def _describe_stream(name: str, found: _Stream | None, wanted: Config) -> str:
+    if found is None:
+        return f"the stream {name} is gone"
+    content, full = found.state, f"the stream {name} is full: it has"
+    if 0 < (most := found.config.get("max_msgs", 0)) <= content.messages:
+        return f"{full} {content.messages} messages of at most {most}"
+    if 0 < (most := found.config.get("max_bytes", 0)) < content.bytes + _ROOM:
+        return f"{full} {content.bytes} bytes of at most {most}"
+    return describe_wrong(f"the stream {name}", found.config, wanted)
+
+
+def _describe_consumer(name: str, found: _Consumer | None, wanted: Config) -> str:
+    if found is None:
+        return f"the consumer {name} is gone"
+    return (
+        f"the consumer {name} is paused"
+        if found.paused
+        else describe_wrong(f"the consumer {name}", found.config, wanted)
+    )

@@ -1,8 +1,8 @@
-"""Deliveries pulled from JetStream, and kept here for a moment, until a worker takes them.
+"""Deliveries pulled from JetStream, and kept here for a moment, until a worker or a reader takes them.
 
 nats-py's own ``fetch`` waits for a full batch, and so returns the first message a second late. This module sends a pull
 as a plain message to the consumer, and receives each delivery by a subscription when it arrives. There is one pull at a
-time: several are no faster.
+time: several are no faster. A pull is lost with its connection, so after a reconnect there is another one.
 
 A leader that dies takes deliveries and put-offs with it, even those that it confirmed. The next one makes each of these
 deliveries again after the ack wait, which is short for that reason. Slow deliveries are extended.
@@ -36,7 +36,7 @@ from aiokeyless.worker.messages import Message, decode_request, read_times, requ
 from .event_keys import TRACEPARENT
 from .failures import broker_errors
 from .load_shedding import LoadShedding
-from .streams import is_delivery
+from .streams import ACK_WAIT, is_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -45,13 +45,10 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.subscription import Subscription
 
-    from .fleet import Fleet
-
-#: Seconds after which the broker repeats a delivery that is neither settled nor extended: about an election.
-ACK_WAIT: Final = 6.0
 #: Seconds for which one pull waits for deliveries.
 EXPIRES: Final = 1.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is no longer expected: it may be lost
+_NOTICED_WITHIN: Final = 0.25  # seconds after which a take notices that the connection was made again
 _EXPIRED: Final = "408"  # the pull has expired as requested
 _CHOICE: Final = 512  # deliveries to choose probes from
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
@@ -138,7 +135,7 @@ class Failures:
 
 
 class Intake:
-    """The deliveries of one worker, or of several that share a connection.
+    """The deliveries of one consumer to all who share a connection.
 
     After a refused pull it calls `restore`, which makes the consumer again if it is gone. It extends each delivery that
     was taken, until that is settled or was here for `lease` seconds.
@@ -147,25 +144,29 @@ class Intake:
     def __init__(
         self,
         connection: Client,
-        fleet: Fleet,
+        prefix: str,
+        stream: str,
+        consumer: str,
         *,
         lease: float,
         now: Callable[[], float],
         restore: Callable[[], Awaitable[None]],
     ) -> None:
         self._connection = connection
-        self._fleet = fleet
+        self._source = stream, consumer
         self._lease = lease
-        self._subject = f"{fleet.prefix}.CONSUMER.MSG.NEXT.{fleet.requests}.{fleet.consumer}"
+        self._subject = f"{prefix}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._now = now
         self._restore = restore
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
-        self._extending: asyncio.Task[None]  # as long as there is a subscription
+        self._extending: asyncio.Task[None] | None = None  # as long as something is taken
         self._pulls = itertools.count()
         self._reply = ""  # the subject to which the broker reports the end of the last pull
         self._left = 0  # deliveries of the pull that have not arrived
         self._pulled_at = now()
+        self._reconnects = 0  # of the connection, when it was sent
+        self._wanted = 0  # deliveries, by all takes that wait
         self._largest = _LARGEST
         self._refusals = 0  # of pulls, in a row
         self._refusal = ""  # why the broker refused the last one
@@ -183,24 +184,32 @@ class Intake:
     async def open(self) -> None:
         """Subscribe to deliveries."""
         self._subscription = await self._connection.subscribe(f"{self._inbox}.*", cb=self._on_message)
-        self._extending = asyncio.create_task(self._extend())
 
     async def take(self, up_to: int, within: float, *, untried: int | None) -> list[NatsMessage]:
         """See `Broker.take`."""
-        until = self._now() + within
-        while True:
-            self._moved.clear()
-            self._check_connection()
-            await self._pull(up_to if untried is None else max(up_to, _CHOICE))
-            await self._hand_back_old()
-            left = until - self._now()
-            if (taken := self._choose(up_to, untried, is_last=left <= 0)) or left <= 0:
-                return taken
-            if len(self._arrived) >= _CHOICE:
-                await self._hand_back_worse()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(left, _BETTER_WITHIN) if self._arrived else left):
-                    await self._moved.wait()
+        until, wanted = self._now() + within, up_to if untried is None else max(up_to, _CHOICE)
+        self._wanted += wanted
+        try:
+            while True:
+                self._moved.clear()
+                if self._subscription is None:
+                    raise UnavailableError("the broker was closed")
+                if self._connection.is_connected:
+                    await self._pull(self._wanted)
+                    await self._hand_back_old()
+                left = until - self._now()
+                if taken := self._choose(up_to, untried, is_last=left <= 0):
+                    return taken
+                if left <= 0:
+                    self._check_connection()
+                    return []
+                if len(self._arrived) >= _CHOICE:
+                    await self._hand_back_worse()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _BETTER_WITHIN if self._arrived else _NOTICED_WITHIN)):
+                        await self._moved.wait()
+        finally:
+            self._wanted -= wanted
 
     async def take_overdue(self, up_to: int, before: datetime) -> list[NatsMessage]:
         """Take requests whose deadline was at or before a moment; others stay here for a while."""
@@ -225,7 +234,7 @@ class Intake:
 
     async def _extend(self) -> None:
         """Tell the broker, again and again, which deliveries are under way."""
-        while True:
+        while self._taken:
             await asyncio.sleep(ACK_WAIT / 3)
             latest = self._now() - (self._lease - ACK_WAIT)
             self._taken = {message for message in self._taken if message.arrived_at > latest}
@@ -243,7 +252,8 @@ class Intake:
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
-        self._extending.cancel()
+        if self._extending is not None:
+            self._extending.cancel()
         if not self._connection.is_connected:
             return
         while self._is_expecting():
@@ -256,11 +266,6 @@ class Intake:
                 await self.put_off(self._arrived.pop(0), 0.0)
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
-    def forget(self) -> None:
-        """Expect no more deliveries, since the pull ended with the connection, and wake the takes that wait."""
-        self._left = 0
-        self._moved.set()
-
     @property
     def problem(self) -> str | None:
         """Why nothing is delivered: the broker has refused several pulls in a row."""
@@ -272,7 +277,8 @@ class Intake:
 
     def _is_expecting(self) -> bool:
         """Return whether deliveries of the pull, or its end, have not arrived. A lost leader reports no end."""
-        return self._left > 0 and self._now() <= self._pulled_at + EXPIRES + _LATE
+        is_lost = self._reconnects != self._connection.stats["reconnects"]
+        return self._left > 0 and not is_lost and self._now() <= self._pulled_at + EXPIRES + _LATE
 
     async def _pull(self, wanted: int) -> None:
         """Pull the missing deliveries, unless a pull is under way."""
@@ -280,7 +286,7 @@ class Intake:
         if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
         batch = min(missing, self._largest)
-        self._left, self._pulled_at = batch, now
+        self._left, self._pulled_at, self._reconnects = batch, now, self._connection.stats["reconnects"]
         self._reply = f"{self._inbox}.{next(self._pulls)}"
         pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
         with broker_errors():
@@ -308,6 +314,8 @@ class Intake:
     def _take(self, messages: list[NatsMessage]) -> None:
         self._arrived = [message for message in self._arrived if message not in messages]
         self._taken.update(messages)
+        if self._taken and (self._extending is None or self._extending.done()):
+            self._extending = asyncio.create_task(self._extend())
 
     def _may_get_better(self, best: NatsMessage, untried: int) -> bool:
         """Return whether better ones may come in a moment."""
@@ -330,9 +338,9 @@ class Intake:
             await self.put_off(message, error_delay(_MANY))
 
     async def _on_message(self, raw: Msg) -> None:
-        if raw.reply and not is_delivery(raw.reply, self._fleet.requests, self._fleet.consumer):
+        if raw.reply and not is_delivery(raw.reply, *self._source):
             # Another user published it to this inbox; the stream did not deliver it.
-            self._foreign.log({"stream": self._fleet.requests})
+            self._foreign.log({"stream": self._source[0]})
             return
         self._moved.set()
         if raw.reply:

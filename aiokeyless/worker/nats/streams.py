@@ -1,51 +1,50 @@
-"""The three streams and the consumer that workers use: made if they are missing, else checked.
+"""The three streams and the consumers: what their settings must be, and how they are made.
 
-Their settings carry the guarantees. So a worker refuses an existing stream with other settings, and never changes it:
-that is up to the operator of the broker.
+The settings carry the guarantees. One table says what each must be. Streams and consumers are made by it, and checked
+by it: when a worker or a reader opens, and at each inspection. A worker refuses an existing stream or consumer with
+other settings, and never changes it, because that is up to the operator of the broker. A reader corrects its own
+consumer, and never deletes it: a new one would get all outcomes again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import nats.errors
 import nats.js.errors
-from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from aiokeyless.errors import BrokerError
+from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
-from .failures import broker_errors
+from .failures import broker_errors, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from nats.js import JetStreamContext
 
     from .fleet import Fleet
 
-    _Checks: TypeAlias = tuple[tuple[str, Callable[[Any, Any], bool], str], ...]
+#: Settings of a stream or a consumer, by their names in JetStream's API. Durations are nanoseconds.
+Config: TypeAlias = dict[str, Any]
 
+#: Seconds after which the broker repeats a delivery that is neither settled nor extended: about an election.
+ACK_WAIT: Final = 6.0
 _SERVICE: Final = "aiokeyless-service"  # the key in a stream's metadata
-#: A limit that is none.
-UNLIMITED: Final = -1
+_UNLIMITED: Final = -1
+_UNSET: Final[tuple[object, ...]] = (None, False, 0, "", [], {}, "none", "default")
+_DURATIONS: Final = frozenset({"ack_wait", "duplicate_window", "inactive_threshold", "max_age", "max_expires"})
+_REFUSED_OVER: Final = (("max_msgs", "max_bytes"), ("max_msgs", "max_bytes", "max_msgs_per_subject"))
+_SECOND: Final = 10**9  # nanoseconds
+#: Pull requests that may wait at a consumer. A worker has one at a time, and there may be many workers.
+_MAX_WAITING: Final = 8192
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
 #: The broker's codes while servers of a cluster are offline or unknown to its leader, or it has no leader.
 _CLUSTER_INCOMPLETE: Final = frozenset({10004, 10005, 10008, 10009})
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
-#: Pull requests that may wait at the consumer. A worker has a few at a time, and there may be a hundred workers.
-_MAX_WAITING: Final = 8192
-
-
-@dataclass
-class _Consumer(ConsumerConfig):
-    """The consumer's settings, with those that nats-py does not know."""
-
-    max_expires: int | None = None
-    priority_groups: list[str] | None = None
 
 
 class StreamSettings(NamedTuple):
@@ -66,6 +65,118 @@ class StreamSettings(NamedTuple):
     max_age: float = 7 * 24 * 3600.0
 
 
+# -- what must be set
+
+
+class _AtLeast(NamedTuple):
+    """A duration that may be longer."""
+
+    nanoseconds: int
+
+
+def wanted_streams(fleet: Fleet, settings: StreamSettings, window: float) -> dict[str, Config]:
+    """Return what must be set of each stream, by its name, if the duplicate window in force is so many seconds."""
+    chosen, in_force = round(settings.duplicate_window * _SECOND), round(window * _SECOND)
+    common: Config = {
+        "storage": "file",
+        "duplicate_window": _AtLeast(chosen),
+        "max_msgs": _UNLIMITED,
+        "max_bytes": _UNLIMITED,
+        "max_msgs_per_subject": _UNLIMITED,
+        # By the first two a publisher removes what others published. By the rest, messages are lost or come from
+        # elsewhere, or consumers vanish.
+        **dict.fromkeys(("allow_rollup_hdrs", "allow_msg_ttl", "no_ack", "sealed", "persist_mode")),
+        **dict.fromkeys(("subject_transform", "mirror", "sources", "consumer_limits")),
+    }
+    if (settings.replicas or 1) > 1:
+        common["num_replicas"] = settings.replicas
+    kept = {**common, "retention": "limits", "max_msg_size": _UNLIMITED}  # what is larger would never be stored
+    requests: Config = {"subjects": [fleet.request_subject], "retention": "workqueue", "max_age": None}
+    outcomes: Config = {"subjects": [fleet.outcome_subject(one) for one in Outcome], "max_age": _AtLeast(chosen)}
+    # Once this stream forgets an outcome, a repeated request would count as a new one.
+    claims: Config = {
+        "subjects": [fleet.claim_subject("*")],
+        "duplicate_window": _AtLeast(in_force),
+        "max_age": in_force,
+    }
+    return {
+        fleet.requests: {**common, **requests},
+        fleet.outcomes: {**kept, **outcomes},
+        fleet.claims: {**kept, **claims},
+    }
+
+
+def wanted_consumer(ack_wait: float) -> Config:
+    """Return what must be set of a consumer: the workers', or a reader's."""
+    return {
+        "ack_policy": "explicit",
+        "deliver_policy": "all",
+        "replay_policy": "instant",
+        "ack_wait": _AtLeast(round(ack_wait * _SECOND)),
+        "max_deliver": _UNLIMITED,  # each delivery of a request is a poll
+        "max_ack_pending": _UNLIMITED,  # each wait is an unacknowledged message, and so is an outcome that is put off
+        **dict.fromkeys(("filter_subject", "filter_subjects", "headers_only", "backoff", "deliver_subject")),
+        **dict.fromkeys(("max_expires", "priority_groups", "priority_policy")),
+        **dict.fromkeys(("inactive_threshold", "mem_storage", "num_replicas")),  # with these its place may be lost
+    }
+
+
+def describe_wrong(what: str, found: Config, wanted: Config) -> str:
+    """Return which settings are wrong, in words; empty if none is."""
+    wrong = [
+        f"{name} is {_show(name, found.get(name))}, and must be {_show(name, right)}"
+        for name, right in _find_wrong(found, wanted).items()
+    ]
+    return f"{what} has other settings: {'; '.join(wrong)}" if wrong else ""
+
+
+def _find_wrong(found: Config, wanted: Config) -> Config:
+    return {name: right for name, right in wanted.items() if not _is_right(found, name, right)}
+
+
+def _is_right(found: Config, name: str, right: object) -> bool:
+    value: Any = found.get(name)
+    if right is None:
+        return value in _UNSET
+    if right == _UNLIMITED:  # or a limit over which a stream refuses new messages, and does not drop old ones
+        refuses = found.get("discard") == "new" and name in _REFUSED_OVER[bool(found.get("discard_new_per_subject"))]
+        return (value or _UNLIMITED) < 0 or refuses
+    if isinstance(right, _AtLeast):
+        return (value or 0) >= right.nanoseconds or (name == "max_age" and not value)
+    return set(value or ()) == set(right) if isinstance(right, list) else bool(value == right)
+
+
+def _show(name: str, value: object) -> str:
+    if isinstance(value, _AtLeast):
+        return f"{_show(name, value.nanoseconds)} or more"
+    if name in _DURATIONS and isinstance(value, int):
+        return f"{value / _SECOND:g} s"
+    return "unset" if value is None else "unlimited" if value == _UNLIMITED else str(value)
+
+
+def _settings_from(wanted: Config) -> Config:
+    """Return settings with which to make what is wanted."""
+    return {
+        name: right.nanoseconds if isinstance(right, _AtLeast) else right
+        for name, right in wanted.items()
+        if right is not None
+    }
+
+
+def find_window(*streams: Config) -> float:
+    """Return the duplicate window in force, in seconds."""
+    return min(int(config.get("duplicate_window", 0)) for config in streams) / _SECOND
+
+
+# -- made or checked
+
+
+async def request(stream: JetStreamContext, subject: str, **asked: object) -> dict[str, Any]:
+    """Return an answer of JetStream's API with all that it says. nats-py's own methods leave some of it out."""
+    body = msgspec.json.encode(asked) if asked else b""
+    return await stream._api_request(f"{stream._prefix}.{subject}", body, timeout=stream._timeout)  # noqa: SLF001  # as above
+
+
 async def prepare(
     stream: JetStreamContext,
     fleet: Fleet,
@@ -74,7 +185,7 @@ async def prepare(
     ack_wait: float,
     service: str,
 ) -> float:
-    """Make or check the streams and the consumer.
+    """Make or check the streams and the workers' consumer.
 
     Args:
         stream: The broker's JetStream.
@@ -89,14 +200,17 @@ async def prepare(
     Raises:
         BrokerError: One of them has other settings, or cannot be made; or the fleet asks another service.
     """
+    wanted = wanted_streams(fleet, settings, settings.duplicate_window)
+    kept_for = round(max(settings.max_age, settings.duplicate_window) * _SECOND)
     try:
-        requests = await _stream(stream, _requests(fleet, settings, service), ())
+        metadata = {_SERVICE: service} if service else {}
+        requests = await _ensure_stream(stream, fleet.requests, wanted[fleet.requests], metadata=metadata)
         if service:
-            await _serve(stream, fleet, (requests.metadata or {}).get(_SERVICE), service)
-        outcomes = await _stream(stream, _outcomes(fleet, settings), _KEPT)
-        window = min(requests.duplicate_window, outcomes.duplicate_window)
-        await _stream(stream, _claims(fleet, settings, window), _CLAIMS)
-        await _consumer(stream, fleet, ack_wait)
+            await _serve(stream, fleet, requests, service)
+        outcomes = await _ensure_stream(stream, fleet.outcomes, wanted[fleet.outcomes], max_age=kept_for)
+        window = find_window(requests, outcomes)
+        await _ensure_stream(stream, fleet.claims, wanted_streams(fleet, settings, window)[fleet.claims])
+        await _ensure_workers(stream, fleet, ack_wait)
     except nats.js.errors.APIError as error:
         raise BrokerError(_refusal(error, fleet)) from None
     except nats.errors.Error as error:
@@ -123,7 +237,7 @@ def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
 
 
 async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:
-    """Make the consumer again if it was deleted.
+    """Make the workers' consumer again if it was deleted.
 
     Raises:
         BrokerError: It has other settings now, or its stream is gone.
@@ -131,56 +245,86 @@ async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: 
     """
     with broker_errors():
         try:
-            await _consumer(stream, fleet, ack_wait)
+            await _ensure_workers(stream, fleet, ack_wait)
         except nats.js.errors.NotFoundError:
             raise BrokerError(f"the stream {fleet.requests} is gone, and the requests in it") from None
 
 
-def _requests(fleet: Fleet, settings: StreamSettings, service: str) -> StreamConfig:
-    return _config(
-        settings,
-        name=fleet.requests,
-        description="Requests for approvals, until they are decided",
-        subjects=[fleet.request_subject],
-        retention=RetentionPolicy.WORK_QUEUE,  # a message stays until its ack, which ends its wait
-        metadata={_SERVICE: service} if service else {},
-    )
+async def ensure_reader(stream: JetStreamContext, fleet: Fleet, name: str) -> None:
+    """Make a reader's consumer, or correct its settings.
+
+    If an operator made the consumer, the reader needs no permission to make one. That matters, because the maker of a
+    consumer chooses where it delivers. So applications in an account of their own have no such permission.
+
+    Raises:
+        BrokerError: It is missing or wrong, and this reader may not change that; or there is no stream.
+    """
+    what, found = f"the consumer {name} of {fleet.outcomes}", Config()
+    wanted = wanted_consumer(ACK_WAIT)
+    with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is reported below
+        found = (await request(stream, f"CONSUMER.INFO.{fleet.outcomes}.{name}"))["config"]
+    problem = describe_wrong(what, found, wanted) if found else f"{what} is missing"
+    if not problem:
+        return
+    try:
+        await _put_consumer(
+            stream, fleet.outcomes, name, {**found, **(_find_wrong(found, wanted) if found else wanted)}
+        )
+    except nats.js.errors.NotFoundError:
+        raise BrokerError("outcomes cannot be read: there is no stream; start a worker first, it makes it") from None
+    except nats.js.errors.APIError as error:
+        raise BrokerError(
+            f"outcomes cannot be read: {problem}; this reader may not change that ({reason(error)}): have an operator "
+            "make it so, or read under another name, which gets all outcomes that are kept"
+        ) from None
+    if found:
+        log(logging.WARNING, "reader.corrected", {"problem": problem})
 
 
-def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
-    return _config(
-        settings,
-        name=fleet.outcomes,
-        description="How requests for approvals ended",
-        subjects=[fleet.outcome_subject(outcome) for outcome in Outcome],
-        retention=RetentionPolicy.LIMITS,  # any number of applications may read them, each at its own pace
-        max_age=max(settings.max_age, settings.duplicate_window),
-    )
+async def _ensure_workers(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
+    wanted = wanted_consumer(ack_wait)
+    try:
+        answer = await request(stream, f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}")
+    except nats.js.errors.NotFoundError:
+        answer = await _put_consumer(stream, fleet.requests, fleet.consumer, wanted)
+    if problem := describe_wrong(f"the consumer {fleet.consumer}", answer["config"], wanted):
+        raise BrokerError(f"{problem}; delete it, and the workers make it again")
 
 
-def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
-    return _config(
-        settings._replace(duplicate_window=window),
-        name=fleet.claims,
-        description="Which request an operation id belongs to",
-        subjects=[fleet.claim_subject("*")],
-        retention=RetentionPolicy.LIMITS,
-        max_age=window,
-    )
+async def _put_consumer(stream: JetStreamContext, of: str, name: str, wanted: Config) -> dict[str, Any]:
+    """Make a consumer, or give it other settings."""
+    settings = {"max_waiting": _MAX_WAITING, **_settings_from(wanted), "durable_name": name}
+    return await request(stream, f"CONSUMER.CREATE.{of}.{name}", stream_name=of, config=settings)
 
 
-def _config(settings: StreamSettings, **own: Any) -> StreamConfig:
-    window, replicas = settings.duplicate_window, settings.replicas or 1
-    return StreamConfig(storage=StorageType.FILE, num_replicas=replicas, duplicate_window=window, **own)
+async def _ensure_stream(stream: JetStreamContext, name: str, wanted: Config, **more: object) -> Config:
+    try:
+        answer = await request(stream, f"STREAM.INFO.{name}")
+    except nats.js.errors.NotFoundError:
+        try:  # no conflict if the settings are the same
+            answer = await request(stream, f"STREAM.CREATE.{name}", **{**_settings_from(wanted), "name": name, **more})
+        except nats.js.errors.APIError as error:
+            if error.err_code != _NAME_IN_USE:
+                raise
+            answer = await request(stream, f"STREAM.INFO.{name}")  # another worker has made it in the meantime
+    config: Config = answer["config"]
+    if problem := describe_wrong(f"the stream {name}", config, wanted):
+        raise BrokerError(f"{problem}; change it, or delete it once it is empty")
+    return config
 
 
-async def _serve(stream: JetStreamContext, fleet: Fleet, owner: str | None, service: str) -> None:
+async def _serve(stream: JetStreamContext, fleet: Fleet, config: Config, service: str) -> None:
     """Record the service of the fleet's first worker, and refuse a worker of another one."""
-    if owner is None:
-        config = (await request(stream, f"STREAM.INFO.{fleet.requests}"))["config"]
-        config["metadata"] = {**config.get("metadata", {}), _SERVICE: service}
+    if _SERVICE not in config.get("metadata", {}):
+        config = {**config, "metadata": {**config.get("metadata", {}), _SERVICE: service}}
         await request(stream, f"STREAM.UPDATE.{fleet.requests}", **config)
-    elif owner != service:
+    check_service(fleet, config, service)
+
+
+def check_service(fleet: Fleet, requests: Config, service: str) -> None:
+    """Refuse a worker of another service than the one that the stream of requests names."""
+    owner = requests.get("metadata", {}).get(_SERVICE, service)
+    if owner != service:
         raise BrokerError(
             f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: give it "
             f"another name, or set the metadata {_SERVICE} of the stream {fleet.requests}"
@@ -203,113 +347,3 @@ def is_delivery(reply: str, stream: str, consumer: str) -> bool:
         return False
     names = tokens[2:4] if len(tokens) == _ACK_TOKENS else tokens[4:6] if len(tokens) >= _LONG_ACK_TOKENS else []
     return names == [stream, consumer]
-
-
-async def _stream(stream: JetStreamContext, wanted: StreamConfig, checks: _Checks) -> StreamConfig:
-    name = wanted.name or ""
-    try:
-        found = (await stream.stream_info(name)).config
-    except nats.js.errors.NotFoundError:
-        try:
-            found = (await stream.add_stream(wanted)).config  # no conflict if the settings are the same
-        except nats.js.errors.APIError as error:
-            if error.err_code != _NAME_IN_USE:
-                raise
-            found = (await stream.stream_info(name)).config  # another worker has made it in the meantime
-    refuses = found.discard == DiscardPolicy.NEW
-    checks += () if refuses else _DROPPING
-    checks += () if refuses and found.discard_new_per_subject else _DROPPING_EACH
-    _check(f"stream {name}", found, wanted, _STREAM + checks)
-    return found
-
-
-async def request(stream: JetStreamContext, subject: str, **asked: object) -> dict[str, Any]:
-    """Return an answer of JetStream's API with all that it says. nats-py's own methods leave some of it out."""
-    body = msgspec.json.encode(asked) if asked else b""
-    return await stream._api_request(f"{stream._prefix}.{subject}", body, timeout=stream._timeout)  # noqa: SLF001  # as above
-
-
-async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
-    wanted = ConsumerConfig(
-        durable_name=fleet.consumer,
-        description="Workers that wait for approvals",
-        ack_policy=AckPolicy.EXPLICIT,
-        ack_wait=ack_wait,
-        max_deliver=UNLIMITED,  # each delivery is a poll, and their number has no limit
-        max_ack_pending=UNLIMITED,  # each wait is an unacknowledged message
-        max_waiting=_MAX_WAITING,
-    )
-    try:
-        answer = await request(stream, f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}")
-        found: ConsumerConfig | None = _Consumer.from_response(answer["config"])
-    except nats.js.errors.NotFoundError:
-        found = (await stream.add_consumer(fleet.requests, wanted)).config
-    _check(f"consumer {fleet.consumer} of stream {fleet.requests}", found, wanted, _CONSUMER)
-
-
-def _check(what: str, found: object, wanted: object, checks: _Checks) -> None:
-    wrong = [
-        f"{setting} is {getattr(found, setting)}, and must be {must.format(wanted)}"
-        for setting, is_right, must in checks
-        if not is_right(getattr(found, setting, None), wanted)
-    ]
-    if wrong:
-        raise BrokerError(
-            f"{what} exists with other settings: {'; '.join(wrong)}; change it, or delete it once it is empty"
-        )
-
-
-def _is_unlimited(value: int | None, _want: object) -> bool:
-    return (value or UNLIMITED) < 0
-
-
-def _is_unset(value: object, _want: object) -> bool:
-    return not value
-
-
-#: Checks of a stream: a setting, whether its value suits the wanted one, and the requirement to report if not.
-_STREAM: Final[_Checks] = (
-    ("subjects", lambda value, want: set(value or ()) == set(want.subjects), "{0.subjects}"),
-    ("retention", lambda value, want: value == want.retention, "{0.retention.value}"),
-    ("storage", lambda value, want: value == want.storage, "{0.storage.value}"),
-    ("duplicate_window", lambda value, want: value >= want.duplicate_window, "{0.duplicate_window:g} or more"),
-    ("num_replicas", lambda value, want: want.num_replicas in {1, value}, "{0.num_replicas}"),
-    ("max_age", lambda value, want: not value or bool(want.max_age), "unlimited: messages would vanish"),
-    ("max_age", lambda value, want: not value or value >= want.duplicate_window, "{0.duplicate_window:g} or more"),
-    ("allow_rollup_hdrs", _is_unset, "off: by them a publisher removes what others published"),
-    ("allow_msg_ttl", _is_unset, "off: by it a publisher has messages vanish"),
-    ("subject_transform", _is_unset, "unset: workers and readers find messages by their subjects"),
-    ("no_ack", _is_unset, "off"),
-)
-#: Checks of a stream that does not refuse new messages; and of one that does not do so for each subject.
-_DROPPING: Final[_Checks] = tuple(
-    (limit, _is_unlimited, "unlimited: what is over it is dropped from the old end")
-    for limit in ("max_msgs", "max_bytes")
-)
-_DROPPING_EACH: Final[_Checks] = (("max_msgs_per_subject", _is_unlimited, "unlimited, likewise"),)
-#: Checks of the streams of outcomes and claims.
-_KEPT: Final[_Checks] = (("max_msg_size", _is_unlimited, "unlimited: what is over it would never be stored"),)
-#: Checks of the stream of claims. Once it forgets an outcome, a repeated request would count as a new one.
-_CLAIMS: Final[_Checks] = (
-    *_KEPT,
-    ("max_age", lambda value, want: 0 < (value or 0.0) <= want.max_age, "{0.max_age:g}, the duplicate window"),
-)
-#: Checks of the consumer. Its ack policy needs none: a work queue has only consumers with explicit acks.
-_CONSUMER: Final[_Checks] = (
-    ("ack_wait", lambda value, want: (value or 0.0) >= want.ack_wait, "{0.ack_wait:g} or more"),
-    ("max_deliver", _is_unlimited, "unlimited"),
-    ("max_ack_pending", _is_unlimited, "unlimited"),
-    *(
-        (setting, _is_unset, "unset")
-        for setting in (
-            "filter_subject",
-            "filter_subjects",
-            "deliver_subject",
-            "headers_only",
-            "pause_until",
-            "backoff",
-            "max_expires",
-            "priority_groups",
-        )
-    ),
-)

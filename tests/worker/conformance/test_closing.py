@@ -9,7 +9,7 @@ from waiting import PATIENCE
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.worker.broker import UnavailableError
 
-from .brokers import FILE, LEASE, MEMORY, NATS, POSTGRES, submit
+from .brokers import FILE, LEASE, NATS, POSTGRES, submit
 
 if TYPE_CHECKING:
     from aiokeyless.worker.broker import Broker
@@ -31,7 +31,6 @@ async def test_a_broker_is_opened_once_and_closed_as_often_as_one_likes(storage:
         await submit(broker, "a")
 
 
-@pytest.mark.parametrize("storage", [MEMORY, FILE, POSTGRES], indirect=True)
 async def test_what_waits_when_the_broker_is_closed_ends_with_an_error(broker: Broker) -> None:
     waiting = [asyncio.create_task(call) for call in (broker.next_outcome("shop"), broker.take(1, 60.0))]
     await asyncio.sleep(0.3)

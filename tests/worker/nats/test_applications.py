@@ -12,21 +12,28 @@ import msgspec
 import nats
 import nats.errors
 import pytest
-from nats.js.api import AckPolicy, ConsumerConfig
-from nats_server import OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
+from nats.js.errors import NotFoundError
+from nats_server import OUTCOMES, REQUESTS, NatsServer, change_consumer, jetstream, prepare
 from waiting import PATIENCE, until
 
 from aiokeyless import ApprovalTicket, ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
-from aiokeyless.worker import ApprovalEvent, ApprovalRequest, BrokerError, Submission, submit_approval
+from aiokeyless.worker import (
+    ApprovalEvent,
+    ApprovalRequest,
+    BrokerError,
+    Submission,
+    next_outcome,
+    submit_approval,
+)
 from aiokeyless.worker.messages import MAX_CONTEXT, MAX_DEPTH, Outcome, request_name
-from aiokeyless.worker.nats import EventKeys, NatsBroker, StreamSettings, is_outcome, readers
+from aiokeyless.worker.nats import EventKeys, NatsBroker, StreamSettings, intake, is_outcome, readers, streams
 from aiokeyless.worker.nats import broker as nats_broker
 from aiokeyless.worker.nats.event_keys import MESSAGE_ID
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 from ..conformance.brokers import new_request  # noqa: TID252
-from ..reading import an_event, outcomes  # noqa: TID252
+from ..reading import an_event, outcomes, read  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -251,25 +258,12 @@ async def test_a_closed_connection_is_a_broker_error(broker: NatsServer) -> None
 # -- reading
 
 
-@pytest.fixture
-def _short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_READ_FOR", 0.1)
-
-
 def reading(connection: Client, durable: str = "shop") -> aclosing[AsyncGenerator[ApprovalEvent]]:
     return aclosing(outcomes(connection, durable))
 
 
 async def name_of_next(events: AsyncGenerator[ApprovalEvent]) -> str | None:
     return (await asyncio.wait_for(anext(events), PATIENCE)).operation_id
-
-
-async def test_events_come_from_the_oldest_on_in_order(connection: Client, stream: JetStreamContext) -> None:
-    await publish(stream, "a", "b")
-    async with reading(connection) as events:
-        assert [await name_of_next(events) for _ in range(2)] == ["a", "b"]
-        await publish(stream, "c")
-        assert await name_of_next(events) == "c"
 
 
 async def test_an_application_that_is_slow_with_one_event_holds_no_other(
@@ -281,44 +275,35 @@ async def test_an_application_that_is_slow_with_one_event_holds_no_other(
         assert [await name_of_next(quick) for _ in range(2)] == ["b", "c"]
 
 
-@pytest.mark.usefixtures("_short_pulls")
-async def test_where_nothing_comes_for_long_it_is_asked_for_again(connection: Client, stream: JetStreamContext) -> None:
-    pulls = await connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
-    async with reading(connection) as events:
-        coming = asyncio.create_task(name_of_next(events))
-        for _ in range(3):
-            await pulls.next_msg(20)
-        await publish(stream, "a")
-        assert await coming == "a"
+async def test_tasks_that_begin_to_read_under_one_name_share_one_subscription_and_leave_no_task(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    await stored(stream)  # nats-py has what it keeps for answers
+    tasks, subscriptions = asyncio.all_tasks(), len(connection._subs)
+    readers = [asyncio.create_task(read(connection, reader="shop")) for _ in range(5)]
+    await until(lambda: len(connection._subs) > subscriptions)
+    await publish(stream, "a", "b", "c")
+    await until(lambda: sum(reader.done() for reader in readers) == 3)
+    assert {reader.result()[0].operation_id for reader in readers if reader.done()} == {"a", "b", "c"}
+    assert len(connection._subs) == subscriptions + 1
+    for reader in readers:
+        reader.cancel()
+    await connection.close()
+    await until(lambda: asyncio.all_tasks() <= tasks)
 
 
-@pytest.mark.usefixtures("_short_pulls")
-async def test_a_broker_that_is_away_for_a_while_is_waited_for(tmp_path: Path) -> None:
-    broker, patience = NatsServer(tmp_path), {"reconnect_time_wait": 0.05, "error_cb": silent}
-    await broker.start()
-    async with await nats.connect(broker.url, **patience, max_reconnect_attempts=-1) as connection:
-        stream = jetstream(connection)
-        await prepare(stream, StreamSettings(), ack_wait=30)
-        async with reading(connection) as events:
-            coming = asyncio.create_task(name_of_next(events))
-            await until(lambda: len(connection._subs) > 1)
-            broker.kill()
-            await until(lambda: not connection.is_connected)
-            await broker.start()
-            await until(lambda: connection.is_connected)
-            await publish(stream, "a")
-            assert await coming == "a"
-    broker.stop()
-
-
-async def test_a_refusal_that_passes_is_waited_out(connection: Client, stream: JetStreamContext) -> None:
-    pulls = await connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
-    async with reading(connection) as events:
-        coming = asyncio.create_task(name_of_next(events))
-        pull = await pulls.next_msg(20)
-        await connection.publish(pull.reply, headers={"Status": "503"})  # as a cluster does that elects a leader
-        await pulls.next_msg(20)
-        await publish(stream, "a")
+async def test_after_a_reconnection_a_reader_pulls_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "EXPIRES", 2 * PATIENCE)  # the pull of before would be expected for so long
+    options: dict[str, Any] = {"reconnect_time_wait": 0.05, "max_reconnect_attempts": -1, "error_cb": silent}
+    async with NatsServer(tmp_path) as broker, await nats.connect(broker.url, **options) as connection:
+        await prepare(jetstream(connection), ack_wait=30)
+        coming = asyncio.create_task(name_of_next(outcomes(connection, "shop")))
+        await until_it_waits(jetstream(connection))
+        broker.kill()
+        await until(lambda: not connection.is_connected)
+        await broker.start()
+        await until(lambda: connection.is_connected)
+        await publish(jetstream(connection), "a")
         assert await coming == "a"
 
 
@@ -326,21 +311,110 @@ async def silent(_error: Exception) -> None:
     """nats-py would log that the broker is away."""
 
 
-async def test_a_cancelled_reader_leaves_no_task_and_one_subscription_of_the_connection(
-    connection: Client, stream: JetStreamContext
+async def until_it_waits(stream: JetStreamContext) -> None:
+    """Wait until a pull of the reader waits at its consumer."""
+
+    async def is_waited_for() -> bool:
+        with suppress(NotFoundError):
+            return bool((await stream.consumer_info(OUTCOMES, "shop")).num_waiting)
+        return False
+
+    await until(is_waited_for)
+
+
+async def test_an_event_is_kept_for_its_body_and_comes_again_soon_after_its_connection_is_gone(
+    broker: NatsServer, connection: Client, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await stored(stream)  # nats-py has what it keeps for answers
-    tasks, subscriptions = asyncio.all_tasks(), len(connection._subs)
-    reader = asyncio.create_task(name_of_next(outcomes(connection, "shop")))
-    await until(lambda: len(connection._subs) == subscriptions + 1)
-    reader.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reader
-    await until(lambda: asyncio.all_tasks() == tasks)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(0.1):
-            await name_of_next(outcomes(connection, "shop"))
-    assert len(connection._subs) == subscriptions + 1
+    for module in (intake, streams):
+        monkeypatch.setattr(module, "ACK_WAIT", 0.5)
+    await publish(stream, "a")
+    gone, begun = await nats.connect(broker.url), asyncio.Event()
+
+    async def handle_and_lose_the_connection() -> None:
+        async with next_outcome(gone, "shop"):
+            begun.set()
+            await asyncio.sleep(1.5)  # the real broker counts
+            assert not other.done()
+            await gone.close()
+
+    handling = asyncio.create_task(handle_and_lose_the_connection())
+    await begun.wait()
+    other = asyncio.create_task(read(connection, reader="shop"))
+    with pytest.raises(BrokerError, match="connection closed"):
+        await handling
+    [event] = await other
+    assert event.operation_id == "a"
+
+
+# -- the consumer of a reader
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"max_deliver": 3}, "max_deliver is 3, and must be unlimited"),
+        ({"headers_only": True}, "headers_only is True, and must be unset"),
+        ({"ack_wait": 10**9}, "ack_wait is 1 s, and must be 6 s or more"),
+        (
+            {"filter_subject": "keyless.approvals.failed"},
+            "filter_subject is keyless.approvals.failed, and must be unset",
+        ),
+        ({"max_expires": 10**6}, "max_expires is 0.001 s, and must be unset"),
+        ({"max_ack_pending": 1}, "max_ack_pending is 1, and must be unlimited"),
+        ({"inactive_threshold": 10**9}, "inactive_threshold is 1 s, and must be unset"),
+        ({"priority_groups": ["a"], "priority_policy": "overflow"}, "priority_groups is ['a'], and must be unset"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("when", ["before it reads", "while it reads"])
+async def test_a_reader_corrects_what_an_operator_changed(
+    connection: Client,
+    stream: JetStreamContext,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    changed: dict[str, object],
+    difference: str,
+    when: str,
+) -> None:
+    monkeypatch.setattr(readers, "_CHECKED_EVERY", 0.0)
+    monkeypatch.setattr(readers, "_READ_FOR", 0.1)
+    await publish(stream, "a", "b")
+    if when == "while it reads":
+        await read(connection, 1, "shop")
+    await change_consumer(connection, OUTCOMES, "shop", **changed)
+    async with asyncio.timeout(PATIENCE):
+        events = await read(connection, 1 if when == "while it reads" else 2, "shop")
+    assert events[-1].operation_id == "b"
+    [line] = [line for line in caplog.messages if line.startswith("reader.corrected")]
+    assert f"the consumer shop of {OUTCOMES} has other settings: {difference}" in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference", "refusal"),
+    [
+        ({"deliver_policy": "new"}, "deliver_policy is new, and must be all", "deliver policy can not be updated"),
+        ({"ack_policy": "none"}, "ack_policy is none, and must be explicit", "ack policy can not be updated"),
+        ({"replay_policy": "original"}, "replay_policy is original, and must be instant", "replay policy can not"),
+        ({"mem_storage": True}, "mem_storage is True, and must be unset", "storage type can not be updated"),
+        ({"deliver_subject": "elsewhere"}, "deliver_subject is elsewhere, and must be unset", "can not update push"),
+    ],
+    ids=str,
+)
+async def test_what_a_reader_may_not_correct_it_refuses_and_leaves_as_it_is(
+    connection: Client, stream: JetStreamContext, changed: dict[str, object], difference: str, refusal: str
+) -> None:
+    await change_consumer(connection, OUTCOMES, "shop", **changed)
+    before = await stream.consumer_info(OUTCOMES, "shop")
+    with pytest.raises(BrokerError) as caught:
+        await read(connection, reader="shop")
+    assert str(caught.value).startswith(
+        f"outcomes cannot be read: the consumer shop of {OUTCOMES} has other settings: "
+    )
+    assert f"{difference}; " in str(caught.value)
+    assert f"may not change that ({refusal}" in str(caught.value)
+    assert str(caught.value).endswith("read under another name, which gets all outcomes that are kept")
+    assert await stream.consumer_info(OUTCOMES, "shop") == before
 
 
 async def test_reading_before_any_worker_ever_ran_says_to_start_one(connection: Client) -> None:
@@ -348,15 +422,6 @@ async def test_reading_before_any_worker_ever_ran_says_to_start_one(connection: 
         await anext(outcomes(connection, "shop"))
 
 
-async def test_a_name_that_is_taken_for_something_else_is_one_line(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    await stream.add_consumer(OUTCOMES, durable_name="shop", deliver_subject="elsewhere", ack_policy="explicit")
-    with pytest.raises(BrokerError, match=r"^outcomes cannot be read: [^{}]*$"):
-        await anext(outcomes(connection, "shop"))
-
-
-@pytest.mark.usefixtures("_short_pulls")
 async def test_a_place_in_the_stream_that_was_deleted_is_made_again_and_what_is_kept_comes_again(
     connection: Client, stream: JetStreamContext
 ) -> None:
@@ -368,7 +433,6 @@ async def test_a_place_in_the_stream_that_was_deleted_is_made_again_and_what_is_
         assert [await name_of_next(events) for _ in range(2)] == ["a", "b"]
 
 
-@pytest.mark.usefixtures("_short_pulls")
 async def test_a_reader_whose_stream_was_deleted_says_so_and_goes_on_with_the_next_one(
     connection: Client, stream: JetStreamContext
 ) -> None:
@@ -376,7 +440,7 @@ async def test_a_reader_whose_stream_was_deleted_says_so_and_goes_on_with_the_ne
     async with reading(connection) as events:
         await name_of_next(events)
         await stream.delete_stream(OUTCOMES)
-        with pytest.raises(BrokerError, match=r"^outcomes cannot be read: stream not found$"):
+        with pytest.raises(BrokerError, match=r"^outcomes cannot be read: there is no stream; start a worker first"):
             await name_of_next(events)
     await prepare(stream, ack_wait=30.0)
     await publish(stream, "b")
@@ -418,8 +482,6 @@ async def test_a_thousand_events_that_a_reader_puts_off_keep_it_from_no_other_on
         await connection.publish(KEYLESS.outcome_subject(Outcome.FAILED), b'{"version": 2}')
     await connection.flush()
     await publish(stream, "b")
-    # A consumer with JetStream's own limit is changed.
-    await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
     async with asyncio.timeout(PATIENCE), reading(connection) as events:
         assert (await anext(events)).operation_id == "b"
 
@@ -446,38 +508,6 @@ async def test_an_event_that_no_worker_signed_is_delivered_nine_times(
 
 # -- forgeries
 
-#: Mallory is denied what is published about outcomes, may see when somebody pulls, and may answer anybody.
-USERS = """
-authorization {
-  users = [
-    { user: worker, password: pass }
-    { user: mallory, password: pass, permissions: {
-      publish: { allow: ["_INBOX.>", "$JS.API.>", "mine"], deny: ["keyless.approvals.>"] }
-      subscribe: ["$JS.API.CONSUMER.MSG.NEXT.>", "_INBOX.>"]
-    } }
-  ]
-}
-"""
-
-
-@pytest.fixture
-async def guarded_broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
-    async with NatsServer(tmp_path, configuration=USERS) as server:
-        yield server
-
-
-@pytest.fixture
-async def mallory(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
-    async with await nats.connect(guarded_broker.url, user="mallory", password="pass", error_cb=silent) as connection:
-        yield connection
-
-
-@pytest.fixture
-async def shop(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
-    async with await nats.connect(guarded_broker.url, user="worker", password="pass") as connection:
-        await prepare(jetstream(connection), StreamSettings(), ack_wait=30)
-        yield connection
-
 
 async def test_an_outcome_under_the_subject_of_another_one_is_not_believed(
     stream: JetStreamContext, connection: Client, caplog: pytest.LogCaptureFixture
@@ -488,51 +518,6 @@ async def test_an_outcome_under_the_subject_of_another_one_is_not_believed(
     async with aclosing(outcomes(connection, "reader")) as events:
         assert (await anext(events)).operation_id == "genuine"
     assert "approved under keyless.approvals.failed" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "reply",
-    ["", "x", "_INBOX.x", "$JS.API.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0", "$JS.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0"],
-)
-async def test_what_others_send_to_a_readers_inbox_is_no_outcome(
-    shop: Client, mallory: Client, caplog: pytest.LogCaptureFixture, reply: str
-) -> None:
-    pulls = await mallory.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
-    await mallory.flush()
-    async with reading(shop) as events:
-        coming = asyncio.create_task(name_of_next(events))
-        pull = await pulls.next_msg(20)
-        for _ in range(3):
-            await mallory.publish(pull.reply, FORGED, reply=reply)
-        await mallory.flush()  # the broker closes a connection that publishes with the reply subject of a delivery
-        refused_by_the_broker = reply.startswith("$JS.ACK")
-        if not refused_by_the_broker:
-            await until(lambda: any("foreign" in line for line in caplog.messages))
-        await publish(jetstream(shop), "true")
-        assert await coming == "true"
-    assert [line for line in caplog.messages if "foreign" in line] == (
-        [] if refused_by_the_broker else ['broker.foreign_message stream="KEYLESS_OUTCOMES" durable="shop" count=1']
-    )
-
-
-async def test_what_a_stream_of_others_delivers_to_a_readers_inbox_is_no_outcome(shop: Client, mallory: Client) -> None:
-    pulls = await mallory.subscribe("$JS.API.CONSUMER.MSG.NEXT.KEYLESS_OUTCOMES.>")
-    theirs = jetstream(mallory)
-    await theirs.add_stream(name="MINE", subjects=["mine"])
-    await theirs.add_consumer("MINE", durable_name="shop", ack_policy="explicit")
-    await theirs.publish("mine", FORGED)
-    async with reading(shop) as events:
-        coming = asyncio.create_task(name_of_next(events))
-        pull = await pulls.next_msg(20)
-        await mallory.publish("$JS.API.CONSUMER.MSG.NEXT.MINE.shop", b"1", reply=pull.reply)
-
-        async def is_delivered() -> bool:
-            return bool((await theirs.consumer_info("MINE", "shop")).num_ack_pending)
-
-        await until(is_delivered)
-        await publish(jetstream(shop), "true")
-        assert await coming == "true"
-        assert await is_delivered()  # it was not acknowledged either
 
 
 def test_readers_with_a_client_of_their_own_can_tell_an_outcome() -> None:

@@ -107,7 +107,7 @@ async def test_a_consumer_that_is_changed_into_one_that_refuses_pulls_ends_the_w
             while True:
                 await opened.take(1, 0.1)
 
-        with pytest.raises(BrokerError, match="exists with other settings: max_expires is 1000000, and must be unset"):
+        with pytest.raises(BrokerError, match=r"has other settings: max_expires is 0\.001 s, and must be unset"):
             await take_again_and_again()
 
 

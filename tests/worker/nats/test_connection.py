@@ -7,11 +7,13 @@ import errno
 import json
 import logging
 import ssl
+import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import nats
 import pytest
 from nats_server import NatsServer
 from waiting import PATIENCE, until
@@ -56,7 +58,12 @@ def nothing(_error: BrokerError | None = None) -> None:
 
 
 async def connected(url: str, **options: object) -> Client:
-    return await connect(url, options, on_reconnect=nothing, on_loss=nothing)
+    return await connect(url, options, on_loss=nothing)
+
+
+async def is_back(client: Client) -> None:
+    """Wait until a lost connection was made again."""
+    await until(lambda: client.is_connected and client.stats["reconnects"] > 0)
 
 
 async def refusal(url: str, **options: object) -> str:
@@ -86,14 +93,25 @@ async def test_a_certificate_that_is_not_trusted_is_one_line_and_hangs_nothing(s
     assert "certificate verify failed" in message
 
 
-async def test_a_certificate_that_is_trusted_lets_the_worker_in(
-    secured: NatsServer, certificate: tuple[Path, Path]
+@pytest.mark.slow
+async def test_a_certificate_of_ones_own_lets_one_in_and_may_be_renewed_in_the_same_context(
+    tmp_path: Path, certificate: tuple[Path, Path]
 ) -> None:
+    renewed, trusted = (tmp_path / "renewed.pem", tmp_path / "renewed.key"), tmp_path / "trusted.pem"
+    make = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=worker -out {renewed[0]} -keyout {renewed[1]}"
+    subprocess.run(["openssl", *make.split()], check=True, capture_output=True)  # noqa: ASYNC221, S607
+    trusted.write_bytes(certificate[0].read_bytes())
+    files = ("--tlscert", str(certificate[0]), "--tlskey", str(certificate[1]), "--tlscacert", str(trusted))
     context = ssl.create_default_context(cafile=certificate[0])
     context.load_cert_chain(*certificate)
-    client = await connected(secured.url.replace("nats://", "tls://"), tls=context)
-    assert client.is_connected
-    await disconnect(client)
+    async with NatsServer(tmp_path, "--tlsverify", *files, jetstream=False) as server:
+        client = await connected(server.url.replace("nats://", "tls://"), tls=context)
+        trusted.write_bytes(renewed[0].read_bytes())  # and the old one is worth nothing any more
+        context.load_cert_chain(*renewed)
+        server.kill()
+        await server.start()
+        await is_back(client)
+        await disconnect(client)
 
 
 @pytest.mark.parametrize(("user", "option"), [("nats://worker", True), ("tls://worker", False), ("wsworker", True)])
@@ -130,11 +148,11 @@ async def test_a_broker_that_is_not_there_is_one_line_at_once() -> None:
 
 
 @asynccontextmanager
-async def server_of_version(version: object) -> AsyncGenerator[str]:
+async def server_of_version(version: object, max_payload: int = 1 << 20) -> AsyncGenerator[str]:
     """A broker that tells this version, and answers pings."""
 
     async def answer_pings(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        info = {"server_id": "x", "max_payload": 1 << 20, "version": version}
+        info = {"server_id": "x", "max_payload": max_payload, "version": version}
         writer.write(b"INFO %b\r\n" % json.dumps(info).encode())
         while line := await reader.readline():
             if line == b"PING\r\n":
@@ -160,6 +178,15 @@ async def test_a_broker_of_any_other_version_is_used(version: object) -> None:
         connection = await connected(f"nats://{address}")
         assert connection.is_connected
         await connection.close()
+
+
+async def test_a_broker_that_has_no_room_for_a_request_is_one_line() -> None:
+    line = "the broker's max_payload is 9215 bytes, and must be 9216 or more"
+    async with server_of_version("2.15.1", max_payload=9215) as address:
+        assert await refusal(f"nats://{address}") == line
+        async with await nats.connect(f"nats://{address}") as connection:
+            with pytest.raises(BrokerError, match=f"^{line}$"):
+                NatsBroker(connection)
 
 
 async def test_of_several_that_are_not_there_all_are_named() -> None:
@@ -200,7 +227,7 @@ async def test_a_broker_that_goes_away_while_the_worker_starts_is_one_line_and_h
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         with pytest.raises(BrokerError, match=f"^no connection to the broker at {address}: "):
             async with asyncio.timeout(PATIENCE):
-                await connect(f"nats://{address}", {}, on_reconnect=nothing, on_loss=losses.append)
+                await connect(f"nats://{address}", {}, on_loss=losses.append)
     assert losses == []
     await until(lambda: asyncio.all_tasks() == tasks)
 
@@ -277,14 +304,12 @@ async def test_a_broker_that_is_killed_and_started_again_is_found_again(
     server: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "aiokeyless.worker")
-    back = asyncio.Event()
-    connection = await connect(server.url, {}, on_reconnect=back.set, on_loss=nothing)
+    connection = await connect(server.url, {}, on_loss=nothing)
     server.kill()
     await until(lambda: not connection.is_connected)
     await until(lambda: any(record.getMessage().startswith("broker.error") for record in caplog.records))
     await server.start()
-    await asyncio.wait_for(back.wait(), PATIENCE)
-    assert connection.is_connected
+    await is_back(connection)
     await connection.flush(int(PATIENCE))
     await connection.close()
     events = [record.getMessage() for record in caplog.records]
@@ -316,15 +341,15 @@ async def test_a_login_that_expires_comes_back_once_its_file_is_renewed_after_a_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """nats-py closes the connection for good."""
-    operator, credentials, losses, back = Operator(), tmp_path / "worker.creds", list[BrokerError](), asyncio.Event()
+    operator, credentials, losses = Operator(), tmp_path / "worker.creds", list[BrokerError]()
     options = {"user_credentials": str(credentials)}
     async with NatsServer(tmp_path, configuration=operator.configuration, jetstream=False) as server:
         operator.write_login(credentials, lasts=2)
-        client = await connect(server.url, options, on_reconnect=back.set, on_loss=losses.append)
+        client = await connect(server.url, options, on_loss=losses.append)
         credentials.write_text("")
         await until(lambda: "the credentials cannot be used" in caplog.text)
         operator.write_login(credentials, lasts=3600)
-        await asyncio.wait_for(back.wait(), PATIENCE)
+        await is_back(client)
         await client.flush(int(PATIENCE))
         assert losses == []
         assert "user authentication expired" in caplog.text
@@ -343,14 +368,14 @@ async def test_a_mistake_in_the_configuration_ends_a_connection_until_it_is_corr
     tmp_path: Path, caplog: pytest.LogCaptureFixture, configuration: str, reason: str
 ) -> None:
     """nats-py closes the connection for good, and an application that uses it would need a restart."""
-    right, losses, back = "accounts { A { users: [ { user: u, password: p } ] } }", list[BrokerError](), asyncio.Event()
+    right, losses = "accounts { A { users: [ { user: u, password: p } ] } }", list[BrokerError]()
     async with NatsServer(tmp_path, configuration=right, jetstream=False) as server:
         options = {"user": "u", "password": "p"}
-        client = await connect(server.url, options, on_reconnect=back.set, on_loss=losses.append)
+        client = await connect(server.url, options, on_loss=losses.append)
         server.configure(configuration)
         await until(lambda: reason in caplog.text.lower())
         server.configure(right)
-        await asyncio.wait_for(back.wait(), PATIENCE)
+        await is_back(client)
         await client.flush(int(PATIENCE))
         assert losses == []
         await disconnect(client)
@@ -363,7 +388,7 @@ async def test_an_end_with_something_unsent_is_told_of_too(
     losses: list[BrokerError] = []
     tasks = asyncio.all_tasks()
     url = f"nats://worker:s3cret@{host_of(guarded)}"
-    client = await connect(url, {}, on_reconnect=nothing, on_loss=losses.append)
+    client = await connect(url, {}, on_loss=losses.append)
     await client.subscribe("somewhere", cb=ignore)
     await client.flush()
     transport = client._transport
@@ -391,7 +416,7 @@ async def test_what_is_not_permitted_is_told_of_and_named_on_a_connection_that_s
     server = NatsServer(tmp_path, configuration=users, jetstream=False)
     await server.start()
     losses: list[BrokerError] = []
-    connection = await connect(server.url, {"user": "u", "password": "p"}, on_reconnect=nothing, on_loss=losses.append)
+    connection = await connect(server.url, {"user": "u", "password": "p"}, on_loss=losses.append)
     try:
         await connection.publish("authentication.all", b"")
         await until(lambda: bool(losses))

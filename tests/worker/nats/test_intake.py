@@ -33,6 +33,10 @@ class Pulled(Intake):
         self._pulls_from = self._now()
         await self._pull(len(self._arrived) + count)
 
+    def forget(self) -> None:
+        """Expect nothing more of the pull, as after a reconnection."""
+        self._reconnects = -1
+
     def expected(self) -> int:
         return self._left if self._is_expecting() else 0
 
@@ -44,7 +48,8 @@ class Hand:
         self.connection = connection
         self.ends = 0
         self.time = 0.0
-        self.intake = Pulled(connection, KEYLESS, lease=lease, now=lambda: self.time, restore=self.restored)
+        source = KEYLESS.prefix, REQUESTS, CONSUMER
+        self.intake = Pulled(connection, *source, lease=lease, now=lambda: self.time, restore=self.restored)
         on_end = self.intake._on_end
 
         def count_end(raw: Msg) -> None:

@@ -1,35 +1,26 @@
-"""The streams and the consumer: made as they must be, shared, and never changed where they are somebody else's."""
+"""The streams and the consumers: made as they must be, checked, and never changed if they are an operator's."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import nats
 import pytest
-from nats.js.api import (
-    AckPolicy,
-    ConsumerConfig,
-    DeliverPolicy,
-    DiscardPolicy,
-    RetentionPolicy,
-    StorageType,
-    StreamConfig,
-    StreamInfo,
-    SubjectTransform,
-)
+from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
 from waiting import PATIENCE
 
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.nats import Fleet, StreamSettings, streams
 from aiokeyless.worker.nats.fleet import KEYLESS
-from aiokeyless.worker.nats.streams import is_delivery, restore_consumer
+from aiokeyless.worker.nats.inspection import inspect
+from aiokeyless.worker.nats.streams import is_delivery, request, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -40,7 +31,20 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
 ACK_WAIT = 40.0
-DAY = 24 * 3600.0
+SECOND = 10**9
+HOUR = 3600 * SECOND
+DAY = 24 * HOUR
+
+#: The streams and the consumer as an operator makes them who does it right.
+WELL_MADE: dict[str, dict[str, Any]] = {
+    REQUESTS: {"subjects": ["keyless.approvals.request"], "retention": "workqueue", "duplicate_window": DAY},
+    OUTCOMES: {
+        "subjects": [f"keyless.approvals.{outcome}" for outcome in ("failed", "expired", "approved")],
+        "duplicate_window": DAY,
+    },
+    CLAIMS: {"subjects": ["keyless.claims.*"], "duplicate_window": DAY, "max_age": DAY},
+    CONSUMER: {"ack_policy": "explicit", "ack_wait": 40 * SECOND, "max_deliver": -1, "max_ack_pending": -1},
+}
 
 
 @pytest.fixture
@@ -52,222 +56,165 @@ async def prepared(stream: JetStreamContext, **settings: Any) -> float:
     return await prepare(stream, StreamSettings(**settings), ack_wait=ACK_WAIT)
 
 
-def requests(**changed: Any) -> StreamConfig:
-    """The stream of requests as an operator makes it who does it right, but for what is changed."""
-    settings: dict[str, Any] = {
-        "name": REQUESTS,
-        "subjects": ["keyless.approvals.request"],
-        "retention": RetentionPolicy.WORK_QUEUE,
-        "storage": StorageType.FILE,
-        "duplicate_window": DAY,
-    }
-    return StreamConfig(**settings | changed)
+async def make(stream: JetStreamContext, name: str, **changed: Any) -> None:
+    """Make a stream or the consumer as an operator does."""
+    config = WELL_MADE[name] | changed
+    if name == CONSUMER:
+        place = f"{REQUESTS}.{CONSUMER}"
+        await request(stream, f"CONSUMER.CREATE.{place}", stream_name=REQUESTS, config=config | {"durable_name": name})
+    else:
+        await request(stream, f"STREAM.CREATE.{name}", name=name, **config)
 
 
-def outcomes(**changed: Any) -> StreamConfig:
-    settings: dict[str, Any] = {
-        "name": OUTCOMES,
-        "subjects": [f"keyless.approvals.{outcome}" for outcome in ("failed", "expired", "approved")],
-        "storage": StorageType.FILE,
-        "duplicate_window": DAY,
-    }
-    return StreamConfig(**settings | changed)
+async def settings_of(stream: JetStreamContext, name: str) -> dict[str, Any]:
+    of = f"CONSUMER.INFO.{REQUESTS}.{name}" if name == CONSUMER else f"STREAM.INFO.{name}"
+    config: dict[str, Any] = (await request(stream, of))["config"]
+    return config
 
 
-def claims(**changed: Any) -> StreamConfig:
-    settings: dict[str, Any] = {
-        "name": CLAIMS,
-        "subjects": ["keyless.claims.*"],
-        "storage": StorageType.FILE,
-        "duplicate_window": DAY,
-        "max_age": DAY,
-    }
-    return StreamConfig(**settings | changed)
-
-
-@dataclass
-class OperatorsConsumer(ConsumerConfig):
-    """A consumer's settings, with some that nats-py does not know."""
-
-    max_expires: int | None = None  # nanoseconds
-    priority_groups: list[str] | None = None
-    priority_policy: str | None = None
-
-
-def consumer(**changed: Any) -> ConsumerConfig:
-    settings: dict[str, Any] = {
-        "durable_name": CONSUMER,
-        "ack_policy": AckPolicy.EXPLICIT,
-        "ack_wait": ACK_WAIT,
-        "max_deliver": -1,
-        "max_ack_pending": -1,
-    }
-    return OperatorsConsumer(**settings | changed)
-
-
-async def settings_of(stream: JetStreamContext) -> tuple[StreamConfig, StreamConfig]:
-    return (await stream.stream_info(REQUESTS)).config, (await stream.stream_info(OUTCOMES)).config
+async def problems(stream: JetStreamContext) -> str:
+    found = await inspect(stream, KEYLESS, BrokerClock(), settings=StreamSettings(), ack_wait=ACK_WAIT)
+    return "\n".join(found.problems)
 
 
 # -- made
 
 
-async def test_what_is_missing_is_made_as_the_guarantees_need_it(stream: JetStreamContext) -> None:
-    assert await prepared(stream) == DAY
-    made, told = await settings_of(stream)
-    assert made.subjects == ["keyless.approvals.request"]
-    assert (made.retention, made.storage, made.num_replicas) == (RetentionPolicy.WORK_QUEUE, StorageType.FILE, 1)
-    assert (made.duplicate_window, made.max_age) == (DAY, 0)
-    assert (made.max_msgs, made.max_bytes, made.max_msgs_per_subject) == (-1, -1, -1)
-    assert told.subjects == [f"keyless.approvals.{outcome}" for outcome in ("approved", "expired", "failed")]
-    assert (told.retention, told.storage, told.num_replicas) == (RetentionPolicy.LIMITS, StorageType.FILE, 1)
-    assert (told.duplicate_window, told.max_age) == (DAY, 7 * DAY)
-    assert (told.max_msgs, told.max_bytes, told.max_msgs_per_subject) == (-1, -1, -1)
-    claimed = (await stream.stream_info(CLAIMS)).config
-    assert claimed.subjects == ["keyless.claims.*"]
-    assert (claimed.retention, claimed.storage, claimed.num_replicas) == (RetentionPolicy.LIMITS, StorageType.FILE, 1)
-    assert (claimed.duplicate_window, claimed.max_age) == (DAY, DAY)
-
-
-async def test_the_consumer_delivers_without_end_and_any_number_at_once(stream: JetStreamContext) -> None:
-    await prepared(stream)
-    made = (await stream.consumer_info(REQUESTS, CONSUMER)).config
-    assert made is not None
-    assert (made.durable_name, made.ack_policy, made.ack_wait) == (CONSUMER, AckPolicy.EXPLICIT, ACK_WAIT)
-    assert (made.max_deliver, made.max_ack_pending) == (-1, -1)
-    assert (made.deliver_policy, made.deliver_subject, made.filter_subject) == (DeliverPolicy.ALL, None, None)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (REQUESTS, {"subjects": ["keyless.approvals.request"], "retention": "workqueue", "max_age": 0}),
+        (
+            OUTCOMES,
+            {
+                "subjects": [f"keyless.approvals.{outcome}" for outcome in ("approved", "expired", "failed")],
+                "retention": "limits",
+                "max_age": 7 * DAY,
+            },
+        ),
+        (CLAIMS, {"subjects": ["keyless.claims.*"], "retention": "limits", "max_age": DAY}),
+        (
+            CONSUMER,
+            WELL_MADE[CONSUMER] | {"durable_name": CONSUMER, "deliver_policy": "all", "max_waiting": 8192},
+        ),
+    ],
+)
+async def test_what_is_missing_is_made_as_the_guarantees_need_it(
+    stream: JetStreamContext, name: str, settings: dict[str, Any]
+) -> None:
+    of_streams = {"storage": "file", "num_replicas": 1, "duplicate_window": DAY} | dict.fromkeys(
+        ("max_msgs", "max_bytes", "max_msgs_per_subject", "max_msg_size"), -1
+    )
+    assert await prepared(stream) == DAY / SECOND
+    made = await settings_of(stream, name)
+    assert made == made | settings | ({} if name == CONSUMER else of_streams)
+    assert await problems(stream) == ""
+    assert await prepared(stream) == DAY / SECOND
+    assert await settings_of(stream, name) == made
 
 
 async def test_an_operator_chooses_the_duplicate_window_and_how_long_outcomes_are_kept(
     stream: JetStreamContext,
 ) -> None:
     assert await prepared(stream, duplicate_window=600.0, max_age=3600.0) == 600
-    made, told = await settings_of(stream)
-    assert (made.duplicate_window, told.duplicate_window, told.max_age) == (600, 600, 3600)
+    assert (await settings_of(stream, REQUESTS))["duplicate_window"] == 600 * SECOND
+    told = await settings_of(stream, OUTCOMES)
+    assert (told["duplicate_window"], told["max_age"]) == (600 * SECOND, HOUR)
+    # `aiokeyless inspect` does not know what the operator chose.
+    assert (await inspect(stream, KEYLESS, BrokerClock())).problems == ()
 
 
 async def test_outcomes_are_kept_at_least_for_the_duplicate_window(stream: JetStreamContext) -> None:
     await prepared(stream, max_age=60.0)
-    assert (await settings_of(stream))[1].max_age == DAY
+    assert (await settings_of(stream, OUTCOMES))["max_age"] == DAY
 
 
 async def test_made_by_ten_workers_at_once_they_are_made_once(stream: JetStreamContext) -> None:
-    assert await asyncio.gather(*(prepared(stream) for _ in range(10))) == [DAY] * 10
-
-
-async def test_made_once_they_are_found(stream: JetStreamContext) -> None:
-    await prepared(stream)
-    before = await settings_of(stream)
-    assert await prepared(stream) == DAY
-    assert await settings_of(stream) == before
+    assert await asyncio.gather(*(prepared(stream) for _ in range(10))) == [DAY / SECOND] * 10
 
 
 # -- found
 
 
 async def test_what_an_operator_made_well_is_used(stream: JetStreamContext) -> None:
-    await stream.add_stream(
-        requests(max_msgs=10_000, max_msg_size=4096, discard=DiscardPolicy.NEW, description="ours", num_replicas=1)
-    )
-    strict = {"discard": DiscardPolicy.NEW, "discard_new_per_subject": True}
-    await stream.add_stream(outcomes(max_age=DAY, max_msgs_per_subject=10_000, **strict))
-    await stream.add_consumer(REQUESTS, consumer(ack_wait=100, max_waiting=512))
-    assert await prepared(stream, max_age=DAY) == DAY
+    await make(stream, REQUESTS, max_msgs=10_000, max_msg_size=4096, discard="new", description="ours")
+    await make(stream, OUTCOMES, max_age=DAY, max_msgs_per_subject=10_000, discard="new", discard_new_per_subject=True)
+    await make(stream, CONSUMER, ack_wait=100 * SECOND, max_waiting=512)
+    assert await prepared(stream, max_age=DAY / SECOND) == DAY / SECOND
+    assert await problems(stream) == ""
 
 
 async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(stream: JetStreamContext) -> None:
-    await stream.add_stream(requests(duplicate_window=3 * DAY))
-    await stream.add_stream(outcomes(duplicate_window=2 * DAY))
-    assert await prepared(stream) == 2 * DAY
-    assert (await stream.stream_info(CLAIMS)).config.max_age == 2 * DAY
+    await make(stream, REQUESTS, duplicate_window=3 * DAY)
+    await make(stream, OUTCOMES, duplicate_window=2 * DAY)
+    assert await prepared(stream) == 2 * DAY / SECOND
+    assert (await settings_of(stream, CLAIMS))["max_age"] == 2 * DAY
+    assert await problems(stream) == ""
 
 
 @pytest.mark.parametrize(
-    ("found", "difference"),
+    ("name", "changed", "difference"),
     [
-        (requests(subjects=["keyless.approvals.request", "more"]), "subjects is"),
-        (requests(subjects=["other"]), r"subjects is \['other'\], and must be \['keyless.approvals.request'\]"),
-        (requests(retention=RetentionPolicy.LIMITS), "retention is limits, and must be workqueue"),
-        (requests(retention=RetentionPolicy.INTEREST), "retention is interest, and must be workqueue"),
-        (requests(storage=StorageType.MEMORY), "storage is memory, and must be file"),
-        (requests(duplicate_window=120), "duplicate_window is 120.0, and must be 86400 or more"),
-        (requests(max_age=2 * DAY), "max_age is 172800.0, and must be unlimited: messages would vanish"),
-        (requests(max_msgs=10), "max_msgs is 10, and must be unlimited: what is over it is dropped"),
-        (requests(max_bytes=1 << 20), "max_bytes is 1048576, and"),
-        (requests(max_msgs_per_subject=1), "max_msgs_per_subject is 1, and"),
-        (outcomes(subjects=["keyless.approvals.approved"]), "subjects is"),
-        (outcomes(retention=RetentionPolicy.INTEREST), "retention is interest, and must be limits"),
-        (outcomes(storage=StorageType.MEMORY), "storage is memory, and must be file"),
+        (REQUESTS, {"subjects": ["other"]}, "subjects is ['other'], and must be ['keyless.approvals.request']"),
+        (REQUESTS, {"retention": "limits"}, "retention is limits, and must be workqueue"),
+        (REQUESTS, {"storage": "memory"}, "storage is memory, and must be file"),
+        (REQUESTS, {"duplicate_window": 2 * HOUR}, "duplicate_window is 7200 s, and must be 86400 s or more"),
+        (REQUESTS, {"max_age": 2 * DAY}, "max_age is 172800 s, and must be unset"),
+        (REQUESTS, {"max_msgs": 10}, "max_msgs is 10, and must be unlimited"),
+        (REQUESTS, {"max_bytes": 1 << 20}, "max_bytes is 1048576, and must be unlimited"),
+        (REQUESTS, {"max_msgs_per_subject": 9, "discard": "new"}, "max_msgs_per_subject is 9, and must be unlimited"),
+        (REQUESTS, {"allow_rollup_hdrs": True}, "allow_rollup_hdrs is True, and must be unset"),
+        (REQUESTS, {"allow_msg_ttl": True}, "allow_msg_ttl is True, and must be unset"),
+        (REQUESTS, {"no_ack": True}, "no_ack is True, and must be unset"),
+        (OUTCOMES, {"subjects": ["keyless.approvals.approved"]}, "subjects is"),
+        (OUTCOMES, {"retention": "interest"}, "retention is interest, and must be limits"),
+        (OUTCOMES, {"duplicate_window": HOUR, "max_age": HOUR}, "max_age is 3600 s, and must be 86400 s or more"),
+        (OUTCOMES, {"max_msg_size": 1024}, "max_msg_size is 1024, and must be unlimited"),
+        (OUTCOMES, {"sources": [{"name": "OTHERS"}]}, "sources is [{'name': 'OTHERS'}], and must be unset"),
         (
-            outcomes(duplicate_window=120, max_age=120),
-            "duplicate_window is 120.0, .*; max_age is 120.0, and must be 86400 or more",
+            OUTCOMES,
+            {"subject_transform": {"src": "keyless.approvals.*", "dest": "moved.{{wildcard(1)}}"}},
+            "subject_transform is",
         ),
-        (outcomes(max_msgs=10), "max_msgs is 10"),
-        (requests(max_msgs_per_subject=9, discard=DiscardPolicy.NEW), "max_msgs_per_subject is 9, and must be"),
-        (requests(allow_rollup_hdrs=True), "allow_rollup_hdrs is True, and must be off: by them a publisher removes"),
-        (requests(allow_msg_ttl=True), "allow_msg_ttl is True, and must be off: by it a publisher has messages vanish"),
-        (requests(no_ack=True), "no_ack is True"),
-        (
-            outcomes(subject_transform=SubjectTransform("keyless.approvals.*", "moved.{{wildcard(1)}}")),
-            "subject_transform is .*moved.*, and must be unset",
-        ),
-        (
-            outcomes(max_msg_size=1024),
-            "max_msg_size is 1024, and must be unlimited: what is over it would never be stored",
-        ),
-        (claims(allow_rollup_hdrs=True), "allow_rollup_hdrs is True"),
-        (claims(max_msg_size=32), "max_msg_size is 32, and"),
-        (claims(subjects=["keyless.claims.>"]), "subjects is"),
-        (claims(max_age=2 * DAY), "max_age is 172800.0, and must be 86400, the duplicate window"),
-        (claims(max_age=0), "max_age is 0.0, and must be 86400, the duplicate window"),
-        (claims(max_age=3600, duplicate_window=3600), "max_age is 3600.0, and must be 86400 or more"),
+        (OUTCOMES, {"consumer_limits": {"inactive_threshold": HOUR}}, "consumer_limits is"),
+        (CLAIMS, {"subjects": ["keyless.claims.>"]}, "subjects is"),
+        (CLAIMS, {"max_age": 2 * DAY}, "max_age is 172800 s, and must be 86400 s"),
+        (CLAIMS, {"max_age": 0}, "max_age is 0 s, and must be 86400 s"),
+        (CONSUMER, {"ack_wait": 5 * SECOND}, "ack_wait is 5 s, and must be 40 s or more"),
+        (CONSUMER, {"max_deliver": 3}, "max_deliver is 3, and must be unlimited"),
+        (CONSUMER, {"max_ack_pending": 1000}, "max_ack_pending is 1000, and must be unlimited"),
+        (CONSUMER, {"filter_subject": "keyless.approvals.request"}, "filter_subject is"),
+        (CONSUMER, {"deliver_subject": "elsewhere"}, "deliver_subject is elsewhere, and must be unset"),
+        (CONSUMER, {"backoff": [40 * SECOND]}, "backoff is"),
+        (CONSUMER, {"headers_only": True}, "headers_only is True, and must be unset"),
+        (CONSUMER, {"max_expires": SECOND // 2}, "max_expires is 0.5 s, and must be unset"),
+        (CONSUMER, {"priority_groups": ["a"], "priority_policy": "overflow"}, "priority_groups is ['a'], and must"),
+        (CONSUMER, {"inactive_threshold": HOUR}, "inactive_threshold is 3600 s, and must be unset"),
     ],
-    ids=lambda value: getattr(value, "name", None),
 )
-async def test_a_stream_with_other_settings_is_refused_in_one_line_that_names_them_and_left_as_it_is(
-    stream: JetStreamContext, found: StreamConfig, difference: str
+async def test_a_wrong_setting_is_refused_in_one_line_left_as_it_is_and_found_by_each_inspection(
+    stream: JetStreamContext, name: str, changed: dict[str, Any], difference: str
 ) -> None:
-    assert found.name is not None
-    before = (await stream.add_stream(found)).config
-    refusal = rf"^stream {found.name} exists with other settings: .*{difference}"
-    with pytest.raises(BrokerError, match=refusal) as caught:
+    await make(stream, REQUESTS, **(changed if name == REQUESTS else {}))
+    if name != REQUESTS:
+        await make(stream, name, **changed)
+    before = await settings_of(stream, name)
+    with pytest.raises(BrokerError) as caught:
         await prepared(stream)
-    assert "\n" not in str(caught.value)
-    assert (await stream.stream_info(found.name)).config == before
+    kind = "consumer" if name == CONSUMER else "stream"
+    line, _, remedy = str(caught.value).partition("; change it, or delete it" if kind == "stream" else "; delete it")
+    assert line.startswith(f"the {kind} {name} has other settings: ")
+    assert difference in line
+    assert remedy
+    assert "\n" not in line
+    assert await settings_of(stream, name) == before
+    assert line in (await problems(stream)).splitlines()
 
 
 async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContext) -> None:
-    await stream.add_stream(requests())
+    await make(stream, REQUESTS)
     with pytest.raises(BrokerError, match="num_replicas is 1, and must be 3"):
         await prepared(stream, replicas=3)
-
-
-@pytest.mark.parametrize(
-    ("found", "difference"),
-    [
-        ({"ack_wait": 5}, "ack_wait is 5.0, and must be 40 or more"),
-        ({"max_deliver": 3}, "max_deliver is 3, and must be unlimited"),
-        ({"max_ack_pending": 1000}, "max_ack_pending is 1000, and must be unlimited"),
-        ({"filter_subject": "keyless.approvals.request"}, "filter_subject is"),
-        ({"filter_subjects": ["keyless.approvals.request"]}, "filter_subjects is"),
-        ({"deliver_subject": "elsewhere"}, "deliver_subject is elsewhere, and must be unset"),
-        ({"backoff": [40.0, 60.0]}, "backoff is"),
-        ({"headers_only": True}, "headers_only is True"),
-        ({"pause_until": "2999-01-01T00:00:00Z"}, "pause_until is 2999"),
-        ({"max_expires": 500_000_000}, "max_expires is 500000000, and must be unset"),
-        ({"priority_groups": ["a"], "priority_policy": "overflow"}, r"priority_groups is \['a'\], and must be unset"),
-    ],
-)
-async def test_a_consumer_with_other_settings_is_refused_in_one_line_that_names_them_and_left_as_it_is(
-    stream: JetStreamContext, found: dict[str, Any], difference: str
-) -> None:
-    await stream.add_stream(requests())
-    before = (await stream.add_consumer(REQUESTS, consumer(**found))).config
-    refusal = rf"^consumer {CONSUMER} of stream {REQUESTS} exists with other settings: .*{difference}"
-    with pytest.raises(BrokerError, match=refusal) as caught:
-        await prepared(stream)
-    assert "\n" not in str(caught.value)
-    assert (await stream.consumer_info(REQUESTS, CONSUMER)).config == before
 
 
 async def test_a_subject_that_is_another_streams_is_refused_in_one_line(stream: JetStreamContext) -> None:
@@ -410,31 +357,39 @@ async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_flee
     stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await made(stream, KEYLESS, OURS)
-    real, missed = stream.stream_info, list[str]()
+    real, missed = streams.request, list[str]()
 
-    async def just_before_it_was_made(name: str) -> StreamInfo:
+    async def just_before_it_was_made(stream: JetStreamContext, subject: str, **asked: object) -> dict[str, Any]:
         if not missed:
-            missed.append(name)
+            missed.append(subject)
             raise NotFoundError
-        return await real(name)
+        return await real(stream, subject, **asked)
 
-    monkeypatch.setattr(stream, "stream_info", just_before_it_was_made)
+    monkeypatch.setattr(streams, "request", just_before_it_was_made)
     with pytest.raises(BrokerError, match=f"belongs to {OURS}, and this worker to {THEIRS}"):
         await made(stream, KEYLESS, THEIRS)
-    assert missed == [REQUESTS]
+    assert missed == [f"STREAM.INFO.{REQUESTS}"]
 
 
 async def test_streams_that_say_nothing_of_their_service_get_that_of_their_first_worker_and_keep_all_else(
     stream: JetStreamContext,
 ) -> None:
-    await stream.add_stream(
-        requests(description="Ours", max_bytes=1 << 30, discard=DiscardPolicy.NEW, metadata={"team": "payments"})
-    )
+    await make(stream, REQUESTS, description="Ours", max_bytes=1 << 30, discard="new", metadata={"team": "payments"})
     await prepared(stream)
-    before = (await streams.request(stream, f"STREAM.INFO.{REQUESTS}"))["config"]
+    before = await settings_of(stream, REQUESTS)
     await made(stream, KEYLESS, OURS)
-    after = (await streams.request(stream, f"STREAM.INFO.{REQUESTS}"))["config"]
+    after = await settings_of(stream, REQUESTS)
     assert after == before | {"metadata": before["metadata"] | {"aiokeyless-service": OURS}}
     with pytest.raises(BrokerError, match=f"belongs to {OURS}, and this worker to {THEIRS}"):
         await made(stream, KEYLESS, THEIRS)
     await prepared(stream)
+
+
+async def test_of_two_first_workers_whose_records_cross_one_is_told_at_its_next_inspection(
+    stream: JetStreamContext,
+) -> None:
+    """NATS changes a stream without a condition: both have read that there is no record, and both have written one."""
+    await made(stream, KEYLESS, THEIRS)
+    assert (await inspect(stream, KEYLESS, BrokerClock(), service=THEIRS)).problems == ()
+    with pytest.raises(BrokerError, match=f"belongs to {THEIRS}, and this worker to {OURS}"):
+        await inspect(stream, KEYLESS, BrokerClock(), service=OURS)

@@ -37,7 +37,6 @@ from aiokeyless.worker import (
 from aiokeyless.worker.messages import ApprovalRequest, request_name
 from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker, StreamSettings, intake
 from aiokeyless.worker.nats import broker as nats_broker
-from aiokeyless.worker.nats.connection import connect
 from aiokeyless.worker.nats.event_keys import MESSAGE_ID, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
 
@@ -522,21 +521,6 @@ async def test_a_cancellation_that_is_repeated_leaves_no_task_behind_either(
         await asyncio.sleep(0)
     await client.aclose()
     await until(lambda: asyncio.all_tasks() <= before)
-
-
-async def test_a_reconnection_before_it_serves_changes_nothing(
-    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def connect_twice(
-        nats_url: str, options: dict[str, object], *, on_reconnect: Callable[[], None], on_loss: Any
-    ) -> Client:
-        connection = await connect(nats_url, options, on_reconnect=on_reconnect, on_loss=on_loss)
-        on_reconnect()
-        return connection
-
-    monkeypatch.setattr(nats_broker, "connect", connect_twice)
-    async with ApprovalWorker(client, broker.url) as worker:
-        assert worker.statistics.is_ready
 
 
 # -- a broker that does not do as it should
