@@ -39,7 +39,7 @@ from .fleet import KEYLESS, Fleet
 from .inspection import inspect
 from .intake import Intake, NatsMessage
 from .readers import Reader
-from .streams import ACK_WAIT, StreamSettings, prepare, restore_consumer
+from .streams import ACK_WAIT, StreamSettings, ensure_workers, prepare
 
 if TYPE_CHECKING:
     from nats.js import JetStreamContext
@@ -129,7 +129,7 @@ class NatsBroker(Broker):
         connection = self._connection
         if connection is None:
             return
-        intakes: list[Reader | Intake] = [*self._readers.values(), *([] if self._intake is None else [self._intake])]
+        intakes: list[Intake] = [*self._readers.values(), *([] if self._intake is None else [self._intake])]
         self._intake = None
         self._readers.clear()
         with suppress(TimeoutError):
@@ -220,7 +220,8 @@ class NatsBroker(Broker):
 
     async def _restore(self) -> None:
         stream = self._fleet.jetstream(self._open_connection(), _RESTORED_WITHIN)
-        await restore_consumer(stream, self._fleet, ack_wait=self._ack_wait)
+        with broker_errors():
+            await ensure_workers(stream, self._fleet, self._ack_wait)
 
     def now(self) -> datetime:
         return self._clock.now()

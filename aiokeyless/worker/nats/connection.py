@@ -28,7 +28,6 @@ _CLOSE_WITHIN: Final = 5.0  # seconds
 _PING_INTERVAL: Final = 5  # seconds
 _MAX_OUTSTANDING_PINGS: Final = 2
 #: An older server does not answer a pull for a deleted consumer. Its worker would receive nothing, without an error.
-#: Before 2.10, servers also lack the metadata of streams, which names a fleet's owner, and do not report their time.
 _OLDEST_SERVER: Final = (2, 11)
 _ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event with its headers may exceed its request
 _SMALLEST: Final = 1 << 10  # bytes that a request must be allowed to have
@@ -63,22 +62,14 @@ def check_options(options: Mapping[str, object]) -> None:
         )
 
 
-async def connect(
-    nats_url: str,
-    options: Mapping[str, object],
-    *,
-    on_loss: Callable[[BrokerError], None],
-) -> Client:
-    """Connect to the broker.
+async def connect(nats_url: str, options: Mapping[str, object], *, on_loss: Callable[[BrokerError], None]) -> Client:
+    """Connect to one of the addresses, which are separated by commas, with options of ``nats.connect``.
 
-    Args:
-        nats_url: Addresses, separated by commas.
-        options: Of ``nats.connect``.
-        on_loss: Called if the connection will not come back or is useless: the broker ended it, or does not permit what
-            a worker does.
+    `on_loss` is called if the connection will not come back or is useless: the broker ended it, or does not permit what
+    a worker does.
 
     Raises:
-        BrokerError: It cannot be reached, does not let this user in, or is too old.
+        BrokerError: The broker cannot be reached, does not let this user in, or is not fit.
     """
     given: dict[str, Any] = {
         "name": "aiokeyless worker",
@@ -136,15 +127,11 @@ class _Client(Client):
     It always reports its end, even if the broker is away. If nats-py still has data for a broker that is away, its
     close fails before the callback, and before all of its tasks have ended. It would not reconnect either, so its
     worker would never receive anything again.
-
-    Attributes:
-        failures: Why the connection could not be made so far.
-        is_made: Whether it was made.
     """
 
     def __init__(self, on_loss: Callable[[BrokerError], None], *, is_secure: bool) -> None:
         super().__init__()
-        self.failures: list[Exception] = []
+        self.failures: list[Exception] = []  # why the connection could not be made so far
         self.is_made: bool = False
         self._lose = on_loss
         self._is_secure = is_secure
@@ -238,10 +225,6 @@ def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, 
 
 def _hosts(servers: list[str]) -> str:
     """Return addresses without the passwords and tokens that they may hold."""
-    return ", ".join(_address(server) for server in servers)
-
-
-def _address(server: str) -> str:
     # Not by a URL parser: an unescaped slash in a password makes the URL invalid.
-    address = server.rpartition("@")[2].rpartition("//")[2].partition("/")[0]
-    return address if _HOST_AND_PORT.fullmatch(address) else "(no host:port)"
+    addresses = (server.rpartition("@")[2].rpartition("//")[2].partition("/")[0] for server in servers)
+    return ", ".join(address if _HOST_AND_PORT.fullmatch(address) else "(no host:port)" for address in addresses)

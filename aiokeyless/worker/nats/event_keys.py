@@ -41,9 +41,6 @@ _SUBJECT: Final = attrgetter("operation_id", "user_id", "external_user_id", "pay
 class EventKeys:
     """The keys of a fleet's events and claims. The first one signs, and each of them is accepted.
 
-    To rotate, add the new key as the last one everywhere. Then make it the first one at the workers. Remove the old key
-    when the duplicate window is over and no event that it signed is left.
-
     Args:
         keys: Secret texts, each of 32 or more printable ASCII characters without blanks, such as the output of
             ``openssl rand -hex 32``.

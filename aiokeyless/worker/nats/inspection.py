@@ -1,7 +1,4 @@
-"""The state of a fleet, by few requests to JetStream: for its streams, the workers' consumer, and the readers'.
-
-The broker answers them from memory, but for the oldest outcome that a reader has not handled.
-"""
+"""The state of a fleet, by few requests to JetStream: for its streams, the workers' consumer, and the readers'."""
 
 from __future__ import annotations
 
@@ -49,6 +46,15 @@ class _Stream(msgspec.Struct):
     config: Config
     state: _Content
 
+    @property
+    def trouble(self) -> str:
+        most, most_bytes = self.config.get("max_msgs", 0), self.config.get("max_bytes", 0)
+        if 0 < most <= self.state.messages:
+            return f"is full: it has {self.state.messages} messages of at most {most}"
+        if 0 < most_bytes < self.state.bytes + _ROOM:
+            return f"is full: it has {self.state.bytes} bytes of at most {most_bytes}"
+        return ""
+
 
 class _Floor(msgspec.Struct):
     stream_seq: int
@@ -63,8 +69,11 @@ class _Consumer(msgspec.Struct):
     paused: bool = False
 
     @property
+    def trouble(self) -> str:
+        return "is paused" if self.paused else ""
+
+    @property
     def unread(self) -> int:
-        """Messages that are not settled."""
         return min(self.num_pending + self.num_ack_pending, MOST_UNREAD)
 
     @property
@@ -100,13 +109,7 @@ async def inspect(
 ) -> Inspection:
     """Return the state of a fleet, and measure the broker's clock.
 
-    Args:
-        stream: The broker's JetStream.
-        fleet: The fleet.
-        clock: The clock.
-        settings: What the operator chose; None if that is not known.
-        ack_wait: The least ack wait of consumers, in seconds.
-        service: Base URL of the service that the worker asks; empty if it is not known.
+    Without `settings`, what the operator chose is not known, and without `service`, which service the worker asks.
 
     Raises:
         BrokerError: The fleet asks another service.
@@ -139,9 +142,8 @@ async def inspect(
         readers += page.consumers
         total = page.total if page.consumers else 0
     readers = [reader for reader in readers if "durable_name" in reader.config]  # else an operator looks with it
-    ages: dict[str, float] = {}
+    ages = dict.fromkeys((reader.name for reader in readers), 0.0)
     for reader in readers:
-        ages[reader.name] = 0.0
         if reader.unread:
             after = reader.ack_floor.stream_seq + 1
             oldest = await ask(f"STREAM.MSG.GET.{fleet.outcomes}", _Kept, seq=after, next_by_subj=">")
@@ -154,8 +156,8 @@ async def inspect(
     streams = {fleet.requests: requests, fleet.outcomes: outcomes, fleet.claims: claims}
     consumers = {fleet.consumer: consumer, **{reader.name: reader for reader in readers if not reader.is_anothers}}
     problems = (
-        *(_describe_stream(name, found, tables[name]) for name, found in streams.items()),
-        *(_describe_consumer(name, found, wanted) for name, found in consumers.items()),
+        *(_describe(f"the stream {name}", found, tables[name]) for name, found in streams.items()),
+        *(_describe(f"the consumer {name}", found, wanted) for name, found in consumers.items()),
     )
     waiting = requests.state.messages
     return Inspection(
@@ -169,22 +171,8 @@ async def inspect(
     )
 
 
-def _describe_stream(name: str, found: _Stream | None, wanted: Config) -> str:
+def _describe(what: str, found: _Stream | _Consumer | None, wanted: Config) -> str:
+    """Return what is wrong, in words; empty if nothing is."""
     if found is None:
-        return f"the stream {name} is gone"
-    content, full = found.state, f"the stream {name} is full: it has"
-    if 0 < (most := found.config.get("max_msgs", 0)) <= content.messages:
-        return f"{full} {content.messages} messages of at most {most}"
-    if 0 < (most := found.config.get("max_bytes", 0)) < content.bytes + _ROOM:
-        return f"{full} {content.bytes} bytes of at most {most}"
-    return describe_wrong(f"the stream {name}", found.config, wanted)
-
-
-def _describe_consumer(name: str, found: _Consumer | None, wanted: Config) -> str:
-    if found is None:
-        return f"the consumer {name} is gone"
-    return (
-        f"the consumer {name} is paused"
-        if found.paused
-        else describe_wrong(f"the consumer {name}", found.config, wanted)
-    )
+        return f"{what} is gone"
+    return f"{what} {found.trouble}" if found.trouble else describe_wrong(what, found.config, wanted)

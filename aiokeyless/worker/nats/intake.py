@@ -65,21 +65,13 @@ _LONGEST_DELAY: Final = 2  # failures whose delay is the longest between two pul
 
 
 class NatsMessage(Message, kw_only=True, eq=False):
-    """One delivery by JetStream.
+    """One delivery by JetStream."""
 
-    Attributes:
-        id: The request's number in the stream.
-        raw: The delivery.
-        arrived_at: When it came.
-        standing: What this worker knows of the request.
-        claim: The number of its claim; 0 if it made none.
-    """
-
-    id: int
+    id: int  # its number in the stream
     raw: Msg
     arrived_at: float
-    standing: Standing
-    claim: int = 0
+    standing: Standing  # what this worker knows of the request
+    claim: int = 0  # the number of its claim; 0 if it made none
 
     @property
     def rank(self) -> tuple[int, Standing, float]:

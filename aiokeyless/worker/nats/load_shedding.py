@@ -35,17 +35,11 @@ class LoadShedding:
         return self._factor
 
     def on_delivery(self, *, redelivered: bool, backlog: int) -> None:
-        """Adapt to a delivery.
-
-        Args:
-            redelivered: Whether it was delivered before. A new one does not show a lack of room, even while others
-                wait: they may be a burst.
-            backlog: How many requests were never delivered.
-        """
+        """Adapt to a delivery, while so many requests were never delivered."""
         self._advance()
         if not backlog:
             self._behind_until = self._at
-        elif redelivered:
+        elif redelivered:  # a new one does not show a lack of room, even while others wait: they may be a burst
             self._behind_until = self._at + _SEEN_FOR
 
     def _advance(self) -> None:

@@ -60,19 +60,16 @@ class NatsOutcome(OutcomeDelivery):
         await self._intake.put_off(self._message, outcome_pause(self._message.number) if delay is None else delay)
 
 
-class Reader:
+class Reader(Intake):
     """One reading application's place in the stream of outcomes. Without event keys it believes every event."""
 
     def __init__(self, connection: Client, fleet: Fleet, name: str, event_keys: EventKeys | None) -> None:
-        self._connection = connection
+        source, now = (fleet.prefix, fleet.outcomes, name), asyncio.get_running_loop().time
+        super().__init__(connection, *source, lease=_LEASE, now=now, restore=self._ensure_consumer)
         self._stream = fleet.jetstream(connection, _ANSWER_WITHIN)
         self._fleet = fleet
         self._name = name
         self._event_keys = event_keys
-        self._now = asyncio.get_running_loop().time
-        self._intake = Intake(
-            connection, fleet.prefix, fleet.outcomes, name, lease=_LEASE, now=self._now, restore=self._ensure_consumer
-        )
         self._checking = asyncio.Lock()
         self._check_at = _NEVER  # when its consumer is checked again
         self._unsigned = RateLimitedLog(logging.ERROR, "outcome.unsigned")
@@ -84,18 +81,14 @@ class Reader:
             await self._check()
             try:
                 # One at a time: in a batch, the last would wait for an application that is slow with the first.
-                taken = await self._intake.take(1, _READ_FOR, untried=None)
+                taken = await self.take(1, _READ_FOR, untried=None)
             except UnavailableError:
                 if not self._connection.is_reconnecting:
                     raise
                 continue
             for message in taken:
                 if await self._is_believed(message):
-                    return NatsOutcome(message, self._intake)
-
-    async def close(self) -> None:
-        """End the subscription."""
-        await self._intake.close()
+                    return NatsOutcome(message, self)
 
     async def _check(self) -> None:
         """Subscribe at first. Correct the consumer then, and again and again, since an operator may change it."""
@@ -104,11 +97,15 @@ class Reader:
                 return
             if self._check_at == _NEVER:
                 await self._find_consumer()
-                await self._intake.open()
+                await self.open()
             else:
                 with suppress(UnavailableError):
                     await self._ensure_consumer()
             self._check_at = self._now() + _CHECKED_EVERY
+
+    async def _ensure_consumer(self) -> None:
+        with broker_errors():
+            await ensure_reader(self._stream, self._fleet, self._name)
 
     async def _find_consumer(self) -> None:
         for _ in range(_ATTEMPTS):
@@ -118,10 +115,6 @@ class Reader:
             "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
             f"{self._fleet.prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its inbox?"
         )
-
-    async def _ensure_consumer(self) -> None:
-        with broker_errors():
-            await ensure_reader(self._stream, self._fleet, self._name)
 
     async def _is_believed(self, message: NatsMessage) -> bool:
         """Return whether a worker wrote an event, as far as that can be checked. If not, settle the event."""
@@ -137,14 +130,14 @@ class Reader:
             return True
         if message.number <= _UNSIGNED_DELIVERIES:
             self._unsigned.log(facts)
-            await self._intake.put_off(message, _UNSIGNED_FOR * 2 ** (message.number - 1))
+            await self.put_off(message, _UNSIGNED_FOR * 2 ** (message.number - 1))
         else:
             self._dropped.log(facts)
             await self._drop(message)
         return False
 
     async def _drop(self, message: NatsMessage) -> None:
-        self._intake.finish(message)
+        self.finish(message)
         with broker_errors():
             await message.raw.term()
 
@@ -163,9 +156,8 @@ class Reader:
 def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
     """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
 
-    `next_outcome` does this itself. Any user with the permission can publish to an inbox, and neither the subject nor
-    the content of a message shows its origin. Do not acknowledge a message that is not an event of the stream. Even
-    one that is may come from another user: `EventKeys.verify` says whether a worker signed it.
+    `next_outcome` does this itself. Anybody may publish to an inbox. Do not acknowledge a message that is no event of
+    the stream. Even one that is may come from another user: `EventKeys.verify` says whether a worker signed it.
 
     Args:
         reply: The message's reply subject.

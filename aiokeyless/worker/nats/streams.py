@@ -20,7 +20,7 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
-from .failures import broker_errors, reason
+from .failures import reason
 
 if TYPE_CHECKING:
     from nats.js import JetStreamContext
@@ -36,7 +36,8 @@ _SERVICE: Final = "aiokeyless-service"  # the key in a stream's metadata
 _UNLIMITED: Final = -1
 _UNSET: Final[tuple[object, ...]] = (None, False, 0, "", [], {}, "none", "default")
 _DURATIONS: Final = frozenset({"ack_wait", "duplicate_window", "inactive_threshold", "max_age", "max_expires"})
-_REFUSED_OVER: Final = (("max_msgs", "max_bytes"), ("max_msgs", "max_bytes", "max_msgs_per_subject"))
+_AT_LEAST: Final = frozenset({"ack_wait", "duplicate_window"})
+_REFUSABLE: Final = frozenset({"max_msgs", "max_bytes"})
 _SECOND: Final = 10**9  # nanoseconds
 #: Pull requests that may wait at a consumer. A worker has one at a time, and there may be many workers.
 _MAX_WAITING: Final = 8192
@@ -68,41 +69,27 @@ class StreamSettings(NamedTuple):
 # -- what must be set
 
 
-class _AtLeast(NamedTuple):
-    """A duration that may be longer."""
-
-    nanoseconds: int
-
-
 def wanted_streams(fleet: Fleet, settings: StreamSettings, window: float) -> dict[str, Config]:
     """Return what must be set of each stream, by its name, if the duplicate window in force is so many seconds."""
     chosen, in_force = round(settings.duplicate_window * _SECOND), round(window * _SECOND)
     common: Config = {
+        **({"num_replicas": settings.replicas} if (settings.replicas or 1) > 1 else {}),
         "storage": "file",
-        "duplicate_window": _AtLeast(chosen),
-        "max_msgs": _UNLIMITED,
-        "max_bytes": _UNLIMITED,
-        "max_msgs_per_subject": _UNLIMITED,
+        **dict.fromkeys(("max_msgs", "max_bytes", "max_msgs_per_subject"), _UNLIMITED),
         # By the first two a publisher removes what others published. By the rest, messages are lost or come from
         # elsewhere, or consumers vanish.
         **dict.fromkeys(("allow_rollup_hdrs", "allow_msg_ttl", "no_ack", "sealed", "persist_mode")),
         **dict.fromkeys(("subject_transform", "mirror", "sources", "consumer_limits")),
     }
-    if (settings.replicas or 1) > 1:
-        common["num_replicas"] = settings.replicas
-    kept = {**common, "retention": "limits", "max_msg_size": _UNLIMITED}  # what is larger would never be stored
-    requests: Config = {"subjects": [fleet.request_subject], "retention": "workqueue", "max_age": None}
-    outcomes: Config = {"subjects": [fleet.outcome_subject(one) for one in Outcome], "max_age": _AtLeast(chosen)}
+    requests = {"retention": "workqueue", "duplicate_window": chosen, "max_age": None}  # its ack ends a wait
+    kept = {"retention": "limits", "max_msg_size": _UNLIMITED}  # what is larger would never be stored
+    outcomes = [fleet.outcome_subject(outcome) for outcome in Outcome]
     # Once this stream forgets an outcome, a repeated request would count as a new one.
-    claims: Config = {
-        "subjects": [fleet.claim_subject("*")],
-        "duplicate_window": _AtLeast(in_force),
-        "max_age": in_force,
-    }
+    claims = {"subjects": [fleet.claim_subject("*")], "duplicate_window": in_force, "max_age": in_force}
     return {
-        fleet.requests: {**common, **requests},
-        fleet.outcomes: {**kept, **outcomes},
-        fleet.claims: {**kept, **claims},
+        fleet.requests: {**common, **requests, "subjects": [fleet.request_subject]},
+        fleet.outcomes: {**common, **kept, "subjects": outcomes, "duplicate_window": chosen},
+        fleet.claims: {**common, **kept, **claims},
     }
 
 
@@ -112,7 +99,7 @@ def wanted_consumer(ack_wait: float) -> Config:
         "ack_policy": "explicit",
         "deliver_policy": "all",
         "replay_policy": "instant",
-        "ack_wait": _AtLeast(round(ack_wait * _SECOND)),
+        "ack_wait": round(ack_wait * _SECOND),
         "max_deliver": _UNLIMITED,  # each delivery of a request is a poll
         "max_ack_pending": _UNLIMITED,  # each wait is an unacknowledged message, and so is an outcome that is put off
         **dict.fromkeys(("filter_subject", "filter_subjects", "headers_only", "backoff", "deliver_subject")),
@@ -124,43 +111,30 @@ def wanted_consumer(ack_wait: float) -> Config:
 def describe_wrong(what: str, found: Config, wanted: Config) -> str:
     """Return which settings are wrong, in words; empty if none is."""
     wrong = [
-        f"{name} is {_show(name, found.get(name))}, and must be {_show(name, right)}"
+        f"{name} is {_show(name, found.get(name))}, and must be {_show(name, right)}{' or more' * (name in _AT_LEAST)}"
         for name, right in _find_wrong(found, wanted).items()
     ]
     return f"{what} has other settings: {'; '.join(wrong)}" if wrong else ""
 
 
 def _find_wrong(found: Config, wanted: Config) -> Config:
-    return {name: right for name, right in wanted.items() if not _is_right(found, name, right)}
+    return {name: right for name, right in wanted.items() if not _is_right(name, found.get(name), right, found)}
 
 
-def _is_right(found: Config, name: str, right: object) -> bool:
-    value: Any = found.get(name)
+def _is_right(name: str, value: Any, right: Any, found: Config) -> bool:
     if right is None:
         return value in _UNSET
     if right == _UNLIMITED:  # or a limit over which a stream refuses new messages, and does not drop old ones
-        refuses = found.get("discard") == "new" and name in _REFUSED_OVER[bool(found.get("discard_new_per_subject"))]
-        return (value or _UNLIMITED) < 0 or refuses
-    if isinstance(right, _AtLeast):
-        return (value or 0) >= right.nanoseconds or (name == "max_age" and not value)
+        return (value is not None and value < 0) or (name in _REFUSABLE and found.get("discard") == "new")
+    if name in _AT_LEAST:
+        return bool((value or 0) >= right)
     return set(value or ()) == set(right) if isinstance(right, list) else bool(value == right)
 
 
 def _show(name: str, value: object) -> str:
-    if isinstance(value, _AtLeast):
-        return f"{_show(name, value.nanoseconds)} or more"
     if name in _DURATIONS and isinstance(value, int):
         return f"{value / _SECOND:g} s"
     return "unset" if value is None else "unlimited" if value == _UNLIMITED else str(value)
-
-
-def _settings_from(wanted: Config) -> Config:
-    """Return settings with which to make what is wanted."""
-    return {
-        name: right.nanoseconds if isinstance(right, _AtLeast) else right
-        for name, right in wanted.items()
-        if right is not None
-    }
 
 
 def find_window(*streams: Config) -> float:
@@ -178,24 +152,9 @@ async def request(stream: JetStreamContext, subject: str, **asked: object) -> di
 
 
 async def prepare(
-    stream: JetStreamContext,
-    fleet: Fleet,
-    settings: StreamSettings,
-    *,
-    ack_wait: float,
-    service: str,
+    stream: JetStreamContext, fleet: Fleet, settings: StreamSettings, *, ack_wait: float, service: str
 ) -> float:
-    """Make or check the streams and the workers' consumer.
-
-    Args:
-        stream: The broker's JetStream.
-        fleet: The fleet.
-        settings: What the operator chose.
-        ack_wait: Seconds after which the broker repeats a delivery that is neither acknowledged nor extended.
-        service: Base URL of the service that the workers of the fleet ask; empty if it is not known yet.
-
-    Returns:
-        The duplicate window in force, in seconds, which bounds `expires_in`.
+    """Make or check the streams and the workers' consumer. Return the duplicate window in force, in seconds.
 
     Raises:
         BrokerError: One of them has other settings, or cannot be made; or the fleet asks another service.
@@ -210,7 +169,7 @@ async def prepare(
         outcomes = await _ensure_stream(stream, fleet.outcomes, wanted[fleet.outcomes], max_age=kept_for)
         window = find_window(requests, outcomes)
         await _ensure_stream(stream, fleet.claims, wanted_streams(fleet, settings, window)[fleet.claims])
-        await _ensure_workers(stream, fleet, ack_wait)
+        await ensure_workers(stream, fleet, ack_wait)
     except nats.js.errors.APIError as error:
         raise BrokerError(_refusal(error, fleet)) from None
     except nats.errors.Error as error:
@@ -236,25 +195,25 @@ def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
     )
 
 
-async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:
-    """Make the workers' consumer again if it was deleted.
+async def ensure_workers(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
+    """Make the workers' consumer if it is missing, or check it.
 
     Raises:
-        BrokerError: It has other settings now, or its stream is gone.
-        UnavailableError: The broker has no leader for it just now.
+        BrokerError: It has other settings, or its stream is gone.
     """
-    with broker_errors():
+    try:
+        answer = await request(stream, f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}")
+    except nats.js.errors.NotFoundError:
         try:
-            await _ensure_workers(stream, fleet, ack_wait)
+            answer = await _put_consumer(stream, fleet.requests, fleet.consumer, {}, wanted_consumer(ack_wait))
         except nats.js.errors.NotFoundError:
             raise BrokerError(f"the stream {fleet.requests} is gone, and the requests in it") from None
+    if problem := describe_wrong(f"the consumer {fleet.consumer}", answer["config"], wanted_consumer(ack_wait)):
+        raise BrokerError(f"{problem}; delete it, and the workers make it again")
 
 
 async def ensure_reader(stream: JetStreamContext, fleet: Fleet, name: str) -> None:
-    """Make a reader's consumer, or correct its settings.
-
-    If an operator made the consumer, the reader needs no permission to make one. That matters, because the maker of a
-    consumer chooses where it delivers. So applications in an account of their own have no such permission.
+    """Make a reader's consumer, or correct its settings. If nothing is to be done, that takes no permission.
 
     Raises:
         BrokerError: It is missing or wrong, and this reader may not change that; or there is no stream.
@@ -267,9 +226,7 @@ async def ensure_reader(stream: JetStreamContext, fleet: Fleet, name: str) -> No
     if not problem:
         return
     try:
-        await _put_consumer(
-            stream, fleet.outcomes, name, {**found, **(_find_wrong(found, wanted) if found else wanted)}
-        )
+        await _put_consumer(stream, fleet.outcomes, name, found, wanted)
     except nats.js.errors.NotFoundError:
         raise BrokerError("outcomes cannot be read: there is no stream; start a worker first, it makes it") from None
     except nats.js.errors.APIError as error:
@@ -281,20 +238,11 @@ async def ensure_reader(stream: JetStreamContext, fleet: Fleet, name: str) -> No
         log(logging.WARNING, "reader.corrected", {"problem": problem})
 
 
-async def _ensure_workers(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
-    wanted = wanted_consumer(ack_wait)
-    try:
-        answer = await request(stream, f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}")
-    except nats.js.errors.NotFoundError:
-        answer = await _put_consumer(stream, fleet.requests, fleet.consumer, wanted)
-    if problem := describe_wrong(f"the consumer {fleet.consumer}", answer["config"], wanted):
-        raise BrokerError(f"{problem}; delete it, and the workers make it again")
-
-
-async def _put_consumer(stream: JetStreamContext, of: str, name: str, wanted: Config) -> dict[str, Any]:
-    """Make a consumer, or give it other settings."""
-    settings = {"max_waiting": _MAX_WAITING, **_settings_from(wanted), "durable_name": name}
-    return await request(stream, f"CONSUMER.CREATE.{of}.{name}", stream_name=of, config=settings)
+async def _put_consumer(stream: JetStreamContext, of: str, name: str, found: Config, wanted: Config) -> dict[str, Any]:
+    """Make a consumer, or correct what is wrong in its settings."""
+    settings = {"max_waiting": _MAX_WAITING, **found, **_find_wrong(found, wanted), "durable_name": name}
+    config = {key: value for key, value in settings.items() if value is not None}
+    return await request(stream, f"CONSUMER.CREATE.{of}.{name}", stream_name=of, config=config)
 
 
 async def _ensure_stream(stream: JetStreamContext, name: str, wanted: Config, **more: object) -> Config:
@@ -302,7 +250,7 @@ async def _ensure_stream(stream: JetStreamContext, name: str, wanted: Config, **
         answer = await request(stream, f"STREAM.INFO.{name}")
     except nats.js.errors.NotFoundError:
         try:  # no conflict if the settings are the same
-            answer = await request(stream, f"STREAM.CREATE.{name}", **{**_settings_from(wanted), "name": name, **more})
+            answer = await request(stream, f"STREAM.CREATE.{name}", name=name, **_find_wrong({}, wanted), **more)
         except nats.js.errors.APIError as error:
             if error.err_code != _NAME_IN_USE:
                 raise
