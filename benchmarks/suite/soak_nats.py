@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless import KeylessError
 from aiokeyless.worker import BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
+from aiokeyless.worker.nats.streams import ACK_WAIT
 from benchmarks.broker import NAMES, NatsCluster
 from benchmarks.nats_logins import Operator
 from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
@@ -183,6 +184,8 @@ class NatsSoak(Run):
             self._times(6, partial(self._disturb, "leader paused", self._pause)),
             self._times(6, partial(self._disturb, "leader cut off from the others", self._cut_off)),
             self._times(2, partial(self._disturb, "all servers killed at once", self._cut_power)),
+            self._times(6, partial(self._disturb, "consumer of the reader edited", self._edit_reader)),
+            self._times(6, partial(self._disturb, "consumer of the workers edited, and deleted", self._edit_workers)),
             self._times(20, partial(self._kill, "worker killed", self._killed)),
             self._times(6, self._renew_late),
         ]
@@ -211,6 +214,23 @@ class NatsSoak(Run):
         self._cluster.cut_off(name)
         await asyncio.sleep(self.plan.hang)
         self._cluster.connect()
+
+    async def _edit_reader(self, _leader: str) -> None:
+        """Change what the reader corrects."""
+        await self._edit(Fleet().outcomes, READER, max_deliver=3, headers_only=True, ack_wait=1.0)
+
+    async def _edit_workers(self, _leader: str) -> None:
+        """Change what a worker only reports, and do what the runbook says."""
+        stream, consumer = Fleet().requests, Fleet().consumer
+        await self._edit(stream, consumer, max_deliver=3, ack_wait=1.0)
+        await asyncio.sleep(self.plan.hang)
+        with suppress(nats.errors.Error):
+            await self._connection.jetstream().delete_consumer(stream, consumer)
+
+    async def _edit(self, stream: str, consumer: str, **settings: float) -> None:
+        with suppress(nats.errors.Error):  # there is no leader just now
+            found = (await self._connection.jetstream().consumer_info(stream, consumer)).config
+            await self._connection.jetstream().add_consumer(stream, found, timeout=None, **settings)
 
     async def _renew_login(self) -> None:
         self.happened["logins renewed"] += 1

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 EXPIRES: Final = 1.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is no longer expected: it may be lost
 _NOTICED_WITHIN: Final = 0.25  # seconds after which a take notices that the connection was made again
+_SIZE: Final = "Nats-Msg-Size"  # the header of a delivery whose body the broker left out
 _EXPIRED: Final = "408"  # the pull has expired as requested
 _CHOICE: Final = 512  # deliveries to choose probes from
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
@@ -129,7 +130,7 @@ class Failures:
 class Intake:
     """The deliveries of one consumer to all who share a connection.
 
-    After a refused pull it calls `restore`, which makes the consumer again if it is gone. It extends each delivery that
+    After a refused pull it calls `restore`, which makes or checks the consumer. It extends each delivery that
     was taken, until that is settled or was here for `lease` seconds.
     """
 
@@ -188,6 +189,7 @@ class Intake:
                     raise UnavailableError("the broker was closed")
                 if self._connection.is_connected:
                     await self._pull(self._wanted)
+                    await self._hand_back_stripped()
                     await self._hand_back_old()
                 left = until - self._now()
                 if taken := self._choose(up_to, untried, is_last=left <= 0):
@@ -207,6 +209,7 @@ class Intake:
         """Take requests whose deadline was at or before a moment; others stay here for a while."""
         self._check_connection()
         await self._pull(_CHOICE)
+        await self._hand_back_stripped()
         deadlines = [(message, message.read_deadline()) for message in self._arrived]
         taken = [message for message, at in deadlines if at is not None and at <= before][:up_to]
         self._take(taken)
@@ -314,6 +317,15 @@ class Intake:
         if untried and self._pending:
             return not best.is_untried
         return best.failures > 0 and self._now() < self._pulled_at + _BETTER_WITHIN
+
+    async def _hand_back_stripped(self) -> None:
+        """Put off deliveries that came without their bodies, since an operator changed the consumer."""
+        stripped = [message for message in self._arrived if not message.body and _SIZE in (message.raw.headers or {})]
+        self._take(stripped)
+        for message in stripped:
+            await self.put_off(message, error_delay(min(message.number, _MANY)))
+        if stripped:
+            await self._restore()
 
     async def _hand_back_old(self) -> None:
         """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
