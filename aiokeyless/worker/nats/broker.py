@@ -260,8 +260,7 @@ class NatsBroker(Broker):
                 # A forger knew the name. The next name follows from it, so that all deliveries use the same one.
                 log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
                 own_name = f"{name}-{stored.seq}"
-            await delivery.raw.ack()
-        self._open_intake().finish(delivery)
+        await self._open_intake().finish(delivery)
         return not stored.duplicate
 
     async def _publish(self, event: ApprovalEvent, data: bytes, name: str) -> PubAck:

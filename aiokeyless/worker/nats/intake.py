@@ -130,8 +130,8 @@ class Failures:
 class Intake:
     """The deliveries of one consumer to all who share a connection.
 
-    After a refused pull it calls `restore`, which makes or checks the consumer. It extends each delivery that
-    was taken, until that is settled or was here for `lease` seconds.
+    After a refused pull it calls `restore`, which makes or checks the consumer. It extends each delivery that was
+    taken, until that is settled or was here for `lease` seconds.
     """
 
     def __init__(
@@ -222,10 +222,12 @@ class Intake:
         with broker_errors():
             await message.raw.nak(delay)
 
-    def finish(self, message: NatsMessage) -> None:
-        """Forget a delivery whose request is decided."""
+    async def finish(self, message: NatsMessage) -> None:
+        """Acknowledge a delivery, which never comes again."""
         self._taken.discard(message)
         self.failures.forget(message.id)
+        with broker_errors():
+            await message.raw.ack()
 
     async def _extend(self) -> None:
         """Tell the broker, again and again, which deliveries are under way."""
@@ -257,8 +259,7 @@ class Intake:
                 async with asyncio.timeout(EXPIRES):
                     await self._moved.wait()
         with suppress(UnavailableError), broker_errors():
-            while self._arrived:
-                await self.put_off(self._arrived.pop(0), 0.0)
+            await self._hand_back(self._arrived, lambda _: 0.0)
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     @property
@@ -318,28 +319,27 @@ class Intake:
             return not best.is_untried
         return best.failures > 0 and self._now() < self._pulled_at + _BETTER_WITHIN
 
-    async def _hand_back_stripped(self) -> None:
-        """Put off deliveries that came without their bodies, since an operator changed the consumer."""
-        stripped = [message for message in self._arrived if not message.body and _SIZE in (message.raw.headers or {})]
-        self._take(stripped)
-        for message in stripped:
-            await self.put_off(message, error_delay(min(message.number, _MANY)))
-        if stripped:
-            await self._restore()
-
     async def _hand_back_old(self) -> None:
         """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
         old = [message for message in self._arrived if message.arrived_at < self._now() - _HELD_FOR]
-        self._take(old)
-        for message in old:
-            await self.put_off(message, error_delay(message.failures) if message.failures else _NEGLIGIBLE)
+        await self._hand_back(old, lambda message: error_delay(message.failures) if message.failures else _NEGLIGIBLE)
 
     async def _hand_back_worse(self) -> None:
         """Put off the worse half for long, since the broker delivers new requests only after all of these."""
-        self._arrived.sort(key=lambda message: message.rank)
-        worse, self._arrived = self._arrived[_CHOICE // 2 :], self._arrived[: _CHOICE // 2]
-        for message in worse:
-            await self.put_off(message, error_delay(_MANY))
+        worse = sorted(self._arrived, key=lambda message: message.rank)[_CHOICE // 2 :]
+        await self._hand_back(worse, lambda _: error_delay(_MANY))
+
+    async def _hand_back_stripped(self) -> None:
+        """Put off deliveries that came without their bodies, since an operator changed the consumer."""
+        stripped = [message for message in self._arrived if not message.body and _SIZE in (message.raw.headers or {})]
+        await self._hand_back(stripped, lambda message: error_delay(min(message.number, _MANY)))
+        if stripped:
+            await self._restore()
+
+    async def _hand_back(self, messages: list[NatsMessage], choose_delay: Callable[[NatsMessage], float]) -> None:
+        self._take(messages)
+        for message in messages:
+            await self.put_off(message, choose_delay(message))
 
     async def _on_message(self, raw: Msg) -> None:
         if raw.reply and not is_delivery(raw.reply, *self._source):

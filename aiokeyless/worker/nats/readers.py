@@ -52,9 +52,7 @@ class NatsOutcome(OutcomeDelivery):
         self.place: str = str(message.id)
 
     async def mark_handled(self) -> None:
-        self._intake.finish(self._message)
-        with broker_errors():
-            await self._message.raw.ack()
+        await self._intake.finish(self._message)
 
     async def put_off(self, delay: float | None = None) -> None:
         await self._intake.put_off(self._message, outcome_pause(self._message.number) if delay is None else delay)
@@ -123,7 +121,7 @@ class Reader(Intake):
         facts: dict[str, object] = {"sequence": message.id}
         if (reason := self._unreadable_reason(message)) is not None:
             log(logging.ERROR, "outcome.unreadable", {**facts, "error": reason})
-            await self._drop(message)
+            await self.finish(message)
             return False
         signature = (message.raw.headers or {}).get(SIGNATURE)
         if self._event_keys is None or self._event_keys.verify(message.body, signature, fleet=self._fleet.name):
@@ -133,13 +131,8 @@ class Reader(Intake):
             await self.put_off(message, _UNSIGNED_FOR * 2 ** (message.number - 1))
         else:
             self._dropped.log(facts)
-            await self._drop(message)
+            await self.finish(message)
         return False
-
-    async def _drop(self, message: NatsMessage) -> None:
-        self.finish(message)
-        with broker_errors():
-            await message.raw.term()
 
     def _unreadable_reason(self, message: NatsMessage) -> str | None:
         try:

@@ -282,13 +282,8 @@ def check_service(fleet: Fleet, requests: Config, service: str) -> None:
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:
     """Return whether the stream delivered a message with this reply subject to the consumer.
 
-    Any user with the permission can publish to an inbox, but no client may publish with such a reply subject.
-
-    Args:
-        reply: The reply subject of the message: ``$JS.ACK.<stream>.<consumer>`` and five more tokens. It may also have
-            a domain and an account in front of the stream; then at least five more tokens follow.
-        stream: Name of the stream.
-        consumer: Name of the consumer.
+    Any user with the permission can publish to an inbox, but no client may publish with such a reply subject. It is
+    ``$JS.ACK.<stream>.<consumer>`` and five more tokens. With a domain and an account, more may follow.
     """
     tokens = reply.split(".")
     if tokens[:2] != ["$JS", "ACK"]:
