@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from aiokeyless import BrokerError, ConfigurationError
+from aiokeyless import ApprovalTicket, BrokerError, ConfigurationError
 from aiokeyless.worker import approval_request, next_outcome, submit_approval
 from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, UnavailableError
-from aiokeyless.worker.messages import ApprovalRequest
+from aiokeyless.worker.messages import MAX_CONTEXT, MAX_DEPTH, ApprovalRequest
 
 from .conformance.brokers import decide, submit, take_all
 from .reading import read
@@ -107,7 +108,59 @@ async def test_a_name_that_no_broker_keeps_is_refused(memory: SqliteBroker, read
         await read(memory, reader=reader)
 
 
-async def test_what_is_wrong_is_refused_before_anything_is_stored(memory: SqliteBroker) -> None:
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+ENDLESS: list[object] = []
+ENDLESS.append(ENDLESS)
+
+#: The first day of the calendar begins in the year before it, in UTC.
+TOO_EARLY = timezone(timedelta(hours=14))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"require_auth_type": "face"}, "require_auth_type must be 'biom' for a face, 'pin'"),
+        ({"started_by": "web"}, "started_by must be 'backend' or 'phone'"),
+        ({"user_id": "xyz"}, "user_id"),
+        ({"user_id": ""}, "user_id"),
+        ({"user_id": 12}, "user_id"),
+        ({"operation_id": ".."}, "operation_id"),
+        ({"operation_id": ""}, "operation_id"),
+        ({"operation_id": "a\n"}, "operation_id"),
+        ({"operation_id": ApprovalTicket.for_operation("a", user_id="AB").to_json()}, "ApprovalTicket.from_json"),
+        ({"operation_payload": 40}, "operation_payload"),
+        ({"operation_payload": "\ud800"}, "operation_payload"),
+        ({"operation_payload": "x" * (1 << 20)}, "operation_payload"),
+        ({"external_user_id": "\ud800"}, "external_user_id"),
+        *(({"expires_in": value}, "expires_in") for value in (0, -1, float("nan"), float("inf"), True, "120", 10**400)),
+        pytest.param({"context": object()}, "context", id="context"),
+        ({"context": ENDLESS}, "context cannot be written as JSON"),
+        ({"context": "\ud800"}, "context"),
+        ({"context": {1.5: {2}, (1, 2): 3}}, "context"),
+        ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes"),
+        ({"context": nested(MAX_DEPTH + 1)}, "context is nested more than 64 deep"),
+        ({"context": nested(930)}, "context"),
+        *(
+            ({"created_at": value}, "created_at")
+            for value in ("2026-11-24", 7, datetime(2026, 11, 24), datetime.min.replace(tzinfo=TOO_EARLY))  # noqa: DTZ001
+        ),
+    ],
+)
+async def test_a_wrong_argument_is_refused_by_name_and_nothing_is_stored(
+    memory: SqliteBroker, wrong: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        await submit_approval(memory, **{"user_id": "c0ffee", "operation_id": "txn-1", **wrong})
+    assert (await memory.inspect()).waiting == 0
+
+
+async def test_a_url_and_what_is_no_broker_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="not a URL"):
         await read("sqlite:keyless.db")
     for url, kind in (
@@ -117,10 +170,6 @@ async def test_what_is_wrong_is_refused_before_anything_is_stored(memory: Sqlite
     ):
         with pytest.raises(ConfigurationError, match=rf"not a URL; .*: async with {kind}\(\.\.\.\) as broker$"):
             await submit_approval(url, "C0FFEE", operation_id="txn-1")
-    with pytest.raises(ConfigurationError, match="require_auth_type must be 'biom' for a face, 'pin'"):
-        await submit_approval(memory, "C0FFEE", operation_id="txn-1", require_auth_type="face")
-    with pytest.raises(ConfigurationError, match="started_by must be 'backend' or 'phone'"):
-        await submit_approval(memory, "C0FFEE", operation_id="txn-1", started_by="web")  # type: ignore[arg-type]  # that is the mistake
     with pytest.raises(ConfigurationError, match="not int"):
         await submit_approval(7, "C0FFEE", operation_id="txn-1")
 

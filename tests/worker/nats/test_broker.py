@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -98,16 +99,27 @@ async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(conn
     assert found == ("the broker refuses each pull: 409 Exceeded MaxRequestExpires of 1ms",)
 
 
-async def test_a_consumer_that_is_changed_into_one_that_refuses_pulls_ends_the_worker(connection: Client) -> None:
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"max_expires": 1_000_000}, "max_expires is 0.001 s, and must be unset"),
+        ({"headers_only": True}, "headers_only is True, and must be unset"),  # or requests would seem invalid
+    ],
+    ids=str,
+)
+async def test_a_consumer_that_is_changed_so_that_nothing_can_be_read_ends_the_worker(
+    connection: Client, changed: dict[str, object], difference: str
+) -> None:
     async with NatsBroker(connection) as opened:
         await opened.prepare(lease=30.0, service=SERVICE)
-        await change_consumer(connection, max_expires=1_000_000)
+        await change_consumer(connection, **changed)
+        await submit(opened, "txn-1")
 
         async def take_again_and_again() -> None:
             while True:
                 await opened.take(1, 0.1)
 
-        with pytest.raises(BrokerError, match=r"has other settings: max_expires is 0\.001 s, and must be unset"):
+        with pytest.raises(BrokerError, match=re.escape(f"has other settings: {difference}; delete it")):
             await take_again_and_again()
 
 

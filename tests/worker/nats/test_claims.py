@@ -40,24 +40,9 @@ async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsC
     assert (await claims.holds(ID, OURS), await claims.holds(ID, THEIRS)) == (True, False)
 
 
-async def test_who_does_not_get_an_id_cannot_release_it(claims: NatsClaims) -> None:
-    await claims.claim(ID, OURS)
-    _, number = await claims.claim(ID, THEIRS)
-    assert not await claims.unclaim(ID, number)
-    assert await claims.holds(ID, OURS)
-
-
 async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
     taken = await asyncio.gather(*(claims.claim(ID, f"request-{number}") for number in range(20)))
     assert sorted(claim.name for claim, _ in taken) == ["ANOTHERS"] * 19 + ["NEW"]
-
-
-async def test_what_is_released_can_be_taken_by_another_one(claims: NatsClaims) -> None:
-    _, number = await claims.claim(ID, OURS)
-    assert await claims.unclaim(ID, number)
-    assert not await claims.holds(ID, OURS)
-    assert (await claims.claim(ID, THEIRS))[0] is Claim.NEW
-    assert (await claims.claim(ID, OURS))[0] is Claim.ANOTHERS
 
 
 async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:

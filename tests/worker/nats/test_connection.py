@@ -189,12 +189,6 @@ async def test_a_broker_that_has_no_room_for_a_request_is_one_line() -> None:
                 NatsBroker(connection)
 
 
-async def test_of_several_that_are_not_there_all_are_named() -> None:
-    assert (await refusal("nats://worker:s3cret@127.0.0.1:1, nats://127.0.0.1:2")).startswith(
-        "no connection to the broker at 127.0.0.1:1, 127.0.0.1:2: "
-    )
-
-
 async def test_a_broker_that_says_nothing_is_given_up() -> None:
     async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await told_to_end.wait()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy
-from nats_server import CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS
+from nats_server import CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, change_consumer
 from waiting import PATIENCE
 
 from aiokeyless.worker.broker import UnavailableError
@@ -67,6 +67,23 @@ async def test_a_consumer_that_is_paused_is_named(connection: Client, stream: Je
     assert (await inspected(connection)).problems == (f"the consumer {CONSUMER} is paused",)
 
 
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"max_deliver": 3}, "the consumer shop has other settings: max_deliver is 3, and must be unlimited"),
+        ({"filter_subject": "keyless.approvals.failed", "max_deliver": 3}, None),
+        ({"deliver_subject": "elsewhere"}, None),
+    ],
+    ids=["a reader", "another client that filters", "another client that is pushed to"],
+)
+async def test_what_is_wrong_with_a_readers_consumer_is_named_and_other_clients_have_their_own_settings(
+    connection: Client, stream: JetStreamContext, changed: dict[str, object], problem: str | None
+) -> None:
+    await stream.publish(REQUEST_SUBJECT, b"")
+    await change_consumer(connection, OUTCOMES, "shop", **changed)
+    assert (await inspected(connection)).problems == (() if problem is None else (problem,))
+
+
 @pytest.mark.usefixtures("stream")
 async def test_a_broker_without_jetstream_for_the_fleet_does_not_answer(connection: Client) -> None:
     with pytest.raises(UnavailableError, match="JetStream does not answer: it is off, or not for this account"):
@@ -123,4 +140,5 @@ async def test_an_outcome_that_is_removed_meanwhile_has_no_age(connection: Clien
 
 async def test_without_a_stream_of_outcomes_nothing_is_unread(connection: Client, stream: JetStreamContext) -> None:
     await stream.delete_stream(OUTCOMES)
-    assert (await inspected(connection)).unread == {}
+    told = await inspected(connection)
+    assert (told.unread, told.problems) == ({}, (f"the stream {OUTCOMES} is gone",))

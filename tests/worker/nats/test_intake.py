@@ -197,26 +197,12 @@ async def test_a_pull_that_the_broker_ends_is_not_expected_any_more(
     assert 'broker.refused reason="409 Consumer Deleted"' in caplog.text
 
 
-async def test_a_pull_that_was_kept_as_long_as_it_was_to_be_ends_without_a_reason(hand: Hand) -> None:
-    await hand.intake.ask(5)
-    await hand.answer("408", Description="Request Timeout")
-    await until(lambda: hand.ends == 1)
-    assert (hand.intake.expected(), hand.intake._refusals) == (0, 0)
-
-
 async def test_where_there_is_no_consumer_the_end_of_a_pull_says_so(hand: Hand) -> None:
     await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
     await hand.intake.ask(5)
     await until(lambda: hand.ends == 1)
     assert (hand.intake.expected(), hand.intake._refusals) == (0, 1)
     assert hand.intake._refusal == "503 the consumer has no leader, or is gone"
-
-
-async def test_an_end_without_headers_is_one(hand: Hand) -> None:
-    await hand.intake.ask(5)
-    await hand.connection.publish(hand.intake._reply, b"")
-    await until(lambda: hand.ends == 1)
-    assert hand.intake.expected() == 0
 
 
 async def test_the_end_of_an_earlier_pull_is_not_that_of_the_present_one(hand: Hand) -> None:
@@ -230,27 +216,12 @@ async def test_the_end_of_an_earlier_pull_is_not_that_of_the_present_one(hand: H
     assert (hand.ends, hand.intake.expected()) == (0, 2)
 
 
-async def test_more_deliveries_than_were_asked_for_are_handed_on_and_owe_nothing(hand: Hand) -> None:
-    await hand.intake.ask(1)
-    hand.intake.forget()
-    await hand.publish("late")
-    await hand.delivered(1)
-    assert hand.intake.expected() == 0
-
-
 async def test_a_pull_whose_end_was_lost_is_forgotten_in_time(hand: Hand) -> None:
     await hand.intake.ask(5)
     hand.time = EXPIRES + 2
     assert hand.intake.expected() == 5
     hand.time += 0.001
     assert hand.intake.expected() == 0
-
-
-async def test_after_a_pull_was_forgotten_the_next_one_counts_alone(hand: Hand) -> None:
-    await hand.intake.ask(5)
-    hand.time = 100.0
-    await hand.intake.ask(2)
-    assert hand.intake.expected() == 2
 
 
 # -- refusals
@@ -510,6 +481,20 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
     assert [failures.of(number)[0] for number in (1, 2, 3)] == [2, 0, 1]
     failures.forget(1)
     assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED)
+
+
+async def test_what_comes_without_its_body_is_put_off_until_the_consumer_delivers_bodies_again(hand: Hand) -> None:
+    corrected: list[None] = []
+
+    async def restored() -> None:
+        corrected.append(await change_consumer(hand.connection, headers_only=False))
+
+    hand.intake._now = asyncio.get_running_loop().time
+    hand.intake._restore = restored
+    await change_consumer(hand.connection, headers_only=True)
+    await hand.publish("a")
+    [message] = await hand.intake.take(1, PATIENCE, untried=None)
+    assert (message.body, message.number, len(corrected)) == (b"a", 2, 1)
 
 
 # -- the end
