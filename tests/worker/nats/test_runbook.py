@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import json
+import re
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import nats
 import pytest
@@ -21,15 +25,16 @@ from ..reading import read  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from pathlib import Path
 
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import ApprovalEvent
 
 USER: Final = "C0"
+PAGE: Final = Path(__file__).parents[3] / "docs" / "howto" / "operating-workers.md"
 
 
 def new_worker(client: KeylessClient, broker: NatsServer) -> ApprovalWorker:
@@ -207,3 +212,77 @@ async def test_outcomes_that_were_purged_are_gone_and_readers_go_on_with_later_o
         [event] = await outcomes(connection, 1)
     assert event.operation_id == "txn-2"
     assert (await client.get_operation("txn-1")).is_approved  # which no event says any more
+
+
+# -- restored
+
+
+async def back_up(connection: Client, stream: str) -> tuple[dict[str, object], list[bytes]]:
+    """Take a snapshot of a stream and its consumers, as ``nats stream backup`` does."""
+    chunks: list[bytes] = []
+
+    async def receive(message: Msg) -> None:
+        chunks.append(message.data)
+        if message.reply:
+            await message.respond(b"")
+
+    inbox = connection.new_inbox()
+    subscription = await connection.subscribe(inbox, cb=receive)
+    asked = json.dumps({"deliver_subject": inbox}).encode()
+    answer = await connection.request(f"$JS.API.STREAM.SNAPSHOT.{stream}", asked, timeout=PATIENCE)
+    await until(lambda: bool(chunks) and not chunks[-1])
+    await subscription.unsubscribe()
+    return json.loads(answer.data), chunks
+
+
+async def restore(connection: Client, stream: str, facts: dict[str, object], chunks: list[bytes]) -> None:
+    """Put a snapshot back, as ``nats stream restore`` does."""
+    subject, wanted = f"$JS.API.STREAM.RESTORE.{stream}", {"config": facts["config"], "state": facts["state"]}
+    answer = await connection.request(subject, json.dumps(wanted).encode(), timeout=PATIENCE)
+    for chunk in chunks:
+        last = await connection.request(json.loads(answer.data)["deliver_subject"], chunk, timeout=PATIENCE)
+    assert "error" not in json.loads(last.data)
+
+
+async def test_streams_that_are_restored_go_on_where_the_backup_was_made(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with with_a_request_that_waits(client, broker, connection, sandbox):
+        await ask(connection, sandbox, "txn-0")
+        sandbox.approve("txn-0")
+        await outcomes(connection, 1)
+        backups = {stream: await back_up(connection, stream) for stream in (REQUESTS, CLAIMS, OUTCOMES)}
+    for stream, backup in backups.items():
+        await jetstream(connection).delete_stream(stream)
+        await restore(connection, stream, *backup)
+    async with new_worker(client, broker) as worker:
+        sandbox.approve("txn-1")
+        [event] = await outcomes(connection, 1)
+        assert worker.statistics.problems == ()
+    assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+
+
+# -- made by hand
+
+
+async def test_in_an_account_that_demands_limits_the_streams_of_the_page_serve(
+    tmp_path: Path, client: KeylessClient, sandbox: Sandbox
+) -> None:
+    limits = "jetstream: { max_file: 4GB, max_bytes_required: true }, users: [ { user: operator, password: PASSWORD } ]"
+    configuration = f"jetstream: {{}}\naccounts: {{ KEYLESS: {{ {limits} }} }}"
+    async with NatsServer(tmp_path, configuration=configuration) as broker:
+        url = broker.url.replace("nats://", "nats://operator:PASSWORD@")
+        with pytest.raises(BrokerError, match="requires a stream config to have max bytes set"):
+            await ApprovalWorker(client, url).run()
+        [code] = re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        code = code.replace("nats://operator:PASSWORD@127.0.0.1:4222", url).replace(
+            '"num_replicas": 3', '"num_replicas": 1'
+        )
+        names: dict[str, Any] = {"nats": nats}
+        await eval(compile(code, PAGE, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)  # noqa: S307  # it is ours
+        async with names["connection"], ApprovalWorker(client, url) as worker:
+            await ask(names["connection"], sandbox, "txn-1")
+            sandbox.approve("txn-1")
+            [event] = await outcomes(names["connection"], 1)
+            assert worker.statistics.problems == ()
+    assert event.outcome is Outcome.APPROVED
