@@ -484,10 +484,11 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
 
 
 async def test_what_comes_without_its_body_is_put_off_until_the_consumer_delivers_bodies_again(hand: Hand) -> None:
-    corrected: list[None] = []
+    corrected: list[str] = []
 
     async def restored() -> None:
-        corrected.append(await change_consumer(hand.connection, headers_only=False))
+        await change_consumer(hand.connection, headers_only=False)
+        corrected.append(CONSUMER)
 
     hand.intake._now = asyncio.get_running_loop().time
     hand.intake._restore = restored

@@ -239,9 +239,9 @@ async def restore(connection: Client, stream: str, facts: dict[str, object], chu
     """Put a snapshot back, as ``nats stream restore`` does."""
     subject, wanted = f"$JS.API.STREAM.RESTORE.{stream}", {"config": facts["config"], "state": facts["state"]}
     answer = await connection.request(subject, json.dumps(wanted).encode(), timeout=PATIENCE)
-    for chunk in chunks:
-        last = await connection.request(json.loads(answer.data)["deliver_subject"], chunk, timeout=PATIENCE)
-    assert "error" not in json.loads(last.data)
+    place = json.loads(answer.data)["deliver_subject"]
+    answers = [await connection.request(place, chunk, timeout=PATIENCE) for chunk in chunks]
+    assert "error" not in json.loads(answers[-1].data)
 
 
 async def test_streams_that_are_restored_go_on_where_the_backup_was_made(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from contextlib import asynccontextmanager
 from hashlib import sha256
@@ -18,6 +17,7 @@ from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, N
 from tenacity import wait_fixed
 from waiting import PATIENCE, until
 
+from aiokeyless.sandbox import Sandbox
 from aiokeyless.ticket import payload_digest
 from aiokeyless.worker import (
     ApprovalEvent,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from nats.js.api import ConsumerInfo
 
     from aiokeyless import KeylessClient
-    from aiokeyless.sandbox import Sandbox
     from aiokeyless.sandbox.journal import RequestRecord
 
 pytestmark = pytest.mark.platform
@@ -158,6 +157,22 @@ async def test_a_trace_travels_in_the_header_that_instrumentations_know(
 def test_a_fleet_is_told_apart_by_its_destination() -> None:
     broker = NatsBroker("nats://127.0.0.1:4222", fleet=Fleet(name="staging"))
     assert (broker.system, broker.destination) == ("nats", "staging.approvals.request")
+
+
+async def test_two_environments_on_one_broker_never_approve_each_others_requests(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with Sandbox(auto_approve=0.0) as staging, staging.client() as theirs, working(client, broker):
+        with pytest.raises(BrokerError, match=f"'keyless' on this broker belongs to {sandbox.url}, .*{staging.url}"):
+            await ApprovalWorker(theirs, broker.url).run()
+        fleet = Fleet(name="staging")
+        async with working(theirs, broker, fleet=fleet):
+            operation_id = await submit(connection, "C0FFEE")
+            other = NatsBroker(connection, fleet=fleet)
+            await submit_approval(other, "C0FFEE", operation_id="txn-1")
+            assert [event.outcome for event in await read(other)] == [Outcome.APPROVED]
+            await until(lambda: operation_id in sandbox.operations)
+        assert (len(sandbox.operations), len(staging.operations)) == (1, 1)
 
 
 # -- the deadline
@@ -356,24 +371,6 @@ async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
 
 
 # -- room, and the end
-
-
-@pytest.mark.slow
-async def test_stop_ends_a_worker_whose_broker_is_away(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
-) -> None:
-    before = asyncio.all_tasks()
-    async with working(client, broker) as worker:
-        sandbox.latency = 0.3
-        await submit(connection, "C0FFEE")
-        await until(lambda: worker.statistics.in_flight == 1)
-        await connection.close()
-        broker.kill()
-        await until(lambda: not worker.statistics.is_ready and worker.statistics.in_flight == 0)
-        stopped = time.monotonic()
-    assert time.monotonic() - stopped < 30
-    await client.aclose()
-    await until(lambda: asyncio.all_tasks() <= before)
 
 
 # -- a broker that does not do as it should
