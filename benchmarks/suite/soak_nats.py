@@ -1,5 +1,7 @@
 """Workers on a NATS cluster of three while leaders are killed, paused and cut off, and logins expire; nothing is lost.
 
+An operator changes the consumers now and then. The reader corrects its own, and the workers' is deleted.
+
 Once the power fails: all three servers are killed at the same time. They write each message to the disk before they
 acknowledge it. Three workers ask Keyless, one of them is killed now and then. See `benchmarks.soak`.
 """
