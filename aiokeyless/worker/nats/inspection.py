@@ -77,7 +77,7 @@ class _Consumer(msgspec.Struct):
         return min(self.num_pending + self.num_ack_pending, MOST_UNREAD)
 
     @property
-    def is_anothers(self) -> bool:
+    def is_foreign(self) -> bool:
         """Whether it belongs to another client than `next_outcome`, which may have settings of its own."""
         return not self.config.keys().isdisjoint({"deliver_subject", "filter_subject", "filter_subjects"})
 
@@ -151,10 +151,11 @@ async def inspect(
                 ages[reader.name] = max(0.0, (requests.ts - oldest.message.time).total_seconds())
 
     window = find_window(*(stream.config for stream in (requests, outcomes) if stream is not None))
-    tables = wanted_streams(fleet, settings or StreamSettings(None, window, window), window)
+    settings = settings or StreamSettings(duplicate_window=find_window((claims or requests).config))
+    tables = wanted_streams(fleet, settings, max(window, settings.duplicate_window))
     wanted = wanted_consumer(ack_wait)
     streams = {fleet.requests: requests, fleet.outcomes: outcomes, fleet.claims: claims}
-    consumers = {fleet.consumer: consumer, **{reader.name: reader for reader in readers if not reader.is_anothers}}
+    consumers = {fleet.consumer: consumer, **{reader.name: reader for reader in readers if not reader.is_foreign}}
     problems = (
         *(_describe(f"the stream {name}", found, tables[name]) for name, found in streams.items()),
         *(_describe(f"the consumer {name}", found, wanted) for name, found in consumers.items()),

@@ -39,8 +39,6 @@ _DURATIONS: Final = frozenset({"ack_wait", "duplicate_window", "inactive_thresho
 _AT_LEAST: Final = frozenset({"ack_wait", "duplicate_window"})
 _REFUSABLE: Final = frozenset({"max_msgs", "max_bytes"})
 _SECOND: Final = 10**9  # nanoseconds
-#: Pull requests that may wait at a consumer. A worker has one at a time, and there may be many workers.
-_MAX_WAITING: Final = 8192
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
 #: The broker's codes while servers of a cluster are offline or unknown to its leader, or it has no leader.
 _CLUSTER_INCOMPLETE: Final = frozenset({10004, 10005, 10008, 10009})
@@ -240,7 +238,8 @@ async def ensure_reader(stream: JetStreamContext, fleet: Fleet, name: str) -> No
 
 async def _put_consumer(stream: JetStreamContext, of: str, name: str, found: Config, wanted: Config) -> dict[str, Any]:
     """Make a consumer, or correct what is wrong in its settings."""
-    settings = {"max_waiting": _MAX_WAITING, **found, **_find_wrong(found, wanted), "durable_name": name}
+    # As many pull requests may wait. A worker has one at a time, and there may be many workers.
+    settings = {"max_waiting": 8192, **found, **_find_wrong(found, wanted), "durable_name": name}
     config = {key: value for key, value in settings.items() if value is not None}
     return await request(stream, f"CONSUMER.CREATE.{of}.{name}", stream_name=of, config=config)
 

@@ -212,6 +212,17 @@ async def test_a_wrong_setting_is_refused_in_one_line_left_as_it_is_and_found_by
     assert line in (await problems(stream)).splitlines()
 
 
+async def test_of_a_duplicate_window_that_was_shortened_the_stream_is_named_and_no_other(
+    stream: JetStreamContext,
+) -> None:
+    await prepared(stream)
+    changed = await settings_of(stream, OUTCOMES) | {"duplicate_window": 5 * SECOND, "max_age": 5 * SECOND}
+    await request(stream, f"STREAM.UPDATE.{OUTCOMES}", **changed)
+    line = f"the stream {OUTCOMES} has other settings: duplicate_window is 5 s, and must be 86400 s or more"
+    assert await problems(stream) == line
+    assert (await inspect(stream, KEYLESS, BrokerClock())).problems == (line,)  # what the operator chose is not known
+
+
 async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContext) -> None:
     await make(stream, REQUESTS)
     with pytest.raises(BrokerError, match="num_replicas is 1, and must be 3"):
