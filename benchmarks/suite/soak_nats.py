@@ -23,7 +23,6 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless import KeylessError
 from aiokeyless.worker import BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
-from aiokeyless.worker.nats.streams import ACK_WAIT
 from benchmarks.broker import NAMES, NatsCluster
 from benchmarks.nats_logins import Operator
 from benchmarks.programs import Program, keep_running, meanwhile, repeat, wholly
