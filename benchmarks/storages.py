@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]  # it has no type hints
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.broker import Broker, broker_for
 from aiokeyless.worker.nats import NatsBroker, StreamSettings
-from aiokeyless.worker.nats.intake import ACK_WAIT
+from aiokeyless.worker.nats.streams import ACK_WAIT
 
 from .broker import NAMES, NatsCluster
 from .postgres import PostgresServer
