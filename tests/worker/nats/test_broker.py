@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from nats_server import NatsServer, change_consumer
-from waiting import PATIENCE, until
+from waiting import until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import ExchangeResult, UnavailableError
@@ -16,14 +15,10 @@ from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
 from aiokeyless.worker.nats.load_shedding import LoadShedding
-from benchmarks.nats_logins import Operator
 
-from ..conformance.brokers import decide, new_request, submit, take_n  # noqa: TID252
-from ..reading import read  # noqa: TID252
+from ..conformance.brokers import new_request, submit, take_n  # noqa: TID252
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from nats.aio.client import Client
 
 SERVICE = "https://keyless.test"
@@ -109,26 +104,6 @@ async def test_a_consumer_that_is_changed_so_that_nothing_can_be_read_ends_the_w
 
         with pytest.raises(BrokerError, match=re.escape(f"has other settings: {difference}; delete it")):
             await take_again_and_again()
-
-
-@pytest.mark.slow
-async def test_a_login_that_expires_stops_neither_a_worker_nor_an_application(tmp_path: Path) -> None:
-    operator, credentials = Operator(), tmp_path / "app.creds"
-    async with NatsServer(tmp_path, configuration=operator.configuration) as server:
-        operator.write_login(credentials, lasts=3)
-        async with NatsBroker(server.url, connect_options={"user_credentials": str(credentials)}) as opened:
-            await opened.prepare(lease=30.0, service=SERVICE)
-            connection = opened._connection
-            assert connection is not None
-            reading = asyncio.create_task(read(opened))
-            operator.write_login(credentials, lasts=3600)
-            await until(lambda: connection.stats["reconnects"] > 0 and connection.is_connected)
-            await submit(opened, "txn-1")
-            [message] = await take_n(opened, 1)
-            await decide(opened, message)
-            async with asyncio.timeout(PATIENCE):
-                [event] = await reading
-    assert event.operation_id == "txn-1"
 
 
 async def test_what_the_machine_raises_is_an_error_of_the_broker() -> None:
