@@ -259,7 +259,10 @@ async def test_streams_that_are_restored_go_on_where_the_backup_was_made(
         sandbox.approve("txn-1")
         [event] = await outcomes(connection, 1)
         assert worker.statistics.problems == ()
+        assert not (await submit_approval(connection, USER, operation_id="txn-0")).duplicate
+        [again] = await outcomes(connection, 1)
     assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+    assert (again.operation_id, again.outcome) == ("txn-0", Outcome.APPROVED)
 
 
 # -- made by hand
