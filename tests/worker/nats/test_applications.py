@@ -183,7 +183,7 @@ async def test_tasks_that_begin_to_read_under_one_name_share_one_subscription_an
 
 async def test_after_a_reconnection_a_reader_pulls_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "EXPIRES", 2 * PATIENCE)  # the pull of before would be expected for so long
-    monkeypatch.setattr(readers, "_READ_FOR", 0.1)
+    monkeypatch.setattr(readers, "_READ_FOR", 0.01)
     options: dict[str, Any] = {"reconnect_time_wait": 0.05, "max_reconnect_attempts": -1, "error_cb": silent}
     async with NatsServer(tmp_path) as broker, await nats.connect(broker.url, **options) as connection:
         await prepare(jetstream(connection), ack_wait=30)
