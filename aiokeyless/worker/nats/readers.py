@@ -81,7 +81,7 @@ class Reader(Intake):
                 # One at a time: in a batch, the last would wait for an application that is slow with the first.
                 taken = await self.take(1, _READ_FOR, untried=None)
             except UnavailableError:
-                if not self._connection.is_reconnecting:
+                if self._subscription is None or self._connection.is_connected or self._connection.is_closed:
                     raise
                 continue
             for message in taken:
