@@ -117,18 +117,27 @@ class TestPolls:
         machine.answer(poll, 3.0)
         assert names(machine.started(3.0)) == ["op"]
 
-    def test_a_wait_that_starts_during_a_poll_is_served_by_its_approval_only(self) -> None:
+    @pytest.mark.parametrize(
+        "answer",
+        ["pending", error(500), error(404), operation(state="denied")],
+        ids=["pending", "transient", "missing", "rejected"],
+    )
+    def test_no_other_answer_than_an_approval_counts_for_a_wait_that_came_after_its_poll(self, answer: Any) -> None:
         machine = Calls()
-        first = machine.wait()
+        machine.wait()
         poll = machine.one(0.0)
-        second = machine.wait(at=0.5)
-        machine.answer(poll, 1.0)
-        assert (first.polls, second.polls) == (1, 0)
-        poll = machine.one(1.0)  # the second one's
-        third = machine.wait(at=1.5)
-        machine.answer(poll, 2.0, "approved")
-        assert [wait.outcome for wait in (first, second, third)] == ["approved"] * 3
-        assert third.polls == 1
+        updates = Updates()
+        late = machine.wait(at=0.5, updates=updates)
+        machine.answer(poll, 1.0, answer)
+        assert (late.outcome, late.polls, late.attempt, late.error, updates) == ("", 0, 1, None, [])
+
+    def test_an_approval_counts_for_a_wait_that_came_after_its_poll_too(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        poll = machine.one(0.0)
+        late = machine.wait(at=0.5)
+        machine.answer(poll, 1.0, "approved")
+        assert (wait.outcome, late.outcome, late.polls) == ("approved", "approved", 1)
 
     def test_a_schedule_that_raises_ends_its_own_waits(self) -> None:
         class Broken(wait_base):
@@ -1170,6 +1179,14 @@ class TestDeadlines:
         wait = machine.wait(ticket=TICKET, age=20.0, timeout=None)
         polls = machine.run(60.0, lambda *_: error(500))
         assert [at for at, _ in polls] == [0.0, 0.5, 1.0, 1.5]
+        assert wait.outcome == "ApprovalUnknownError"
+
+    def test_failures_of_polls_that_other_callers_want_give_an_expired_ticket_no_more_time(self) -> None:
+        machine = Calls()
+        wait = machine.wait(ticket=TICKET, age=20.0, timeout=None)
+        for at in (0.0, 0.4, 0.8, 1.2):  # each before the first one would be repeated
+            machine.answer(machine.one(at), at, error(500))
+            machine.wait(at=at + 0.4)
         assert wait.outcome == "ApprovalUnknownError"
 
     @pytest.mark.parametrize(("options", "at"), [({}, 120.0), ({"patience": 3.0}, 3.0)])
