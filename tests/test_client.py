@@ -85,9 +85,7 @@ class TestConstruction:
         monkeypatch.setenv("KEYLESS_BASE_URL", "")
         assert repr(KeylessClient(KEY)) == "<KeylessClient region='eu'>"
 
-    def test_the_base_url_wins_over_the_region_where_both_come_from_the_environment(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_in_the_environment_the_base_url_wins_over_the_region(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KEYLESS_BASE_URL", "https://gw.example/keyless/")
         monkeypatch.setenv("KEYLESS_REGION", "us")
         assert repr(KeylessClient(KEY)) == "<KeylessClient base_url='https://gw.example/keyless'>"
@@ -265,7 +263,7 @@ class TestArguments:
         with pytest.raises(ConfigurationError, match=r"operation_id|target"):
             client.wait_for_approvals([*(f"op{number}" for number in range(200)), wrong])
 
-    async def test_very_many_targets_are_not_checked_one_by_one_at_the_call(
+    async def test_very_many_targets_are_not_checked_early(
         self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         checked: list[str] = []
@@ -293,9 +291,7 @@ class TestArguments:
                 await method(user_id, **arguments)
         assert sandbox.requests == []
 
-    async def test_a_schedule_is_checked_before_anything_is_created(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_schedule_is_checked_before_the_create(self, sandbox: Sandbox, client: KeylessClient) -> None:
         with pytest.raises(ConfigurationError, match="schedule"):
             await client.request_approval(USER, schedule=5)  # type: ignore[arg-type]  # that is the mistake
         assert sandbox.requests == []
@@ -319,9 +315,7 @@ class TestArguments:
             await client.wait_for_approval("op", on_poll=5)  # type: ignore[arg-type]  # that is the mistake
         assert sandbox.requests == []
 
-    async def test_ids_that_cannot_be_sent_are_refused_by_the_single_calls(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_single_calls_refuse_ids_that_cannot_be_sent(self, sandbox: Sandbox, client: KeylessClient) -> None:
         with pytest.raises(InvalidIdentifierError):
             await client.get_operation("")
         with pytest.raises(InvalidIdentifierError):
@@ -409,9 +403,7 @@ class TestTheWayThrough:
         first = seconds or 7.0  # at once, unless the operation is younger than a second
         assert polls == pytest.approx([*(first + 7 * number for number in range(5) if first + 7 * number < 30), 30])
 
-    async def test_an_operation_that_expires_before_the_phone_was_told_gets_one_poll(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_operation_that_expires_then_gets_a_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         def tell(ticket: ApprovalTicket) -> object:
             sandbox.approve(ticket.operation_id)
             return asyncio.sleep(40)
@@ -448,9 +440,7 @@ class TestTheWayThrough:
         assert "op" in sandbox.operations
         assert [request.method for request in sandbox.requests] == ["POST"]
 
-    async def test_a_caller_who_is_cancelled_while_the_phone_is_told_leaves_nothing_behind(
-        self, client: KeylessClient
-    ) -> None:
+    async def test_a_caller_who_is_cancelled_while_a_phone_is_told_leaves_nothing(self, client: KeylessClient) -> None:
         telling = asyncio.Event()
 
         async def hang(_ticket: ApprovalTicket) -> None:
@@ -481,9 +471,7 @@ class TestTheWayThrough:
 
 @pytest.mark.looptime
 class TestAttempts:
-    async def test_they_are_found_by_either_id_and_by_the_operation(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_they_are_found_by_either_id_and_by_operation(self, sandbox: Sandbox, client: KeylessClient) -> None:
         for operation_id in ("a", "b"):
             await client.create_operation(USER, operation_id=operation_id, external_user_id="ann@example.com")
         cancelled = sandbox.fail_authentication("a", 30003)
@@ -575,9 +563,7 @@ class TestWatchApproval:
 
 @pytest.mark.looptime
 class TestManyWaits:
-    async def test_outcomes_come_in_the_order_in_which_the_waits_end(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_outcomes_come_in_the_order_of_the_waits_ends(self, sandbox: Sandbox, client: KeylessClient) -> None:
         for number in range(3):
             await client.create_operation(USER, operation_id=f"op{number}")
         for number, at in ((0, 9), (1, 3), (2, 6)):
@@ -643,9 +629,7 @@ class TestManyWaits:
         await asyncio.sleep(0)
         assert client.statistics.waiting == 0
 
-    async def test_waits_that_end_as_the_iterator_closes_are_not_missed_noisily(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_waits_that_end_as_it_closes_make_no_noise(self, sandbox: Sandbox, client: KeylessClient) -> None:
         failures: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
         await client.create_operation(USER, operation_id="op")

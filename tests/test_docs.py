@@ -163,9 +163,7 @@ def test_no_program_of_the_docs_that_acts_on_an_approval_takes_a_pin(block: Bloc
 
 
 @pytest.mark.parametrize("block", FAILURES, ids=range(len(FAILURES)))
-def test_a_loop_fails_as_said_and_a_wait_does_not(
-    block: Block, monkeypatch: pytest.MonkeyPatch, outputs_of_two_runs: Run
-) -> None:
+def test_loops_fail_and_waits_do_not(block: Block, monkeypatch: pytest.MonkeyPatch, outputs_of_two_runs: Run) -> None:
     loop = ModuleType("loop")
     exec(LOOP.code, vars(loop))  # noqa: S102
     monkeypatch.setitem(sys.modules, "loop", loop)

@@ -430,9 +430,7 @@ last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
         (None, lambda: stored().url),
     ],
 )
-def test_a_configuration_error_names_the_argument_that_is_wrong(
-    argument: str | None, call: Callable[[], object]
-) -> None:
+def test_a_configuration_error_names_the_wrong_argument(argument: str | None, call: Callable[[], object]) -> None:
     with pytest.raises(ConfigurationError) as error:
         call()
     assert error.value.argument == argument

@@ -74,7 +74,7 @@ async def approve(sandbox: Sandbox, treasury: Treasury, *people: str) -> None:
         sandbox.approve(operation)
 
 
-async def test_two_of_three_pay_once_and_the_late_third_pays_nothing(
+async def test_two_of_three_pay_and_the_late_third_does_not(
     sandbox: Sandbox, client: KeylessClient, treasury: Treasury
 ) -> None:
     taps = asyncio.create_task(approve(sandbox, treasury, "carol", "alice"))
@@ -85,7 +85,7 @@ async def test_two_of_three_pay_once_and_the_late_third_pays_nothing(
     assert not await treasury.decide(client)
 
 
-async def test_one_is_not_enough_and_a_second_after_the_end_is_too_late(
+async def test_one_is_not_enough_and_a_late_second_neither(
     sandbox: Sandbox, client: KeylessClient, treasury: Treasury
 ) -> None:
     taps = asyncio.create_task(approve(sandbox, treasury, "bob"))
@@ -131,7 +131,7 @@ async def test_an_approval_by_a_pin_or_of_something_else_is_no_voice(
     assert await deciding
 
 
-async def test_a_process_that_stops_decides_nothing_and_the_next_one_pays(
+async def test_after_a_process_that_stops_the_next_one_pays(
     sandbox: Sandbox, client: KeylessClient, treasury: Treasury
 ) -> None:
     deciding = asyncio.create_task(treasury.decide(client))
@@ -146,7 +146,7 @@ async def test_a_process_that_stops_decides_nothing_and_the_next_one_pays(
     assert len(sandbox.operations) == 3, "nobody was asked twice"
 
 
-async def test_a_payment_that_is_decided_twice_at_once_is_paid_once(
+async def test_a_payment_decided_twice_at_once_is_paid_once(
     sandbox: Sandbox, client: KeylessClient, treasury: Treasury
 ) -> None:
     taps = asyncio.create_task(approve(sandbox, treasury, "alice", "bob"))

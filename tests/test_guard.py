@@ -69,9 +69,7 @@ async def test_it_acts_after_the_approval_and_once(tool: Tool, sandbox: Sandbox)
     assert len(sandbox.operations) == 1
 
 
-async def test_another_process_goes_on_and_only_one_of_two_acts(
-    tool: Tool, record: sqlite3.Connection, sandbox: Sandbox
-) -> None:
+async def test_of_two_processes_that_go_on_one_acts(tool: Tool, record: sqlite3.Connection, sandbox: Sandbox) -> None:
     killed = asyncio.create_task(tool.call())
     await until(lambda: len(sandbox.operations) == 1)
     killed.cancel()

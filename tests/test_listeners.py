@@ -89,7 +89,7 @@ def test_what_a_listener_raises_is_logged_and_the_next_is_told(
     assert "RequestEnded" in record.getMessage()
 
 
-def test_a_listener_that_always_fails_is_logged_once_for_each_kind_of_failure(
+def test_a_listener_that_always_fails_is_logged_once_for_each_kind(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     errors = iter([ValueError(), ValueError(), KeyError(), ValueError(), KeyError()])

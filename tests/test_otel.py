@@ -159,9 +159,7 @@ class TestSpans:
         assert any("/authentications" in record.path for record in sandbox.requests)
         assert [span.name for span in recorder.spans] == ["POST"]
 
-    async def test_a_wait_that_fails_says_how_and_shows_the_polls_that_failed(
-        self, sandbox: Sandbox, recorder: Recorder
-    ) -> None:
+    async def test_a_wait_that_fails_shows_the_polls_that_failed(self, sandbox: Sandbox, recorder: Recorder) -> None:
         async with sandbox.client(listeners=[recorder.listener]) as client:
             ticket = await client.create_operation(USER)
             sandbox.fail_next(503, times=None)
@@ -174,9 +172,7 @@ class TestSpans:
         assert {event.name for event in span.events} == {"aiokeyless.poll.failed"}
         assert dict(span.events[0].attributes or {}) == {"error.type": "ServerError"}
 
-    async def test_no_poll_failed_where_the_phone_creates_the_operation(
-        self, sandbox: Sandbox, recorder: Recorder
-    ) -> None:
+    async def test_no_poll_failed_if_a_phone_creates_the_operation(self, sandbox: Sandbox, recorder: Recorder) -> None:
         async with sandbox.client(listeners=[recorder.listener]) as client:
             asyncio.get_running_loop().call_later(5, lambda: sandbox.approve("phone-1", user_id=USER))
             await client.wait_for_approval("phone-1", if_missing="wait")
@@ -191,9 +187,7 @@ class TestSpans:
                 await client.wait_for_approval(ticket, timeout=5)
         assert recorder.span("aiokeyless.wait").status.status_code is StatusCode.UNSET
 
-    async def test_a_resumed_wait_links_to_the_trace_that_created_the_ticket(
-        self, sandbox: Sandbox, recorder: Recorder
-    ) -> None:
+    async def test_a_resumed_wait_links_to_the_tickets_trace(self, sandbox: Sandbox, recorder: Recorder) -> None:
         async with sandbox.client(listeners=[recorder.listener]) as client:
             with recorder.tracer.start_as_current_span("create"):
                 ticket = await client.create_operation(USER)
@@ -262,9 +256,7 @@ class TestMetrics:
         }
         assert "error.type" not in requests["GET", 200].attributes
 
-    async def test_an_exchange_without_an_answer_is_named_by_its_error(
-        self, sandbox: Sandbox, recorder: Recorder
-    ) -> None:
+    async def test_an_exchange_without_an_answer_names_its_error(self, sandbox: Sandbox, recorder: Recorder) -> None:
         async with sandbox.client(listeners=[recorder.listener], max_attempts=1) as client:
             sandbox.fail_next(200, body=b"<html>")
             sandbox.drop_next(times=None)
@@ -558,9 +550,7 @@ class TestPrivacyAndFailures:
 
 
 class TestInstrumentor:
-    async def test_clients_are_instrumented_from_then_on_and_until_it_ends(
-        self, sandbox: Sandbox, recorder: Recorder
-    ) -> None:
+    async def test_clients_are_instrumented_until_it_ends(self, sandbox: Sandbox, recorder: Recorder) -> None:
         instrumentor = KeylessInstrumentor()
         early = sandbox.client()
         instrumentor.instrument(tracer_provider=recorder.traces, meter_provider=recorder.meters, skip_dep_check=True)
@@ -609,9 +599,7 @@ async def instrumented(sandbox: Sandbox, *command: str) -> asyncio.subprocess.Pr
     )
 
 
-async def test_a_session_that_is_traced_otherwise_stays_traced_for_single_calls(
-    sandbox: Sandbox, recorder: Recorder
-) -> None:
+async def test_a_session_that_is_traced_already_stays_so_for_single_calls(sandbox: Sandbox, recorder: Recorder) -> None:
     with traced_aiohttp(recorder):
         async with (
             aiohttp.ClientSession() as session,

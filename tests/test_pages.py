@@ -94,9 +94,7 @@ def page(pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("docs/results.md: Waits ...", "## Waits\n\n| b |\n|---|\n<!-- end -->\n"),
     ],
 )
-def test_what_a_comment_names_is_written_below_it_again_and_again(
-    pages: ModuleType, page: Path, named: str, written: str
-) -> None:
+def test_what_a_comment_names_is_written_and_again(pages: ModuleType, page: Path, named: str, written: str) -> None:
     before, after = "Text.\n\n", "\nMore.\n\n```python\nprint(1)\n```\n"
     page.write_text(f"{before}<!-- {named} -->\n{after}")
     for _ in range(2):

@@ -88,9 +88,7 @@ async def test_an_app_that_is_faster_than_the_wait_is_found_by_the_first_poll(
     assert sent(sandbox) == ["GET", "GET"]  # before the id was handed out, and the poll
 
 
-async def test_an_approval_from_before_the_id_was_handed_out_counts_for_nothing(
-    sandbox: Sandbox, client: KeylessClient
-) -> None:
+async def test_an_approval_from_before_the_hand_out_counts_for_nothing(sandbox: Sandbox, client: KeylessClient) -> None:
     """One tap must never pay twice, and the app need not be asked for an id that is used."""
     sandbox.approve(OPERATION, user_id=USER, **CONTENT)
     handed: list[ApprovalTicket] = []
@@ -105,9 +103,7 @@ async def test_an_approval_from_before_the_id_was_handed_out_counts_for_nothing(
 @pytest.mark.parametrize(
     "other", [{"user_id": "BAD"}, {"operation_payload": "Pay 1"}, {"external_user_id": "bob"}], ids=str
 )
-async def test_an_id_of_other_content_is_not_handed_out(
-    sandbox: Sandbox, client: KeylessClient, other: dict[str, str]
-) -> None:
+async def test_an_id_of_other_content_is_no_id(sandbox: Sandbox, client: KeylessClient, other: dict[str, str]) -> None:
     sandbox.approve(OPERATION, **{"user_id": USER, **CONTENT, **other})
     handed: list[ApprovalTicket] = []
     with pytest.raises(ConflictError, match="of another user, or with another payload or external user id") as refused:
@@ -137,9 +133,7 @@ async def test_two_calls_at_once_under_one_id_both_return_its_one_approval(
     assert [operation.is_approved for operation in await asyncio.gather(request(client), request(client))] == [True] * 2
 
 
-async def test_an_answer_about_another_operation_is_no_reason_to_hand_an_id_out(
-    sandbox: Sandbox, client: KeylessClient
-) -> None:
+async def test_an_answer_about_another_operation_hands_no_id_out(sandbox: Sandbox, client: KeylessClient) -> None:
     await client.create_operation(USER, operation_id=OPERATION, **CONTENT)
     sandbox.tamper(OPERATION, operation_id="another")
     handed: list[ApprovalTicket] = []

@@ -75,8 +75,8 @@ TABLE: Mapping[str, Row] = {
         "test_a_pin_lets_nothing_act_now_or_later",
         "test_an_answer_about_something_else_is_refused",
         "test_an_approval_serves_no_other_arguments",
-        "test_another_process_goes_on_and_only_one_of_two_acts",
-        "test_another_process_goes_on_and_only_one_of_two_acts",
+        "test_of_two_processes_that_go_on_one_acts",
+        "test_of_two_processes_that_go_on_one_acts",
     ),
     "examples/checkout/shop.py": asked_in(
         "examples/test_checkout.py",
@@ -99,12 +99,12 @@ TABLE: Mapping[str, Row] = {
     ),
     "examples/four_eyes.py": asked_in(
         "test_four_eyes.py",
-        "test_one_is_not_enough_and_a_second_after_the_end_is_too_late",
+        "test_one_is_not_enough_and_a_late_second_neither",
         "test_an_approval_by_a_pin_or_of_something_else_is_no_voice",
         "test_an_approval_by_a_pin_or_of_something_else_is_no_voice",
         "each payment has questions of its own",
-        "test_a_process_that_stops_decides_nothing_and_the_next_one_pays",
-        "test_a_payment_that_is_decided_twice_at_once_is_paid_once",
+        "test_after_a_process_that_stops_the_next_one_pays",
+        "test_a_payment_decided_twice_at_once_is_paid_once",
     ),
     "examples/guarded_bot/bot.py": asked_in(
         "examples/test_guarded_bot.py",

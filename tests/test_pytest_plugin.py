@@ -83,9 +83,7 @@ def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str
 # -- in these tests themselves
 
 
-async def test_the_sandbox_is_started_and_the_client_is_its_own(
-    keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient
-) -> None:
+async def test_the_client_is_that_of_the_sandbox(keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient) -> None:
     await keyless_client.get_pending_operations("C0FFEE")
     assert keyless_sandbox.request_count == 1
 
@@ -143,9 +141,7 @@ async def test_a_wait_of_two_minutes_takes_few_polls(keyless_client: AsyncKeyles
 
 
 @pytest.mark.looptime
-async def test_a_quick_approval_is_noticed_quickly(
-    keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient
-) -> None:
+async def test_a_quick_approval_is_noticed_soon(keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient) -> None:
     ticket = await keyless_client.create_operation("C0FFEE")
     now = asyncio.get_running_loop().time
     noticed = asyncio.create_task(keyless_client.wait_for_approval(ticket))
@@ -170,7 +166,7 @@ def test_a_plain_test_gets_the_other_face(keyless_sandbox: Sandbox, keyless_clie
     another.close()
 
 
-def test_a_plain_test_and_its_threads_drive_the_sandbox_while_it_serves(
+def test_a_plain_test_drives_the_sandbox_while_it_serves(
     keyless_sandbox: Sandbox, keyless_client: SyncKeylessClient
 ) -> None:
     def pay(number: int) -> bool:

@@ -79,9 +79,7 @@ def schedule_after(observed: Iterable[Observation], **options: float) -> wait_ad
 
 @given(observed=observations, elapsed=seconds, jitter=st.floats(0, 1))
 @settings(deadline=None)
-def test_a_delay_stays_within_the_bounds_after_any_observations(
-    observed: list[Observation], elapsed: float, jitter: float
-) -> None:
+def test_no_observations_move_a_delay_out_of_bounds(observed: list[Observation], elapsed: float, jitter: float) -> None:
     schedule = schedule_after(observed, min_interval=0.5, max_interval=30.0, jitter=jitter)
     assert 0.5 <= delay_at(schedule, elapsed) <= 30.0
 
@@ -92,9 +90,7 @@ def test_a_delay_stays_within_the_bounds_after_any_observations(
     poll_cost=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
 )
 @settings(deadline=None)
-def test_no_poll_cost_however_odd_gives_a_delay_out_of_bounds(
-    observed: list[Observation], elapsed: float, poll_cost: float
-) -> None:
+def test_no_poll_cost_sets_a_delay_out_of_bounds(observed: list[Observation], elapsed: float, poll_cost: float) -> None:
     schedule = schedule_after(observed, poll_cost=poll_cost, max_interval=1e300, jitter=0)
     assert 0.25 <= delay_at(schedule, elapsed) <= 1e300
 
@@ -206,9 +202,7 @@ def test_the_later_a_poll_the_later_the_previous_one(observed: list[Observation]
 
 @given(observed=observations, moment=st.floats(0, sys.float_info.max))
 @settings(deadline=None)
-def test_the_previous_poll_of_any_moment_however_huge_can_be_observed(
-    observed: list[Observation], moment: float
-) -> None:
+def test_the_previous_poll_of_however_huge_a_moment_can_be_observed(observed: list[Observation], moment: float) -> None:
     schedule = schedule_after(observed, jitter=0)
     before = schedule.previous_poll(moment)
     assert 0.0 <= before <= moment
@@ -293,9 +287,7 @@ def test_an_observation_of_no_time_says_nothing(observed: list[Observation]) -> 
 
 @pytest.mark.parametrize("timeout", [10.0, 30.0, 120.0])
 @pytest.mark.parametrize("learned", [30, 300, 1000])
-def test_after_an_outage_of_the_push_service_fifty_approvals_bring_promptness_back(
-    learned: int, timeout: float
-) -> None:
+def test_after_an_outage_of_push_messages_fifty_approvals_bring_promptness_back(learned: int, timeout: float) -> None:
     schedule = learn(TYPICAL, 0.02, learned, seed=1)
     before = learned_lateness(schedule, TYPICAL)
     for _ in range(1500):
@@ -422,9 +414,7 @@ class Seen(tenacity.wait.wait_base):
 
 @given(attempt_number=st.integers(1, 10**6), since_start=seconds)
 @settings(deadline=None)
-def test_a_strategy_sees_the_attempt_and_the_time_exactly_and_no_outcome(
-    attempt_number: int, since_start: float
-) -> None:
+def test_a_strategy_sees_the_exact_attempt_and_time_and_no_outcome(attempt_number: int, since_start: float) -> None:
     strategy = Seen(1.0)
     next_delay(strategy, attempt_number=attempt_number, since_start=since_start)
     (state,) = strategy.states
@@ -591,9 +581,7 @@ def test_after_some_waits_it_costs_at_most_a_few_percent_more_than_the_optimum(
 
 
 @pytest.mark.parametrize(("before", "after"), [(TYPICAL, SLOW), (SLOW, TYPICAL), (TYPICAL, TWO_GROUPS)])
-def test_when_approval_times_change_it_follows_within_five_hundred_waits(
-    before: ApprovalTimes, after: ApprovalTimes
-) -> None:
+def test_new_approval_times_are_followed_within_five_hundred_waits(before: ApprovalTimes, after: ApprovalTimes) -> None:
     for seed in range(2):
         schedule = learn(before, 0.3, 1000, seed)
         assert learned_ratio(schedule, after, 0.3) > 1.15

@@ -198,7 +198,7 @@ async def test_a_client_of_another_loop_is_refused(sandbox: Sandbox) -> None:
     await client.aclose()
 
 
-async def test_the_default_action_is_taken_once_all_is_closed(
+async def test_the_default_action_comes_last(
     client: KeylessClient, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[int, bool]] = []
@@ -212,9 +212,7 @@ async def test_the_default_action_is_taken_once_all_is_closed(
     assert wait.exception().__class__ is ClientClosedError
 
 
-async def test_a_second_signal_takes_the_default_action_at_once(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_second_signal_has_the_default_action(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     class HangingClient(KeylessClient):
         async def aclose(self) -> None:
             await closed.wait()

@@ -173,7 +173,7 @@ async def test_a_borrowed_session_fetches_them_without_the_api_key(service: Stri
         await verify(TransactionVerifier(client, tenant=TENANT), token())
 
 
-async def test_many_unknown_kids_cause_one_fetch_beyond_the_first_in_five_minutes(
+async def test_many_unknown_kids_cause_one_more_fetch_in_five_minutes(
     service: StrictService, verifier: TransactionVerifier
 ) -> None:
     texts = [unknown(number) for number in range(20)]
@@ -190,9 +190,7 @@ async def test_many_unknown_kids_cause_one_fetch_beyond_the_first_in_five_minute
     assert len(service.requests) == 3
 
 
-async def test_a_rotation_while_many_verifications_wait_costs_one_fetch(
-    service: StrictService, verifier: TransactionVerifier
-) -> None:
+async def test_a_rotation_among_many_costs_one_fetch(service: StrictService, verifier: TransactionVerifier) -> None:
     await verify(verifier, token())
     service.key_set = key_set(ec_jwk(ec_key("new"), kid="k2"))
     fresh = token(head=header(kid="k2"), sign=lambda message: sign_es256(message, ec_key("new")))
@@ -301,7 +299,7 @@ async def test_a_known_key_does_not_wait_for_an_address_that_hangs() -> None:
         assert loop.time() == pytest.approx(began), "nor is there another one for five minutes"
 
 
-async def test_a_fetch_goes_on_though_the_verification_that_started_it_is_cancelled(
+async def test_a_fetch_goes_on_though_its_first_caller_is_cancelled(
     service: StrictService, verifier: TransactionVerifier
 ) -> None:
     await verify(verifier, token())

@@ -162,9 +162,7 @@ async def test_an_error_is_that_of_the_other_face(keyless: KeylessClient) -> Non
         await asyncio.to_thread(keyless.get_operation, "none")
 
 
-async def test_an_approval_that_is_found_is_waited_for_with_its_factor(
-    sandbox: Sandbox, keyless: KeylessClient
-) -> None:
+async def test_a_found_approval_is_waited_for_with_its_factor(sandbox: Sandbox, keyless: KeylessClient) -> None:
     await asyncio.to_thread(keyless.create_operation, "C0FFEE", operation_id="op-1")
     sandbox.approve("op-1", auth_type="pin")
 
@@ -221,9 +219,7 @@ async def test_a_wait_ends_with_the_errors_of_the_other_face(keyless: KeylessCli
     await asyncio.to_thread(program)
 
 
-async def test_on_poll_runs_in_the_thread_that_waits_and_a_slow_one_holds_no_other(
-    sandbox: Sandbox, keyless: KeylessClient
-) -> None:
+async def test_on_poll_runs_in_the_waiting_thread_and_holds_no_other(sandbox: Sandbox, keyless: KeylessClient) -> None:
     threads: list[threading.Thread] = []
     other_is_approved = threading.Event()
     handling = threading.Event()
@@ -250,9 +246,7 @@ async def test_on_poll_runs_in_the_thread_that_waits_and_a_slow_one_holds_no_oth
 
 
 @pytest.mark.parametrize("error", [ValueError, StopIteration, Empty, KeyboardInterrupt, asyncio.CancelledError])
-async def test_what_on_poll_raises_ends_the_wait_and_is_raised(
-    keyless: KeylessClient, error: type[BaseException]
-) -> None:
+async def test_what_on_poll_raises_ends_the_wait_with_it(keyless: KeylessClient, error: type[BaseException]) -> None:
     def fail(_update: ApprovalUpdate) -> None:
         raise error("on_poll")
 
@@ -265,9 +259,7 @@ async def test_what_on_poll_raises_ends_the_wait_and_is_raised(
     await asyncio.to_thread(program)
 
 
-async def test_an_on_poll_that_is_slower_than_the_polls_gets_the_newest_update_next(
-    sandbox: Sandbox, keyless: KeylessClient
-) -> None:
+async def test_an_on_poll_slower_than_polls_gets_the_newest_update(sandbox: Sandbox, keyless: KeylessClient) -> None:
     polls: list[int] = []
 
     def slow(update: ApprovalUpdate) -> None:
@@ -313,9 +305,7 @@ async def test_a_function_that_closes_the_client_ends_its_wait(keyless: KeylessC
         await asyncio.to_thread(keyless.request_approval, "C0FFEE", **functions)
 
 
-async def test_the_phone_is_told_in_the_thread_that_asks_before_it_waits(
-    sandbox: Sandbox, keyless: KeylessClient
-) -> None:
+async def test_the_phone_is_told_in_the_asking_thread_before_it_waits(sandbox: Sandbox, keyless: KeylessClient) -> None:
     def program() -> None:
         threads: list[threading.Thread] = []
 
@@ -351,7 +341,7 @@ class AsyncObject:
 
 @pytest.mark.parametrize("argument", ["on_created", "on_poll"])
 @pytest.mark.parametrize("wrong", [5, asyncio.sleep, AsyncObject()], ids=["no function", "async function", "object"])
-async def test_a_wrong_function_is_refused_before_anything_is_created(
+async def test_a_wrong_function_creates_nothing(
     sandbox: Sandbox, keyless: KeylessClient, argument: str, wrong: Any
 ) -> None:
     wrongs: dict[str, Any] = {argument: wrong}
@@ -497,7 +487,7 @@ async def test_a_call_that_is_interrupted_before_it_is_handed_to_the_loop_leaves
     await asyncio.to_thread(program)
 
 
-async def test_an_iteration_that_is_interrupted_between_two_updates_ends_its_wait(
+async def test_an_iteration_interrupted_between_updates_ends_its_wait(
     keyless: KeylessClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt() -> None:
@@ -806,7 +796,7 @@ hangs.wait()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [OPEN_AT_THE_END, A_LISTENER_HANGS], ids=["waits", "a listener that hangs"])
-async def test_a_process_ends_at_once_and_silently_though_its_client_and_its_broker_are_open(
+async def test_a_process_ends_silently_though_client_and_broker_are_open(
     sandbox: Sandbox, text: str, tmp_path: Path
 ) -> None:
     text = f'sync.submit_approval("sqlite:{tmp_path}/keyless.db", "C0FFEE", operation_id="op-1")\n{text}'
@@ -817,9 +807,7 @@ async def test_a_process_ends_at_once_and_silently_though_its_client_and_its_bro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argument", ["on_created", "on_poll"])
-async def test_a_wait_whose_function_returns_after_the_end_of_the_loop_ends_silently(
-    sandbox: Sandbox, argument: str
-) -> None:
+async def test_a_function_that_returns_after_the_end_of_the_loop_ends_silently(sandbox: Sandbox, argument: str) -> None:
     before = """
 import atexit, threading
 atexit.register(lambda: waiting.join(10))  # before the import, so it runs after what the module registers
@@ -909,9 +897,7 @@ assert client.request_approval("C0FFEE", operation_id="op-later").is_approved
     ],
     ids=["made", "used", "used, closed", "used, dropped"],
 )
-async def test_a_client_that_was_made_before_a_fork_works_in_the_child_and_disturbs_no_parent(
-    sandbox: Sandbox, before: str, in_child: str
-) -> None:
+async def test_a_client_from_before_a_fork_works_in_the_child(sandbox: Sandbox, before: str, in_child: str) -> None:
     text = FORK.format(before=before, in_child=in_child, after=GOES_ON if before else "")
     async with program(text, sandbox) as process:
         await until(lambda: "op-child" in sandbox.operations)

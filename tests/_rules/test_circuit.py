@@ -469,9 +469,7 @@ def test_a_retry_after_while_half_open_starts_again_from_one() -> None:
     ("refused", "among", "is_tenants"),
     [(13, 40, False), (14, 40, True), (14, 14, True), (13, 13, False), (26, 80, False)],
 )
-def test_a_limit_is_the_tenants_if_over_a_third_of_the_last_forty_polls_were_refused(
-    refused: int, among: int, *, is_tenants: bool
-) -> None:
+def test_a_limit_is_the_tenants_if_a_third_of_forty_is_refused(refused: int, among: int, *, is_tenants: bool) -> None:
     circuit = Circuit(LIMIT)
     said = False
     for number in range(among):  # spread evenly
@@ -638,7 +636,7 @@ def test_an_outage_lasts_from_the_first_opening_until_it_is_closed() -> None:
 @pytest.mark.parametrize(
     ("error", "cause"), [(TransportError, "TransportError"), (None, None)], ids=["failure", "good"]
 )
-def test_listeners_are_told_from_which_state_to_which_why_and_how_long_it_lasted(
+def test_listeners_are_told_both_states_why_and_how_long_it_took(
     error: type[TransportError] | None, cause: str | None
 ) -> None:
     told = Transition(CircuitState.CLOSED, CircuitState.OPEN, 2.0, is_outage=True, outage=None).event(error, 7)

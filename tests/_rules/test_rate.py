@@ -180,9 +180,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("service", ["a bucket of 50", "a bucket of 5", "50 in each second"])
     @pytest.mark.parametrize("demand", [75.0, 200.0, 2000.0])
-    def test_a_service_with_a_limit_of_50_is_polled_at_45_to_50_after_a_minute(
-        self, service: str, demand: float
-    ) -> None:
+    def test_a_service_with_a_limit_of_50_gets_45_to_50_polls_after_a_minute(self, service: str, demand: float) -> None:
         allows = limited_service(service)
         rate = PollRate(1000.0)
         answers: list[tuple[float, bool]] = []

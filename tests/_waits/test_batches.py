@@ -214,7 +214,7 @@ class TestOneAnswerForMany:
             await asyncio.wait(waits)
         assert len(learned) == 1
 
-    async def test_a_payload_is_hashed_once(
+    async def test_a_payload_has_one_hash(
         self, sandbox: Sandbox, poller: Poller, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         hashed: list[str | None] = []
@@ -243,9 +243,7 @@ class TestOneAnswerForMany:
         assert waits[-1].cancelled()
         assert {type(wait.result()) for wait in waits[:-1]} == {Operation}
 
-    async def test_a_worker_that_is_cancelled_between_two_batches_costs_no_approval(
-        self, sandbox: Sandbox, poller: Poller
-    ) -> None:
+    async def test_cancelling_a_worker_between_batches_costs_nothing(self, sandbox: Sandbox, poller: Poller) -> None:
         before = asyncio.all_tasks()
         waits = [start(poller, "op") for _ in range(MANY)]
         sandbox.approve("op", user_id="AB")
@@ -257,9 +255,7 @@ class TestOneAnswerForMany:
 
 
 class TestDeadlines:
-    async def test_many_waits_of_one_operation_share_a_final_poll_however_many_batches_they_are(
-        self, sandbox: Sandbox, poller: Poller
-    ) -> None:
+    async def test_waits_of_one_operation_share_a_final_poll_in_batches(self, sandbox: Sandbox, poller: Poller) -> None:
         await sandbox_has_pending(sandbox)
         schedule = wait_fixed(1000)
         waits = [

@@ -108,9 +108,7 @@ async def timed_out(client: KeylessClient, target: ApprovalTicket | str, **optio
 
 
 class TestWhatIsLearned:
-    async def test_a_cancelled_attempt_is_in_the_updates_within_seconds(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_a_cancelled_attempt_is_soon_in_the_updates(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client)
         started = now()
         later(12, service.fail_authentication, "op", 30003)
@@ -123,9 +121,7 @@ class TestWhatIsLearned:
         assert update.elapsed == pytest.approx(17, abs=1)  # asked after 5 s and after 15 s, told with the next poll
         assert service.asked() == pytest.approx([started + 5, started + 15], abs=0.1)
 
-    async def test_the_error_at_the_deadline_carries_them_and_says_so(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_the_error_at_the_deadline_has_and_says_them(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client, expires_in=20)
         later(19, service.fail_authentication, "op")
         error = await timed_out(client, ticket)
@@ -133,9 +129,7 @@ class TestWhatIsLearned:
         assert str(error).endswith("; 1 attempt failed: the face did not match (30004)")
         assert "a timeout is not a denial" in str(error)
 
-    async def test_the_approved_update_carries_the_attempts_before_it(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_the_approved_update_has_the_earlier_attempts(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client)
         later(3, service.fail_authentication, "op")
         later(10.5, service.approve, "op")
@@ -152,9 +146,7 @@ class TestWhatIsLearned:
         await client.request_approval(USER, operation_id="op", explain=True, on_poll=updates.append)
         assert len(updates[-1].attempts) == 1
 
-    async def test_a_bare_id_is_explained_by_the_user_of_its_answers(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_a_bare_id_is_explained_by_its_answers_user(self, service: Service, client: KeylessClient) -> None:
         await created(client)
         later(3, service.fail_authentication, "op")
         assert len((await timed_out(client, "op", timeout=8)).attempts) == 1
@@ -168,14 +160,12 @@ class TestWhatIsLearned:
         assert len(error.attempts) == 1
         assert len(service.asked()) == 2
 
-    async def test_an_id_that_was_never_seen_is_explained_by_nothing(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_an_id_that_was_never_seen_is_not_explained(self, service: Service, client: KeylessClient) -> None:
         error = await timed_out(client, "op", timeout=20, if_missing="wait")
         assert error.attempts == ()
         assert service.asked() == []
 
-    async def test_an_attempt_for_which_the_app_passed_no_operation_id_explains_nothing(
+    async def test_an_attempt_without_an_operation_id_explains_nothing(
         self, service: Service, client: KeylessClient
     ) -> None:
         ticket = await created(client, expires_in=20)
@@ -196,9 +186,7 @@ class TestWhatIsLearned:
 
 
 class TestWhatItDecides:
-    async def test_an_attempt_that_telemetry_calls_approved_approves_nothing(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_an_approved_attempt_approves_nothing(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client, expires_in=20)
         lie = b'{"content": [{"authentications": [{"result": "APPROVED", "errorCode": 0, "operationId": "op"}]}]}'
         service.answers(200, lie)
@@ -206,18 +194,14 @@ class TestWhatItDecides:
         assert [attempt.result for attempt in error.attempts] == ["APPROVED"]
         assert "attempt" not in str(error)
 
-    async def test_a_failed_attempt_ends_no_wait_that_is_approved_later(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_a_failed_attempt_ends_no_wait_approved_later(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client)
         for _ in range(4):
             service.fail_authentication("op")
         later(40, service.approve, "op")
         assert (await client.wait_for_approval(ticket, explain=True)).is_approved
 
-    async def test_what_on_poll_raises_about_an_attempt_ends_the_wait(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_what_on_poll_raises_for_one_ends_the_wait(self, service: Service, client: KeylessClient) -> None:
         class DeclinedError(Exception):
             pass
 
@@ -236,9 +220,7 @@ class TestWhatItDecides:
 
 
 class TestWhatItCosts:
-    async def test_it_is_asked_once_in_ten_seconds_and_at_the_end_and_polls_go_on_as_ever(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_it_is_asked_every_ten_seconds_and_at_the_end(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client, expires_in=60)
         started = now()
         await timed_out(client, ticket)
@@ -265,18 +247,14 @@ class TestWhatItCosts:
         assert {len(error.attempts) for error in errors} == {1}
         assert len(service.asked()) == 6
 
-    async def test_a_wait_that_is_shorter_than_an_interval_asks_once_at_its_end(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_a_wait_shorter_than_an_interval_asks_once(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client)
         later(4, service.fail_authentication, "op")
         errors = [await timed_out(client, ticket, timeout=8) for _ in range(3)]
         assert [attempt.error_code for attempt in errors[-1].attempts] == [30004]
         assert len(service.asked()) == 3
 
-    async def test_a_hold_asks_only_where_the_tickets_time_ends_within_it(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_a_hold_asks_only_if_the_ticket_ends_in_it(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client, expires_in=30)
         service.fail_authentication("op")
         for _ in range(2):
@@ -312,9 +290,7 @@ class TestWhatItCosts:
 
 
 class TestTrouble:
-    async def test_telemetry_that_hangs_delays_the_end_by_one_second_and_no_poll(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_telemetry_that_hangs_delays_ends_by_a_second(self, service: Service, client: KeylessClient) -> None:
         service.hangs()
         ticket = await created(client, expires_in=40)
         started = now()
@@ -327,9 +303,7 @@ class TestTrouble:
         assert tasks_since(before) == set()
         assert armed_timers() == []
 
-    async def test_an_end_that_is_late_already_is_not_delayed_past_its_two_seconds(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_a_late_end_is_not_put_off_past_two_seconds(self, service: Service, client: KeylessClient) -> None:
         service.hangs()
         ticket = await created(client, expires_in=20)
         started = now()
@@ -338,9 +312,7 @@ class TestTrouble:
         assert not isinstance(error, ApprovalUnknownError)
         assert 21.4 < now() - started < 22.1
 
-    async def test_an_unknown_outcome_is_not_explained_by_another_request(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_an_unknown_outcome_takes_no_other_request(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client, expires_in=20)
         later(2, service.fail_authentication, "op")
         later(10, lambda: service.fail_next(503, times=None))
@@ -368,9 +340,7 @@ class TestTrouble:
         assert client.statistics.transient_failures == 0
         assert client.statistics.circuit == "closed"
 
-    async def test_telemetry_that_is_not_allowed_is_left_alone_for_two_minutes(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_telemetry_that_is_forbidden_rests_two_minutes(self, service: Service, client: KeylessClient) -> None:
         service.answers(403)
         tickets = [await created(client, name) for name in "ab"]
         later(119, service.approve, "a")
@@ -396,9 +366,7 @@ class TestTrouble:
         assert len(service.asked()) == 3
         assert len(error.attempts) == 1
 
-    async def test_retry_after_holds_what_is_asked_about_every_operation(
-        self, service: Service, client: KeylessClient
-    ) -> None:
+    async def test_retry_after_holds_questions_about_all_others(self, service: Service, client: KeylessClient) -> None:
         ticket = await created(client)
         service.answers(429, retry_after="33")
         later(60.5, service.approve, "op")
@@ -460,9 +428,7 @@ class TestTrouble:
         await spin_until(lambda: service.asking == 0)
 
     @pytest.mark.parametrize("explain", [None, 1, "yes"])
-    async def test_a_wrong_argument_is_refused_before_anything_is_sent(
-        self, service: Service, client: KeylessClient, explain: Any
-    ) -> None:
+    async def test_a_wrong_argument_sends_nothing(self, service: Service, client: KeylessClient, explain: Any) -> None:
         with pytest.raises(ConfigurationError, match="explain must be True or False"):
             await client.wait_for_approval("op", explain=explain)
         with pytest.raises(ConfigurationError, match="explain must be True or False"):

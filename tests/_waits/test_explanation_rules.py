@@ -83,9 +83,7 @@ def test_the_newest_hundred_attempts_are_kept() -> None:
         ),
     ],
 )
-def test_failed_attempts_are_counted_and_their_last_reasons_said(
-    attempts: list[Authentication], words: str | None
-) -> None:
+def test_failed_attempts_are_counted_with_their_last_reasons(attempts: list[Authentication], words: str | None) -> None:
     assert describe_failures(attempts) == words
 
 

@@ -89,9 +89,7 @@ class TestOneHold:
         assert now() - start == pytest.approx(4)
         assert client.statistics.approvals == 1
 
-    async def test_an_approval_that_is_there_is_found_by_the_shortest_hold(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_the_shortest_hold_finds_an_approval(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.approve("op")
         assert await client.hold_for_approval(ticket, seconds=0.001) is not None
@@ -144,9 +142,7 @@ class TestOneHold:
             ends = await asyncio.gather(*holds, return_exceptions=True)
         assert [type(end) for end in ends] == [Operation, ApprovalTimeoutError] * 20
 
-    async def test_an_expired_ticket_that_nobody_answers_ends_with_the_hold(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_unanswered_expired_ticket_ends_with_it(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client, expires_in=0.5)
         sandbox.latency = 9
         start = now()
@@ -180,9 +176,7 @@ class TestOneHold:
             await client.hold_for_approval("op", seconds=seconds)
         assert caught.value.argument == "seconds"
 
-    async def test_a_wait_with_the_same_deadline_has_its_final_poll(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_wait_of_the_same_deadline_has_a_final_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         start = now()
         ends = await asyncio.gather(
@@ -194,9 +188,7 @@ class TestOneHold:
         assert isinstance(ends[1], ApprovalTimeoutError)
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10])
 
-    async def test_a_wait_with_an_earlier_deadline_takes_nothing_from_a_hold(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_wait_that_ends_earlier_costs_a_hold_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         asyncio.get_running_loop().call_later(8.5, sandbox.approve, "op")
         waiting = asyncio.create_task(client.wait_for_approval(ticket, timeout=5, schedule=wait_fixed(4)))
@@ -204,9 +196,7 @@ class TestOneHold:
         with pytest.raises(ApprovalTimeoutError):
             await waiting
 
-    async def test_cancelling_it_leaves_nothing_behind_once_the_lease_is_over(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_cancelling_it_leaves_nothing_after_the_lease(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         before = asyncio.all_tasks()
         sandbox.latency = 1
@@ -239,9 +229,7 @@ class TestOneHold:
         assert type(first) is type(second) is NotFoundError
         assert first is not second
 
-    async def test_two_tickets_for_one_operation_share_polls_and_not_their_ends(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_tickets_of_one_operation_share_polls_not_ends(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         other = ApprovalTicket.for_operation("op", user_id="FFFF")
         start = now()
@@ -279,25 +267,19 @@ class TestSeries:
         assert all(3 - 1e-3 <= later - earlier <= 3 + gap + 1e-3 for earlier, later in pairwise(times))
 
     @pytest.mark.parametrize("seconds", [1, 2, 5, 20])
-    async def test_an_exponential_schedule_goes_on_where_it_was(
-        self, sandbox: Sandbox, client: KeylessClient, seconds: float
-    ) -> None:
+    async def test_exponential_schedules_go_on(self, sandbox: Sandbox, client: KeylessClient, seconds: float) -> None:
         ticket = await old_ticket(client)
         start = now()
         await hold_on(client, ticket, pieces=int(40 / seconds), seconds=seconds, schedule=wait_exponential())
         assert polls(sandbox) == pytest.approx([start + t for t in (0, 1, 3, 7, 15, 31)], abs=1e-3)
 
-    async def test_a_ticket_made_just_now_is_first_polled_when_the_schedule_says(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_the_schedule_sets_a_new_tickets_first_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER, operation_id="op")
         start = now()
         await hold_on(client, ticket, pieces=20, seconds=0.25, schedule=wait_fixed(2))
         assert polls(sandbox) == pytest.approx([start + 2, start + 4], abs=1e-3)
 
-    async def test_the_last_hold_of_a_ticket_goes_on_too_and_has_a_final_poll(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_the_last_hold_of_a_ticket_has_a_final_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client, expires_in=11)
         start = now()
         with pytest.raises(ApprovalTimeoutError):
@@ -319,9 +301,7 @@ class TestSeries:
         assert (await client.wait_for_approval(ticket)).is_approved
         assert now() == pytest.approx(start)
 
-    async def test_a_final_poll_of_a_wait_that_nobody_answered_does_not_end_the_polls(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_unanswered_final_poll_ends_no_other_polls(self, sandbox: Sandbox, client: KeylessClient) -> None:
         """It took the place of the ordinary poll that was due."""
         await old_ticket(client)
         schedule = wait_fixed(4)
@@ -352,9 +332,7 @@ class TestSeries:
         times = [time for time in polls(sandbox) if time < start + 19.9]
         assert times == pytest.approx([start, *(start + 0.1 + 3 * n for n in range(7))], abs=0.05)
 
-    async def test_an_operation_seen_in_one_hold_is_not_missing_in_the_next(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_operation_seen_in_a_hold_stays_seen(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         await asyncio.sleep(10)  # no replica lags so long
         assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
@@ -373,9 +351,7 @@ class TestSeries:
             assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8], abs=0.01)
 
-    async def test_a_pause_that_the_service_asks_for_outlasts_the_holds(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_pause_that_was_asked_for_outlasts_holds(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.fail_next(status=429, retry_after=30, method="GET")
         start = now()
@@ -384,9 +360,7 @@ class TestSeries:
         await asyncio.gather(*holds)
         assert polls(sandbox) == pytest.approx([start, start + 30], abs=0.01)
 
-    async def test_what_was_polled_before_an_operation_was_created_is_forgotten(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_polls_from_before_a_create_are_forgotten(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = wait_fixed(50)
         assert await client.hold_for_approval("op", seconds=1, schedule=schedule, if_missing="wait") is None
         ticket = await old_ticket(client)
@@ -398,9 +372,7 @@ class TestBetweenTwoHolds:
     """A poll that is in flight when a hold ends goes on, and so does all that it leads to."""
 
     @pytest.mark.parametrize("gap", [0, 0.1, 2])
-    async def test_a_service_slower_than_the_holds_is_noticed(
-        self, sandbox: Sandbox, client: KeylessClient, gap: float
-    ) -> None:
+    async def test_a_slower_service_is_noticed(self, sandbox: Sandbox, client: KeylessClient, gap: float) -> None:
         ticket = await old_ticket(client)
         sandbox.latency = 1.5
         asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
@@ -409,9 +381,7 @@ class TestBetweenTwoHolds:
         assert operation is not None
         assert now() - start <= 5 + 1.5 + 1 + 1.5 + 2 * gap
 
-    async def test_an_approval_between_two_holds_is_the_next_ones_without_a_poll(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_approval_is_the_next_ones_without_a_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.approve("op")
         sandbox.latency = 2
@@ -437,9 +407,7 @@ class TestBetweenTwoHolds:
         assert await client.hold_for_approval("op", seconds=2, schedule=wait_fixed(60)) is None  # it has started anew
         assert len(polls(sandbox)) == 2
 
-    async def test_an_outcome_is_kept_for_as_long_as_the_wait_would_have_gone_on(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_outcome_is_kept_as_long_as_the_lease(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await old_ticket(client)
         sandbox.fail_next(status=403, method="GET")
         sandbox.latency = 1
@@ -447,7 +415,7 @@ class TestBetweenTwoHolds:
         await asyncio.sleep(LEASE + 0.1)
         assert await client.hold_for_approval("op", seconds=2) is None
 
-    async def test_a_hold_that_is_cancelled_as_the_wait_ends_leaves_the_outcome_to_the_next(
+    async def test_a_hold_cancelled_at_its_end_leaves_its_outcome(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await old_ticket(client)
@@ -461,9 +429,7 @@ class TestBetweenTwoHolds:
             assert await client.hold_for_approval("op", seconds=5) is not None
         assert len(polls(sandbox)) == 1
 
-    async def test_a_ticket_that_ends_between_two_holds_has_its_final_poll_then(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_ticket_that_ends_then_has_its_final_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client, expires_in=6)
         start = now()
         assert await client.hold_for_approval(ticket, seconds=2, schedule=wait_fixed(4)) is None
@@ -527,9 +493,7 @@ class TestBetweenTwoHolds:
         first, second = polls(sandbox)[:2]
         assert second - first >= 3.5
 
-    async def test_an_answer_that_is_rejected_between_two_holds_ends_the_second(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_an_answer_that_is_rejected_ends_the_next(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.tamper("op", state="denied")
         sandbox.latency = 0.5
@@ -539,9 +503,7 @@ class TestBetweenTwoHolds:
             await client.hold_for_approval(ticket, seconds=1)
         assert len(polls(sandbox)) == 1
 
-    async def test_a_hold_that_starts_meanwhile_has_its_pending_answer(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_hold_that_starts_then_has_a_pending_answer(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.latency = 1
         start = now()
@@ -549,9 +511,7 @@ class TestBetweenTwoHolds:
         # Each poll takes a second, and the next one starts a second and a half after its end.
         assert polls(sandbox) == pytest.approx([start, start + 2.5, start + 5], abs=0.01)
 
-    async def test_a_wait_that_starts_meanwhile_does_not_poll_beside_it(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_wait_that_starts_then_does_not_poll_too(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.latency = 1
         assert await client.hold_for_approval(ticket, seconds=0.5) is None
@@ -657,9 +617,7 @@ class TestBetweenTwoHolds:
             await asyncio.sleep(LEASE)
         assert ends == [(WaitOutcome.HELD, None)]
 
-    async def test_telemetry_is_not_asked_unless_it_is_to_be_explained(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_telemetry_is_not_asked_without_explain(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client, expires_in=20)
         with pytest.raises(ApprovalTimeoutError):
             await hold_on(client, ticket, pieces=30, seconds=3)
@@ -723,9 +681,7 @@ async def learned(client: KeylessClient, sandbox: Sandbox, schedule: wait_adapti
 
 class TestLearning:
     @pytest.mark.slow
-    async def test_long_polls_of_any_length_give_the_schedule_that_one_long_wait_gives(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_long_polls_of_any_length_teach_as_one_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         whole = wait_adaptive(jitter=0)
         await learned(client, sandbox, whole, 60.0)
         for seconds in (5.0, 10.0, 30.0):
@@ -743,9 +699,7 @@ class TestLearning:
         assert await hold_on(client, ticket, pieces=9, seconds=5.5, gap=2, schedule=schedule) is not None
         assert schedule.told == [pytest.approx((12, 15), abs=0.01)]
 
-    async def test_holds_that_nobody_goes_on_with_are_observed_as_one_wait_without_an_approval(
-        self, client: KeylessClient
-    ) -> None:
+    async def test_holds_that_end_unapproved_are_observed_as_one_wait(self, client: KeylessClient) -> None:
         schedule = Observed()
         ticket = await client.create_operation(USER, operation_id="op")
         await hold_on(client, ticket, pieces=2, seconds=5, schedule=schedule)

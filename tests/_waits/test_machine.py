@@ -59,9 +59,7 @@ class TestPolls:
         assert names(machine.started(3.5)) == ["op"]
 
     @pytest.mark.parametrize(("is_fresh", "first", "second"), [(False, 5.0, 6.0), (True, 6.0, 8.0)])
-    def test_the_first_poll_of_a_fresh_ticket_is_the_schedules(
-        self, is_fresh: bool, first: float, second: float
-    ) -> None:
+    def test_the_schedule_sets_a_fresh_tickets_first_poll(self, is_fresh: bool, first: float, second: float) -> None:
         machine = Calls(schedule=wait_exponential())
         machine.wait(at=5.0, ticket=TICKET, age=0.5, is_fresh=is_fresh)
         assert machine.started(first - 0.1) == []
@@ -350,7 +348,7 @@ class TestSlots:
 
     @pytest.mark.parametrize("were_seen", [False, True])
     @pytest.mark.parametrize(("slots", "share"), [(4, 2), (3, 1)])
-    def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(
+    def test_failed_ones_that_hang_leave_their_share_after_a_second(
         self, slots: int, share: int, *, were_seen: bool
     ) -> None:
         machine = Calls(slots, schedule=wait_fixed(1))
@@ -379,7 +377,7 @@ class TestSlots:
         assert machine.wakes(0.5) == 0.2 + TIMEOUT
 
     @pytest.mark.parametrize(("answer", "first"), [(error(500), 30), (error(403), 30), (error(429), 10)], ids=str)
-    def test_an_operation_that_always_fails_is_polled_each_second_for_half_a_minute_and_then_less(
+    def test_an_operation_that_always_fails_is_polled_less_after_half_a_minute(
         self, answer: KeylessError, first: int
     ) -> None:
         machine = Calls()
@@ -414,9 +412,7 @@ class TestSlots:
         machine.answer(machine.one(4.0), 4.0)
         assert names(machine.started(4.0)) == ["held"]
 
-    def test_without_a_good_answer_a_503_holds_its_operation_for_the_longest_delay(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_a_good_answer_a_503_holds_for_the_longest_delay(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("aiokeyless._rules.backoff.error_delay", lambda _failures: 4.0)
         machine = Calls()
         machine.wait()
@@ -424,9 +420,7 @@ class TestSlots:
         assert machine.wakes(0.0) == 4.0
 
     @pytest.mark.parametrize(("answer", "due"), [("pending", 11.0), (error(500), 9.0)])
-    def test_the_next_answer_of_a_held_operation_sets_the_time_of_its_next_poll(
-        self, answer: str | KeylessError, due: float
-    ) -> None:
+    def test_the_next_answer_to_a_held_operation_sets_its_due(self, answer: str | KeylessError, due: float) -> None:
         machine = Calls(schedule=wait_fixed(3))
         machine.wait("held")
         machine.answer(machine.one(0.0), 0.0, error(503, retry_after=60))
@@ -579,9 +573,7 @@ class TestCircuit:
         assert [poll.final for poll in machine.started(retry_at)] == [False]
         assert machine.wakes(retry_at) == min(retry_at + 1.0, 2.01)
 
-    def test_a_probe_that_hangs_counts_once_and_its_late_answer_ends_the_outage(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_probe_that_hangs_counts_once_and_its_answer_ends_outages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
         machine = Calls(schedule=wait_fixed(100))
         assert opened(machine, 0.0) == 2.0
@@ -899,9 +891,7 @@ class TestDeadlines:
         ],
         ids=["approved", "pending", "unknown", "asked for", "refused", "too late", "404"],
     )
-    def test_a_final_poll_that_fails_is_repeated_for_two_seconds(
-        self, answers: list[Any], outcome: str, at: float
-    ) -> None:
+    def test_a_failed_final_poll_is_repeated_for_two_seconds(self, answers: list[Any], outcome: str, at: float) -> None:
         machine = Calls(schedule=wait_fixed(60))
         updates = Updates()
         wait = machine.wait(timeout=5.0, updates=updates)
@@ -952,9 +942,7 @@ class TestDeadlines:
         assert machine.statistics(3.0).transient_failures == 0
 
     @pytest.mark.parametrize(("starts_at", "failures"), [(2.001, 0), (2.0, 1)])
-    def test_a_final_poll_that_hung_counts_as_a_failure_if_it_had_a_second(
-        self, starts_at: float, failures: int
-    ) -> None:
+    def test_a_final_poll_that_hung_for_a_second_counts_as_a_failure(self, starts_at: float, failures: int) -> None:
         machine = Calls(connections=1)
         machine.wait("busy")
         busy = machine.one(0.0)
@@ -1190,9 +1178,7 @@ class TestDeadlines:
         assert wait.outcome == "ApprovalUnknownError"
 
     @pytest.mark.parametrize(("options", "at"), [({}, 120.0), ({"patience": 3.0}, 3.0)])
-    def test_an_expired_ticket_whose_poll_cannot_start_gets_a_final_poll_in_the_end(
-        self, options: dict[str, Any], at: float
-    ) -> None:
+    def test_an_expired_ticket_whose_poll_cannot_start_gets_another(self, options: dict[str, Any], at: float) -> None:
         machine = Calls(connections=1)
         machine.wait("busy")
         busy = machine.one(0.0)
@@ -1256,7 +1242,7 @@ class TestResults:
             ({"ticket": TICKET, "age": 5.0}, "NotFoundError"),
         ],
     )
-    def test_a_404_counts_as_pending_if_the_operation_is_young_or_will_be_made(
+    def test_a_404_counts_as_pending_before_and_soon_after_a_create(
         self, options: dict[str, Any], outcome: str
     ) -> None:
         machine = Calls()
@@ -1725,9 +1711,7 @@ class TestRecords:
         assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [3.0]
 
     @pytest.mark.parametrize("waits", [1, 2])
-    def test_a_bug_of_a_schedule_or_a_rule_ends_waits_in_time(
-        self, monkeypatch: pytest.MonkeyPatch, waits: int
-    ) -> None:
+    def test_a_bug_of_a_schedule_or_a_rule_ends_its_waits(self, monkeypatch: pytest.MonkeyPatch, waits: int) -> None:
         def broken(*_: object, **__: object) -> None:
             raise ConfigurationError("no number", argument="schedule")
 

@@ -71,9 +71,7 @@ def facts(answer: Operation | KeylessError) -> tuple[object, ...]:
 
 
 @each_case
-async def test_a_poll_before_the_deadline_does_to_a_wait_what_the_table_says(
-    case: OutcomeCase, sandbox: Sandbox, client: KeylessClient
-) -> None:
+async def test_ordinary_polls_do_as_the_table_says(case: OutcomeCase, sandbox: Sandbox, client: KeylessClient) -> None:
     ticket = msgspec.structs.replace(await create(client), started_by=case.started_by)
     updates = client.watch_approval(
         ticket, timeout=1000, schedule=wait_fixed(interval(case)), if_missing=case.if_missing
@@ -109,9 +107,7 @@ async def result_of_the_next_poll(updates: AsyncGenerator[ApprovalUpdate], case:
 
 
 @each_case
-async def test_a_final_poll_does_to_a_wait_what_the_table_says(
-    case: OutcomeCase, sandbox: Sandbox, client: KeylessClient
-) -> None:
+async def test_final_polls_do_what_the_table_says(case: OutcomeCase, sandbox: Sandbox, client: KeylessClient) -> None:
     ticket = msgspec.structs.replace(await create(client), started_by=case.started_by)
     created_at = asyncio.get_running_loop().time()
     timeout = interval(case) * (1.5 if case.was_seen else 0.75)  # after one poll, or before any

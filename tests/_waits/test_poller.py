@@ -124,7 +124,7 @@ class TestTickets:
             await client.wait_for_approval(ticket, schedule=Recording(asked), timeout=5)
         assert asked == pytest.approx([10, 12, 14])
 
-    async def test_the_age_of_a_ticket_of_another_process_is_taken_from_the_wall_clock(
+    async def test_a_ticket_of_another_process_ages_by_the_wall_clock(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = aged(await _ticket_of_another_client(sandbox), seconds=60)
@@ -133,9 +133,7 @@ class TestTickets:
             await client.wait_for_approval(ticket, schedule=Recording(asked), timeout=1)
         assert asked == [pytest.approx(60, abs=1)]
 
-    async def test_a_ticket_from_the_future_is_as_old_as_the_wait(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_ticket_of_the_future_is_as_old_as_its_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = aged(await _ticket_of_another_client(sandbox), seconds=-60)
         asked: list[float | None] = []
         with pytest.raises(ApprovalTimeoutError):
@@ -143,9 +141,7 @@ class TestTickets:
         assert asked == [pytest.approx(0, abs=0.01)]
 
     @pytest.mark.parametrize("how", ["resumed", "made by hand"])
-    async def test_a_later_ticket_of_an_operation_that_this_client_created_has_its_own_lifetime(
-        self, client: KeylessClient, how: str
-    ) -> None:
+    async def test_a_later_ticket_of_an_operation_has_its_own_lifetime(self, client: KeylessClient, how: str) -> None:
         await client.create_operation(USER, operation_id="op")
         await asyncio.sleep(200)
         if how == "resumed":
@@ -183,9 +179,7 @@ class TestCancellation:
         assert client.statistics.waiting == 0
         assert client.statistics.in_flight == 0
 
-    async def test_cancelling_at_any_turn_of_the_loop_leaves_nothing_behind(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_cancelling_at_any_turn_leaves_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         before = asyncio.all_tasks()
         for turns in range(40):
@@ -212,9 +206,7 @@ class TestCancellation:
         assert armed_timers() == []
         assert len(client._opened.poller._machine._dispatcher) == len(client._opened.poller._machine._deadlines) == 0  # type: ignore[union-attr]
 
-    async def test_cancelling_between_final_polls_leaves_nothing_behind(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_cancelling_between_final_polls_leaves_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
         before = asyncio.all_tasks()
@@ -228,9 +220,7 @@ class TestCancellation:
         await asyncio.sleep(10)
         assert sandbox.requests == []
 
-    async def test_cancelling_a_worker_from_outside_costs_no_final_poll(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_cancelling_a_worker_costs_no_final_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.latency = 0.5
         before = asyncio.all_tasks()
@@ -255,9 +245,7 @@ class TestCancellation:
         assert (await wait).is_approved
         assert killed[0].cancelled()
 
-    async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_cancelling_at_the_deadline_is_a_cancellation(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.latency = 3600
         wait = asyncio.create_task(client.wait_for_approval("op", timeout=5))
@@ -267,9 +255,7 @@ class TestCancellation:
         with pytest.raises(asyncio.CancelledError):
             await wait
 
-    async def test_cancelling_all_tasks_does_not_hang_a_wait_that_survives(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_cancelling_a_worker_does_not_hang_its_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.latency = 1
         before = asyncio.all_tasks()
@@ -307,9 +293,7 @@ class TestCancellation:
 
 
 class TestOnPoll:
-    async def test_updates_come_in_order_and_the_approved_one_before_the_wait_returns(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_updates_come_in_order_and_the_approved_last(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         asyncio.get_running_loop().call_later(4.5, sandbox.approve, "op")
         updates: list[ApprovalUpdate] = []
@@ -360,9 +344,7 @@ class TestOnPoll:
         assert isinstance(caught.value.__cause__, StopIteration)
         assert client.statistics.waiting == 0
 
-    async def test_a_stop_iteration_of_an_async_on_poll_is_the_cause_of_what_is_raised(
-        self, client: KeylessClient
-    ) -> None:
+    async def test_a_stop_iteration_of_an_async_on_poll_causes_what_is_raised(self, client: KeylessClient) -> None:
         async def explode(_update: ApprovalUpdate) -> None:
             next(iter(()))
 
@@ -373,9 +355,7 @@ class TestOnPoll:
         assert client.statistics.waiting == 0
 
     @pytest.mark.parametrize("error", [StopAsyncIteration, GeneratorExit, asyncio.CancelledError])
-    async def test_what_ends_iterations_and_tasks_is_raised_as_it_is(
-        self, client: KeylessClient, error: type[BaseException]
-    ) -> None:
+    async def test_what_ends_tasks_is_raised_as_it_is(self, client: KeylessClient, error: type[BaseException]) -> None:
         def explode(_update: ApprovalUpdate) -> None:
             raise error
 
@@ -389,9 +369,7 @@ class TestOnPoll:
                 await client.wait_for_approval("op", on_poll=on_poll)
         assert client.statistics.waiting == 0
 
-    async def test_a_poll_that_serves_one_with_and_one_without_on_poll_serves_both(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_poll_serves_waits_with_and_without_on_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         updates: list[ApprovalUpdate] = []
         outcomes = await asyncio.gather(
@@ -404,9 +382,7 @@ class TestOnPoll:
 
 
 class TestTimeouts:
-    async def test_a_timeout_carries_what_is_needed_to_check_again(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_timeout_carries_what_a_later_check_needs(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER, expires_in=10)
         with pytest.raises(ApprovalTimeoutError, match="not a denial") as caught:
             await client.wait_for_approval(ticket)
@@ -694,9 +670,7 @@ class TestClosing:
         assert client._opened is not None
         assert client._opened.transport._session.closed
 
-    async def test_each_closing_waits_for_an_exchange_that_is_slow_to_end(
-        self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_each_closing_awaits_slow_exchanges(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         async def slow(*_: object) -> None:  # as a middleware of a borrowed session may be
             try:
                 await asyncio.sleep(3600)
@@ -814,9 +788,7 @@ class TestNothingGrows:
         gc.collect()
         await spin_until(lambda: not kept())
 
-    async def test_the_error_of_an_ended_wait_keeps_no_frame_of_the_application(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_the_error_of_a_wait_keeps_no_frame(self, sandbox: Sandbox, client: KeylessClient) -> None:
         class Request:
             """What an application has in a variable while it waits."""
 
@@ -830,9 +802,7 @@ class TestNothingGrows:
         await spin_until(lambda: kept() is None)
 
     @pytest.mark.parametrize("ending", ["approved", "timed out", "failed", "held", "updates", "cancelled"])
-    async def test_no_wait_leaves_work_to_the_garbage_collector(
-        self, sandbox: Sandbox, client: KeylessClient, ending: str
-    ) -> None:
+    async def test_no_wait_leaves_garbage_behind(self, sandbox: Sandbox, client: KeylessClient, ending: str) -> None:
         """A process with very many waits would stop for it, and take more memory until it does."""
 
         async def wait() -> None:
@@ -911,9 +881,7 @@ class TestNothingGrows:
             await asyncio.wait_for(waits[7], 5)  # each is polled every four seconds
             await cancel(waits)
 
-    async def test_the_pause_before_a_repeated_final_poll_is_no_lag(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_the_pause_before_another_final_poll_is_no_lag(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))

@@ -33,7 +33,7 @@ def reporter(caplog: pytest.LogCaptureFixture) -> Reporter:
     return Reporter(None, 0.0)
 
 
-def test_an_outage_is_two_lines_however_often_the_circuit_goes_to_and_fro(
+def test_an_outage_is_two_lines_however_often_the_circuit_changes(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     states = (CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED)
@@ -52,7 +52,7 @@ def test_a_circuit_that_never_opened_is_not_logged(reporter: Reporter, caplog: p
     assert lines(caplog) == []
 
 
-def test_a_client_that_is_closed_during_an_outage_does_not_log_that_it_is_over(
+def test_a_client_that_is_closed_in_an_outage_logs_no_end_of_it(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     reporter.notice_circuit(CircuitState.OPEN, FAILURE, 1.0, waiting=7)
@@ -82,9 +82,7 @@ def test_a_moment_is_not_a_line(reporter: Reporter, caplog: pytest.LogCaptureFix
     assert lines(caplog) == []
 
 
-def test_while_the_service_fails_polls_are_late_on_purpose(
-    reporter: Reporter, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_polls_are_late_on_purpose_while_a_service_fails(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     reporter.notice_circuit(CircuitState.OPEN, FAILURE, 0.0, waiting=1)
     caplog.clear()
     for now in range(20):

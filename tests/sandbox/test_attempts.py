@@ -150,9 +150,7 @@ def test_phone_fails_at_an_operation_that_it_would_have_created(phone: Phone) ->
         ("external_user_id", "mallory", "has another external_user_id"),
     ],
 )
-def test_wrong_argument_is_refused_and_leaves_no_attempt(
-    phone: Phone, argument: str, value: object, message: str
-) -> None:
+def test_wrong_argument_is_refused_and_leaves_nothing(phone: Phone, argument: str, value: object, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         phone.store.fail("a", **{argument: value})  # type: ignore[arg-type]  # that is what must fail
     assert phone.store.authentications == []

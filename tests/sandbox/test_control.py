@@ -79,9 +79,7 @@ async def test_operation_is_approved_as_by_its_user(sandbox: Sandbox, http: aioh
     assert await done(http, "approve", operationId="a", authType="pin") == answer  # approving again has no effect
 
 
-async def test_operation_that_the_phone_creates_is_approved_with_its_user(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
+async def test_operation_of_the_phone_is_approved_with_its_user(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     fields = {"userId": USER.lower(), "operationPayload": "Pay 5", "externalUserId": "ann", "authType": "pin"}
     await done(http, "approve", operationId="p", **fields)
     operation = sandbox.operations["p"]
@@ -159,9 +157,7 @@ async def test_user_is_enrolled_on_a_device(sandbox: Sandbox, http: aiohttp.Clie
         assert (await client.get_user("ann")).user_id == USER
 
 
-async def test_what_was_approved_is_signed_also_wrongly_and_keys_are_rotated(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
+async def test_approvals_are_signed_also_wrongly_keys_rotated(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     await create(http, operationPayload="Pay 5")
     await done(http, "approve", operationId="a")
     async with sandbox.client() as client:

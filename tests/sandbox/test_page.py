@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Raw = Callable[..., Awaitable[tuple[int, bytes]]]
 
 
-async def test_browser_is_given_the_page_that_runs_its_own_script_and_nothing_else(
+async def test_browser_gets_the_page_that_runs_its_own_script_and_nothing_else(
     page: aiohttp.ClientSession,
 ) -> None:
     async with page.get("/", headers=BROWSER) as response:
@@ -52,9 +52,7 @@ async def test_page_of_one_user_is_the_same_page(page: aiohttp.ClientSession) ->
         assert await all_phones.read() == await one.read()
 
 
-async def test_client_that_goes_astray_to_the_root_is_answered_by_the_api(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
+async def test_client_that_asks_the_root_is_answered_by_the_api(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     for headers in ({}, {"Accept": "application/json"}):
         async with http.get("/", headers=headers) as response:
             assert (response.status, response.content_type) == (404, "application/json")

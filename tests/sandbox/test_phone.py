@@ -148,9 +148,7 @@ async def test_attempt_fails_as_the_button_says_and_the_operation_stays_pending(
     assert await fail(page, code) == 409
 
 
-async def test_a_user_is_enrolled_and_their_device_removed_on_the_page(
-    sandbox: Sandbox, page: aiohttp.ClientSession
-) -> None:
+async def test_a_user_is_enrolled_and_loses_a_device_on_the_page(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
     assert (await post(page, "enroll", {"userId": USER.lower(), "externalUserId": "ann"}))[0] == 200
     [phone] = (await picture(page))["phones"]
     assert (phone["user"], phone["externalUserId"]) == (USER, "ann")
@@ -183,7 +181,7 @@ async def test_phone_that_is_locked_says_for_how_long_and_is_unlocked(
     assert await approve(page) == 200
 
 
-async def test_page_creates_an_operation_as_a_program_does(
+async def test_page_makes_operations(
     sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
 ) -> None:
     for body in ({"userId": USER.lower(), "operationPayload": "Pay 5"}, {"userId": OTHER}):

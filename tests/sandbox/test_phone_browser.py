@@ -141,9 +141,7 @@ async def test_confirmation_goes_and_the_phone_is_quiet(client: KeylessClient, s
     await expect(phone(page).get_by_text("Nothing to approve")).to_be_visible()
 
 
-async def test_operation_that_is_forgotten_goes_without_a_confirmation(
-    client: KeylessClient, sandbox: Sandbox, page: Page
-) -> None:
+async def test_forgotten_operation_is_not_confirmed(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
     await client.create_operation(USER, operation_id="a")
     await expect(button(page)).to_be_visible()
     sandbox.forget("a")
@@ -269,9 +267,7 @@ async def test_test_operation_is_sent_from_the_page(sandbox: Sandbox, browser: B
         assert [each.operation_payload for each in sandbox.operations.values()] == ["Pay 5"]
 
 
-async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
-    client: KeylessClient, sandbox: Sandbox, browser: Browser
-) -> None:
+async def test_the_page_says_it_is_gone_and_returns(client: KeylessClient, sandbox: Sandbox, browser: Browser) -> None:
     await client.create_operation(USER, operation_payload="Still there")
     async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
         await expect(button(page)).to_be_visible()
@@ -289,9 +285,7 @@ async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
         await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
 
 
-async def test_page_that_nobody_sees_gives_its_connection_back(
-    client: KeylessClient, sandbox: Sandbox, page: Page
-) -> None:
+async def test_page_that_nobody_sees_closes_its_connection(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
     hide = """hidden => {
         Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
         document.dispatchEvent(new Event("visibilitychange"));
@@ -307,9 +301,7 @@ async def test_page_that_nobody_sees_gives_its_connection_back(
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])  # another site; another origin of the same site
-async def test_foreign_page_approves_nothing(
-    client: KeylessClient, sandbox: Sandbox, browser: Browser, name: str
-) -> None:
+async def test_foreign_page_has_no_power(client: KeylessClient, sandbox: Sandbox, browser: Browser, name: str) -> None:
     await client.create_operation(USER, operation_id="a")
     bodies = {
         "page/approve": {"operationId": "a", "authType": "biom"},
@@ -359,9 +351,7 @@ async def test_foreign_page_approves_nothing(
 # Refusing, and the history
 
 
-async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
-    client: KeylessClient, sandbox: Sandbox, page: Page
-) -> None:
+async def test_buttons_fail_attempts_until_it_is_locked(client: KeylessClient, sandbox: Sandbox, page: Page) -> None:
     for operation_id in "ab":
         await client.create_operation(USER, operation_id=operation_id, operation_payload=f"Pay for {operation_id}")
     await expect(button(page)).to_have_count(2)  # the second one's arrival moves the first one's buttons
@@ -471,9 +461,7 @@ async def test_axe_core_finds_nothing_in_any_state(
         await accessibility.check("ended")
 
 
-async def test_axe_core_finds_nothing_where_there_is_only_an_error(
-    sandbox: Sandbox, browser: Browser, axe: str
-) -> None:
+async def test_axe_core_finds_nothing_if_there_is_only_an_error(sandbox: Sandbox, browser: Browser, axe: str) -> None:
     async with await browser.new_context(bypass_csp=True) as context:
         page = await context.new_page()
         await page.goto(f"{sandbox.url}/?user=nobody")
@@ -482,9 +470,7 @@ async def test_axe_core_finds_nothing_where_there_is_only_an_error(
         await Accessibility(page).check("error")
 
 
-async def test_a_user_is_enrolled_loses_the_phone_and_is_enrolled_again(
-    sandbox: Sandbox, client: KeylessClient, page: Page
-) -> None:
+async def test_a_user_who_lost_the_phone_is_enrolled_again(sandbox: Sandbox, client: KeylessClient, page: Page) -> None:
     await page.get_by_text("Enroll a user").click()
     await page.locator("#enroll-user").fill(USER.lower())
     await page.get_by_label("External id").fill("ann")

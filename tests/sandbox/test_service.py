@@ -182,9 +182,7 @@ async def test_body_that_cannot_be_unpacked_is_a_bad_request(sandbox: Sandbox, r
 
 
 @pytest.mark.platform
-async def test_a_client_that_leaves_within_its_body_causes_no_error(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_client_that_leaves_in_its_body_is_no_error(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     address = urlsplit(sandbox.url)
     _, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -207,9 +205,7 @@ async def test_requests_are_not_logged(http: aiohttp.ClientSession, caplog: pyte
 
 
 @pytest.mark.parametrize("host", [b"evil.example", b"localhost.evil.example:80", b"sandbox", b""])
-async def test_page_that_makes_its_name_resolve_to_this_machine_reaches_no_api(
-    sandbox: Sandbox, raw: Raw, host: bytes
-) -> None:
+async def test_page_whose_name_resolves_to_this_machine_reaches_no_api(sandbox: Sandbox, raw: Raw, host: bytes) -> None:
     json_body = b"X-Api-Key: sandbox-key\r\nContent-Type: application/json\r\nContent-Length: 20\r\n"
     sandbox.approve("a", user_id=USER)
     for target, method, headers, body in (
@@ -263,9 +259,7 @@ async def test_fault_is_503_once_in_json_by_default(sandbox: Sandbox, http: aioh
     assert (await get(http))[0] == 404
 
 
-async def test_faults_come_in_the_order_in_which_they_were_asked_for(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
+async def test_faults_come_in_the_order_in_which_they_were_made(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.fail_next(status=500)
     sandbox.drop_next()
     sandbox.fail_next(status=429)
@@ -318,7 +312,7 @@ async def test_fault_of_one_method_waits_for_it(sandbox: Sandbox, http: aiohttp.
         ("soon", "soon"),
     ],
 )
-async def test_fault_says_when_to_retry(
+async def test_fault_has_retry_after(
     sandbox: Sandbox, http: aiohttp.ClientSession, retry_after: float | str, header: str
 ) -> None:
     sandbox.fail_next(status=429, retry_after=retry_after)
@@ -386,9 +380,7 @@ async def test_outage_lasts_until_it_recovers(sandbox: Sandbox, http: aiohttp.Cl
         {"headers": {7: "A"}},
     ],
 )
-async def test_wrong_fault_is_refused_and_not_queued(
-    sandbox: Sandbox, http: aiohttp.ClientSession, wrong: dict[str, Any]
-) -> None:
+async def test_wrong_fault_is_refused(sandbox: Sandbox, http: aiohttp.ClientSession, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         sandbox.fail_next(**wrong)
     assert (await get(http, PENDING))[0] == 200
@@ -545,9 +537,7 @@ async def test_callable_decides_for_each_operation_when_it_is_approved() -> None
 
 @pytest.mark.platform
 @pytest.mark.parametrize("answer", [-1, math.nan, "soon", ZeroDivisionError])
-async def test_callable_that_fails_is_logged_and_the_creation_answers_500(
-    answer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_callable_that_fails_is_logged_and_answers_500(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
     def patience(_operation: Operation) -> float | None:
         if isinstance(answer, type):
             raise answer
@@ -617,9 +607,7 @@ async def test_simulated_user_who_is_locked_out_does_not_approve(delay: int) -> 
 # The journal
 
 
-async def test_journal_is_the_callers_to_clear_and_the_count_goes_on(
-    sandbox: Sandbox, http: aiohttp.ClientSession
-) -> None:
+async def test_journal_may_be_cleared_and_the_count_goes_on(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     await get(http)
     sandbox.requests.clear()
     await get(http, PENDING)

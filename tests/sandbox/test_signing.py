@@ -86,9 +86,7 @@ async def test_other_claims_are_signed_as_they_are(
     assert await reason_for(verifier, sandbox.sign("a", claims=claims)) is reason
 
 
-async def test_after_a_rotation_both_keys_verify_until_the_old_one_is_retired(
-    sandbox: Sandbox, client: KeylessClient
-) -> None:
+async def test_after_a_rotation_both_keys_verify_until_one_is_retired(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.approve("old", user_id=USER, operation_payload=TEXT)
     assert sandbox.rotate_keys() == "sandbox-2"
     sandbox.approve("new", user_id=USER, operation_payload=TEXT)
@@ -113,9 +111,7 @@ async def test_the_keys_are_public_and_those_of_one_tenant(sandbox: Sandbox) -> 
             assert response.status == 401, "every other path needs the key"
 
 
-async def test_without_the_extra_there_is_nothing_to_sign_with(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_without_the_extra_nothing_can_be_signed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "aiokeyless.sandbox.signing", raising=False)
     sandbox.approve("a", user_id=USER)

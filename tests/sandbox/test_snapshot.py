@@ -55,17 +55,13 @@ async def test_what_happens_is_shown_as_it_happens(
         ]
 
 
-async def test_attempt_for_what_the_phone_would_create_is_in_the_history(
-    sandbox: Sandbox, page: aiohttp.ClientSession
-) -> None:
+async def test_attempt_for_what_a_phone_creates_is_in_history(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
     sandbox.fail_authentication("of the phone", user_id=USER)
     [entry] = (await picture(page))["history"]
     assert (entry["key"], entry["text"], entry["user"]) == (None, None, USER)
 
 
-async def test_history_has_the_start_of_a_text_and_the_latest_attempts(
-    sandbox: Sandbox, page: aiohttp.ClientSession
-) -> None:
+async def test_history_has_a_texts_start_and_the_latest_attempts(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
     for number in range(60):
         sandbox.approve(str(number), user_id=USER, operation_payload=f"{number:02} " + "p" * 1200)
     shown = (await picture(page))["history"]
@@ -99,9 +95,7 @@ async def test_the_phone_of_an_unknown_user_is_empty(page: aiohttp.ClientSession
     assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", **empty}]
 
 
-async def test_an_enrolled_user_has_a_phone_with_devices_until_they_are_removed(
-    sandbox: Sandbox, page: aiohttp.ClientSession
-) -> None:
+async def test_enrolled_user_has_a_phone_until_it_is_removed(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
     devices = [sandbox.enroll(USER, external_user_id="ann") for _ in range(2)]
     [phone] = (await picture(page))["phones"]
     assert (phone["user"], phone["externalUserId"], phone["removed"]) == (USER, "ann", False)
@@ -142,9 +136,7 @@ async def test_journal_is_shown_latest_first_with_status_and_duration(
     assert [each["path"] for each in shown["requests"]] == [f"/v2/operations/{n}" for n in range(14, 2, -1)]
 
 
-async def test_picture_has_no_key_in_it(
-    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
-) -> None:
+async def test_picture_has_no_key(sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
     await create(http)
     await get(http)
     shown = json.dumps(await picture(page))
@@ -163,9 +155,7 @@ async def test_only_the_latest_operations_and_the_start_of_a_text_are_shown(
     assert phone["more"] == 3
 
 
-async def test_the_latest_users_are_shown_and_none_changes_places(
-    http: aiohttp.ClientSession, page: aiohttp.ClientSession
-) -> None:
+async def test_the_latest_users_are_shown_in_order(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
     users = [f"AB{number:02}" for number in range(24)]
     for user in users:
         await create(http, user, user)

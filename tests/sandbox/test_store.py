@@ -254,9 +254,7 @@ def test_forgetting_what_is_not_there_is_refused(store: OperationStore) -> None:
         ("state", "state", None),
     ],
 )
-def test_tampered_field_is_answered_by_its_wire_name_alone(
-    store: OperationStore, name: str, wire: str, value: object
-) -> None:
+def test_tampered_field_has_its_wire_name_alone(store: OperationStore, name: str, wire: str, value: object) -> None:
     store.create(USER, "a")
     before = shown(store, "a")
     store.tamper("a", {name: value})

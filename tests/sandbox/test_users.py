@@ -159,9 +159,7 @@ async def test_a_user_is_enrolled_on_one_device_by_their_first_operation(client:
     assert (await client.get_user("ann")).user_id == USER
 
 
-async def test_a_phone_that_was_removed_approves_nothing_until_the_user_is_enrolled_again(
-    sandbox: Sandbox, client: KeylessClient
-) -> None:
+async def test_a_removed_phone_approves_nothing_until_enrolled_again(sandbox: Sandbox, client: KeylessClient) -> None:
     ticket = await client.create_operation(USER)
     first = (await client.get_devices(USER))[0]
     second = sandbox.enroll(USER)

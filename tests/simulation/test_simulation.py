@@ -101,9 +101,7 @@ def test_the_command_shows_the_seed_the_story_and_what_was_seen(
     assert "  poll " in said.partition("\nThere: ")[2]
 
 
-def test_the_command_says_how_much_was_tried(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["simulate", "--seed", "5", "--stories", "2", "--both"])
     assert main() == 0
     said = capsys.readouterr().out
