@@ -63,19 +63,19 @@ STRICT = ("-o", "asyncio_mode=strict", "-o", "asyncio_default_fixture_loop_scope
 AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
 
 
-def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = "", passed: int = 1) -> None:
+def run(pytester: pytest.Pytester, test: str, *options: str, conftest: str) -> pytest.RunResult:
     pytester.makeini("[pytest]")  # else a settings file further up counts, as of the checkout that the folder is in
     pytester.makeconftest(conftest)
     pytester.makepyfile(test)
-    result = pytester.runpytest_inprocess("-W", "error", *options)
-    result.assert_outcomes(passed=passed)
+    return pytester.runpytest_inprocess("-W", "error", *options)
+
+
+def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = "", passed: int = 1) -> None:
+    run(pytester, test, *options, conftest=conftest).assert_outcomes(passed=passed)
 
 
 def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str, conftest: str = "") -> None:
-    pytester.makeini("[pytest]")  # else a settings file further up counts, as of the checkout that the folder is in
-    pytester.makeconftest(conftest)
-    pytester.makepyfile(test)
-    result = pytester.runpytest_inprocess("-W", "error", *options)
+    result = run(pytester, test, *options, conftest=conftest)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*{message}*"])
 
@@ -280,13 +280,9 @@ def test_they_live_in_the_loop_of_the_test_whatever_its_scope(pytester: pytest.P
     passes(pytester, test, *STRICT, "-o", "asyncio_default_test_loop_scope=package", passed=6)
 
 
-def test_they_live_in_the_loop_of_the_test_when_fixtures_default_to_another(pytester: pytest.Pytester) -> None:
-    options = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=session")
-    passes(pytester, APPROVED.format(mark=""), *options)
-
-
-def test_they_live_in_the_loop_of_the_test_when_all_tests_share_one(pytester: pytest.Pytester) -> None:
-    passes(pytester, APPROVED.format(mark=""), *AUTO, "-o", "asyncio_default_test_loop_scope=session")
+@pytest.mark.parametrize("what", ["fixture", "test"])
+def test_they_live_in_the_loop_of_the_test_whatever_is_the_default(pytester: pytest.Pytester, what: str) -> None:
+    passes(pytester, APPROVED.format(mark=""), *AUTO, "-o", f"asyncio_default_{what}_loop_scope=session")
 
 
 @pytest.mark.parametrize(

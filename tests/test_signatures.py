@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.looptime
 
 KEYS = [ec_jwk(), rsa_jwk()]
+GOOD = answer(json.dumps(key_set(*KEYS)).encode())
 JWKS_PATH = f"/customers/{TENANT}/.well-known/jwks.json"
 
 
@@ -231,11 +232,6 @@ async def test_keys_are_fetched_again_after_a_day(service: StrictService, verifi
 
 BODIES: dict[str, bytes] = {
     "no JSON": answer(b"<html>"),
-    "no object": answer(b"[]"),
-    "no keys": answer(b"{}"),
-    "keys that are no list": answer(b'{"keys": {"k1": {}}}'),
-    "keys twice": answer(b'{"keys": [], "keys": []}'),
-    "no UTF-8": answer(b'{"keys": ["\xff"]}'),
     "nested without end": answer(b"[" * 100_000),
     "over a megabyte": answer(json.dumps(key_set(*KEYS, {"more": "m" * (1 << 20)})).encode()),
     "a redirect": answer(b"", b"Location: http://127.0.0.1:1/keys", status=b"302 Found"),
@@ -253,8 +249,7 @@ async def served(*answers: bytes | Handler, **options: Any) -> AsyncGenerator[tu
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 async def test_without_a_key_set_nothing_is_accepted_and_it_is_fetched_again_after_ten_seconds(body: bytes) -> None:
-    good = answer(json.dumps(key_set(*KEYS)).encode())
-    async with served(body, good, max_attempts=1) as (server, verifier):
+    async with served(body, GOOD, max_attempts=1) as (server, verifier):
         reasons = await asyncio.gather(*(reason_for(verifier, token()) for _ in range(20)))
         assert set(reasons) == {SignatureReason.KEYS_UNAVAILABLE}
         assert len(server.heads) == 1
@@ -264,8 +259,7 @@ async def test_without_a_key_set_nothing_is_accepted_and_it_is_fetched_again_aft
 
 
 async def test_known_keys_serve_while_the_address_is_away() -> None:
-    good = answer(json.dumps(key_set(*KEYS)).encode())
-    async with served(good, answer(b"", status=b"503 Busy"), max_attempts=1) as (server, verifier):
+    async with served(GOOD, answer(b"", status=b"503 Busy"), max_attempts=1) as (server, verifier):
         await verify(verifier, token())
         await asyncio.sleep(24 * 3600)
         for _ in range(20):
@@ -280,8 +274,7 @@ async def test_known_keys_serve_while_the_address_is_away() -> None:
 
 
 async def test_a_known_key_does_not_wait_for_an_address_that_hangs() -> None:
-    good = answer(json.dumps(key_set(*KEYS)).encode())
-    async with served(good, hang) as (server, verifier):
+    async with served(GOOD, hang) as (server, verifier):
         loop = asyncio.get_running_loop()
         await verify(verifier, token())
         await asyncio.sleep(24 * 3600)
@@ -313,9 +306,16 @@ async def test_a_fetch_goes_on_though_its_first_caller_is_cancelled(
     assert len(service.requests) == 2
 
 
-@pytest.mark.parametrize(("status", "cause"), [(b"503 Busy", StatusError), (b"302 Found", StatusError)])
-async def test_an_error_says_why_the_keys_are_unavailable(status: bytes, cause: type[Exception]) -> None:
-    async with served(answer(b"", status=status), max_attempts=1) as (_server, verifier):
+@pytest.mark.parametrize(
+    ("response", "cause"),
+    [
+        *((answer(b"", status=status), StatusError) for status in (b"503 Busy", b"302 Found")),
+        (hang, RequestTimeoutError),
+    ],
+    ids=["503", "302", "no answer"],
+)
+async def test_an_error_says_why_the_keys_are_unavailable(response: bytes | Handler, cause: type[Exception]) -> None:
+    async with served(response, max_attempts=1) as (_server, verifier):
         with pytest.raises(SignatureError) as caught:
             await verify(verifier, token())
     assert isinstance(caught.value.__cause__, cause)
@@ -329,9 +329,7 @@ async def test_a_host_that_cannot_be_reached_makes_the_keys_unavailable() -> Non
 
 
 async def test_a_verification_that_is_cancelled_takes_nothing_from_the_others() -> None:
-    good = answer(json.dumps(key_set(*KEYS)).encode())
-    async with RawServer(hang, good) as server, KeylessClient(KEY, base_url=server.url) as client:
-        verifier = TransactionVerifier(client, tenant=TENANT)
+    async with served(hang, GOOD) as (server, verifier):
         first = asyncio.create_task(verify(verifier, token()))
         second = asyncio.create_task(verify(verifier, token()))
         await server.asked(1)
@@ -339,13 +337,6 @@ async def test_a_verification_that_is_cancelled_takes_nothing_from_the_others() 
         await second
         with pytest.raises(asyncio.CancelledError):
             await first
-
-
-async def test_keys_that_take_too_long_are_unavailable() -> None:
-    async with RawServer(hang) as server, KeylessClient(KEY, base_url=server.url, max_attempts=1) as client:
-        with pytest.raises(SignatureError) as caught:
-            await verify(TransactionVerifier(client, tenant=TENANT), token())
-    assert isinstance(caught.value.__cause__, RequestTimeoutError)
 
 
 async def test_a_closed_client_is_no_refusal(client: KeylessClient, verifier: TransactionVerifier) -> None:
@@ -379,45 +370,36 @@ wrong: Any = object()
 
 
 @pytest.mark.parametrize(
-    ("argument", "options"),
+    ("argument", "value"),
     [
-        ("tenant", {"tenant": ""}),
-        ("tenant", {"tenant": ".."}),
-        ("tenant", {"tenant": wrong}),
-        ("max_age", {"max_age": 0}),
-        ("max_age", {"max_age": math.inf}),
-        ("leeway", {"leeway": -1}),
-        ("leeway", {"leeway": math.inf}),
-        ("issuer", {"issuer": wrong}),
-        ("audience", {"audience": wrong}),
+        *(("tenant", value) for value in ("", "..", wrong)),
+        *(("max_age", value) for value in (0, math.inf)),
+        *(("leeway", value) for value in (-1, math.inf)),
+        *(("issuer", wrong), ("audience", wrong)),
     ],
 )
-def test_a_wrong_option_of_a_verifier_is_named(argument: str, options: dict[str, Any]) -> None:
+def test_a_wrong_option_of_a_verifier_is_named(argument: str, value: Any) -> None:
     client = KeylessClient(KEY, base_url="http://localhost:9")
     with pytest.raises(ConfigurationError) as caught:
-        TransactionVerifier(client, **{"tenant": TENANT, **options})
+        TransactionVerifier(client, **{"tenant": TENANT, argument: value})
     assert caught.value.argument == argument
 
 
 @pytest.mark.parametrize(
-    ("argument", "options"),
+    ("argument", "value"),
     [
-        ("token", {"token": wrong}),
-        ("token", {"token": b"bytes"}),
-        ("user_id", {"user_id": "xyz"}),
-        ("transaction_data", {"transaction_data": None}),
-        ("transaction_data", {"transaction_data": "\ud800"}),
-        ("external_user_id", {"external_user_id": wrong}),
+        *(("token", wrong), ("token", b"bytes"), ("user_id", "xyz"), ("external_user_id", wrong)),
+        *(("transaction_data", None), ("transaction_data", "\ud800")),
     ],
 )
-async def test_a_wrong_argument_is_named(verifier: TransactionVerifier, argument: str, options: dict[str, Any]) -> None:
+async def test_a_wrong_argument_is_named(verifier: TransactionVerifier, argument: str, value: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        await verifier.verify(**{"token": token(), "user_id": USER, "transaction_data": DATA, **options})
+        await verifier.verify(**{"token": token(), "user_id": USER, "transaction_data": DATA, argument: value})
     assert caught.value.argument == argument
 
 
 async def test_a_tenant_is_one_segment_of_the_address() -> None:
-    async with served(answer(json.dumps(key_set(*KEYS)).encode())) as (server, _verifier):
+    async with served(GOOD) as (server, _verifier):
         async with KeylessClient(KEY, base_url=server.url) as client:
             await verify(TransactionVerifier(client, tenant="a/b c"), token())
         assert server.heads[0].startswith(b"GET /customers/a%2Fb%20c/.well-known/jwks.json ")
