@@ -276,20 +276,18 @@ def simulate(session: nox.Session) -> None:
     """Try to lose an approval, in stories made up from seeds: ``nox -s simulate -- --seconds 600 --seed N``.
 
     Without arguments: the seeds that have ever failed and some more, which must pass; then fresh ones for half a
-    minute; most of them with the machine alone. What the fresh ones find is reported: a bug, of the library or of the
-    checker, but seldom of the change at hand.
+    minute. What the fresh ones find is reported: a bug, of the library or of the checker, but seldom of the change at
+    hand.
     """
     install(session, "-e", ".[test]")
     command, env = ("python", "-m", "tests.simulation"), environment(session)
     if session.posargs:
         session.run(*command, *session.posargs, env=env)
         return
-    session.run(*command, "--known", "--both", env=env)
-    session.run(*command, "--seed", "0", "--stories", "1000", "--machine", env=env)
-    session.run(*command, "--seed", "0", "--stories", "100", env=env)
+    session.run(*command, "--known", env=env)
+    session.run(*command, "--seed", "0", "--stories", "600", env=env)
     try:
-        session.run(*command, "--seconds", "20", "--machine", env=env)
-        session.run(*command, "--seconds", "10", env=env)
+        session.run(*command, "--seconds", "30", env=env)
     except CommandFailed:
         session.warn("A FRESH SEED BROKE A PROMISE, which is a bug to fix: see above")
     simulate_workers(session, "--known")
@@ -304,9 +302,9 @@ def simulate_workers(session: nox.Session, *arguments: str) -> None:
 
 @nox.session(tags=NIGHTLY)
 def simulate_long(session: nox.Session) -> None:
-    """Try it for ten minutes, with fresh seeds, each by both drivers; one that breaks a promise fails the session."""
+    """Try it for ten minutes, with fresh seeds; one that breaks a promise fails the session."""
     install(session, "-e", ".[test]")
-    session.run("python", "-m", "tests.simulation", "--seconds", "600", "--both", env=environment(session))
+    session.run("python", "-m", "tests.simulation", "--seconds", "600", env=environment(session))
     simulate_workers(session, "--seconds", "600")
 
 

@@ -1,7 +1,6 @@
 """Runs stories until the time is up, and shows the first that breaks a promise, cut down to what is needed for that.
 
-``python -m tests.simulation --seconds 600 --seed N``; without ``--seed``, at a new one, which is printed first. Stories
-are those of the whole client, of the machine alone (``--machine``), or of each (``--both``).
+``python -m tests.simulation --seconds 600 --seed N``; without ``--seed``, at a new one, which is printed first.
 """
 
 from __future__ import annotations
@@ -15,24 +14,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from . import machine
-from . import story as client
 from .checker import check
 from .loop import compare
 from .minimize import breaks, minimize
-from .story import make_up
+from .story import make_up, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable
 
     from .evidence import Violation
     from .history import Exchange, History, ObservedCreate, ObservedWait
     from .story import Story
 
-#: What runs a story: the whole client in an event loop, or the machine alone.
-DRIVERS: Final[dict[str, Callable[[Story], History]]] = {"client": client.run, "machine": machine.run}
 SEEDS = Path(__file__).with_name("seeds.txt")
 #: Requests, and calls, that are shown of a failure.
 SHOWN = 25
@@ -40,9 +35,8 @@ SHOWN = 25
 
 @dataclass
 class Report:
-    """What was tried with one driver."""
+    """What was tried."""
 
-    driver: str
     stories: int = 0
     hours: float = 0.0
     waits: int = 0
@@ -54,7 +48,6 @@ class Report:
         """Try one story more."""
         started = time.process_time()
         story = make_up(seed)
-        run = DRIVERS[self.driver]
         history = run(story)
         broken = [*check(history, story.faults), *compare(story, history, run)]
         self.seconds += time.process_time() - started
@@ -63,7 +56,7 @@ class Report:
         self.waits += len(history.waits)
         self.requests += len(history.exchanges)
         self.outcomes.update(wait.outcome for wait in history.waits)
-        return Failure(story, self.driver, broken) if broken else None
+        return Failure(story, broken) if broken else None
 
     @property
     def speed(self) -> float:
@@ -73,16 +66,15 @@ class Report:
     def __str__(self) -> str:
         outcomes = ", ".join(f"{name} {number}" for name, number in self.outcomes.most_common())
         return (
-            f"{self.driver}: {self.stories} stories, {self.hours:.0f} hours, {self.waits} waits and holds, "
+            f"{self.stories} stories, {self.hours:.0f} hours, {self.waits} waits and holds, "
             f"{self.requests} requests; {self.speed:.0f} simulated hours a minute\nends: {outcomes}"
         )
 
 
 class Failure(NamedTuple):
-    """A story that breaks promises with one driver."""
+    """A story that breaks promises."""
 
     story: Story
-    driver: str
     broken: list[Violation]
 
 
@@ -92,35 +84,24 @@ def known_seeds() -> list[int]:
     return [int(line) for line in lines if line]
 
 
-def simulate(
-    seeds: Iterable[int], until: float = math.inf, drivers: Sequence[str] = ("client",)
-) -> tuple[list[Report], Failure | None]:
-    """Run the stories of some seeds, to the first that breaks a promise or to a time.
-
-    Args:
-        seeds: The seeds.
-        until: When to stop, by ``time.process_time``.
-        drivers: By which drivers, all of which run the same stories.
-    """
-    reports = [Report(driver) for driver in drivers]
+def simulate(seeds: Iterable[int], until: float = math.inf) -> tuple[Report, Failure | None]:
+    """Run the stories of some seeds, to the first that breaks a promise or to a time of ``time.process_time``."""
+    report, failure = Report(), None
     for seed in seeds:
-        if time.process_time() >= until:
+        if failure is not None or time.process_time() >= until:
             break
-        for report in reports:
-            failure = report.add(seed)
-            if failure is not None:
-                return reports, failure
-    return reports, None
+        failure = report.add(seed)
+    return report, failure
 
 
 def tell_failure(failure: Failure) -> str:
     """Return what is to be read of a story that breaks a promise: the seed, the shortest story, what was seen."""
-    story, driver, broken = failure
-    smallest = minimize(story, broken[0].promise, DRIVERS[driver])
-    violation = breaks(smallest, broken[0].promise, DRIVERS[driver])[0]
-    events = "\n".join(f"  {line}" for line in _timeline(DRIVERS[driver](smallest), violation))
+    story, broken = failure
+    smallest = minimize(story, broken[0].promise)
+    violation = breaks(smallest, broken[0].promise)[0]
+    events = "\n".join(f"  {line}" for line in _timeline(run(smallest), violation))
     return (
-        f"seed {story.seed}, {driver}: {broken[0]}\n\nThe shortest story that breaks the same promise:\n"
+        f"seed {story.seed}: {broken[0]}\n\nThe shortest story that breaks the same promise:\n"
         f"{smallest.tell()}\n\nThere: {violation}\n{events}"
     )
 
@@ -146,16 +127,6 @@ def main() -> int:
     parser.add_argument("--stories", type=int, help="so many stories, whatever time they take")
     parser.add_argument("--known", action="store_true", help="the seeds that have ever failed, and no others")
     parser.add_argument("--briefly", action="store_true", help="do not cut a failure down")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--machine", action="store_const", dest="drivers", const=["machine"], help="the machine alone")
-    which.add_argument(
-        "--both",
-        action="store_const",
-        dest="drivers",
-        const=["client", "machine"],
-        help="each story with the whole client, then with the machine alone",
-    )
-    parser.set_defaults(drivers=["client"])
     options = parser.parse_args()
     first = random.SystemRandom().randrange(10**9) if options.seed is None else options.seed
     if options.known:
@@ -165,13 +136,13 @@ def main() -> int:
         seeds = count(first) if options.stories is None else range(first, first + options.stories)
     unlimited = options.known or options.stories is not None
     until = math.inf if unlimited else time.process_time() + options.seconds
-    reports, failure = simulate(seeds, until, options.drivers)
-    print(*reports, sep="\n", flush=True)
+    report, failure = simulate(seeds, until)
+    print(report, flush=True)
     if failure is None:
         print("no promise was broken")
         return 0
-    story, driver, broken = failure
-    print(f"seed {story.seed}, {driver}: {broken[0]}" if options.briefly else tell_failure(failure))
+    story, broken = failure
+    print(f"seed {story.seed}: {broken[0]}" if options.briefly else tell_failure(failure))
     return 1
 
 

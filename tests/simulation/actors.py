@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from datetime import datetime
 
-    from aiokeyless._waits.machine import Machine
     from aiokeyless.events import Event
 
     from .history import History
@@ -213,7 +212,14 @@ class Application:
             mock.patch.object(transport, "_make_untraced", lambda session: session),
         ):
             self.context.run(self.client._open)
-        self.observed = observe_client(self.history, process, self.name, asyncio.get_running_loop().time())
+        self.observed = self.history.clients[self.name] = ObservedClient(
+            name=self.name,
+            max_in_flight=process.max_in_flight,
+            rate=process.rate,
+            request_timeout=process.request_timeout,
+            max_attempts=process.max_attempts,
+            started_at=asyncio.get_running_loop().time(),
+        )
 
     def _key(self) -> str:
         """Return the key, or write down that a poll gets none."""
@@ -247,8 +253,13 @@ class Application:
         waits = [wait for wait in self.history.waits if wait.client == self.name]
         if any(wait.ended_at == math.inf for wait in waits):
             return
-        if self.client._opened is not None:
-            self.observed.leftovers += leftovers(self.client._opened.poller._machine, asyncio.get_running_loop().time())
+        if self.client._opened is None:
+            return
+        machine, statistics = self.client._opened.poller._machine, self.client.statistics
+        queued = len(machine._dispatcher), len(machine._deadlines)
+        if any((statistics.waiting, statistics.in_flight, statistics.lag, *queued)):
+            left = f"no wait is left: polls and deadlines queued: {queued}, {statistics}"
+            self.observed.leftovers.append(left)
 
     # -- what actors call
 
@@ -354,9 +365,27 @@ class Application:
     def _started(
         self, leg: Leg, actor: Actor, target: str | ApprovalTicket, *, seconds: float | None = None
     ) -> ObservedWait:
+        """Write down a wait that starts now, or a hold of so many seconds."""
         now = asyncio.get_running_loop().time()
-        wait = observe(self.history, self.name, leg, actor, target, now, seconds=seconds)
+        wait = ObservedWait(
+            number=self.history.next_number(),
+            client=self.name,
+            operation_id=target if isinstance(target, str) else target.operation_id,
+            started_at=now,
+            ticket=None,
+            timeout=leg.timeout if leg.timeout is not None or not isinstance(target, str) else 120.0,
+            hold=seconds,
+            delays=ADAPTIVE if leg.every is None else (leg.every, leg.every),
+            may_be_missing=actor.creates == "phone",
+        )
+        self.history.waits.append(wait)
         if isinstance(target, ApprovalTicket):
+            wait.ticket = Known(
+                user_id=target.user_id,
+                payload=actor.payload,
+                external_user_id=target.external_user_id,
+                lifetime=(target.expires_at - target.created_at).total_seconds(),
+            )
             created = self._created.get((target.operation_id, target.created_at))
             wait.made_here = created is not None
             by_wall_clock = max(0.0, (wall_clock() - target.created_at).total_seconds())
@@ -378,7 +407,7 @@ class Application:
             self._starting = None
         elif isinstance(event, WaitStarted) and self._holding is not None:
             hold, held = self._holding
-            self._leases[held] = self._numbers[event.wait] = observe_lease(self.history, hold)
+            self._leases[held] = self._numbers[event.wait] = _observe_lease(self.history, hold)
             self._holding = None
         elif isinstance(event, WaitEnded) and event.wait in self._numbers:
             lease = self._numbers.pop(event.wait)
@@ -394,61 +423,7 @@ class Application:
         asyncio.get_running_loop().call_later(0.001, self._note_leftovers, self.client)
 
 
-def leftovers(machine: Machine, now: float) -> list[str]:
-    """Return what a machine without waits should not have."""
-    statistics, queued = machine.statistics(now), (len(machine._dispatcher), len(machine._deadlines))
-    if any((statistics.waiting, statistics.in_flight, statistics.lag, *queued)):
-        return [f"no wait is left: polls and deadlines queued: {queued}, {statistics}"]
-    return []
-
-
-def observe_client(history: History, process: Process, name: str, now: float) -> ObservedClient:
-    """Write down a client that starts now."""
-    client = history.clients[name] = ObservedClient(
-        name=name,
-        max_in_flight=process.max_in_flight,
-        rate=process.rate,
-        request_timeout=process.request_timeout,
-        max_attempts=process.max_attempts,
-        started_at=now,
-    )
-    return client
-
-
-def observe(  # noqa: PLR0917  # all of them belong to one wait
-    history: History,
-    client: str,
-    leg: Leg,
-    actor: Actor,
-    target: str | ApprovalTicket,
-    now: float,
-    *,
-    seconds: float | None = None,
-) -> ObservedWait:
-    """Write down a wait that starts now, or a hold of so many seconds; the ages of a ticket are up to the caller."""
-    wait = ObservedWait(
-        number=history.next_number(),
-        client=client,
-        operation_id=target if isinstance(target, str) else target.operation_id,
-        started_at=now,
-        ticket=None,
-        timeout=leg.timeout if leg.timeout is not None or not isinstance(target, str) else 120.0,
-        hold=seconds,
-        delays=ADAPTIVE if leg.every is None else (leg.every, leg.every),
-        may_be_missing=actor.creates == "phone",
-    )
-    if isinstance(target, ApprovalTicket):
-        wait.ticket = Known(
-            user_id=target.user_id,
-            payload=actor.payload,
-            external_user_id=target.external_user_id,
-            lifetime=(target.expires_at - target.created_at).total_seconds(),
-        )
-    history.waits.append(wait)
-    return wait
-
-
-def observe_lease(history: History, hold: ObservedWait) -> ObservedWait:
+def _observe_lease(history: History, hold: ObservedWait) -> ObservedWait:
     """Write down the wait that a hold begins."""
     assert hold.hold is not None
     lease = replace(

@@ -14,31 +14,22 @@ if TYPE_CHECKING:
 
     from .actors import Leg
     from .evidence import Violation
-    from .history import History
-
-    Driver = Callable[[Story], History]
 
 T = TypeVar("T")
 
 
-def breaks(story: Story, promise: str | None = None, driver: Driver = run) -> list[Violation]:
+def breaks(story: Story, promise: str | None = None) -> list[Violation]:
     """Run a story, and return the promises that it breaks: all of them, or one."""
-    history = driver(story)
-    broken = [*check(history, story.faults), *compare(story, history, driver)]
+    history = run(story)
+    broken = [*check(history, story.faults), *compare(story, history, run)]
     return [violation for violation in broken if promise in (None, violation.promise)]
 
 
-def minimize(story: Story, promise: str, driver: Driver = run) -> Story:
-    """Return a story that still breaks a promise, and does not where anything of it is left out.
-
-    Args:
-        story: A story that breaks it.
-        promise: The promise.
-        driver: What runs it.
-    """
+def minimize(story: Story, promise: str) -> Story:
+    """Return a part of a story that still breaks a promise, and does not where anything more is left out."""
 
     def still(shorter: Story) -> bool:
-        return bool(breaks(shorter, promise, driver))
+        return bool(breaks(shorter, promise))
 
     size = 0
     while size != (size := len(story.tell())):

@@ -12,10 +12,10 @@ import pytest
 
 from aiokeyless import ApprovalTicket, client
 
-from .world import EPOCH, StuckError, Timeline, VirtualLoop, cancel, deterministic, wall_clock_error
+from .world import EPOCH, StuckError, VirtualLoop, deterministic, wall_clock_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
 
 @pytest.fixture
@@ -36,23 +36,19 @@ def test_time_passes_at_once_and_exactly(loop: VirtualLoop) -> None:
     assert loop.run_until_complete(main()) == pytest.approx([3600.0, 3600.0, 3600.25])
 
 
-def test_waiting_for_what_never_happens_is_an_error_and_no_hang(loop: VirtualLoop) -> None:
-    async def main() -> None:
-        await loop.create_future()
-
-    task = loop.create_task(main())
-    with pytest.raises(StuckError):
-        loop.run_until_complete(task)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        loop.run_until_complete(task)
+async def wait_for_what_never_happens() -> None:
+    await asyncio.get_running_loop().create_future()
 
 
-def test_running_in_circles_is_an_error_and_no_hang(loop: VirtualLoop) -> None:
-    async def main() -> None:
-        while True:  # noqa: ASYNC110  # that is the point
-            await asyncio.sleep(0)
+async def run_in_circles() -> None:
+    while True:  # noqa: ASYNC110  # that is the point
+        await asyncio.sleep(0)
 
+
+@pytest.mark.parametrize("main", [wait_for_what_never_happens, run_in_circles])
+def test_what_never_ends_is_an_error_and_no_hang(
+    loop: VirtualLoop, main: Callable[[], Coroutine[None, None, None]]
+) -> None:
     task = loop.create_task(main())
     with pytest.raises(StuckError):
         loop.run_until_complete(task)
@@ -99,30 +95,6 @@ def test_ids_and_random_numbers_depend_on_the_seed_and_are_given_back() -> None:
     assert client.uuid is uuid  # type: ignore[attr-defined]
 
 
-def test_a_timeline_calls_in_the_order_of_times_and_not_what_was_cancelled() -> None:
-    timeline, called = Timeline(), list[tuple[str, float]]()
-
-    def call(name: str) -> None:
-        called.append((name, timeline.now))
-
-    for when, name in ((2.0, "c"), (1.0, "a"), (1.0, "b")):
-        timeline.at(when, call, name)
-    cancel(timeline.at(1.5, call, "never"))
-    cancel(None)
-    timeline.at(1.0, timeline.at, 1.5, call, "later")
-    timeline.run()
-    assert called == [("a", 1.0), ("b", 1.0), ("later", 1.5), ("c", 2.0)]
-
-
-def test_while_a_timeline_stands_still_nothing_is_called() -> None:
-    timeline, called = Timeline(), list[float]()
-    for when in (1.0, 2.0, 6.0):
-        timeline.at(when, lambda: called.append(timeline.now))
-    timeline.at(1.5, timeline.stand_still, 5.0)
-    timeline.run()
-    assert called == [1.0, 5.0, 6.0]
-
-
 def test_while_a_loop_stands_still_nothing_is_called(loop: VirtualLoop) -> None:
     called = list[float]()
     for when in (1.0, 2.0, 6.0):
@@ -130,15 +102,3 @@ def test_while_a_loop_stands_still_nothing_is_called(loop: VirtualLoop) -> None:
     loop.call_at(1.5, loop.stand_still, 5.0)
     loop.run_until_complete(asyncio.sleep(7.0))
     assert called == [1.0, 5.0, 6.0]
-
-
-def test_a_timeline_that_runs_in_circles_or_too_long_is_an_error_and_no_hang() -> None:
-    timeline = Timeline()
-
-    def again(seconds: float) -> None:
-        timeline.at(timeline.now + seconds, again, seconds)
-
-    for seconds in (0.0, 3600.0):
-        again(seconds)
-        with pytest.raises(StuckError):
-            timeline.run()

@@ -12,7 +12,6 @@ import random
 import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta, tzinfo
-from heapq import heappop, heappush
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -32,9 +31,6 @@ MOST_TURNS: Final = 20_000
 LONGEST: Final = 86_400.0
 #: What the wall clocks show when a story begins.
 EPOCH: Final = datetime(2026, 11, 27, tzinfo=UTC)
-
-#: A call in a timeline: its time and number, the call (None once it is cancelled), and the arguments.
-Event = list[Any]
 
 #: What is added to the wall clock of the process that runs, by the time; nothing outside of a process.
 wall_clock_error: ContextVar[Callable[[float], float]] = ContextVar("wall_clock_error", default=lambda _: 0.0)
@@ -90,45 +86,6 @@ def _describe(context: dict[str, Any]) -> str:
     return f"{context['message']}: {context.get('exception')!r}"
 
 
-class Timeline:
-    """Virtual time: events in the order of their times, and of one time in the order in which they were added."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._events: list[Event] = []
-        self._number = 0
-
-    def at(self, when: float, call: Callable[..., object], *arguments: object) -> Event:
-        """Add a call."""
-        self._number += 1
-        event = [when, self._number, call, arguments]
-        heappush(self._events, event)
-        return event
-
-    def run(self) -> None:
-        """Make all calls."""
-        turns = 0
-        while self._events:
-            when, _, call, arguments = heappop(self._events)
-            if call is None:
-                continue
-            turns = turns + 1 if when <= self.now else 0
-            if turns > MOST_TURNS or when > LONGEST:
-                raise StuckError(f"{turns} events in one moment, at {when:.4f} s")
-            self.now = max(self.now, when)
-            call(*arguments)
-
-    def stand_still(self, until: float) -> None:
-        """Make no call until a time."""
-        self.now = max(self.now, until)
-
-
-def cancel(event: Event | None) -> None:
-    """Take a call out of a timeline, if it is still there."""
-    if event is not None:
-        event[2] = None
-
-
 class _AnyDatetime(type):
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, datetime)
@@ -149,27 +106,18 @@ def wall_clock() -> datetime:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Make the library's random numbers depend on the seed alone; it logs nothing."""
-    state, logger = random.getstate(), logging.getLogger("aiokeyless")
-    level = logger.level
-    random.seed(seed)
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def deterministic(seed: int) -> Iterator[None]:
     """Make the library's clocks, random numbers and ids depend on the loop and on the seed alone; it logs nothing."""
     ApprovalTicket.from_json(
         ApprovalTicket.for_operation("x", user_id="AB").to_json()
     )  # msgspec resolves types on first use
     modules = (aiokeyless.client, aiokeyless.ticket, aiokeyless._waits.poller)
-    with seeded(seed), contextlib.ExitStack() as patches:
+    state, logger = random.getstate(), logging.getLogger("aiokeyless")
+    with contextlib.ExitStack() as patches:
+        patches.callback(random.setstate, state)
+        patches.callback(logger.setLevel, logger.level)
+        random.seed(seed)
+        logger.setLevel(logging.CRITICAL)
         for module in modules:
             patches.enter_context(mock.patch.object(module, "datetime", _VirtualDatetime))
         clock = SimpleNamespace(time=lambda: wall_clock().timestamp())
