@@ -17,9 +17,7 @@ from aiokeyless import (
     ApprovalUnknownError,
     ClientClosedError,
     KeylessClient,
-    NotFoundError,
     Operation,
-    wait_adaptive,
 )
 from aiokeyless._rules import approval
 from aiokeyless._waits.poller import Poller
@@ -166,13 +164,6 @@ class TestOneAnswerForMany:
         assert {getattr(wait.result(), "is_approved", False) for wait in waits} == {True}
         assert len(sandbox.requests) == 1
 
-    async def test_a_failure_ends_them_in_batches_each_with_an_error_of_its_own(self, poller: Poller) -> None:
-        waits = [start(poller, "op", missing=False) for _ in range(MANY)]
-        assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
-        errors = [wait.result() for wait in waits]
-        assert {type(error) for error in errors} == {NotFoundError}
-        assert len({id(error) for error in errors}) == MANY
-
     async def test_a_pending_answer_asks_their_schedule_once(self, poller: Poller) -> None:
         asked: list[object] = []
 
@@ -187,32 +178,6 @@ class TestOneAnswerForMany:
         await asyncio.sleep(1)
         assert len(asked) == 1
         await poller.aclose()
-
-    async def test_a_transient_failure_counts_once(self, sandbox: Sandbox, poller: Poller) -> None:
-        sandbox.fail_next(status=500)
-        sandbox.approve("op", user_id="AB")
-        waits = [start(poller, "op") for _ in range(MANY)]
-        await asyncio.wait(waits)
-        assert {type(wait.result()) for wait in waits} == {Operation}
-        assert (poller.statistics().transient_failures, len(sandbox.requests)) == (1, 2)
-
-    async def test_what_is_learned_is_learned_once(self, sandbox: Sandbox) -> None:
-        learned: list[float | None] = []
-
-        class Learner(wait_adaptive):
-            def observe(self, after: float, until: float | None) -> None:
-                learned.append(until)
-
-        async with sandbox.client(schedule=Learner()) as client:
-            ticket = await client.create_operation("AB", operation_id="op")
-            poller = client._open().poller
-            waits = [
-                poller.start("op", ticket=ticket, timeout=60.0, schedule=None, may_be_missing=False)
-                for _ in range(MANY)
-            ]
-            asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
-            await asyncio.wait(waits)
-        assert len(learned) == 1
 
     async def test_a_payload_has_one_hash(
         self, sandbox: Sandbox, poller: Poller, monkeypatch: pytest.MonkeyPatch

@@ -7,10 +7,9 @@ from contextvars import ContextVar
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import pytest
 from leaks import armed_timers, tasks_since
-from tenacity import wait_exponential, wait_fixed
+from tenacity import wait_fixed
 
 from aiokeyless import (
     ApprovalTicket,
@@ -18,7 +17,6 @@ from aiokeyless import (
     ApprovalUnknownError,
     ClientClosedError,
     ConfigurationError,
-    InconsistentOperationError,
     KeylessClient,
     NotFoundError,
     Operation,
@@ -28,8 +26,6 @@ from aiokeyless import (
 )
 from aiokeyless._waits.holds import LEASE
 from aiokeyless.events import Event, WaitEnded, WaitOutcome, WaitStarted
-from aiokeyless.schedule import next_delay
-from benchmarks.approval_times import TYPICAL, seeded_random
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -188,14 +184,6 @@ class TestOneHold:
         assert isinstance(ends[1], ApprovalTimeoutError)
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10])
 
-    async def test_a_wait_that_ends_earlier_costs_a_hold_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ticket = await old_ticket(client)
-        asyncio.get_running_loop().call_later(8.5, sandbox.approve, "op")
-        waiting = asyncio.create_task(client.wait_for_approval(ticket, timeout=5, schedule=wait_fixed(4)))
-        assert await client.hold_for_approval(ticket, seconds=20, schedule=wait_fixed(4)) is not None
-        with pytest.raises(ApprovalTimeoutError):
-            await waiting
-
     async def test_cancelling_it_leaves_nothing_after_the_lease(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         before = asyncio.all_tasks()
@@ -266,13 +254,6 @@ class TestSeries:
         assert len(times) <= 1 + (now() - start) // 3  # those of one wait
         assert all(3 - 1e-3 <= later - earlier <= 3 + gap + 1e-3 for earlier, later in pairwise(times))
 
-    @pytest.mark.parametrize("seconds", [1, 2, 5, 20])
-    async def test_exponential_schedules_go_on(self, sandbox: Sandbox, client: KeylessClient, seconds: float) -> None:
-        ticket = await old_ticket(client)
-        start = now()
-        await hold_on(client, ticket, pieces=int(40 / seconds), seconds=seconds, schedule=wait_exponential())
-        assert polls(sandbox) == pytest.approx([start + t for t in (0, 1, 3, 7, 15, 31)], abs=1e-3)
-
     async def test_the_schedule_sets_a_new_tickets_first_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER, operation_id="op")
         start = now()
@@ -332,14 +313,6 @@ class TestSeries:
         times = [time for time in polls(sandbox) if time < start + 19.9]
         assert times == pytest.approx([start, *(start + 0.1 + 3 * n for n in range(7))], abs=0.05)
 
-    async def test_an_operation_seen_in_a_hold_stays_seen(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ticket = await old_ticket(client)
-        await asyncio.sleep(10)  # no replica lags so long
-        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
-        sandbox.forget("op")
-        assert await client.hold_for_approval(ticket, seconds=3, schedule=wait_fixed(2)) is None
-        assert client.statistics.transient_failures > 0
-
     async def test_a_failing_operation_is_not_polled_at_the_start_of_each_hold(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -350,15 +323,6 @@ class TestSeries:
         for _ in range(10):  # the backoff does not depend on whose schedule it is
             assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8], abs=0.01)
-
-    async def test_a_pause_that_was_asked_for_outlasts_holds(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ticket = await old_ticket(client)
-        sandbox.fail_next(status=429, retry_after=30, method="GET")
-        start = now()
-        every_minute = wait_fixed(60)
-        holds = [hold_on(client, ticket, pieces=8, seconds=5, schedule=every_minute) for _ in range(2)]
-        await asyncio.gather(*holds)
-        assert polls(sandbox) == pytest.approx([start, start + 30], abs=0.01)
 
     async def test_polls_from_before_a_create_are_forgotten(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = wait_fixed(50)
@@ -440,87 +404,6 @@ class TestBetweenTwoHolds:
         assert caught.value.elapsed == pytest.approx(5)
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 5])
 
-    @pytest.mark.parametrize(
-        ("status", "due"),
-        # By the schedule, a 404 about a young ticket too; by the backoff.
-        [(None, [3.0]), (404, [3.0]), (500, [4.0])],
-    )
-    async def test_what_it_brings_sets_the_next_poll(
-        self,
-        sandbox: Sandbox,
-        client: KeylessClient,
-        monkeypatch: pytest.MonkeyPatch,
-        status: int | None,
-        due: list[float],
-    ) -> None:
-        monkeypatch.setattr("aiokeyless._waits.machine.error_delay", lambda _failures: 4.0)
-        ticket = await old_ticket(client)
-        schedule = wait_fixed(3)
-        if status is not None:
-            sandbox.fail_next(status=status, method="GET")
-        sandbox.latency = 0.5
-        assert await client.hold_for_approval(ticket, seconds=0.25, schedule=schedule) is None
-        await asyncio.sleep(0.25)
-        ended = now()
-        sandbox.latency = 0
-        await asyncio.sleep(0.01)
-        assert await client.hold_for_approval(ticket, seconds=4.5, schedule=schedule) is None
-        assert [t - ended for t in polls(sandbox)[1:2]] == pytest.approx(due, abs=0.6)
-        assert polls(sandbox)[1] - ended <= due[0] + 0.02  # and never later
-
-    @pytest.mark.parametrize("known", ["made by the phone", "young ticket"])
-    async def test_a_404_that_counts_as_pending_sets_the_next_poll_too(
-        self, sandbox: Sandbox, client: KeylessClient, known: str
-    ) -> None:  # found by tests/simulation, seed 27
-        target: str | ApprovalTicket = "op"
-        if known == "young ticket":
-            target = ApprovalTicket.for_operation("op", user_id=USER)
-        sandbox.latency = 0.5
-        schedule = wait_fixed(2)
-        holding = {"seconds": 0.25, "gap": 0.5, "schedule": schedule}
-        if_missing = "wait" if known == "made by the phone" else "raise"
-        await hold_on(client, target, pieces=5, if_missing=if_missing, **holding)  # type: ignore[arg-type]  # mixed
-        assert polls(sandbox) == pytest.approx([0.0, 2.5], abs=0.01)  # and not at the start of each hold
-
-    async def test_a_retry_after_between_two_holds_is_obeyed(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:  # found by tests/simulation, seed 2000461
-        ticket = await old_ticket(client)
-        sandbox.fail_next(status=503, retry_after=3, method="GET")
-        sandbox.latency = 0.5
-        schedule = wait_fixed(1)
-        await hold_on(client, ticket, pieces=8, seconds=0.25, gap=0.5, schedule=schedule)
-        first, second = polls(sandbox)[:2]
-        assert second - first >= 3.5
-
-    async def test_an_answer_that_is_rejected_ends_the_next(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ticket = await old_ticket(client)
-        sandbox.tamper("op", state="denied")
-        sandbox.latency = 0.5
-        assert await client.hold_for_approval(ticket, seconds=0.25) is None
-        await asyncio.sleep(1)
-        with pytest.raises(InconsistentOperationError):
-            await client.hold_for_approval(ticket, seconds=1)
-        assert len(polls(sandbox)) == 1
-
-    async def test_a_hold_that_starts_then_has_a_pending_answer(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ticket = await old_ticket(client)
-        sandbox.latency = 1
-        start = now()
-        await hold_on(client, ticket, pieces=12, seconds=0.5, schedule=wait_fixed(1.5))
-        # Each poll takes a second, and the next one starts a second and a half after its end.
-        assert polls(sandbox) == pytest.approx([start, start + 2.5, start + 5], abs=0.01)
-
-    async def test_a_wait_that_starts_then_does_not_poll_too(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ticket = await old_ticket(client)
-        sandbox.latency = 1
-        assert await client.hold_for_approval(ticket, seconds=0.5) is None
-        sandbox.approve("op")
-        start = now()
-        assert (await client.wait_for_approval(ticket)).is_approved
-        assert client.statistics.in_flight <= 1
-        assert now() - start <= 1.6
-
     async def test_it_goes_on_if_its_caller_is_cancelled(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         sandbox.approve("op")
@@ -542,27 +425,6 @@ class TestBetweenTwoHolds:
             await asyncio.sleep(0.2)
             assert client.statistics.in_flight == 0
             assert armed_timers() == []
-
-    async def test_what_a_hook_raises_in_it_does_not_keep_the_next_hold_from_polling(self, sandbox: Sandbox) -> None:
-        async def end(*_: object) -> None:
-            if fails:
-                raise GeneratorExit
-
-        fails = False
-        hooks = aiohttp.TraceConfig()
-        hooks.on_request_end.append(end)
-        async with aiohttp.ClientSession(trace_configs=[hooks]) as session, sandbox.client(session=session) as client:
-            ticket = await old_ticket(client)
-            fails = True
-            sandbox.latency = 2
-            assert await client.hold_for_approval(ticket, seconds=1) is None
-            await asyncio.sleep(2)
-            fails = False
-            sandbox.latency = 0
-            sandbox.approve("op")
-            operation = await client.hold_for_approval(ticket, seconds=10)
-            assert operation is not None
-            assert operation.is_approved
 
     async def test_closing_the_client_cuts_it_off(self, sandbox: Sandbox) -> None:
         before = asyncio.all_tasks()
@@ -664,34 +526,7 @@ class Observed(wait_adaptive):
         self.told.append((after, until))
 
 
-async def learned(client: KeylessClient, sandbox: Sandbox, schedule: wait_adaptive, seconds: float) -> None:
-    """Wait for forty operations in pieces of this length, and let the schedule learn from them."""
-    source = seeded_random(1)
-    approved_after = [TYPICAL.draw(source) for _ in range(40)]
-
-    async def wait(number: int) -> None:
-        await asyncio.sleep(2 * number)
-        ticket = await client.create_operation(USER, operation_id=f"{seconds}-{number}")
-        if approved_after[number] < 60:
-            asyncio.get_running_loop().call_later(approved_after[number], sandbox.approve, ticket.operation_id)
-        await hold_on(client, ticket, pieces=round(60 / seconds), seconds=seconds, gap=0.1, schedule=schedule)
-
-    await asyncio.gather(*(wait(number) for number in range(40)))
-
-
 class TestLearning:
-    @pytest.mark.slow
-    async def test_long_polls_of_any_length_teach_as_one_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        whole = wait_adaptive(jitter=0)
-        await learned(client, sandbox, whole, 60.0)
-        for seconds in (5.0, 10.0, 30.0):
-            pieces = wait_adaptive(jitter=0)
-            await learned(client, sandbox, pieces, seconds)
-            for since_start in (0.0, 2.0, 4.0, 8.0, 16.0, 32.0):
-                expected = next_delay(whole, attempt_number=1, since_start=since_start)
-                delay = next_delay(pieces, attempt_number=1, since_start=since_start)
-                assert delay == pytest.approx(expected, rel=0.15)
-
     async def test_a_series_of_holds_is_observed_as_one_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = Observed()
         ticket = await client.create_operation(USER, operation_id="op")
