@@ -129,18 +129,6 @@ class TestLeaving:
         assert [type(wait.result()) for wait in waits[MOST:]] == [ClientClosedError] * 2
         await waiting_by_turn(poller)
 
-    async def test_no_poll_is_made_for_callers_that_are_gone(self, sandbox: Sandbox, poller: Poller) -> None:
-        waits = [start(poller, f"op{k}") for k in range(40) for _ in range(3)]
-        poller.leave(waits[0])
-        for wait in waits:
-            wait.cancel()  # as asyncio does with a task's future, some turns before the task leaves
-        for _ in range(5):
-            await asyncio.sleep(0)
-        poller.leave_all(waits)
-        await waiting_by_turn(poller)
-        assert sandbox.requests == []
-        assert armed_timers() == []
-
     async def test_closing_the_client_does_not_wait_for_callers_that_are_gone(self, poller: Poller) -> None:
         waits = [start(poller, "op") for _ in range(3)]
         waits[0].cancel()

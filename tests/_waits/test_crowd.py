@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import ApprovalTimeoutError
 from benchmarks.approval_times import seeded_random
 from benchmarks.beside_loops import brown_out, compare
 from benchmarks.simulation import GOOD, HANGING, Simulation, failing
@@ -112,45 +111,8 @@ def test_a_service_with_more_to_do_than_it_can_answers_nearly_all_that_it_gets()
     assert found.answered >= 0.9
 
 
-def test_the_first_operations_that_ask_for_a_pause_hold_the_others_for_no_longer_than_an_open_circuit() -> None:
-    async def scenario() -> None:
-        simulation.start("bad-1")
-        simulation.start("bad-2")
-        await simulation.sleep_until(1)
-        simulation.start("healthy", approved_in=0)
-        await simulation.sleep_until(60)
-
-    simulation = Simulation(lambda name, _: ASKS_FOR_A_PAUSE if name.startswith("bad") else GOOD, wait_fixed(2))
-    simulation.run(scenario())
-    assert simulation.lateness["healthy"] <= 1
-
-
-def test_no_operation_is_polled_before_the_pause_that_a_429_asked_for_is_over() -> None:
-    async def scenario() -> None:
-        for k in range(100):
-            await simulation.sleep_until(k / 50)
-            simulation.start(f"op-{k}")
-        await simulation.sleep_until(100)
-
-    refused = failing(429, retry_after=30)
-    simulation = Simulation(lambda _, now: refused if 10 <= now < 60 else GOOD, wait_fixed(2))
-    simulation.run(scenario())
-    asked: dict[str, float] = {}
-    for poll in simulation.transport.sent:
-        assert poll.at >= asked.get(poll.operation_id, 0.0)
-        if poll.failed:
-            asked[poll.operation_id] = poll.at + 30
-    assert len(asked) <= 30  # in 50 s: the first few, then one probe at a time
-
-
 def test_a_service_that_refuses_everything_by_its_rate_limit_gets_probes_only() -> None:
     assert outage(60.0, failing(429), waits=100).requests <= 34
-
-
-@pytest.mark.parametrize("answer", [FAILS, HANGING, ASKS_FOR_A_PAUSE], ids=["500", "hangs", "503, Retry-After 30"])
-def test_where_a_third_of_the_operations_are_bad_the_others_are_not_late(answer: Answer, alone: float) -> None:
-    late = beside(26, answer, within=120.0, healthy=HEALTHY).late
-    assert statistics.mean(late) <= 1.5 * alone
 
 
 def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:
@@ -164,14 +126,3 @@ def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:
     simulation = Simulation(lambda *_: GOOD, wait_fixed(2), max_in_flight=2)
     simulation.run(scenario())
     assert simulation.lateness.get("ordinary", math.inf) <= 10
-
-
-def test_very_many_expired_waits_that_are_resumed_at_once_are_all_answered() -> None:
-    async def scenario() -> None:
-        for k in range(2000):
-            simulation.start(f"op-{k}", timeout=0.0)
-        await simulation.sleep_until(300)
-
-    simulation = Simulation(lambda *_: GOOD, wait_fixed(5))
-    simulation.run(scenario())
-    assert [type(outcome) for _, outcome in simulation.outcomes.values()] == [ApprovalTimeoutError] * 2000
