@@ -45,26 +45,17 @@ def _break(file: str, *breakages: tuple[str, str, str]) -> list[Mutant]:
 
 
 MUTANTS: Final = (
-    # -- what counts as an approval
+    *_break(
+        "_rules/ambiguity.py",
+        ("return error.sent", "return False", "a lost answer is followed by the same request"),
+    ),
     *_break(
         "_rules/approval.py",
         ("if operation.operation_id != operation_id:", "if False:", "the answer about another operation counts"),
         ("if not is_same_user(operation.user_id, ticket.user_id):", "if False:", "another user's approval counts"),
-        (
-            "if payload_digest(operation.operation_payload) != ticket.payload_sha256:",
-            "if False:",
-            "the approval of another payload counts",
-        ),
-        (
-            "if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:",
-            "if False:",
-            "the approval of another external user counts",
-        ),
-        (
-            "if operation.state == STATE_PENDING:",
-            "if operation.state != OperationState.APPROVED:",
-            "an unknown state is waited out",
-        ),
+        ("if payload_digest(operation", "if False and (operation", "the approval of another payload counts"),
+        ("if ticket.external_user_id and", "if False and", "the approval of another external user counts"),
+        ("state == STATE_PENDING", "state != OperationState.APPROVED", "an unknown state is waited out"),
         (
             "if operation.state == STATE_PENDING:",
             "if operation.result is True:\n        return Verdict.APPROVED\n    if operation.state == STATE_PENDING:",
@@ -72,22 +63,34 @@ MUTANTS: Final = (
         ),
     ),
     *_break(
-        "models.py",
+        "_rules/backoff.py",
+        ("return min(error.retry_after, MAX_PAUSE)", "return 0.0", "the pause that a 429 asks for is ignored"),
+        ("if error.status == 503 else 0.0", "if False else 0.0", "the pause that a 503 asks for is ignored"),
+        ("error_delay(_MANY)", "MAX_PAUSE", "a 503 holds its operation for as long as it asks for"),
         (
-            "return self.state == OperationState.APPROVED and self.result is True",
-            "return self.state == OperationState.APPROVED",
-            "an approval whose result is false counts",
+            "wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)",
+            "wait_exponential(multiplier=0.05, max=0.5) + wait_random_exponential(multiplier=0.05, max=0.5)",
+            "failures are retried five times as fast",
         ),
+        (" or since_good <= GOOD", "", "an operation backs off for long although answers fail at random"),
+        ("(is_spared or since", "(since", "in a short outage the operations of a small application back off for long"),
     ),
     *_break(
-        "_http/protocol.py",
-        (
-            "        _refuse_duplicate_keys(body)\n    return operation",
-            "        pass\n    return operation",
-            "an approval that also says the opposite counts",
-        ),
+        "_rules/circuit.py",
+        ("if is_short else", "if False else", "in a short outage probes back off for long"),
+        ("is_short = since - self._opened_at <= SHORT and", "is_short =", "in a long outage probes do not back off"),
+        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
+        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
+        ("FAILURES_UNTIL_OPEN: Final = 5", "FAILURES_UNTIL_OPEN: Final = 1000", "the circuit never opens"),
+        ("        self._probes = 0\n        self._probe_at", "        self._probe_at", "the circuit is open for ever"),
+        ("min(self._limit + 1, self._full)", "self._limit", "after an outage one poll at a time goes on"),
+        ("max(self._probe_at, since + delay)", "since", "probes follow each other without a pause"),
+        ("self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
     ),
-    # -- what a poll means
+    *_break(
+        "_rules/final.py",
+        ("_TOO_LATE: Final = 0.5", "_TOO_LATE: Final = 0.0", "a final poll starts when it can hardly be answered"),
+    ),
     *_break(
         "_rules/outcome.py",
         (
@@ -110,25 +113,162 @@ MUTANTS: Final = (
             "a gateway's page ends the waits for operations that were seen",
         ),
         ("(was_seen and is_odd)", "is_odd", "an error before the operation was seen is waited out"),
-        (
-            "UNEXPECTED_FOR: Final = 60.0",
-            "UNEXPECTED_FOR: Final = 6000.0",
-            "a wait without a deadline waits out a key that is not allowed",
-        ),
-        (
-            "if may_be_missing and isinstance",
-            "if False and isinstance",
-            "an operation that the phone will create is not waited for",
-        ),
+        ("= 60.0", "= 6000.0", "a wait without a deadline waits out a key that is not allowed"),
+        ("if may_be_missing and", "if False and", "an operation that the phone will create is not waited for"),
         ("YOUNG: Final = 5.0", "YOUNG: Final = 0.5", "a replica that lags ends the wait"),
     ),
     *_break(
-        "_waits/machine.py",
+        "_rules/quota.py",
+        ("if self._tokens < cost:", "if False:", "single calls are repeated in an outage, however many fail"),
+    ),
+    *_break(
+        "_rules/rate.py",
         (
-            "elif is_failure(answer, was_seen=poll.polled.was_seen):",
-            "elif answer.is_transient:",
-            "a gateway's pages do not open the circuit",
+            "self._tokens = max(self._tokens - 1.0",
+            "_ = max(self._tokens - 1.0",
+            "polls are not counted against the rate",
         ),
+    ),
+    *_break(
+        "_rules/slots.py",
+        ("SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
+        ("return max(slots, min(4 * slots, 256))", "return slots", "final polls have to wait for each other"),
+    ),
+    *_break(
+        "_http/creation.py",
+        ("APPROVED and not self._id_is_new:", "APPROVED and False:", "an approval from before the request counts"),
+        ("if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
+        ('== (self._operation.operation_payload or "")', "is not None", "another payload is taken for this one"),
+        ("return not self._is_final and (", "return (", "what was not checked is sent again"),
+    ),
+    *_break(
+        "_http/keys.py",
+        ("= self._current is not None", "= False", "a function for the key that fails once ends the waits"),
+    ),
+    *_break(
+        "_http/protocol.py",
+        (
+            "_refuse_duplicate_keys(body)\n    return operation",
+            "pass\n    return operation",
+            "an approval that also says the opposite counts",
+        ),
+    ),
+    *_break(
+        "_http/transport.py",
+        ('if endpoint.method != "GET" or error.had_begun:', "if True:", "a poll on a dead connection fails"),
+        (
+            "self._session_of_new_connections = _make_session(None, force_close=True)",
+            "self._session_of_new_connections = self._session",
+            "a poll on a dead connection is asked once more on another dead one",
+        ),
+        ('endpoint.method != "GET" or error', "error", "a create whose connection is lost is sent again unchecked"),
+        ("if is_first and endpoint", "if endpoint", "a create is sent again on another dead connection"),
+        ("response.status >= 500 and", "False and", "the connections to a host that fails are kept"),
+        ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 6000.0", "connections are used for ever"),
+        ("if self._api_keys.is_replaced(key):", "if False:", "the refusal of a key that was replaced ends the waits"),
+    ),
+    *_break(
+        "_waits/dispatch.py",
+        ("if not circuit.is_calm:", "if False:", "an open circuit lets polls through"),
+        ("if self._circuit.state is CircuitState.OPEN:", "if True:", "final polls always go one at a time"),
+        ("if polled.poll is None:", "if True:", "an operation is polled twice at once"),
+        (">= circuit.limit:  # 2", "> circuit.limit:  # 2", "one poll too many is in flight"),
+        ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
+        ("polled.final_poll_queued = False", "pass", "an operation gets one final poll, whatever becomes of it"),
+        (
+            "            # One final poll at a time.",
+            "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
+            "a final poll that goes on for other waits holds up all final polls of an outage",
+        ),
+        ("max(1, self._circuit.limit // 2)", "self._circuit.limit", "operations that fail take all slots"),
+    ),
+    *_break(
+        "_waits/holds.py",
+        ("call_later(LEASE, self._expire", "call_later(0.0, self._expire", "the end of a hold ends its wait"),
+        ("lease = self._leases.get(target)\n", "lease = None\n", "each hold polls at once"),
+        (
+            "            lease.expiry.cancel()\n            lease.expiry = None\n        try:",
+            "            lease.expiry = None\n        try:",
+            "a wait ends ten seconds after its first hold, held or not",
+        ),
+        ("if lease.holders:", "if False:", "the first of two holders that leaves ends the wait of both"),
+        ("ends_within = lease", "ends_within = False and lease", "a hold returns nothing although its ticket expires"),
+        ("self._poller.stop(lease.wait)", "pass", "a wait that nobody holds goes on"),
+    ),
+    *_break(
+        "_waits/machine.py",
+        ("was_seen=poll.polled.was_seen):", "was_seen=False):", "a gateway's pages do not open the circuit"),
+        ("if self._held:", "if False:", "what a 503 holds does not go on when another operation is answered well"),
+        ("if is_refusal else 0.0)", ")", "a final poll is not repeated in its time if a 503 asks for a pause"),
+        ("polled.poll is None and polled is not poll.polled:", "True:", "an operation that a 503 held is polled twice"),
+        ("wait.deadline = now + (", "wait.deadline = now + 3.0 + (", "waits end three seconds late"),
+        ("(wait.had_expired or is_final", "(is_final", "an expired ticket is polled on and on"),
+        (
+            "wait.deadline + FINAL_POLL_TIMEOUT)",
+            "wait.deadline + 10.0)",
+            "a final poll that hangs is waited for too long",
+        ),
+        ("if may_start(wait.deadline - again_at):", "if False:", "a final poll that fails is not repeated"),
+        (
+            "if wait.final_poll is poll:\n                _update(wait, now, answer)",
+            "if poll.final:\n                _update(wait, now, answer)",
+            "the final poll of one wait ends the others",
+        ),
+        ("if not polled.live:", "if False:", "polling goes on for nobody"),
+        (
+            "            self._dispatcher.schedule(polled, now + delay)\n            good.append(wait)",
+            "            polled.due = now + delay\n            good.append(wait)",
+            "the slowest schedule of waits that share polls counts",
+        ),
+        ("if answer is None and poll.is_overdue:", "if False:", "a poll that hangs is no failure"),
+        (
+            "poll.circuit = self._circuit.state\n",
+            "poll.circuit = self._circuit.state if poll.final else CircuitState.CLOSED\n",
+            "probes go on using the connections to a host that fails",
+        ),
+        (
+            "if late > unseen + STOOD_STILL and",
+            "if False and",
+            "a loop that stood still across a deadline sends no final poll",
+        ),
+        (
+            "if isinstance(answer, Operation) and verdict is Verdict.APPROVED:",
+            "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in result.served:",
+            "an approval counts only for waits that its poll was sent for",
+        ),
+        ("self._pass_deadline(wait)  #", "pass  #", "each failure of an expired ticket's poll moves its deadline"),
+        (
+            " and polled.poll in (None, poll):",
+            ":",
+            "a final poll that fails beside a poll that hangs sets its next time",
+        ),
+        ("wait.final_poll = None\n        if", "if", "a wait whose final poll failed gets no other one"),
+        ("if poll.polled is polled:", "if False:", "a final poll goes on after the last wait"),
+        ("wait.updates.close()", "pass", "a caller with a handler is not told of the end"),
+        ("if poll.polled in passed and", "if False and", "a poll from before the deadline goes on for nobody"),
+        ("self._deadlines.remove(wait)", "pass", "the deadline of a wait that has ended stays"),
+        (
+            "elif wait not in result.served:",
+            "elif False:",
+            "a pending answer counts for waits that came after its poll",
+        ),
+    ),
+    *_break(
+        "_waits/poller.py",
+        ("age=max(0.0, age or 0.0),", "age=age or 0.0,", "a clock that is behind makes tickets live longer"),
+    ),
+    *_break(
+        "_waits/state.py",
+        (
+            "return not wait.done() and (",
+            "return False and (",
+            "the deadline of one wait cuts the poll of the others off",
+        ),
+        ("-= wait.phase is WaitPhase.POLLING", "-= 1", "a wait that ends after its deadline stops the others' polls"),
+    ),
+    *_break(
+        "_waits/timer_queue.py",
+        ("if heap[0].when > now or not", "if heap[0].when > now - 0.5 or not", "everything is half a second late"),
     ),
     *_break(
         "errors.py",
@@ -139,339 +279,7 @@ MUTANTS: Final = (
             "the page of a gateway ends the wait",
         ),
     ),
-    # -- what a service that fails is spared
-    *_break(
-        "_rules/backoff.py",
-        ("return min(error.retry_after, MAX_PAUSE)", "return 0.0", "the pause that a 429 asks for is ignored"),
-        ("if error.status == 503 else 0.0", "if False else 0.0", "the pause that a 503 asks for is ignored"),
-        (
-            "return min(error.retry_after, error_delay(_MANY)) if",
-            "return min(error.retry_after, MAX_PAUSE) if",
-            "a 503 holds its operation for as long as it asks for",
-        ),
-        (
-            "wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)",
-            "wait_exponential(multiplier=0.05, max=0.5) + wait_random_exponential(multiplier=0.05, max=0.5)",
-            "failures are retried five times as fast",
-        ),
-        (
-            "(is_spared or since_good <= GOOD)",
-            "is_spared",
-            "an operation backs off for long although answers fail at random",
-        ),
-        (
-            "(is_spared or since_good <= GOOD)",
-            "since_good <= GOOD",
-            "in a short outage the operations of a small application back off for long",
-        ),
-    ),
-    *_break(
-        "_waits/machine.py",
-        (
-            "        if self._held:\n",
-            "        if False:\n",
-            "an operation that a 503 holds does not go on when another one is answered well",
-        ),
-        ("if is_refusal else 0.0)", ")", "a final poll is not repeated in its time if a 503 asks for a pause"),
-        ("polled.poll is None and polled is not poll.polled:", "True:", "an operation that a 503 held is polled twice"),
-    ),
-    *_break(
-        "_rules/circuit.py",
-        (
-            "error_delay(min(self._probes, MOST_AT_FIRST) if is_short else self._probes)",
-            "error_delay(self._probes)",
-            "in a short outage probes back off for long",
-        ),
-        ("is_short = since - self._opened_at <= SHORT and", "is_short =", "in a long outage probes do not back off"),
-        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
-        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
-        ("FAILURES_UNTIL_OPEN: Final = 5", "FAILURES_UNTIL_OPEN: Final = 1000", "the circuit never opens"),
-        ("        self._probes = 0\n        self._probe_at", "        self._probe_at", "the circuit is open for ever"),
-        (
-            "self._limit = min(self._limit + 1, self._full)",
-            "self._limit = min(self._limit, self._full)",
-            "after an outage one poll at a time goes on",
-        ),
-        ("max(self._probe_at, since + delay)", "since", "probes follow each other without a pause"),
-        ("self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
-    ),
-    *_break(
-        "_waits/dispatch.py",
-        (
-            "if not circuit.is_calm:\n            ready_at",
-            "if False:\n            ready_at",
-            "an open circuit lets polls through",
-        ),
-        (
-            "if self._circuit.state is CircuitState.OPEN:\n            # One",
-            "if True:\n            # One",
-            "final polls always go one at a time",
-        ),
-    ),
-    *_break(
-        "_rules/rate.py",
-        (
-            "self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))",
-            "pass",
-            "polls are not counted against the rate",
-        ),
-    ),
-    # -- deadlines
-    *_break(
-        "_waits/machine.py",
-        (
-            "wait.deadline = now + (patience if had_expired else timeout)",
-            "wait.deadline = now + 3.0 + (patience if had_expired else timeout)",
-            "waits end three seconds late",
-        ),
-        (
-            "(wait.had_expired or is_final(wait.deadline - now))",
-            "is_final(wait.deadline - now)",
-            "an expired ticket is polled on and on",
-        ),
-        (
-            "self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)",
-            "self._deadlines.schedule(wait, wait.deadline + 10.0)",
-            "a final poll that hangs is waited for too long",
-        ),
-        ("if may_start(wait.deadline - again_at):", "if False:", "a final poll that fails is not repeated"),
-        (
-            "if wait.final_poll is poll:\n                _update(wait, now, answer)",
-            "if poll.final:\n                _update(wait, now, answer)",
-            "the final poll of one wait ends the others",
-        ),
-    ),
-    *_break(
-        "_waits/poller.py",
-        ("age=max(0.0, age or 0.0),", "age=age or 0.0,", "a clock that is behind makes tickets live longer"),
-    ),
-    *_break(
-        "_rules/final.py",
-        ("_TOO_LATE: Final = 0.5", "_TOO_LATE: Final = 0.0", "a final poll starts when it can hardly be answered"),
-    ),
-    # -- sharing and leaving
-    *_break(
-        "_waits/machine.py",
-        (
-            "if not polled.live:\n            self._stop_polling(polled)",
-            "if False:\n            self._stop_polling(polled)",
-            "polling goes on for nobody",
-        ),
-        (
-            "            self._dispatcher.schedule(polled, now + delay)\n            good.append(wait)",
-            "            polled.due = now + delay\n            good.append(wait)",
-            "the slowest schedule of waits that share polls counts",
-        ),
-        ("if answer is None and poll.is_overdue:", "if False:", "a poll that hangs is no failure"),
-    ),
-    *_break(
-        "_waits/holds.py",
-        ("call_later(LEASE, self._expire", "call_later(0.0, self._expire", "the end of a hold ends its wait"),
-        ("lease = self._leases.get(target)\n", "lease = None\n", "each hold polls at once"),
-    ),
-    *_break(
-        "_waits/state.py",
-        (
-            "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final_poll is self)",
-            "return False",
-            "the deadline of one wait cuts the poll of the others off",
-        ),
-    ),
-    *_break(
-        "_waits/dispatch.py",
-        (
-            "if polled.poll is None:\n                self._enqueue(polled)",
-            "if True:\n                self._enqueue(polled)",
-            "an operation is polled twice at once",
-        ),
-        (
-            "if len(self.slots) >= circuit.limit:  # 2",
-            "if len(self.slots) > circuit.limit:  # 2",
-            "one poll too many is in flight",
-        ),
-    ),
-    *_break(
-        "_waits/timer_queue.py",
-        ("if heap[0].when > now or not", "if heap[0].when > now - 0.5 or not", "everything is half a second late"),
-    ),
-    # -- connections that die
-    *_break(
-        "_http/transport.py",
-        ('if endpoint.method != "GET" or error.had_begun:', "if True:", "a poll on a dead connection fails"),
-        (
-            "self._session_of_new_connections = _make_session(None, force_close=True)",
-            "self._session_of_new_connections = self._session",
-            "a poll on a dead connection is asked once more on another dead one",
-        ),
-        (
-            'if endpoint.method != "GET" or error.had_begun:',
-            "if error.had_begun:",
-            "a create whose connection is lost is sent again without a check",
-        ),
-        (
-            "if is_first and endpoint.sends_key and",
-            "if endpoint.sends_key and",
-            "a create is sent again on another dead connection",
-        ),
-        (
-            "if circuit is not CircuitState.CLOSED and response.status >= 500 and",
-            "if False and",
-            "the connections to a host that fails are kept",
-        ),
-        ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 6000.0", "connections are used for ever"),
-    ),
-    *_break(
-        "_waits/machine.py",
-        (
-            "poll.circuit = self._circuit.state\n",
-            "poll.circuit = self._circuit.state if poll.final else CircuitState.CLOSED\n",
-            "probes go on using the connections to a host that fails",
-        ),
-    ),
-    # -- keys, repetitions, a loop that stands still, a service that can answer no more
-    *_break(
-        "_http/transport.py",
-        ("if self._api_keys.is_replaced(key):", "if False:", "the refusal of a key that was replaced ends the waits"),
-    ),
-    *_break(
-        "_http/keys.py",
-        (
-            "error.key_was_good = self._current is not None",
-            "error.key_was_good = False",
-            "a function for the key that fails once ends the waits",
-        ),
-    ),
-    *_break(
-        "_rules/quota.py",
-        ("if self._tokens < cost:", "if False:", "single calls are repeated in an outage, however many fail"),
-    ),
-    *_break(
-        "_waits/machine.py",
-        (
-            "if late > unseen + STOOD_STILL and self._slept > unseen:",
-            "if False:",
-            "a loop that stood still across a deadline sends no final poll",
-        ),
-    ),
-    *_break(
-        "_waits/dispatch.py",
-        ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
-    ),
-    # -- creating
-    *_break(
-        "_rules/ambiguity.py",
-        ("return error.sent", "return False", "a lost answer is followed by the same request"),
-    ),
-    *_break(
-        "_http/creation.py",
-        (
-            "if found.state == OperationState.APPROVED and not self._id_is_new:",
-            "if False:",
-            "an approval from before the request counts",
-        ),
-        ("if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
-        (
-            'and (found.operation_payload or "") == (self._operation.operation_payload or "")',
-            "",
-            "another payload is taken for this one",
-        ),
-        ("return not self._is_final and (", "return (", "what was not checked is sent again"),
-    ),
-    # -- the machine, the dispatcher and leases
-    *_break(
-        "_waits/machine.py",
-        (
-            "if isinstance(answer, Operation) and verdict is Verdict.APPROVED:",
-            "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in result.served:",
-            "an approval counts only for waits that its poll was sent for",
-        ),
-        (
-            "            self._pass_deadline(wait)  # else",
-            "            pass  # else",
-            "each failure of an expired ticket's poll moves its deadline",
-        ),
-        (
-            "if polled.before_deadline and polled.poll in (None, poll):",
-            "if polled.before_deadline:",
-            "a final poll that fails beside a poll that hangs sets the time of the next one",
-        ),
-        (
-            "        wait.final_poll = None\n        if wait.had_expired",
-            "        if wait.had_expired",
-            "a wait whose final poll failed gets no other one",
-        ),
-        (
-            "        for poll in self._dispatcher.final_in_flight:\n            if poll.polled is polled:\n",
-            "        for poll in self._dispatcher.final_in_flight:\n            if False:\n",
-            "a final poll goes on after the last wait",
-        ),
-        (
-            "        if wait.updates is not None:\n            wait.updates.close()\n",
-            "",
-            "a caller with a handler is not told of the end",
-        ),
-        (
-            "if poll.polled in passed and not poll.serves_any():",
-            "if False:",
-            "a poll from before the deadline goes on for nobody",
-        ),
-        ("        self._deadlines.remove(wait)\n", "", "the deadline of a wait that has ended stays"),
-        (
-            "            elif wait not in result.served:\n                continue\n",
-            "",
-            "a pending answer counts for waits that came after its poll",
-        ),
-    ),
-    *_break(
-        "_waits/state.py",
-        (
-            "self.before_deadline -= wait.phase is WaitPhase.POLLING",
-            "self.before_deadline -= 1",
-            "a wait that ends after its deadline stops the polls of the others",
-        ),
-    ),
-    *_break(
-        "_waits/dispatch.py",
-        (
-            "            polled.final_poll_queued = False\n",
-            "",
-            "an operation gets one final poll, whatever becomes of it",
-        ),
-        (
-            "            # One final poll at a time.",
-            "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
-            "a final poll that goes on for other waits holds up all final polls of an outage",
-        ),
-        (
-            "self.slots.of_retries >= max(1, self._circuit.limit // 2)",
-            "self.slots.of_retries >= self._circuit.limit",
-            "operations that fail take all slots",
-        ),
-    ),
-    *_break(
-        "_rules/slots.py",
-        ("SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
-        ("return max(slots, min(4 * slots, 256))", "return slots", "final polls have to wait for each other"),
-    ),
-    *_break(
-        "_waits/holds.py",
-        (
-            "            lease.expiry.cancel()\n            lease.expiry = None\n        try:",
-            "            lease.expiry = None\n        try:",
-            "a wait ends ten seconds after its first hold, held or not",
-        ),
-        (
-            "        if lease.holders:\n            return\n",
-            "",
-            "the first of two holders that leaves ends the wait of both",
-        ),
-        (
-            "ends_within = lease.wait.deadline <= self._loop.time() + seconds + RESOLUTION",
-            "ends_within = False",
-            "a hold returns nothing although its ticket expires within it",
-        ),
-        ("        self._poller.stop(lease.wait)\n", "", "a wait that nobody holds goes on"),
-    ),
+    *_break("models.py", (" and self.result is True", "", "an approval whose result is false counts")),
 )
 
 
