@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from leaks import armed_timers, tasks_since
+from raw_server import now
 from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_fixed
 
 from aiokeyless import (
@@ -46,10 +47,6 @@ pytestmark = pytest.mark.platform
 
 USER = "0123456789ABCDEF"
 KEY = "the-secret-key"
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def yielding(_told: object) -> Iterator[None]:

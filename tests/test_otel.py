@@ -25,22 +25,13 @@ pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not instal
 
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import (
-    InMemoryMetricReader,
-)
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from aiokeyless.events import (
-    CircuitChanged,
-    DeliveryEnded,
-    Inspection,
-    OutcomePublished,
-    WaitOutcome,
-    WorkerInspected,
-)
+from aiokeyless.events import CircuitChanged, DeliveryEnded, Inspection, OutcomePublished, WaitOutcome, WorkerInspected
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
@@ -301,6 +292,27 @@ def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) 
         assert recorder.circuit == number
 
 
+INSPECTED = WorkerInspected(
+    worker=1,
+    system="nats",
+    destination="a",
+    has_ended=False,
+    is_ready=True,
+    in_flight=2,
+    fleet=Inspection(
+        waiting=5,
+        backlog=4,
+        oldest_age=60.0,
+        unread={"shop": 3, "ledger": 0},
+        oldest_unread_age={"shop": 600.0, "ledger": 0.0},
+        clock_ahead=0.5,
+    ),
+    lateness=3.0,
+    duplicates=2,
+    unsettled=1,
+)
+
+
 async def next_event(broker: object) -> ApprovalEvent:
     async with next_outcome(broker, "test") as event:
         return event
@@ -399,25 +411,7 @@ class TestWorker:
         assert recorder.of_fleets("waiting") == {}
 
     def test_of_several_workers_of_a_fleet_the_worst_is_observed(self, recorder: Recorder) -> None:
-        told = WorkerInspected(
-            worker=1,
-            system="nats",
-            destination="a",
-            has_ended=False,
-            is_ready=True,
-            in_flight=2,
-            fleet=Inspection(
-                waiting=5,
-                backlog=4,
-                oldest_age=60.0,
-                unread={"shop": 3, "ledger": 0},
-                oldest_unread_age={"shop": 600.0, "ledger": 0.0},
-                clock_ahead=0.5,
-            ),
-            lateness=3.0,
-            duplicates=2,
-            unsettled=1,
-        )
+        told = INSPECTED
         recorder.listener(told)
         recorder.listener(
             replace(
@@ -456,22 +450,9 @@ class TestWorker:
 
     def test_two_listeners_of_one_provider_observe_each_worker(self, recorder: Recorder) -> None:
         another = OpenTelemetryListener(tracer_provider=recorder.traces, meter_provider=recorder.meters)
-        for listener, destination in ((recorder.listener, "a"), (another, "b")):
-            listener(
-                WorkerInspected(
-                    worker=ord(destination),
-                    system="nats",
-                    destination=destination,
-                    has_ended=False,
-                    is_ready=True,
-                    in_flight=0,
-                    fleet=Inspection(waiting=1),
-                    lateness=0.0,
-                    duplicates=0,
-                    unsettled=0,
-                )
-            )
-        assert recorder.of_fleets("waiting") == {"a": 1, "b": 1}
+        for number, (listener, destination) in enumerate(((recorder.listener, "a"), (another, "b"))):
+            listener(replace(INSPECTED, worker=number, destination=destination))
+        assert recorder.of_fleets("waiting") == {"a": 5, "b": 5}
 
 
 def test_a_request_that_claims_to_be_centuries_old_is_a_span_that_can_be_exported(recorder: Recorder) -> None:

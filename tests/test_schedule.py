@@ -427,15 +427,9 @@ def test_a_strategy_sees_the_exact_attempt_and_time_and_no_outcome(attempt_numbe
 @pytest.mark.parametrize(
     ("answer", "delay"),
     [
-        (2, 2.0),
-        (0.5, 0.5),
-        (0, 0.02),
-        (-3.0, 0.02),
-        (0.02, 0.02),
-        (3600, 3600.0),
-        (3601, 3600.0),
-        (math.inf, 3600.0),
-        (-math.inf, 0.02),
+        *((2, 2.0), (0.5, 0.5)),
+        *((answer, 0.02) for answer in (0, -3.0, 0.02, -math.inf)),
+        *((answer, 3600.0) for answer in (3600, 3601, math.inf)),
         pytest.param(HUGE, 3600.0, id="huge"),
     ],
 )

@@ -16,18 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from raw_server import RawServer, answer, hang, refused
-from signing import (
-    DATA,
-    USER,
-    claims,
-    ec_jwk,
-    ec_key,
-    header,
-    key_set,
-    rsa_jwk,
-    sign_es256,
-    token,
-)
+from signing import DATA, USER, claims, ec_jwk, ec_key, header, key_set, rsa_jwk, sign_es256, token
 from strict_service import KEY, TENANT, StrictService
 
 from aiokeyless import (

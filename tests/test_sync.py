@@ -358,13 +358,9 @@ async def test_watching_yields_an_update_for_each_poll(sandbox: Sandbox, keyless
         for update in keyless.watch_approval(ticket):
             assert update.operation is not None
             states.append(update.operation.state)
-            asyncio.run_coroutine_threadsafe(approve(), loop).result()
+            sandbox.approve("op-1")
         return states
 
-    async def approve() -> None:
-        sandbox.approve("op-1")
-
-    loop = asyncio.get_running_loop()
     assert await asyncio.to_thread(program) == ["pending", "approved"]
 
 
@@ -408,13 +404,9 @@ async def test_an_iterator_that_is_collected_in_the_loops_thread_ends_its_wait(k
 async def test_many_waits_yield_an_outcome_each(sandbox: Sandbox, keyless: KeylessClient) -> None:
     def program() -> list[type]:
         ticket = keyless.create_operation("C0FFEE", operation_id="op-1")
-        asyncio.run_coroutine_threadsafe(approve(), loop).result()
+        sandbox.approve("op-1")
         return [type(outcome) for outcome in keyless.wait_for_approvals([ticket, "none"])]
 
-    async def approve() -> None:
-        sandbox.approve("op-1")
-
-    loop = asyncio.get_running_loop()
     assert set(await asyncio.to_thread(program)) == {Approved, NotApproved}
 
 
@@ -700,6 +692,12 @@ async def program(text: str, sandbox: Sandbox, before: str = "") -> AsyncGenerat
         await process.communicate()
 
 
+async def run(text: str, sandbox: Sandbox, before: str = "") -> tuple[int | None, str]:
+    """Run a program to its end."""
+    async with program(text, sandbox, before) as process:
+        return await ended(process)
+
+
 async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
     async with asyncio.timeout(PATIENCE):
         output, _ = await process.communicate()
@@ -751,8 +749,7 @@ def interrupt():
     signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 threading.Thread(target=interrupt, daemon=True).start()
 """
-    async with program(interrupting + INTERRUPTED.format(wait=ONE, others=0), sandbox) as process:
-        assert await ended(process) == (0, "interrupted\n")
+    assert await run(interrupting + INTERRUPTED.format(wait=ONE, others=0), sandbox) == (0, "interrupted\n")
 
 
 @pytest.mark.slow
@@ -800,9 +797,7 @@ async def test_a_process_ends_silently_though_client_and_broker_are_open(
     sandbox: Sandbox, text: str, tmp_path: Path
 ) -> None:
     text = f'sync.submit_approval("sqlite:{tmp_path}/keyless.db", "C0FFEE", operation_id="op-1")\n{text}'
-    async with program(text, sandbox) as process:
-        status, output = await ended(process)  # in far less time than the wait and the listener take
-    assert (status, output) == (0, "")
+    assert await run(text, sandbox) == (0, "")  # in far less time than the wait and the listener take
 
 
 @pytest.mark.slow
@@ -826,9 +821,7 @@ waiting = threading.Thread(target=wait, daemon=True)
 waiting.start()
 called.wait()
 """
-    async with program(text, sandbox, before=before) as process:
-        status, output = await ended(process)
-    assert (status, output) == (0, "closed\n")
+    assert await run(text, sandbox, before) == (0, "closed\n")
 
 
 @pytest.mark.slow
@@ -843,9 +836,7 @@ def late():
         print("closed")
 atexit.register(late)  # before the import, so it runs after what the module registers
 """
-    async with program('client.get_pending_operations("C0FFEE")', sandbox, before=before) as process:
-        status, output = await ended(process)
-    assert (status, output) == (0, "closed\n")
+    assert await run('client.get_pending_operations("C0FFEE")', sandbox, before) == (0, "closed\n")
 
 
 # -- fork
@@ -993,9 +984,7 @@ if (child := os.fork()) == 0:
     os._exit(0)
 os.waitpid(child, 0)
 """
-    async with program(text, sandbox) as process:
-        status, output = await ended(process)
-    assert (status, output) == (0, "free\n")
+    assert await run(text, sandbox) == (0, "free\n")
 
 
 async def test_a_fork_in_a_listener_does_not_wait_for_its_own_thread(sandbox: Sandbox) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from leaks import armed_timers, tasks_since
+from raw_server import now
 from tenacity import wait_fixed
 from waiting import spin_until
 
@@ -32,10 +33,6 @@ pytestmark = pytest.mark.looptime
 
 USER = "0123456789ABCDEF"
 HANGS = 3600.0
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 class Service(Sandbox):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from leaks import armed_timers, tasks_since
+from raw_server import now
 from tenacity import wait_fixed
 
 from aiokeyless import (
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.looptime
 
 USER = "0123456789ABCDEF"
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def polls(sandbox: Sandbox, operation_id: str = "op") -> list[float]:

@@ -141,10 +141,7 @@ def test_phone_fails_at_an_operation_that_it_would_have_created(phone: Phone) ->
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("error_code", 0, "error_code must be a whole number, at least 1"),
-        ("error_code", -1, "error_code must be a whole number, at least 1"),
-        ("error_code", True, "error_code must be a whole number, at least 1"),
-        ("error_code", "30004", "error_code must be a whole number, at least 1"),
+        *(("error_code", value, "error_code must be a whole number, at least 1") for value in (0, -1, True, "30004")),
         ("auth_type", "iris", "auth_type must be 'biom' or 'pin'"),
         ("user_id", OTHER, "has another user_id"),
         ("external_user_id", "mallory", "has another external_user_id"),

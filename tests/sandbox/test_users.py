@@ -115,15 +115,8 @@ def test_a_deleted_user_is_gone_with_everything(service: Service) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{}",
-        b"[]",
-        b'"ann"',
-        b'{"externalUserId": ""}',
-        b'{"externalUserId": null}',
-        b'{"externalUserId": 1}',
-        b'{"external_user_id": "ann"}',
-        b'{"externalUserId": "\xff"}',
+        *(b"", b"{}", b"[]", b'"ann"', b'{"externalUserId": ""}', b'{"externalUserId": null}'),
+        *(b'{"externalUserId": 1}', b'{"external_user_id": "ann"}', b'{"externalUserId": "\xff"}'),
         b'{"externalUserId": "ann"',
     ],
 )
