@@ -15,7 +15,7 @@ import os
 import uuid
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import Enum
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
@@ -82,7 +82,7 @@ from .models import (
 )
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
-from .ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
+from .ticket import DEFAULT_LIFETIME, ApprovalTicket, check_lifetime, payload_digest
 
 
 class DefaultTimeout(Enum):
@@ -469,7 +469,7 @@ class KeylessClient:
             external_user_id=check_text(external_user_id, "external_user_id"),
         )
         user_id, require_auth_type = check_user_id(user_id), check_auth_type(require_auth_type)
-        lifetime = _lifetime(expires_in)
+        lifetime = check_lifetime(expires_in, datetime.now(UTC))
         creation = OperationCreation(
             opened.transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
         )
@@ -1155,14 +1155,3 @@ def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None
     if isinstance(timeout, DefaultTimeout):
         return DEFAULT_LIFETIME if ticket is None else None
     return seconds(timeout, "timeout")
-
-
-def _lifetime(expires_in: float) -> timedelta:
-    try:
-        lifetime = timedelta(seconds=finite_seconds(expires_in, "expires_in"))
-        _ = datetime.now(UTC) + lifetime
-    except OverflowError:
-        raise ConfigurationError(
-            f"expires_in must end before the year 10000, not be {expires_in!r} seconds", argument="expires_in"
-        ) from None
-    return lifetime

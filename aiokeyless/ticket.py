@@ -144,7 +144,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             external_user_id=external_user_id,
             payload_sha256=payload_digest(check_text(operation_payload, "operation_payload")),
             created_at=created_at,
-            expires_at=_later(created_at, expires_in),
+            expires_at=created_at + check_lifetime(expires_in, created_at),
             require_auth_type=require_auth_type,
             started_by=started_by,
         )
@@ -217,13 +217,16 @@ def _utc(moment: object, name: str) -> datetime:
         raise ConfigurationError(f"{name} of a ticket must be in the years 1 to 9999, UTC", argument=name) from None
 
 
-def _later(moment: datetime, expires_in: float) -> datetime:
+def check_lifetime(expires_in: float, since: datetime) -> timedelta:
+    """Return the time from the creation of an operation until a wait for it ends by default."""
     try:
-        return moment + timedelta(seconds=finite_seconds(expires_in, "expires_in"))
+        lifetime = timedelta(seconds=finite_seconds(expires_in, "expires_in"))
+        _ = since + lifetime
     except OverflowError:
         raise ConfigurationError(
             f"expires_in must end before the year 10000, not be {expires_in!r} seconds", argument="expires_in"
         ) from None
+    return lifetime
 
 
 class _TicketVersion(msgspec.Struct):

@@ -570,7 +570,7 @@ class TestCircuit:
             machine.wait(f"final-{number}", timeout=0.01)
         assert [poll.final for poll in machine.started(0.01)] == [True]
         assert machine.wake_at() == retry_at
-        assert [poll.final for poll in machine.started(retry_at)] == [False]
+        assert [(poll.final, poll.circuit) for poll in machine.started(retry_at)] == [(False, "open")]
         assert machine.wakes(retry_at) == min(retry_at + 1.0, 2.01)
 
     def test_a_probe_that_hangs_counts_once_and_its_answer_ends_outages(self, monkeypatch: pytest.MonkeyPatch) -> None:
