@@ -213,9 +213,14 @@ def _undecoded(kind: type[DecodeError]) -> DecodeError:
     return kind("cannot be decoded", status=200, method="GET", path=_PATH)
 
 
-_MISSING: Final = _status(NotFoundError, 404)
 _CREATES: Final = WorkerDiffers("a 404 (O5, O6, O7)", WorkerDoes.CREATE, Result.UNANSWERED)
 _CLAIMED: Final = WorkerDiffers("another odd answer (O5, O7)", Result.TRANSIENT, Result.UNANSWERED)
+
+
+def _missing(name: str, rule: str, *, worker: WorkerDiffers | None = _CREATES, **circumstances: Any) -> OutcomeCase:
+    missing = _status(NotFoundError, 404)
+    return OutcomeCase(name=name, rule=rule, answer=missing, arrange=Sandbox.forget, worker=worker, **circumstances)
+
 
 CASES: Final = (
     OutcomeCase(
@@ -257,38 +262,11 @@ CASES: Final = (
         _undecoded(NotJsonError),
         _answer(200, body=b"<html>Welcome</html>", content_type="text/html"),
     ),
-    OutcomeCase(
-        name="404, once the operation was seen",
-        rule="O5",
-        answer=_MISSING,
-        arrange=Sandbox.forget,
-        was_seen=True,
-        worker=_CREATES,
-    ),
-    OutcomeCase(
-        name="404 of a young operation",
-        rule="O6",
-        answer=_MISSING,
-        arrange=Sandbox.forget,
-        is_young=True,
-        worker=_CREATES,
-    ),
-    OutcomeCase(
-        name="404 that is to be waited for",
-        rule="O6",
-        answer=_MISSING,
-        arrange=Sandbox.forget,
-        if_missing="wait",
-        worker=_CREATES,
-    ),
-    OutcomeCase(
-        name="404 of what the phone will start",
-        rule="O6",
-        answer=_MISSING,
-        arrange=Sandbox.forget,
-        started_by="phone",
-    ),
-    OutcomeCase(name="404 otherwise", rule="O7", answer=_MISSING, arrange=Sandbox.forget, worker=_CREATES),
+    _missing("404, once the operation was seen", "O5", was_seen=True),
+    _missing("404 of a young operation", "O6", is_young=True),
+    _missing("404 that is to be waited for", "O6", if_missing="wait"),
+    _missing("404 of what the phone will start", "O6", started_by="phone", worker=None),
+    _missing("404 otherwise", "O7"),
     OutcomeCase(
         name="401",
         rule="O7",
