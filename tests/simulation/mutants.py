@@ -1,7 +1,7 @@
 """Breakages of the library that the simulator must find: what proves that it would find a real one.
 
 ``python -m tests.simulation.mutants`` applies each to a copy of the package, in a folder of its own, and runs the
-simulator against it until a promise is broken, for two minutes of computing at most.
+simulator against it until a promise is broken, for five minutes of computing at most.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def search(mutant: Mutant, seconds: float) -> Search:
 def main() -> int:
     """Run the command; its exit code is 1 where too few are found."""
     parser = argparse.ArgumentParser(prog="simulate_mutants", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of computing, for each breakage (default: 120)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of computing, for each breakage (default: 300)")
     parser.add_argument("--only", help="those whose reason or file contains this text")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.only is None or options.only in f"{m.file} {m.why}"]
