@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _MAX_BYTES: Final = 1 << 16
 #: Bytes of one answer before the call reads its head: aiohttp stops at half a MiB of the body, with what was read then.
 _MAX_AHEAD: Final = 1 << 20
+#: Bytes of one answer that are not looked at. Of the shortest interim answers, 256 are as long.
+_SHORT: Final = 1 << 12
 #: An unread interim answer takes far more memory than its bytes.
 _MAX_UNREAD: Final = 64
 #: A read may bring more; so many bytes are counted and handed over at a time.
@@ -53,6 +55,11 @@ class Meter(asyncio.Protocol):
         self._body = body
 
     def data_received(self, data: bytes) -> None:
+        # Most answers are so short that nothing of them can be too much.
+        if self._received + len(data) < _SHORT:
+            self._received += len(data)
+            self._handler.data_received(data)
+            return
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
             # Then the piece may be of the body. The call has not run yet, so nothing tells how much.

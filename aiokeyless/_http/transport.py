@@ -16,7 +16,7 @@ import ssl
 import sys
 import time
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
 from multidict import istr
@@ -29,7 +29,6 @@ from aiokeyless._version import __version__
 from aiokeyless.errors import (
     AuthenticationError,
     ClientClosedError,
-    ConfigurationError,
     DecodeError,
     KeylessError,
     RequestTimeoutError,
@@ -40,15 +39,16 @@ from aiokeyless.events import RequestEnded
 from aiokeyless.schedule import next_delay
 
 from . import protocol
+from .calls import Call, Calls
 from .content import UnusableContentError, decode_content, larger_than
 from .meter import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
-    from types import TracebackType
 
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
+    from multidict import CIMultiDict
 
     from aiokeyless._listeners import Listeners
     from aiokeyless.models import Operation, Secret
@@ -130,14 +130,17 @@ class Transport:
         self.quota: RepetitionQuota = RepetitionQuota()
         """Tokens for repetitions and checks, of this client and of all views of this transport."""
         self.request_timeout = request_timeout
-        # These override the session's settings. A borrowed session may raise for statuses, follow redirects, or
-        # decompress a bomb into a buffer of any size.
-        self._options: dict[str, Any] = {
-            "allow_redirects": False,
-            "raise_for_status": False,
+        settings: dict[str, Any] = {
             "auto_decompress": False,
             "read_bufsize": _BUFFER,
+            "raise_for_status": False,
+            # No total: aiohttp's timer is entered twice. If the caller cancels in the same turn of the loop as the
+            # timeout, it takes both cancellations for its own, and the caller's is lost.
+            # No sock_read: a timer for all exchanges ends them in time. aiohttp's costs 8% of a poll.
+            # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf),
         }
+        self._options: dict[str, Any] = {"allow_redirects": False}
         self._owned_sessions: list[aiohttp.ClientSession] = []
         self._headers: dict[str, str] = {}
         # The key that `_session` sends by itself, if any. Its headers go to a proxy, too, which must not see the key.
@@ -146,25 +149,27 @@ class Transport:
         # The second one is for what must not go on a connection that is kept, which may be dead as all others are.
         if session is None:
             # Cheaper than per request: aiohttp then has nothing to merge.
-            self._session = _make_session(sent_key)
-            self._session_of_new_connections = _make_session(None, force_close=True)
+            headers = {"Host": _make_host(self._base)} | _make_headers(None)
+            with_key = headers if sent_key is None else headers | {"X-Api-Key": sent_key.reveal()}
+            self._session = _make_session(with_key, settings)
+            self._session_of_new_connections = _make_session(headers, settings, force_close=True)
             self._owned_sessions += self._session, self._session_of_new_connections
-            self._untraced_sessions = _make_untraced(self._session), _make_untraced(self._session_of_new_connections)
+            self._untraced_sessions = (
+                _make_untraced(self._session, settings),
+                _make_untraced(self._session_of_new_connections, settings),
+            )
             self._owned_sessions += self._untraced_sessions
             self.max_connections: float = math.inf
             """Requests at once, of all that the session is used for: more would queue in its connector."""
         else:
+            # A borrowed session may raise for statuses, follow redirects, or decompress a bomb into a buffer of any
+            # size.
+            self._options |= settings
             self._session = self._session_of_new_connections = session
             self._untraced_sessions = session, session
             self._headers = _make_headers(session.headers.get("User-Agent"))
             self.max_connections = _max_connections(session)
-        # No total: aiohttp's timer is entered twice. If the caller cancels in the same turn of the loop as the timeout,
-        # it takes both cancellations for its own, and the caller's is lost. asyncio.timeout keeps that.
-        self._call_timeout = aiohttp.ClientTimeout(total=None)
-        # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
-        # No sock_read: the poller ends an exchange in time, with one timer for all. aiohttp's costs 8% of a poll.
-        self._poll_timeout = aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf)
-        self._calls = _Calls()
+        self._calls = Calls()
 
     def with_max_attempts(self, max_attempts: int) -> Transport:
         """Return a view of this transport with another number of attempts; it shares the session and the calls."""
@@ -174,19 +179,13 @@ class Transport:
 
     async def aclose(self) -> None:
         """End the calls under way with `ClientClosedError`, and close the session unless it is borrowed."""
-        self._calls.are_closed = True
-        for call in tuple(self._calls):
-            call.close()
+        self._calls.close()
         for session in self._owned_sessions:
             await session.close()
 
-    def call(self) -> _Call:
+    def call(self) -> Call:
         """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
-        return _Call(self._calls)
-
-    def _show_path(self, endpoint: protocol.Endpoint[Any], url: URL) -> str:
-        """Return the path for messages; an external user id may be personal, so then it is the documented route."""
-        return endpoint.route if endpoint.is_personal else url.raw_path.removeprefix(self._base_path)
+        return Call(self._calls)
 
     def send(
         self, request: protocol.Request[T], *, attempt: int = 1, circuit: CircuitState = CircuitState.CLOSED
@@ -200,14 +199,7 @@ class Transport:
             attempt: Which attempt of its call this is, for the listeners.
             circuit: As for `poll`.
         """
-        return self._send_once(
-            request.endpoint,
-            self._url_of(request),
-            timeouts=self._call_timeout,
-            body=request.body,
-            attempt=attempt,
-            circuit=circuit,
-        )
+        return self._send_once(request, attempt=attempt, circuit=circuit)
 
     async def receive(self, request: protocol.Request[Any]) -> protocol.Answer:
         """Send a request once, and return its answer whatever the status; no listener is called.
@@ -215,19 +207,7 @@ class Transport:
         Raises:
             KeylessError: No usable answer arrived.
         """
-        return await self._receive(
-            request.endpoint,
-            self._url_of(request),
-            self._api_keys.current(),
-            timeouts=self._call_timeout,
-            body=request.body,
-            is_first=True,
-            circuit=CircuitState.CLOSED,
-        )
-
-    def _url_of(self, request: protocol.Request[Any]) -> URL:
-        url = self._base.with_path(self._base_path + request.path, encoded=True)
-        return URL(f"{url}?{request.query}", encoded=True) if request.query else url
+        return await self._receive(request, self._api_keys.current())
 
     def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
@@ -238,35 +218,31 @@ class Transport:
                 a kept one may lead to a host that goes on failing. While the circuit is not closed, a status of 500 or
                 more closes the connection.
         """
-        path = self._base_path + protocol.operation_path(operation_id)
-        url = self._base.with_path(path, encoded=True)
-        return self._send_once(protocol.GET_OPERATION, url, timeouts=self._poll_timeout, circuit=circuit)
+        request = protocol.Request(protocol.GET_OPERATION, protocol.operation_path(operation_id))
+        return self._send_once(request, circuit=circuit, has_deadline=False)
 
     async def _send_once(
         self,
-        endpoint: protocol.Endpoint[T],
-        url: URL,
+        request: protocol.Request[T],
         *,
-        timeouts: aiohttp.ClientTimeout,
-        body: bytes | None = None,
         attempt: int = 1,
         circuit: CircuitState = CircuitState.CLOSED,
+        has_deadline: bool = True,
     ) -> T:
         """Send a request, read its answer, and report the end to the listeners."""
-        started = self._now()
+        listeners = self._listeners
+        started = 0.0 if listeners is None else self._now()
         status: int | None = None
         request_id: str | None = None
         failure: str | None = None
         try:
             key = self._api_keys.current()
-            answer = await self._receive(
-                endpoint, url, key, timeouts=timeouts, body=body, is_first=attempt == 1, circuit=circuit
-            )
-            if self._listeners is not None:
+            answer = await self._receive(request, key, attempt == 1, circuit, has_deadline)
+            if listeners is not None:
                 status = answer.status
                 request_id = protocol.request_id(answer, key.redaction)
             try:
-                return protocol.read(endpoint, self._show_path(endpoint, url), answer, key.redaction)
+                return protocol.read(request.endpoint, request.shown_path, answer, key.redaction)
             except AuthenticationError as error:
                 if self._api_keys.is_replaced(key):
                     error.key_was_replaced = True
@@ -276,15 +252,15 @@ class Transport:
             failure = type(error).__name__
             raise
         finally:
-            if self._listeners is not None:
+            if listeners is not None:
                 seconds = self._now() - started
                 # The poller cancels a poll that has taken too long.
                 if failure == "CancelledError" and seconds >= self.request_timeout:
                     failure = RequestTimeoutError.__name__
-                self._listeners.tell(
+                listeners.tell(
                     RequestEnded(
-                        method=endpoint.method,
-                        route=endpoint.route,
+                        method=request.endpoint.method,
+                        route=request.endpoint.route,
                         server=self._server,
                         port=self._port,
                         status=status,
@@ -302,13 +278,13 @@ class Transport:
             request: The request.
             circuit: As for `poll`.
         """
-        with self.call():
-            try:
-                answer = await self.send(request, circuit=circuit)
-            except KeylessError as error:
+        try:
+            answer = await self._send_once(request, circuit=circuit)
+        except KeylessError as error:
+            with self.call():
                 return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
-            self.quota.give_back()
-            return answer
+        self.quota.give_back()
+        return answer
 
     async def retry(
         self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT
@@ -365,44 +341,43 @@ class Transport:
 
     async def _receive(
         self,
-        endpoint: protocol.Endpoint[Any],
-        url: URL,
+        request: protocol.Request[Any],
         key: ApiKey,
-        *,
-        timeouts: aiohttp.ClientTimeout,
-        body: bytes | None,
-        is_first: bool,
-        circuit: CircuitState,
+        is_first: bool = True,
+        circuit: CircuitState = CircuitState.CLOSED,
+        has_deadline: bool = True,
     ) -> protocol.Answer:
         """Send a request and return its answer. What goes wrong becomes a `KeylessError` without aiohttp's frames."""
         if self._calls.are_closed:
             raise ClientClosedError("the client is closed; nothing was sent")
-        method = endpoint.method
         started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
         outcome: BaseException
         failure: BaseException | None = None
+        call = Call(self._calls, self._now() + self.request_timeout) if has_deadline else None
         try:
-            if timeouts is self._call_timeout:
-                async with asyncio.timeout(self.request_timeout):
-                    answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first, circuit=circuit)
+            if call is None:
+                answer = await self._request(request, key, is_first, circuit)
             else:
-                answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first, circuit=circuit)
+                with call:
+                    answer = await self._request(request, key, is_first, circuit)
         # Most often, a cancellation.
         except _PROPAGATED as interruption:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome, failure = self._make_error(method, self._show_path(endpoint, url), key, error), error
+            outcome, failure = self._make_error(request, key, error), error
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
-                logger.debug("%s %s -> %d in %.0f ms", method, self._show_path(endpoint, url), answer.status, elapsed)
+                logger.debug(
+                    "%s %s -> %d in %.0f ms", request.endpoint.method, request.shown_path, answer.status, elapsed
+                )
             return answer
         _drop_tracebacks(failure, handled=sys.exception())
         # Raised outside the except block and without aiohttp's frames. Their variables include the request's headers,
         # and so the key. Error reporters print the local variables of every frame of a traceback, of its context and of
         # its causes.
-        body = failure = None
+        call = failure = None
         try:
             raise outcome.with_traceback(None)
         finally:
@@ -410,34 +385,24 @@ class Transport:
             del outcome
 
     async def _request(
-        self,
-        endpoint: protocol.Endpoint[Any],
-        url: URL,
-        key: ApiKey,
-        timeouts: aiohttp.ClientTimeout,
-        body: bytes | None,
-        *,
-        is_first: bool,
-        circuit: CircuitState,
+        self, request: protocol.Request[Any], key: ApiKey, is_first: bool, circuit: CircuitState
     ) -> protocol.Answer:
         """Send a request and return its answer.
 
         A GET that loses its connection is sent once more, on a new one: a balancer that fails over resets each old
         connection at its next use. If a new connection is lost, the service has failed. Repetitions have new ones.
         """
+        endpoint, body, url = request.endpoint, request.body, self._url_of(request)
         response: aiohttp.ClientResponse | None = None
         session, session_of_new_connections = (
             self._untraced_sessions if endpoint.is_personal else (self._session, self._session_of_new_connections)
         )
-        options = {"timeout": timeouts, "data": body, **self._options}
-        if self._proxy is not None:
-            options["proxy"] = self._proxy.reveal()
+        options = self._options if self._proxy is None else {**self._options, "proxy": self._proxy.reveal()}
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key and circuit is not CircuitState.OPEN:
+            headers = None if self._sends_key and body is None else self._add_headers(key, body)
             try:
-                response = await session.request(
-                    endpoint.method, url, headers=self._add_headers(None if self._sends_key else key, body), **options
-                )
+                response = await session.request(endpoint.method, url, data=body, headers=headers, **options)
             except _ConnectionLostError as error:
                 if endpoint.method != "GET" or error.had_begun:
                     raise
@@ -445,19 +410,30 @@ class Transport:
             headers = self._add_headers(key if endpoint.sends_key else None, body)
             if circuit is CircuitState.OPEN and not self._owned_sessions:
                 headers = {**(headers or {}), "Connection": "close"}  # so the next one is new
-            response = await session_of_new_connections.request(endpoint.method, url, headers=headers, **options)
+            response = await session_of_new_connections.request(
+                endpoint.method, url, data=body, headers=headers, **options
+            )
         if circuit is not CircuitState.CLOSED and response.status >= 500 and isinstance(response, _Response):
             response.close_connection()
+        stream = response.content
         try:
-            content = await _read(response, endpoint.max_body)
+            # Most bodies arrive with the head.
+            content = stream.read_nowait() if stream.is_eof() else await _read(stream, endpoint.max_body)
         # After a cancellation, too, the rest of the answer must not reach the next request.
         except BaseException:
             response.close()
             raise
+        if len(content) > endpoint.max_body:
+            response.close()
+            raise larger_than(endpoint.max_body)
         if _CONTENT_ENCODING in response.headers:
             encoding = key.redaction.redact(", ".join(response.headers.getall(_CONTENT_ENCODING)))
             content = decode_content(content, encoding or "", endpoint.max_body)
         return protocol.Answer(response.status, response.headers, content)
+
+    def _url_of(self, request: protocol.Request[Any]) -> URL:
+        url = self._base.with_path(self._base_path + request.path, encoded=True)
+        return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
     def _add_headers(self, key: ApiKey | None, body: bytes | None) -> dict[str, str] | None:
         """Return the headers that the session does not send already, for most requests none."""
@@ -468,8 +444,9 @@ class Transport:
             headers["Content-Type"] = "application/json"
         return headers or None
 
-    def _make_error(self, method: str, path: str, key: ApiKey, failure: BaseException) -> KeylessError:
+    def _make_error(self, request: protocol.Request[Any], key: ApiKey, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
+        method, path = request.endpoint.method, request.shown_path
         if self._calls.are_closed:
             return ClientClosedError(f"the client was closed during {method} {path}; the request may have taken effect")
         if self._session.closed:
@@ -526,49 +503,6 @@ class Transport:
         return is_named and self._proxy is None and not self._session.trust_env
 
 
-class _Calls(set["_Call"]):
-    """The calls under way, of a transport and of all that share its session."""
-
-    are_closed = False
-
-
-class _Call:
-    """One call of a client's method. `close` cancels it, and this cancellation becomes `ClientClosedError`.
-
-    As with ``asyncio.timeout``, a cancellation by the caller, even at the same instant, stays a cancellation.
-    """
-
-    __slots__ = ("_calls", "_cancelling", "_closed", "_task")
-
-    def __init__(self, calls: _Calls) -> None:
-        self._calls = calls
-        self._closed = False
-
-    def close(self) -> None:
-        self._closed = True
-        self._task.cancel()
-
-    def __enter__(self) -> Self:
-        task = asyncio.current_task()
-        if task is None:
-            raise ConfigurationError("a client's methods must be awaited in a task, such as one run by asyncio.run()")
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._calls.add(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        self._calls.discard(self)
-        if not self._closed:
-            return
-        if self._task.uncancel() <= self._cancelling and kind is not None and issubclass(kind, asyncio.CancelledError):
-            raise ClientClosedError(
-                "the client was closed while this call was under way; the request may have taken effect"
-            ) from None
-
-
 class _ConnectionLostError(aiohttp.ClientConnectionError):
     """The connection was lost before the head of an answer was complete. aiohttp repeats nothing after this error.
 
@@ -623,50 +557,56 @@ class _Response(aiohttp.ClientResponse):
         return self
 
 
-def _make_session(key: Secret | None, *, force_close: bool = False) -> aiohttp.ClientSession:
-    """Make a session; it sends the key, if there is one, with each request."""
-    headers = _make_headers(None)
-    if key is not None:
-        headers["X-Api-Key"] = key.reveal()
+class _Request(aiohttp.ClientRequest):
+    """A request on one of our own sessions, whose headers are all there. By itself, aiohttp copies them one by one."""
+
+    def update_headers(self, headers: CIMultiDict[str]) -> None:  # type: ignore[override]  # what a session passes
+        self.headers = headers
+
+
+def _make_host(base: URL) -> str:
+    """Return the header as aiohttp makes it: without a final dot, which TLS certificates do not have."""
+    return base.with_host((base.raw_host or "").rstrip(".")).raw_authority
+
+
+def _make_session(
+    headers: dict[str, str], settings: dict[str, Any], *, force_close: bool = False
+) -> aiohttp.ClientSession:
+    """Make a session; it sends these headers with each request, the host first."""
     return aiohttp.ClientSession(
         # The poller limits the polls in flight, at a lower cost.
         connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers=headers,
+        request_class=_Request,
         response_class=_Response,
+        **settings,
     )
 
 
-def _make_untraced(session: aiohttp.ClientSession) -> aiohttp.ClientSession:
+def _make_untraced(session: aiohttp.ClientSession, settings: dict[str, Any]) -> aiohttp.ClientSession:
     """Make a session like this one, on its connections, whose URLs no instrumentation of aiohttp sees."""
     untraced = aiohttp.ClientSession(
         connector=session.connector,
         connector_owner=False,
         cookie_jar=session.cookie_jar,
         headers=session.headers,
+        request_class=_Request,
         response_class=_Response,
+        **settings,
     )
     untraced.trace_configs.clear()
     return untraced
 
 
-async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes:
-    """Return the body as it arrived.
-
-    Raises:
-        UnusableContentError: It has more than `max_body` bytes.
-    """
-    content = response.content
+async def _read(content: aiohttp.StreamReader, max_body: int) -> bytes:
+    """Return the body as it arrives, or its beginning if it has more than `max_body` bytes."""
     chunks: list[bytes] = []
     size = 0
-    # Most bodies arrive in one chunk with their end, which saves a second await.
-    while not content.at_eof():
+    while size <= max_body and not content.at_eof():
         chunk = await content.readany()
         size += len(chunk)
-        if size > max_body:
-            raise larger_than(max_body)
         chunks.append(chunk)
-    # Does not copy a single chunk.
     return b"".join(chunks)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from datetime import datetime
 
+    from aiokeyless._waits.state import Poll
     from aiokeyless.events import Event
 
     from .history import History
@@ -209,7 +210,7 @@ class Application:
         )
         with (
             mock.patch.object(transport, "_make_session", self._make_session),
-            mock.patch.object(transport, "_make_untraced", lambda session: session),
+            mock.patch.object(transport, "_make_untraced", lambda session, _settings: session),
         ):
             self.context.run(self.client._open)
         self.observed = self.history.clients[self.name] = ObservedClient(
@@ -225,17 +226,28 @@ class Application:
         """Return the key, or write down that a poll gets none."""
         loop = asyncio.get_running_loop()
         key = self._process.key(loop.time())
-        if not key and self.client._opened is not None:
-            tasks = self.client._opened.poller._poll_tasks
-            for poll in [poll for poll, task in tasks.items() if task is asyncio.current_task()]:
+        if not key:
+            for poll in self._polls():
                 self._service.refuse(self.name, poll.polled.operation_id, loop.time())
         return key
 
-    def _make_session(self, _key: object, *, force_close: bool = False) -> SimulatedSession:
-        accepts_until = self._process.accepts_until
-        session = SimulatedSession(self._service, self.name, force_close=force_close, accepts_until=accepts_until)
+    def _make_session(self, *_settings: object, force_close: bool = False) -> SimulatedSession:
+        session = SimulatedSession(
+            self._service,
+            self.name,
+            force_close=force_close,
+            accepts_until=self._process.accepts_until,
+            is_polling=lambda: bool(self._polls()),
+        )
         self.sessions.append(session)
         return session
+
+    def _polls(self) -> list[Poll]:
+        """Return the poll that the running task sends, if it sends one."""
+        if self.client._opened is None:
+            return []
+        tasks = self.client._opened.poller._poll_tasks
+        return [poll for poll, task in tasks.items() if task is asyncio.current_task()]
 
     async def _close(self) -> None:
         client, observed = self.client, self.observed

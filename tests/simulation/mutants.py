@@ -157,7 +157,7 @@ MUTANTS: Final = (
         "_http/transport.py",
         ('if endpoint.method != "GET" or error.had_begun:', "if True:", "a poll on a dead connection fails"),
         (
-            "self._session_of_new_connections = _make_session(None, force_close=True)",
+            "self._session_of_new_connections = _make_session(headers, settings, force_close=True)",
             "self._session_of_new_connections = self._session",
             "a poll on a dead connection is asked once more on another dead one",
         ),

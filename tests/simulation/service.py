@@ -284,6 +284,9 @@ class _Answer(_Response, _Start):
         body, size = exchange.body, -(-len(exchange.body) // fate.pieces) or 1
         self._pieces = [body[start : start + size] for start in range(0, len(body), size)]
 
+    def is_eof(self) -> bool:
+        return False  # it arrives piece by piece
+
     def at_eof(self) -> bool:
         if not self._pieces:
             self._exchange.ended_at = asyncio.get_running_loop().time()
@@ -316,6 +319,7 @@ with warnings.catch_warnings():
             client: The name of the client that it belongs to.
             force_close: Whether no connection is kept.
             accepts_until: Tells until when the service accepts a key.
+            is_polling: Tells whether the running task sends a poll.
         """
 
         def __init__(  # nothing of aiohttp's is set up, nor closed
@@ -325,10 +329,12 @@ with warnings.catch_warnings():
             *,
             force_close: bool = False,
             accepts_until: Callable[[str], float] = lambda _: math.inf,
+            is_polling: Callable[[], bool],
         ) -> None:
             self._service = service
             self._name = client
             self._accepts_until = accepts_until
+            self._is_polling = is_polling
             self._force_close = force_close
             self._connections = Connections()
             self.under_way = 0
@@ -357,7 +363,6 @@ with warnings.catch_warnings():
             method: str,
             url: URL,
             *,
-            timeout: aiohttp.ClientTimeout,
             headers: dict[str, str] | None,
             data: bytes | None = None,
             **_: Any,
@@ -373,7 +378,7 @@ with warnings.catch_warnings():
                 method,
                 unquote(parts[3]) if method == "GET" else json.loads(data or b"")["operationId"],
                 now,
-                is_poll=timeout.sock_connect is not None,  # of a single call aiohttp bounds nothing
+                is_poll=self._is_polling(),
                 user_id=parts[3],
                 body=data or b"",
                 key_until=self._accepts_until((headers or {}).get("X-Api-Key", "key 0")),
