@@ -14,7 +14,5 @@ needs_middlewares = pytest.mark.skipif(AIOHTTP < (3, 12), reason=f"no middleware
 may_not_leak = pytest.mark.skipif(AIOHTTP < (3, 11), reason=f"a flaw {NOT_THERE}")
 #: Before 3.14, a server refuses a body of just the size that it allows.
 takes_the_limit = pytest.mark.skipif(AIOHTTP < (3, 14), reason=f"a byte less {NOT_THERE}")
-#: A session of aiohttp 3.10 with a base URL sends nothing to another one.
-needs_free_sessions = pytest.mark.skipif(AIOHTTP < (3, 11), reason=f"a limit {NOT_THERE}")
-#: Before 3.14, it does not say that what came has no status line.
-tells_status_lines = pytest.mark.skipif(AIOHTTP < (3, 14), reason=f"no such message {NOT_THERE}")
+#: Before 3.12, a session with a base URL sends nothing to another one.
+needs_free_sessions = pytest.mark.skipif(AIOHTTP < (3, 12), reason=f"a limit {NOT_THERE}")

@@ -70,6 +70,8 @@ _NOT_CONNECTED: Final = (
     aiohttp.ClientHttpProxyError,  # instead of a tunnel
     aiohttp.ConnectionTimeoutError,
 )
+#: How aiohttp's messages begin if what comes does not begin with HTTP/; its versions differ.
+_NO_STATUS_LINE: Final = ("Bad status line", "Expected HTTP/")
 #: Bytes that aiohttp reads ahead.
 _BUFFER: Final = 1 << 18
 #: Seconds after which a connection is not used again. A host that is no longer the service's may go on answering.
@@ -488,7 +490,7 @@ class Transport:
         if isinstance(failure, aiohttp.ClientProxyConnectionError):
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
-            if "HTTP/1" in failure.message or not failure.message.startswith("Bad status line"):
+            if "HTTP/1" in failure.message or not failure.message.startswith(_NO_STATUS_LINE):
                 problem = "the answer is not well-formed"
             else:
                 problem = "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only"

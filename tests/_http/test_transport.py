@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-from aiohttp_version import may_not_leak, needs_free_sessions, needs_middlewares, tells_status_lines
+from aiohttp_version import may_not_leak, needs_free_sessions, needs_middlewares
 from raw_server import RawServer, answer, drip, hang, now, operation, refused, reset, then_hang, unanswered
 from waiting import spin_until
 
@@ -720,7 +720,6 @@ async def test_proxy_that_wants_a_password_is_named(base_url: str, monkeypatch: 
     assert "user name and password" in str(caught.value)
 
 
-@tells_status_lines
 async def test_gateway_that_speaks_http_2_only_is_named() -> None:
     settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
     async with RawServer(settings) as gateway, KeylessClient("key", base_url=gateway.url, max_attempts=1) as client:
