@@ -4,6 +4,9 @@ All sides call the same server over keep-alive connections, in one process, in t
 operation id for each call. Each event loop has a process of its own.
 
 A poll of a wait is measured twice: the exchange alone, and as a whole, with all that a real wait does besides.
+
+CPU time depends on what else the machine does. If valgrind is installed, it also counts the instructions of a call,
+outside the kernel: those of a process that makes many calls, without those of a process that makes few.
 """
 
 from __future__ import annotations
@@ -11,10 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import time
-import uuid
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 import httpx
@@ -22,9 +23,7 @@ import httpx2
 import niquests
 from msgspec.structs import fields
 from pydantic import TypeAdapter, create_model
-from tenacity import wait_fixed
 
-from aiokeyless import KeylessClient
 from benchmarks.baselines import (
     BARE,
     BARE_REPEATED,
@@ -38,27 +37,23 @@ from benchmarks.baselines import (
 from benchmarks.bench import order
 from benchmarks.process import loop_factory
 from benchmarks.report import Goal, Report, Spread, Table
-from benchmarks.server import API_KEY, OPERATIONS, Server, Workload, serving
+from benchmarks.server import OPERATIONS, Server, Workload, serving
+from benchmarks.sides import COUNTED, IN_FLIGHT, WHOLE_POLL, count_instructions, make_calls, open_sides
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from benchmarks.bench import Bench
+    from benchmarks.sides import Side
 
-    Side = Callable[[int], Awaitable[float]]  # makes so many calls, and returns the CPU seconds of one
-
-_IN_FLIGHT: Final = 16
-_WAITS: Final = 24 * _IN_FLIGHT  # each is due again after 20 ms, the least: so many keep all slots busy
 _SLOW_EVERY: Final = 5  # slow sides take part in every fifth round
 _LOOPS: Final = {"asyncio's loop": False, "uvloop": True}
-WHOLE_POLL: Final = f"{OURS}, a whole poll of a wait"
-EXCHANGE: Final = f"{OURS}, a poll's exchange alone"
 PYDANTIC: Final = "aiohttp + pydantic"
 HTTPX: Final = "httpx + msgspec"
 HTTPX2: Final = "httpx2 + msgspec"
 NIQUESTS: Final = "niquests + msgspec"
 _SLOW: Final = {HTTPX, HTTPX2, NIQUESTS}
-
+_GOALS: Final = {OURS: 1.0, WHOLE_POLL: 1.12}
 
 #: An operation, for pydantic.
 ModelOperation: Final = create_model(  # type: ignore[call-overload]  # by names that mypy does not see
@@ -71,18 +66,26 @@ def run(bench: Bench) -> Report:
     report = Report("request: CPU of the client process per get_operation")
     with serving() as server:
         for loop, uvloop in _LOOPS.items():
-            key = f"{loop}, {_IN_FLIGHT} in flight"
+            key = f"{loop}, {IN_FLIGHT} in flight"
             bench.progress(f"  {key}")
             with Workload(server) as workload:
                 seconds = bench.in_fresh_process(measure, bench, server, uvloop=uvloop)
             workload.check()
-            report.tables.append(table := Table(key, ["", "CPU per call, us", f"over {BARE}"]))
+            bench.progress("  its instructions")
+            counted = bench.pick(full=COUNTED, smoke=COUNTED[:1])
+            instructions = {name: _count(bench, server, name, uvloop=uvloop) for name in counted}
+            ratios = {name: count / instructions[BARE] for name, count in instructions.items()}
+            columns = ["", "CPU per call, us", f"over {BARE}", "instructions", f"over {BARE}"]
+            report.tables.append(table := Table(key, columns))
             for name, of in seconds.items():
-                microseconds = Spread.of([1e6 * each for each in of.values()]).text(1)
-                table.rows.append([name, microseconds, "1" if name == BARE else _over(seconds, name).text(3)])
-            report.raw[key] = {name: [*of.items()] for name, of in seconds.items()}
-            for name, at_most in ((OURS, 1.05), (WHOLE_POLL, 1.0)):
-                report.goals.append(Goal(f"{key}: {name} over {BARE}", at_most, _over(seconds, name).median, "x"))
+                cpu = Spread.of([1e6 * each for each in of.values()]).text(1)
+                code = [f"{instructions[name]:.0f}", f"{ratios[name]:.3f}"] if name in ratios else ["-", "-"]
+                table.rows.append([name, cpu, "1" if name == BARE else _over(seconds, name).text(3), *code])
+            report.raw[key] = {name: [*of.items()] for name, of in seconds.items()} | {"instructions": instructions}
+            for name, at_most in _GOALS.items():
+                figure = ratios.get(name, _over(seconds, name).median)
+                what = "instructions" if name in ratios else "CPU"
+                report.goals.append(Goal(f"{key}: {what} of {name} over {BARE}", at_most, figure, "x"))
     return report
 
 
@@ -98,30 +101,36 @@ def measure(bench: Bench, server: Server, *, uvloop: bool) -> dict[str, dict[int
 
 
 async def _measure(bench: Bench, server: Server) -> dict[str, dict[int, float]]:
-    async with contextlib.AsyncExitStack() as stack:
+    async with _sides(server) as sides:
+        return await _in_turn(sides, *bench.pick(full=(30, 300), smoke=(2, 50)))
+
+
+def _count(bench: Bench, server: Server, name: str, *, uvloop: bool) -> float:
+    """Return the instructions of one call."""
+    few, many = bench.pick(full=(200, 1000), smoke=(20, 60))
+    (before, few), (after, many) = (count_instructions(server, name, calls, uvloop=uvloop) for calls in (few, many))
+    return (after - before) / (many - few)
+
+
+@contextlib.asynccontextmanager
+async def _sides(server: Server) -> AsyncIterator[dict[str, Side]]:
+    async with open_sides(server) as sides, contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        client = await enter(KeylessClient(API_KEY, base_url=server.base_url))
         bare = await enter(bare_session())
-        transport = client._open().transport  # noqa: SLF001  # there is no public method for a single poll
         # Each with fast settings: as many connections as calls in flight, kept open, and no search for proxies.
-        limits = {"max_connections": _IN_FLIGHT, "max_keepalive_connections": _IN_FLIGHT, "keepalive_expiry": None}
+        limits = {"max_connections": IN_FLIGHT, "max_keepalive_connections": IN_FLIGHT, "keepalive_expiry": None}
         with_httpx = httpx.AsyncClient(headers=HEADERS, limits=httpx.Limits(**limits), trust_env=False)
         with_httpx2 = httpx2.AsyncClient(headers=HEADERS, limits=httpx2.Limits(**limits), trust_env=False)
-        with_niquests = niquests.AsyncSession(pool_maxsize=_IN_FLIGHT, headers=HEADERS)
+        with_niquests = niquests.AsyncSession(pool_maxsize=IN_FLIGHT, headers=HEADERS)
         with_niquests.trust_env = False
         gets: dict[str, Callable[[str], Awaitable[object]]] = {
-            EXCHANGE: transport.poll,
-            OURS: client.get_operation,
-            BARE: BareClient(bare, server).get_operation,
             BARE_REPEATED: BareClient(bare, server).get_operation,
             PYDANTIC: BareClient(bare, server, TypeAdapter(ModelOperation).validate_json).get_operation,
             HTTPX: ContentClient(await enter(with_httpx), server).get_operation,
             HTTPX2: ContentClient(await enter(with_httpx2), server).get_operation,
             NIQUESTS: ContentClient(await enter(with_niquests), server).get_operation,
         }
-        sides: dict[str, Side] = {WHOLE_POLL: partial(_whole_polls, server)}
-        sides |= {name: partial(_calls, get) for name, get in gets.items()}
-        return await _in_turn(sides, *bench.pick(full=(30, 300), smoke=(2, 50)))
+        yield sides | {name: partial(make_calls, get) for name, get in gets.items()}
 
 
 async def _in_turn(sides: dict[str, Side], rounds: int, count: int) -> dict[str, dict[int, float]]:
@@ -129,7 +138,7 @@ async def _in_turn(sides: dict[str, Side], rounds: int, count: int) -> dict[str,
 
     Slow sides make a third of the calls and skip rounds, so that they do not take most of the time.
     """
-    counts = {name: max(count // 3, _IN_FLIGHT) if name in _SLOW else count for name in sides}
+    counts = {name: max(count // 3, IN_FLIGHT) if name in _SLOW else count for name in sides}
     for name, side in sides.items():
         await side(counts[name])
     gc.collect()
@@ -137,45 +146,7 @@ async def _in_turn(sides: dict[str, Side], rounds: int, count: int) -> dict[str,
     seconds: dict[str, dict[int, float]] = {name: {} for name in sides}
     for k in range(rounds):
         for name in order([name for name in sides if name not in _SLOW or k % _SLOW_EVERY == 0], k):
-            seconds[name][k] = await sides[name](counts[name])
-    return seconds
-
-
-async def _calls(get: Callable[[str], Awaitable[object]], count: int) -> float:
-    """Make so many calls, some at a time, and return the CPU seconds of a call."""
-    todo = iter([str(uuid.uuid4()) for _ in range(count)])
-
-    async def worker() -> None:
-        for operation_id in todo:
-            await get(operation_id)
-
-    gc.collect()
-    before = time.process_time()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(_IN_FLIGHT):
-            group.create_task(worker())
-    return (time.process_time() - before) / count
-
-
-async def _whole_polls(server: Server, count: int) -> float:
-    """Make so many polls of real waits, of which some are always due; return the CPU seconds of a poll.
-
-    Starting and ending the waits does not count.
-    """
-
-    async def until(polls: int) -> None:
-        while client.statistics.polls < polls:  # noqa: ASYNC110  # no event tells that without costing each poll
-            await asyncio.sleep(0.005)
-
-    options: dict[str, Any] = {"max_polls_per_second": None, "schedule": wait_fixed(0.0)}
-    async with KeylessClient(API_KEY, base_url=server.base_url, max_in_flight=_IN_FLIGHT, **options) as client:
-        waiting = [asyncio.create_task(client.wait_for_approval(str(uuid.uuid4()))) for _ in range(_WAITS)]
-        await until(_WAITS)
-        gc.collect()
-        before, polls = time.process_time(), client.statistics.polls
-        await until(polls + count)
-        seconds = (time.process_time() - before) / (client.statistics.polls - polls)
-    await asyncio.gather(*waiting, return_exceptions=True)
+            seconds[name][k], _ = await sides[name](counts[name])
     return seconds
 
 
