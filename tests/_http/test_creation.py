@@ -86,47 +86,35 @@ class Talk:
 # What may have taken effect
 
 
+def fail(status: int, body: bytes = b"") -> Callable[[Sandbox, bool], None]:
+    return lambda sandbox, stored: sandbox.fail_next(status, stored=stored, body=body)
+
+
 LOST: dict[str, Callable[[Sandbox, bool], None]] = {
     "dropped": lambda sandbox, stored: sandbox.drop_next(stored=stored),
-    "500": lambda sandbox, stored: sandbox.fail_next(500, stored=stored),
-    "503": lambda sandbox, stored: sandbox.fail_next(503, stored=stored),
-    "504": lambda sandbox, stored: sandbox.fail_next(504, stored=stored),
-    "408": lambda sandbox, stored: sandbox.fail_next(408, stored=stored),
-    "a page": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, body=b"<html>"),
-    "nothing": lambda sandbox, stored: sandbox.fail_next(204, stored=stored, body=b""),
-    "another shape": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, body=b"{}"),
-    "no success": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, body=b'{"success": false}'),
+    **{f"{status}": fail(status) for status in (408, 500, 503, 504)},
+    "a page": fail(200, b"<html>"),
+    "nothing": fail(204),
+    "another shape": fail(200, b"{}"),
+    "no success": fail(200, b'{"success": false}'),
 }
 lost = pytest.mark.parametrize("lose", LOST.values(), ids=LOST.keys())
 
 
 @lost
-async def test_lost_creation_is_found(
-    sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
+@pytest.mark.parametrize(
+    ("stored", "attempts", "requests"),
+    [(True, 3, ["POST", "GET"]), (True, 1, ["POST", "GET"]), (False, 3, ["POST", "GET", "POST"])],
+    ids=["found", "found after the last attempt", "sent again"],
+)
+async def test_lost_creation_is_found_or_sent_again(
+    sandbox: Sandbox, lose: Callable[[Sandbox, bool], None], stored: bool, attempts: int, requests: list[str]
 ) -> None:
-    lose(sandbox, True)  # noqa: FBT003  # stored
-    ticket = await client.create_operation(USER, operation_payload="Pay", external_user_id="ann")
+    lose(sandbox, stored)
+    async with sandbox.client(max_attempts=attempts) as client:
+        ticket = await client.create_operation(USER, operation_payload="Pay", external_user_id="ann")
     assert list(sandbox.operations) == [ticket.operation_id]
-    assert sent(sandbox) == ["POST", "GET"]
-
-
-@lost
-async def test_creation_that_did_not_arrive_is_sent_again(
-    sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
-) -> None:
-    lose(sandbox, False)  # noqa: FBT003  # not stored
-    ticket = await client.create_operation(USER)
-    assert list(sandbox.operations) == [ticket.operation_id]
-    assert sent(sandbox) == ["POST", "GET", "POST"]
-
-
-@lost
-async def test_lost_last_attempt_is_found(sandbox: Sandbox, lose: Callable[[Sandbox, bool], None]) -> None:
-    lose(sandbox, True)  # noqa: FBT003  # stored
-    async with sandbox.client(max_attempts=1) as client:
-        ticket = await client.create_operation(USER)
-    assert list(sandbox.operations) == [ticket.operation_id]
-    assert sent(sandbox) == ["POST", "GET"]
+    assert sent(sandbox) == requests
 
 
 @pytest.mark.parametrize(
@@ -232,18 +220,6 @@ async def test_429_of_the_last_attempt_is_raised(sandbox: Sandbox, client: Keyle
     assert sent(sandbox) == ["POST"] * 3
 
 
-async def test_a_refusal_after_an_ambiguous_failure_that_was_resolved_is_raised() -> None:
-    talk = Talk(BUSY, MISSING, answer(b"", status=b"401 No"))
-    assert type(await failure(talk.create())) is AuthenticationError
-    assert talk.methods == ["POST", "GET", "POST"]
-
-
-async def test_a_status_above_the_successes_had_no_effect() -> None:
-    talk = Talk(answer(b"", status=b"300 Choose"))
-    assert type(await failure(talk.create())) is StatusError
-    assert talk.methods == ["POST"]
-
-
 # Conflicts
 
 
@@ -255,33 +231,6 @@ async def test_taken_id_conflicts(sandbox: Sandbox, client: KeylessClient) -> No
     assert sent(sandbox) == ["POST", "POST"]
 
 
-@pytest.mark.parametrize("first", [LIMITED, answer(b"", status=b"425 Early")])
-async def test_conflict_after_what_had_no_effect_conflicts(first: bytes) -> None:
-    talk = Talk(first, CONFLICT)
-    assert type(await failure(talk.create())) is ConflictError
-    assert talk.methods == ["POST", "POST"]
-
-
-async def test_conflict_with_our_own_lost_creation_is_a_success() -> None:
-    talk = Talk(BUSY, MISSING, CONFLICT, answer(operation()))
-    assert (await talk.create()).operation_id == "a"
-    assert talk.methods == ["POST", "GET", "POST", "GET"]
-
-
-async def test_conflict_long_after_an_ambiguous_failure_is_checked() -> None:
-    talk = Talk(BUSY, MISSING, LIMITED, CONFLICT, answer(operation()))
-    assert (await talk.create()).operation_id == "a"
-    assert talk.methods == ["POST", "GET", "POST", "POST", "GET"]
-
-
-async def test_a_conflict_after_an_ambiguous_failure_with_the_operation_of_another_caller_is_raised() -> None:
-    talk = Talk(BUSY, MISSING, CONFLICT, answer(operation(userId="BAD")))
-    error = await failure(talk.create())
-    assert type(error) is ConflictError
-    assert error.status == 409
-    assert talk.methods == ["POST", "GET", "POST", "GET"]
-
-
 async def test_conflict_with_nothing_is_checked_for_5_seconds_and_then_sent_again() -> None:
     """A replica that lags: the id is taken, and nothing is there yet."""
     talk = Talk(BUSY, MISSING, CONFLICT, *[MISSING] * 7, CREATED)
@@ -291,11 +240,36 @@ async def test_conflict_with_nothing_is_checked_for_5_seconds_and_then_sent_agai
     assert talk.methods == ["POST", "GET", "POST", *["GET"] * 7, "POST"]
 
 
-async def test_conflict_with_nothing_yet_is_settled_once_the_replica_knows() -> None:
-    talk = Talk(BUSY, MISSING, CONFLICT, MISSING, MISSING, answer(operation()))
-    ticket = await talk.create()
-    assert ticket.reconciled
-    assert talk.methods == ["POST", "GET", "POST", "GET", "GET", "GET"]
+NO = answer(b"", status=b"401 No")
+FOUND = answer(operation())
+#: What is answered, what becomes of the creation, and the methods of its requests.
+TALKS: dict[str, tuple[list[bytes], type[KeylessError] | None, str]] = {
+    "a refusal after a failure that was resolved": ([BUSY, MISSING, NO], AuthenticationError, "POST GET POST"),
+    "a status above the successes, which has no effect": ([answer(b"", status=b"300 Choose")], StatusError, "POST"),
+    "a conflict after a 429, which had no effect": ([LIMITED, CONFLICT], ConflictError, "POST POST"),
+    "and after a 425": ([answer(b"", status=b"425 Early"), CONFLICT], ConflictError, "POST POST"),
+    "a conflict with our own lost creation": ([BUSY, MISSING, CONFLICT, FOUND], None, "POST GET POST GET"),
+    "and long after it": ([BUSY, MISSING, LIMITED, CONFLICT, FOUND], None, "POST GET POST POST GET"),
+    "a conflict with the operation of another caller after an ambiguous failure": (
+        *([BUSY, MISSING, CONFLICT, answer(operation(userId="BAD"))], ConflictError, "POST GET POST GET"),
+    ),
+    "a conflict with what a replica does not know yet": (
+        *([BUSY, MISSING, CONFLICT, MISSING, MISSING, FOUND], None, "POST GET POST GET GET GET"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("answers", "kind", "requests"), TALKS.values(), ids=TALKS.keys())
+async def test_creation_is_raised_or_reconciled_after(
+    answers: list[bytes], kind: type[KeylessError] | None, requests: str
+) -> None:
+    talk = Talk(*answers)
+    if kind is None:
+        ticket = await talk.create()
+        assert (ticket.operation_id, ticket.reconciled) == ("a", True)
+    else:
+        assert type(await failure(talk.create())) is kind
+    assert talk.methods == requests.split()
 
 
 async def test_conflict_with_nothing_is_raised_when_the_attempts_are_used_up() -> None:
@@ -310,13 +284,8 @@ MINE = {"operation_payload": "Pay 5", "external_user_id": "ann"}
 @pytest.mark.parametrize(
     "other",
     [
-        {"userId": "BAD"},
-        {"operationPayload": "Pay 6"},
-        {"operationPayload": ""},
-        {"operationPayload": None},
-        {"operationPayload": "pay 5"},
-        {"externalUserId": "bob"},
-        {"externalUserId": None},
+        *({"userId": "BAD"}, {"operationPayload": "Pay 6"}, {"operationPayload": ""}, {"operationPayload": None}),
+        *({"operationPayload": "pay 5"}, {"externalUserId": "bob"}, {"externalUserId": None}),
     ],
 )
 @pytest.mark.parametrize("attempts", [1, 3])
@@ -737,15 +706,8 @@ async def test_absent_text_is_an_empty_one(mine: str | None, theirs: str | None)
 @pytest.mark.parametrize(
     "check",
     [
-        BUSY,
-        LIMITED,
-        reset,
-        answer(b"", status=b"401 No"),
-        answer(b"", status=b"302 Found"),
-        answer(b"<html>"),
-        answer(b"{}"),
-        answer(b"{", length=9),
-        answer(operation(operationId="b")),
+        *(BUSY, LIMITED, reset, answer(b"", status=b"401 No"), answer(b"", status=b"302 Found"), answer(b"<html>")),
+        *(answer(b"{}"), answer(b"{", length=9), answer(operation(operationId="b"))),
     ],
 )
 @pytest.mark.parametrize("attempts", [1, 3])

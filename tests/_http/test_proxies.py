@@ -45,13 +45,9 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variables", "found"),
     [
-        ({}, None),
-        ({"HTTPS_PROXY": PROXY}, PROXY),
-        ({"https_proxy": PROXY}, PROXY),
-        ({"HTTPS_PROXY": "http://other.example", "https_proxy": PROXY}, PROXY),
-        ({"ALL_PROXY": PROXY}, PROXY),
-        ({"all_proxy": "http://other.example", "HTTPS_PROXY": PROXY}, PROXY),
-        ({"HTTP_PROXY": PROXY}, None),
+        *(({}, None), ({"HTTPS_PROXY": PROXY}, PROXY), ({"https_proxy": PROXY}, PROXY)),
+        *(({"HTTPS_PROXY": "http://other.example", "https_proxy": PROXY}, PROXY), ({"ALL_PROXY": PROXY}, PROXY)),
+        *(({"all_proxy": "http://other.example", "HTTPS_PROXY": PROXY}, PROXY), ({"HTTP_PROXY": PROXY}, None)),
         ({"HTTPS_PROXY": ""}, None),
         ({"HTTPS_PROXY": "ann:pass%40word@proxy.example:3128"}, "http://ann:pass%40word@proxy.example:3128"),
         ({"HTTPS_PROXY": PROXY, "NO_PROXY": "service.example"}, None),
