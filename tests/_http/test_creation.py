@@ -67,6 +67,16 @@ def methods(server: RawServer) -> list[str]:
     return [head.split()[0].decode() for head in server.heads]
 
 
+async def outcome_of(creation: Awaitable[ApprovalTicket]) -> type[KeylessError] | bool:
+    """Return the type of the error, which names the operation, or whether the ticket is reconciled."""
+    try:
+        ticket = await creation
+    except KeylessError as error:
+        return getattr(error, "operation_id", None) == "a" and type(error)
+    assert ticket.operation_id == "a"
+    return ticket.reconciled
+
+
 class Talk:
     """A creation of "a" against a server that answers this and then that."""
 
@@ -242,33 +252,31 @@ async def test_conflict_with_nothing_is_checked_for_5_seconds_and_then_sent_agai
 
 NO = answer(b"", status=b"401 No")
 FOUND = answer(operation())
-#: What is answered, what becomes of the creation, and the methods of its requests.
-TALKS: dict[str, tuple[list[bytes], type[KeylessError] | None, str]] = {
+#: What is answered, the error or whether the ticket is reconciled, and the methods of the requests.
+TALKS: dict[str, tuple[list[bytes], type[KeylessError] | bool, str]] = {
+    "a confirmation": ([CREATED], False, "POST"),
+    "a confirmation of the second attempt": ([BUSY, MISSING, CREATED], False, "POST GET POST"),
     "a refusal after a failure that was resolved": ([BUSY, MISSING, NO], AuthenticationError, "POST GET POST"),
     "a status above the successes, which has no effect": ([answer(b"", status=b"300 Choose")], StatusError, "POST"),
     "a conflict after a 429, which had no effect": ([LIMITED, CONFLICT], ConflictError, "POST POST"),
     "and after a 425": ([answer(b"", status=b"425 Early"), CONFLICT], ConflictError, "POST POST"),
-    "a conflict with our own lost creation": ([BUSY, MISSING, CONFLICT, FOUND], None, "POST GET POST GET"),
-    "and long after it": ([BUSY, MISSING, LIMITED, CONFLICT, FOUND], None, "POST GET POST POST GET"),
+    "a conflict with our own lost creation": ([BUSY, MISSING, CONFLICT, FOUND], True, "POST GET POST GET"),
+    "and long after it": ([BUSY, MISSING, LIMITED, CONFLICT, FOUND], True, "POST GET POST POST GET"),
     "a conflict with the operation of another caller after an ambiguous failure": (
         *([BUSY, MISSING, CONFLICT, answer(operation(userId="BAD"))], ConflictError, "POST GET POST GET"),
     ),
     "a conflict with what a replica does not know yet": (
-        *([BUSY, MISSING, CONFLICT, MISSING, MISSING, FOUND], None, "POST GET POST GET GET GET"),
+        *([BUSY, MISSING, CONFLICT, MISSING, MISSING, FOUND], True, "POST GET POST GET GET GET"),
     ),
 }
 
 
-@pytest.mark.parametrize(("answers", "kind", "requests"), TALKS.values(), ids=TALKS.keys())
-async def test_creation_is_raised_or_reconciled_after(
-    answers: list[bytes], kind: type[KeylessError] | None, requests: str
+@pytest.mark.parametrize(("answers", "outcome", "requests"), TALKS.values(), ids=TALKS.keys())
+async def test_creation_succeeds_or_fails_after(
+    answers: list[bytes], outcome: type[KeylessError] | bool, requests: str
 ) -> None:
     talk = Talk(*answers)
-    if kind is None:
-        ticket = await talk.create()
-        assert (ticket.operation_id, ticket.reconciled) == ("a", True)
-    else:
-        assert type(await failure(talk.create())) is kind
+    assert await outcome_of(talk.create()) == outcome
     assert talk.methods == requests.split()
 
 
@@ -316,7 +324,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiokeyless.client.uuid.uuid4", lambda: "a")
 
 
-whose = pytest.mark.parametrize("operation_id", ["a", None], ids=["the caller's id", "an id made for the call"])
 THERE = {"operationPayload": "Pay 5", "externalUserId": "ann"}
 PENDING = answer(operation(**THERE))
 APPROVED = answer(operation(**THERE, state="approved", result=True, userId="c0ffee"))
@@ -345,40 +352,27 @@ ambiguous_failures = pytest.mark.parametrize("failures", AMBIGUOUS_ATTEMPTS.valu
 
 
 @ambiguous_failures
-@whose
+@pytest.mark.parametrize(
+    ("operation_id", "found", "outcome"),
+    [
+        *(("a", PENDING, True), ("a", APPROVED, AlreadyApprovedError), ("a", OTHER, ConflictError)),
+        *((None, PENDING, True), (None, APPROVED, True)),
+    ],
+    ids=["the caller's, pending", "approved", "with other content", "this call's, pending", "approved"],
+)
 @pytest.mark.usefixtures("made")
-async def test_found_pending_is_reconciled(failures: list[Any], operation_id: str | None) -> None:
-    ticket = await Talk(*failures, PENDING).create(operation_id=operation_id, **MINE)
-    assert ticket.reconciled
-    assert ticket.operation_id == "a"
-
-
-@ambiguous_failures
-async def test_found_approved_under_the_callers_id_is_refused(failures: list[Any]) -> None:
-    error = await failure(Talk(*failures, APPROVED).create(**MINE))
-    assert type(error) is AlreadyApprovedError
-    assert error.operation_id == "a"
-    assert "approved already" in str(error)
-
-
-@ambiguous_failures
-@pytest.mark.usefixtures("made")
-async def test_found_approved_under_an_id_of_this_call_is_its_own(failures: list[Any]) -> None:
-    ticket = await Talk(*failures, APPROVED).create(operation_id=None, **MINE)
-    assert ticket.reconciled
+async def test_what_is_found_after_an_ambiguous_failure_is_ours_or_a_conflict(
+    failures: list[Any], operation_id: str | None, found: bytes, outcome: type[KeylessError] | bool
+) -> None:
+    """An approval counts only under an id that this call made: under the caller's, it may be an earlier one."""
+    assert await outcome_of(Talk(*failures, found).create(operation_id=operation_id, **MINE)) == outcome
 
 
 async def test_found_approved_with_a_result_of_false_is_refused_too() -> None:
     torn = answer(operation(**THERE, state="approved", result=False))
-    assert type(await failure(Talk(BUSY, torn).create(**MINE))) is AlreadyApprovedError
-
-
-@ambiguous_failures
-@pytest.mark.usefixtures("made")
-async def test_found_with_other_content_conflicts(failures: list[Any]) -> None:
-    error = await failure(Talk(*failures, OTHER).create(**MINE))
-    assert type(error) is ConflictError
-    assert error.operation_id == "a"
+    error = await failure(Talk(BUSY, torn).create(**MINE))
+    assert type(error) is AlreadyApprovedError
+    assert "approved already" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -483,14 +477,6 @@ async def test_a_conflict_without_an_ambiguous_failure_is_raised_for_an_id_of_th
     error = await failure(Talk(CONFLICT).create(operation_id=None))
     assert type(error) is ConflictError
     assert error.operation_id == "a"
-
-
-async def test_confirmed_creation_is_not_reconciled(client: KeylessClient) -> None:
-    assert not (await client.create_operation(USER, operation_id="a")).reconciled
-
-
-async def test_repeated_creation_that_was_confirmed_is_not_reconciled() -> None:
-    assert not (await Talk(BUSY, MISSING, CREATED).create()).reconciled
 
 
 @lost
