@@ -151,6 +151,8 @@ class Transport:
         # The second one is for what must not go on a connection that is kept, which may be dead as all others are.
         if session is None:
             # Cheaper than per request: aiohttp then has nothing to merge.
+            settings["cookie_jar"] = aiohttp.DummyCookieJar()
+            settings |= {"request_class": _Request, "response_class": _Response}
             headers = {"Host": _make_host(self._base)} | _make_headers(None)
             with_key = headers if sent_key is None else headers | {"X-Api-Key": sent_key.reveal()}
             self._session = _make_session(with_key, settings)
@@ -164,8 +166,7 @@ class Transport:
             self.max_connections: float = math.inf
             """Requests at once, of all that the session is used for: more would queue in its connector."""
         else:
-            # A borrowed session may raise for statuses, follow redirects, or decompress a bomb into a buffer of any
-            # size.
+            # By itself it may raise for statuses, or decompress a bomb into a buffer of any size.
             self._options |= settings
             self._session = self._session_of_new_connections = session
             self._untraced_sessions = session, session
@@ -402,16 +403,16 @@ class Transport:
         options = self._options if self._proxy is None else {**self._options, "proxy": self._proxy.reveal()}
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key and circuit is not CircuitState.OPEN:
-            headers = None if self._sends_key and body is None else self._add_headers(key, body)
+            headers = None if self._sends_key and body is None else self._choose_headers(key, body)
             try:
                 response = await session.request(endpoint.method, url, data=body, headers=headers, **options)
             except _ConnectionLostError as error:
                 if endpoint.method != "GET" or error.had_begun:
                     raise
         if response is None:
-            headers = self._add_headers(key if endpoint.sends_key else None, body)
+            headers = self._choose_headers(key if endpoint.sends_key else None, body)
             if circuit is CircuitState.OPEN and not self._owned_sessions:
-                headers = {**(headers or {}), "Connection": "close"}  # so the next one is new
+                headers["Connection"] = "close"  # so the next one is new
             response = await session_of_new_connections.request(
                 endpoint.method, url, data=body, headers=headers, **options
             )
@@ -437,14 +438,14 @@ class Transport:
         url = self._base.with_path(self._base_path + request.path, encoded=True)
         return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
-    def _add_headers(self, key: ApiKey | None, body: bytes | None) -> dict[str, str] | None:
-        """Return the headers that the session does not send already, for most requests none."""
+    def _choose_headers(self, key: ApiKey | None, body: bytes | None) -> dict[str, str]:
+        """Return the headers that the session does not send already."""
         headers = self._headers.copy()
         if key is not None:
             headers["X-Api-Key"] = key.secret.reveal()
         if body is not None:
             headers["Content-Type"] = "application/json"
-        return headers or None
+        return headers
 
     def _make_error(self, request: protocol.Request[Any], key: ApiKey, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
@@ -578,10 +579,7 @@ def _make_session(
     return aiohttp.ClientSession(
         # The poller limits the polls in flight, at a lower cost.
         connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
-        cookie_jar=aiohttp.DummyCookieJar(),
         headers=headers,
-        request_class=_Request,
-        response_class=_Response,
         **settings,
     )
 
@@ -589,13 +587,7 @@ def _make_session(
 def _make_untraced(session: aiohttp.ClientSession, settings: dict[str, Any]) -> aiohttp.ClientSession:
     """Make a session like this one, on its connections, whose URLs no instrumentation of aiohttp sees."""
     untraced = aiohttp.ClientSession(
-        connector=session.connector,
-        connector_owner=False,
-        cookie_jar=session.cookie_jar,
-        headers=session.headers,
-        request_class=_Request,
-        response_class=_Response,
-        **settings,
+        connector=session.connector, connector_owner=False, headers=session.headers, **settings
     )
     untraced.trace_configs.clear()
     return untraced
