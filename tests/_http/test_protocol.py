@@ -418,56 +418,45 @@ def test_a_good_base_url_is_written_in_one_way_and_keeps_its_path(url: str, good
     assert check_base_url(url) == good
 
 
+BLANKS = "must not contain blanks, control characters or backslashes"
+QUERY = "must not contain a query or a fragment"
+DOTS = "must not contain '.' or '..' segments"
+USERINFO = "must not contain userinfo"
+VERSION = "must not end in /v2, since each path of the API begins with it"
 HTTPS = "must be https: http would send the API key unencrypted"
+
+
+def because(message: str, *urls: Any) -> list[tuple[Any, str]]:
+    return [(url, message) for url in urls]
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        (None, "must be a string, not NoneType"),
-        (b"https://api.keyless.io", "must be a string, not bytes"),
-        ("", "must be an absolute URL such as https://"),
-        ("api.keyless.io", "must be an absolute URL such as https://"),
-        ("//api.keyless.io", "must be an absolute URL such as https://"),
-        ("/v2", "must be an absolute URL such as https://"),
-        ("https:api.keyless.io", "must be an absolute URL such as https://"),
-        ("https:///v2", "must be an absolute URL such as https://"),
-        ("https://:443", "is not a valid URL"),
-        ("ftp://api.keyless.io", "must be an absolute URL such as https://"),
-        ("file:///etc/passwd", "must be an absolute URL such as https://"),
-        ("http://api.keyless.io", HTTPS),
-        ("http://127.0.0.1.evil.example", HTTPS),
-        ("http://localhost.evil.example", HTTPS),
-        ("http://127.1", HTTPS),
-        ("http://0.0.0.0", HTTPS),
-        ("http://10.0.0.1", HTTPS),
-        ("http://[::2]", HTTPS),
-        ("https://hunter2@api.keyless.io", "must not contain userinfo; pass the key as api_key"),
-        ("https://user:hunter2@api.keyless.io", "must not contain userinfo"),
-        ("https://@api.keyless.io", "must not contain userinfo"),
-        ("http://localhost@evil.example", "must not contain userinfo"),
-        ("https://api.keyless.io?key=hunter2", "must not contain a query or a fragment"),
-        ("https://api.keyless.io/?", "must not contain a query or a fragment"),
-        ("https://api.keyless.io#", "must not contain a query or a fragment"),
-        ("https://api.keyless.io/#hunter2", "must not contain a query or a fragment"),
-        ("https://api.keyless.io/..", "must not contain '.' or '..' segments"),
-        ("https://api.keyless.io/a/../b", "must not contain '.' or '..' segments"),
-        ("https://api.keyless.io/%2e%2E/b", "must not contain '.' or '..' segments"),
-        ("https://api.keyless.io/.", "must not contain '.' or '..' segments"),
-        ("https://api keyless.io", "must not contain blanks, control characters or backslashes"),
-        ("https://api.keyless.io/\n/x", "must not contain blanks, control characters or backslashes"),
-        ("https://api.keyless.io\\@evil.example", "must not contain blanks, control characters or backslashes"),
-        ("https://api.keyless.io\x00", "must not contain blanks, control characters or backslashes"),
-        ("https://api.keyless.io/\u200b", "must not contain blanks, control characters or backslashes"),
-        ("https://api.keyless.io/\ud800", "must not contain blanks, control characters or backslashes"),
-        ("https://api.keyless.io:port", "is not a valid URL"),
-        ("https://api.keyless.io:70000", "is not a valid URL"),
-        ("https://[::1", "is not a valid URL"),
-        ("https://api.keyless.io/v2", "must not end in /v2, since each path of the API begins with it; write https://"),
-        (
-            "https://gw.example/keyless/v2//",
-            "must not end in /v2, since each path of the API begins with it; write https://gw",
+        *because("must be a string, not NoneType", None),
+        *because("must be a string, not bytes", b"https://api.keyless.io"),
+        *because("must be an absolute URL such as https://", "", "api.keyless.io", "//api.keyless.io", "/v2"),
+        *because("must be an absolute URL such as https://", "https:api.keyless.io", "https:///v2"),
+        *because("is not a valid URL", "https://:443"),
+        *because("must be an absolute URL such as https://", "ftp://api.keyless.io", "file:///etc/passwd"),
+        *because(HTTPS, "http://api.keyless.io", "http://127.0.0.1.evil.example", "http://localhost.evil.example"),
+        *because(HTTPS, "http://127.1", "http://0.0.0.0", "http://10.0.0.1", "http://[::2]"),
+        *because("must not contain userinfo; pass the key as api_key", "https://hunter2@api.keyless.io"),
+        *because(USERINFO, "https://user:hunter2@api.keyless.io", "https://@api.keyless.io"),
+        *because(USERINFO, "http://localhost@evil.example"),
+        *because(QUERY, "https://api.keyless.io?key=hunter2", "https://api.keyless.io/?", "https://api.keyless.io#"),
+        *because(QUERY, "https://api.keyless.io/#hunter2"),
+        *because(DOTS, "https://api.keyless.io/..", "https://api.keyless.io/a/../b", "https://api.keyless.io/."),
+        *because(DOTS, "https://api.keyless.io/%2e%2E/b"),
+        *because(
+            BLANKS, "https://api keyless.io", "https://api.keyless.io/\n/x", "https://api.keyless.io\\@evil.example"
         ),
+        *because(
+            BLANKS, "https://api.keyless.io\x00", "https://api.keyless.io/\u200b", "https://api.keyless.io/\ud800"
+        ),
+        *because("is not a valid URL", "https://api.keyless.io:port", "https://api.keyless.io:70000", "https://[::1"),
+        *because(f"{VERSION}; write https://", "https://api.keyless.io/v2"),
+        *because(f"{VERSION}; write https://gw", "https://gw.example/keyless/v2//"),
     ],
 )
 def test_a_bad_base_url_is_refused_with_the_reason(url: Any, message: str) -> None:
@@ -498,38 +487,35 @@ PLAIN_HOST = "must have an unambiguous host"
     ("url", "message"),
     [
         # Brackets: urlsplit reads the address in them and drops the rest, yarl raises.
-        *(("http://[::1].evil.example", "is not a valid URL"), ("https://[::1].evil.example", "is not a valid URL")),
-        *(("https://[::1].evil.example:443", "is not a valid URL"), ("http://[::1]evil", "is not a valid URL")),
-        *(("http://[::1]\u3002evil.example", "is not a valid URL"), ("http://evil[::1]", "is not a valid URL")),
-        *(("http://[::1]]", "is not a valid URL"), ("http://[[::1]]", "is not a valid URL")),
-        *(("http://[::1]:80evil", "is not a valid URL"), ("https://::1]", "is not a valid URL")),
-        *(("https://[:::]", "is not a valid URL"), ("http://[127.0.0.1]", "is not a valid URL")),
-        ("https://[v1.evil]", PLAIN_HOST),
+        *because("is not a valid URL", "http://[::1].evil.example", "https://[::1].evil.example"),
+        *because("is not a valid URL", "https://[::1].evil.example:443", "http://[::1]evil"),
+        *because("is not a valid URL", "http://[::1]\u3002evil.example", "http://evil[::1]", "http://[::1]]"),
+        *because("is not a valid URL", "http://[[::1]]", "http://[::1]:80evil", "https://::1]", "https://[:::]"),
+        *because("is not a valid URL", "http://[127.0.0.1]"),
+        *because(PLAIN_HOST, "https://[v1.evil]"),
         # Zones: urlsplit keeps %25, yarl decodes it.
-        *(("http://[::1%eth0]", PLAIN_HOST), ("http://[::1%25eth0]", PLAIN_HOST)),
-        *(("https://[fe80::1%25eth0]", PLAIN_HOST), ("https://api.keyless.io%2f.evil.example", PLAIN_HOST)),
-        *(("https://api.keyless.io%00.evil.example", PLAIN_HOST), ("https://api.keyless.io;.evil.example", PLAIN_HOST)),
-        *(("https://api.keyless.io,evil.example", PLAIN_HOST), ('https://api.keyless.io".evil.example', PLAIN_HOST)),
-        ("https://*.keyless.io", PLAIN_HOST),
+        *because(PLAIN_HOST, "http://[::1%eth0]", "http://[::1%25eth0]", "https://[fe80::1%25eth0]"),
+        *because(PLAIN_HOST, "https://api.keyless.io%2f.evil.example", "https://api.keyless.io%00.evil.example"),
+        *because(PLAIN_HOST, "https://api.keyless.io;.evil.example", "https://api.keyless.io,evil.example"),
+        *because(PLAIN_HOST, 'https://api.keyless.io".evil.example', "https://*.keyless.io"),
         # IDNA: yarl maps them to names in ASCII, urlsplit leaves them as they are.
-        *(("http://\uff4cocalhost", PLAIN_HOST), ("http://\u24dbocalhost", PLAIN_HOST)),
-        *(("http://127\u30020\u30020\u30021", PLAIN_HOST), ("http://\u2460\u2461\u2466.0.0.1", PLAIN_HOST)),
-        *(("https://api\u3002keyless.io", PLAIN_HOST), ("https://\u212aeyless.io", PLAIN_HOST)),
-        *(("https://b\xfccher.example", PLAIN_HOST), ("https://" + "\xe9" * 60 + ".example", "is not a valid URL")),
+        *because(PLAIN_HOST, "http://\uff4cocalhost", "http://\u24dbocalhost", "http://127\u30020\u30020\u30021"),
+        *because(PLAIN_HOST, "http://\u2460\u2461\u2466.0.0.1", "https://api\u3002keyless.io"),
+        *because(PLAIN_HOST, "https://\u212aeyless.io", "https://b\xfccher.example"),
+        *because("is not a valid URL", "https://" + "\xe9" * 60 + ".example"),
         # Labels that say that they encode a name, and encode none.
-        *(("https://xn--a.com", "is not a valid URL"), ("https://api.XN--0.example", "is not a valid URL")),
-        *(("https://xn--.com", "is not a valid URL"), ("https://xn---.com", "is not a valid URL")),
+        *because("is not a valid URL", "https://xn--a.com", "https://api.XN--0.example", "https://xn--.com"),
+        *because("is not a valid URL", "https://xn---.com"),
         # Labels that the resolver raises on, and not with an OSError.
-        *(("https://a..b", PLAIN_HOST), ("https://.a.b", PLAIN_HOST), ("https://a.b..", PLAIN_HOST)),
-        *(("http://localhost..", PLAIN_HOST), (f"https://{'a' * 64}.example", PLAIN_HOST)),
+        *because(PLAIN_HOST, "https://a..b", "https://.a.b", "https://a.b..", "http://localhost.."),
+        *because(PLAIN_HOST, f"https://{'a' * 64}.example"),
         # Ports: yarl takes what int() takes.
-        *(("https://gw.example:", PLAIN_HOST), ("https://gw.example:0", PLAIN_HOST)),
-        *(("https://gw.example:+1", "is not a valid URL"), ("https://gw.example:-1", "is not a valid URL")),
-        *(("https://gw.example:1_0", "is not a valid URL"), ("https://gw.example:\u0663", "is not a valid URL")),
-        ("https://gw.example:443:80", "is not a valid URL"),
+        *because(PLAIN_HOST, "https://gw.example:", "https://gw.example:0"),
+        *because("is not a valid URL", "https://gw.example:+1", "https://gw.example:-1", "https://gw.example:1_0"),
+        *because("is not a valid URL", "https://gw.example:\u0663", "https://gw.example:443:80"),
         # Spellings of 127.0.0.1 and localhost that only a resolver takes for them.
-        *(("http://127.000.000.001", HTTPS), ("http://0x7f.0.0.1", HTTPS), ("http://2130706433", HTTPS)),
-        *(("http://localhost.", HTTPS), ("http://127.0.0.1.", HTTPS)),
+        *because(HTTPS, "http://127.000.000.001", "http://0x7f.0.0.1", "http://2130706433", "http://localhost."),
+        *because(HTTPS, "http://127.0.0.1."),
     ],
 )
 def test_a_host_that_can_be_read_in_two_ways_is_refused(url: str, message: str) -> None:
