@@ -326,6 +326,18 @@ async def test_each_attempt_has_its_own_request_timeout(sandbox: Sandbox) -> Non
     assert sandbox.request_count == 3
 
 
+async def test_each_of_two_calls_at_once_has_its_own_request_timeout() -> None:
+    async with RawServer(hang) as server, once(server.url, request_timeout=5) as client:
+        started = now()
+        creation = asyncio.create_task(failure(client.create_operation(USER)))
+        await asyncio.sleep(2)
+        error = await failure(client.get_operation("a"))
+        assert now() - started == pytest.approx(2 + 5, abs=1e-3)
+        assert isinstance(error, RequestTimeoutError)
+        assert isinstance(await creation, RequestTimeoutError)
+        assert now() - started == pytest.approx(2 * 5, abs=1e-3)  # the create was checked
+
+
 async def test_slow_answer_in_time_is_an_answer(sandbox: Sandbox) -> None:
     sandbox.latency = 9.9
     async with sandbox.client(max_attempts=1) as client:
