@@ -329,7 +329,7 @@ with warnings.catch_warnings():
             *,
             force_close: bool = False,
             accepts_until: Callable[[str], float] = lambda _: math.inf,
-            is_polling: Callable[[], bool],
+            is_polling: Callable[[], bool] = lambda: False,  # a worker makes calls
         ) -> None:
             self._service = service
             self._name = client
