@@ -77,7 +77,6 @@ MUTANTS: Final = (
     ),
     *_break(
         "_rules/circuit.py",
-        ("if is_short else", "if False else", "in a short outage probes back off for long"),
         ("is_short = since - self._opened_at <= SHORT and", "is_short =", "in a long outage probes do not back off"),
         ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
         ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
@@ -236,7 +235,6 @@ MUTANTS: Final = (
             "if isinstance(answer, Operation) and verdict is Verdict.APPROVED and wait in result.served:",
             "an approval counts only for waits that its poll was sent for",
         ),
-        ("self._pass_deadline(wait)  #", "pass  #", "each failure of an expired ticket's poll moves its deadline"),
         (
             " and polled.poll in (None, poll):",
             ":",
@@ -259,11 +257,6 @@ MUTANTS: Final = (
     ),
     *_break(
         "_waits/state.py",
-        (
-            "return not wait.done() and (",
-            "return False and (",
-            "the deadline of one wait cuts the poll of the others off",
-        ),
         ("-= wait.phase is WaitPhase.POLLING", "-= 1", "a wait that ends after its deadline stops the others' polls"),
     ),
     *_break(
