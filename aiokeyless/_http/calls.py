@@ -24,7 +24,7 @@ class Calls(dict["Call", float]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.are_closed = False
+        self.are_closed: bool = False
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 

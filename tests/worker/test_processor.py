@@ -13,6 +13,7 @@ from waiting import PATIENCE, until
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, serving, submit_approval
+from aiokeyless.worker.broker import Claim
 from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
 
@@ -21,7 +22,6 @@ from .reading import approve_all, ask, created, read, submit, working
 
 if TYPE_CHECKING:
     from aiokeyless import ApprovalTicket
-    from aiokeyless.worker.broker import Claim
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
@@ -98,6 +98,22 @@ async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
         [event] = await read(broker)
     assert not sandbox.operations
     assert (event.outcome, event.asked) == (Outcome.EXPIRED, was_in_doubt)
+
+
+async def test_nobody_is_asked_under_an_id_that_another_request_has_claimed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two requests that take one id at the same time, one comes too late."""
+
+    async def claim_too_late(_broker: SqliteBroker, _message: Message) -> Claim:
+        return Claim.ANOTHERS
+
+    monkeypatch.setattr(SqliteBroker, "claim", claim_too_late)
+    async with working(sandbox) as (_, broker):
+        await submit(broker)
+        [event] = await read(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
+    assert not any(request.method == "POST" for request in sandbox.requests)
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(

@@ -200,6 +200,24 @@ async def test_a_request_that_outlived_its_claim_does_not_say_that_nobody_was_as
 # -- one request, one operation
 
 
+async def test_of_two_requests_that_take_one_id_at_the_same_time_one_conflicts(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    sandbox.latency = 0.3
+    async with working(client, broker):
+        for expires_in in (60, 61):
+            await publish(connection, {"operation_id": "txn-1", "expires_in": expires_in})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.latency = 0.0
+        sandbox.approve("txn-1")
+        events = await outcomes(connection, 2)
+    assert sorted((event.outcome, event.reason) for event in events) == [
+        (Outcome.APPROVED, None),
+        (Outcome.FAILED, FailureReason.CONFLICT),
+    ]
+    assert len(sandbox.operations) == 1
+
+
 async def test_two_requests_for_one_operation_have_one_outcome(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
