@@ -27,7 +27,7 @@ from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL,
 from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_failure, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import SLOW
-from aiokeyless.errors import ApprovalTimeoutError, KeylessError, NotFoundError, RateLimitError
+from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, KeylessError, NotFoundError, RateLimitError
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
@@ -569,7 +569,9 @@ class Machine:
                 counted,
                 since_own=now - (polled.origin if polled.pending_at is None else polled.pending_at),
                 since_good=now - self._circuit.answered_at,
-                is_spared=self._circuit.is_probed or len(self._polled) < FAILURES_UNTIL_OPEN,
+                is_spared=self._circuit.is_probed
+                or len(self._polled) < FAILURES_UNTIL_OPEN
+                or isinstance(error, ConfigurationError),  # of the application's key function: nothing was sent
             )
         due = now + error_delay(counted)
         held_until = now + requested_pause(error)

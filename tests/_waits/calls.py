@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from tenacity import wait_fixed
 
-from aiokeyless import KeylessError, NotFoundError, Operation, RateLimitError, RequestTimeoutError, ServerError
+from aiokeyless import (
+    ConfigurationError,
+    KeylessError,
+    NotFoundError,
+    Operation,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+)
 from aiokeyless._waits.machine import Machine
 from aiokeyless._waits.reporting import Reporter
 from aiokeyless._waits.state import WAIT_SLOTS, Poll, Wait, WaitResult
@@ -84,6 +92,13 @@ def operation(operation_id: str = "op", *, approved: bool = False, **fields: Any
 def error(status: int, retry_after: float | None = None) -> KeylessError:
     kind = {404: NotFoundError, 429: RateLimitError}.get(status, ServerError)
     return kind(status=status, method="GET", path="/v2/operations/op", retry_after=retry_after)
+
+
+def no_key() -> ConfigurationError:
+    """Return the error of a key function that returned keys before."""
+    failure = ConfigurationError("api_key must be a function that returns the key", argument="api_key")
+    failure.key_was_good = True
+    return failure
 
 
 def no_answer(operation_id: str, seconds: float) -> RequestTimeoutError:

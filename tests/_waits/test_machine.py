@@ -19,7 +19,7 @@ from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.state import Poll, WaitPhase
 from aiokeyless.events import CircuitChanged, Event, PollEnded, WaitEnded, WaitOutcome, WaitStarted
 
-from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
+from .calls import TIMEOUT, USER, Calls, Updates, error, names, no_key, operation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -401,6 +401,16 @@ class TestSlots:
         times = [at for at, name in polls if name == "half"]
         assert times[:35] == [0.0, 0.5, 1.0, 1.5, *range(2, 33)]
         assert times[35] > 45.0  # it always fails
+
+    @pytest.mark.parametrize(("answer", "polls"), [(no_key(), 12), (error(500), 7)], ids=["no key", "500"])
+    def test_a_key_function_that_fails_is_asked_each_second_since_nothing_is_sent(
+        self, answer: KeylessError, polls: int
+    ) -> None:
+        machine = Calls(schedule=wait_fixed(20))
+        for name in ("bad", *"abcdef"):
+            machine.wait(name)
+        made = machine.run(31.0, lambda name, at: answer if name == "bad" and at else "pending")
+        assert len([at for at, name in made if name == "bad" and at >= 20.0]) == polls
 
     def test_a_503_holds_its_operation_until_another_poll_is_answered_well(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
