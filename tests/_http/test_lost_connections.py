@@ -13,7 +13,8 @@ from aiohttp.test_utils import TestServer
 from raw_server import RawServer, answer, hang, now, operation, reset
 from tenacity import wait_fixed
 
-from aiokeyless import KeylessClient, RequestTimeoutError, Secret, ServerError, TransportError
+from aiokeyless import KeylessClient, Operation, RequestTimeoutError, Secret, ServerError, TransportError
+from aiokeyless._http import protocol
 from aiokeyless._http.keys import ApiKeys
 from aiokeyless._http.transport import Transport
 from aiokeyless._rules.circuit import CircuitState
@@ -285,11 +286,21 @@ async def sender(request: pytest.FixtureRequest, host: tuple[Host, str]) -> Asyn
         await transport.aclose()
 
 
-async def test_each_probe_of_an_open_circuit_has_a_new_connection(host: tuple[Host, str], sender: Transport) -> None:
+@pytest.mark.parametrize(
+    "probe",
+    [
+        lambda sender: sender.poll("a", CircuitState.OPEN),
+        lambda sender: sender.fetch(protocol.get_operation("a"), circuit=CircuitState.OPEN),
+    ],
+    ids=["a poll", "a worker's"],
+)
+async def test_each_probe_of_an_open_circuit_has_a_new_connection(
+    host: tuple[Host, str], sender: Transport, probe: Callable[[Transport], Awaitable[Operation]]
+) -> None:
     await sender.poll("a")
     host[0].used()
     for _ in range(3):
-        await sender.poll("a", CircuitState.OPEN)
+        await probe(sender)
     assert host[0].used() == 3
 
 
