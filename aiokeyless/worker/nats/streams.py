@@ -167,7 +167,7 @@ async def prepare(
         outcomes = await _ensure_stream(stream, fleet.outcomes, wanted[fleet.outcomes], max_age=kept_for)
         window = find_window(requests, outcomes)
         await _ensure_stream(stream, fleet.claims, wanted_streams(fleet, settings, window)[fleet.claims])
-        await ensure_workers(stream, fleet, ack_wait)
+        consumer = await ensure_workers(stream, fleet, ack_wait)
     except nats.js.errors.APIError as error:
         raise BrokerError(_refusal(error, fleet)) from None
     except nats.errors.Error as error:
@@ -176,6 +176,8 @@ async def prepare(
             f"servers of a cluster up, and may this user publish to {fleet.prefix}.>, $JS.ACK.>, "
             f"{fleet.name}.approvals.* and {fleet.name}.claims.*?"
         ) from None
+    if problem := describe_wrong(f"the consumer {fleet.consumer}", consumer, wanted_consumer(ack_wait)):
+        raise BrokerError(f"{problem}; delete it, and the workers make it again")
     return window
 
 
@@ -193,11 +195,11 @@ def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
     )
 
 
-async def ensure_workers(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
-    """Make the workers' consumer if it is missing, or check it.
+async def ensure_workers(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> Config:
+    """Return the settings of the workers' consumer, which is made if it is missing.
 
     Raises:
-        BrokerError: It has other settings, or its stream is gone.
+        BrokerError: Its stream is gone.
     """
     try:
         answer = await request(stream, f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}")
@@ -206,8 +208,8 @@ async def ensure_workers(stream: JetStreamContext, fleet: Fleet, ack_wait: float
             answer = await _put_consumer(stream, fleet.requests, fleet.consumer, {}, wanted_consumer(ack_wait))
         except nats.js.errors.NotFoundError:
             raise BrokerError(f"the stream {fleet.requests} is gone, and the requests in it") from None
-    if problem := describe_wrong(f"the consumer {fleet.consumer}", answer["config"], wanted_consumer(ack_wait)):
-        raise BrokerError(f"{problem}; delete it, and the workers make it again")
+    config: Config = answer["config"]
+    return config
 
 
 async def ensure_reader(stream: JetStreamContext, fleet: Fleet, name: str) -> None:

@@ -156,7 +156,11 @@ async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_pr
         worker = worker_on(client, NatsBroker(server.url, fleet=IMPORTED, event_keys=KEYS, connect_options=options))
         async with worker, connected(server, "worker") as shop, connected(server, "operator") as operator:
             await ask_and_read(shop, operator, sandbox)
-            assert (await jetstream(operator).stream_info(REQUESTS)).state.messages == 0
+
+            async def is_settled() -> bool:  # a request is acknowledged after its outcome was stored
+                return (await jetstream(operator).stream_info(REQUESTS)).state.messages == 0
+
+            await until(is_settled)
 
 
 # -- what a user has the broker do, past its permissions
