@@ -42,7 +42,7 @@ async def test_a_pin_pays_nothing(
 async def test_an_approval_after_the_timeout_pays_nothing(
     browser: AsyncClient, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(approvals, "EXPIRES_IN", 0.1)
+    monkeypatch.setattr(approvals, "EXPIRES_IN", 2.0)
     await browser.post(APPROVAL)
     assert (await browser.get(APPROVAL)).json() == {"state": "timed out"}
     keyless_sandbox.approve(*keyless_sandbox.operations)

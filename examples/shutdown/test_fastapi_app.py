@@ -40,7 +40,7 @@ def test_a_pin_pays_nothing(browser: TestClient, keyless_sandbox: Sandbox, capsy
 def test_an_approval_after_the_timeout_pays_nothing(
     browser: TestClient, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(approvals, "EXPIRES_IN", 0.1)
+    monkeypatch.setattr(approvals, "EXPIRES_IN", 2.0)
     browser.post(APPROVAL)
     assert browser.get(APPROVAL).json() == {"state": "timed out"}
     keyless_sandbox.approve(*keyless_sandbox.operations)

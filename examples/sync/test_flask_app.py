@@ -45,7 +45,7 @@ def test_an_approval_after_the_timeout_pays_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flask_app, "EXPIRES_IN", 0.1)
+    monkeypatch.setattr(flask_app, "EXPIRES_IN", 2.0)
     browser.post(PAYMENT)
     assert browser.get(PAYMENT).json == {"state": "timed out"}
     keyless_sandbox.approve(*keyless_sandbox.operations)

@@ -200,7 +200,13 @@ async def test_a_message_that_is_nacked_comes_back_at_once_and_over_again_and_on
         await application.asked("payment-1")
         await program.app.context.get("client").aclose()
         await until(lambda: len(closed) >= (1 if clause == KEPT else 21))  # a quorum queue's limit, if it has one
-    assert clause != KEPT or (len(closed), await application.waiting()) == (1, 1)
+    if clause == KEPT:
+
+        async def is_back() -> bool:  # the broker puts it back a moment after the connection has ended
+            return await application.waiting() == 1
+
+        await until(is_back)
+        assert len(closed) == 1
 
 
 async def test_payments_outlive_a_broker_that_is_killed(application: Application) -> None:

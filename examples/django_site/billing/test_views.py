@@ -46,7 +46,7 @@ def test_a_pin_pays_nothing(browser: Client, keyless_sandbox: Sandbox, capsys: p
 def test_an_approval_after_the_timeout_pays_nothing(
     browser: Client, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "EXPIRES_IN", 0.1)
+    monkeypatch.setattr(views, "EXPIRES_IN", 2.0)
     browser.post(f"{PAYMENT}/pay")
     assert state(browser) == "timed out"
     keyless_sandbox.approve(*keyless_sandbox.operations)
