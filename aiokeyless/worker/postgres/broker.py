@@ -162,7 +162,7 @@ class PostgresBroker(TableBroker):
                 )
                 connection = await self._acquire(pool)  # checks that the database lets this user in
                 _warn_of_plaintext(connection)
-                await pool.release(connection)
+                await _release(pool, connection)
                 return pool
         except UnavailableError as error:
             raise BrokerError(f"the database cannot be reached: {error}") from None
@@ -368,7 +368,7 @@ class PostgresBroker(TableBroker):
                                 raise
                             raise TimeoutError(f"no answer within {patience:g} s") from None
                         finally:
-                            await pool.release(connection)
+                            await _release(pool, connection)
             attempt += 1
 
     async def _expire(self, pool: Pool, error: Exception) -> None:
@@ -470,7 +470,7 @@ class _PooledDriver(Adapter):
 
     async def release(self) -> None:
         self._slots.release()
-        await self._pool.release(self._pooled)
+        await _release(self._pool, self._pooled)
 
 
 async def _transact(connection: PoolConnectionProxy[Any], do: Callable[[Connection], Awaitable[T]]) -> T:
@@ -485,6 +485,12 @@ async def _transact(connection: PoolConnectionProxy[Any], do: Callable[[Connecti
                 raise
     except ERRORS as error:  # of a rollback, perhaps: a cancellation stays one, even if the connection is lost
         raise (failure or error) from None
+
+
+async def _release(pool: Pool, connection: PoolConnectionProxy[Any]) -> None:
+    """Give a connection back. If that fails, the pool ends it; what it was used for is done, failed or cancelled."""
+    with suppress(*ERRORS):
+        await pool.release(connection)
 
 
 def _cut(connection: PoolConnectionProxy[Any]) -> None:

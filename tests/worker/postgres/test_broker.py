@@ -218,6 +218,30 @@ async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
     assert 1 < most <= module._CONNECTIONS
 
 
+async def test_a_connection_that_cannot_be_handed_back_hides_no_result_and_no_cancellation(
+    broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncpg may fail to reset a connection whose BEGIN was cancelled. A chore would go on, and closing not end."""
+    release = asyncpg.Pool.release
+
+    async def fail(pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any]) -> None:
+        await release(pool, connection)
+        raise asyncpg.InternalClientError("cannot switch to state 15; another operation (2) is in progress")
+
+    monkeypatch.setattr(asyncpg.Pool, "release", fail)
+    await decide_all(broker, "a")
+    await (await broker.next_outcome("shop")).mark_handled()
+    chore = asyncio.create_task(broker._tidy("SELECT pg_sleep(600)"))
+
+    async def is_running() -> bool:
+        return bool(await admin.fetch("SELECT FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)'"))
+
+    await until(is_running)
+    chore.cancel()
+    await asyncio.wait({chore})
+    assert chore.cancelled()
+
+
 async def test_a_connection_is_closed_before_a_network_forgets_it(
     url: str, admin: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
