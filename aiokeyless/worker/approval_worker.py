@@ -105,7 +105,6 @@ class ApprovalWorker:
         self._fatal: KeylessError | None = None
         self._has_run = False
         self._started = asyncio.Event()  # it is ready, or has ended
-        self._ended = asyncio.Event()
 
     @property
     def statistics(self) -> WorkerStatistics:
@@ -120,12 +119,6 @@ class ApprovalWorker:
         if self._serving is not None:
             self._serving.stop()
 
-    async def shutdown(self) -> None:
-        """Call `stop`, and wait until the worker has ended. Harmless if it has ended already, or never ran."""
-        self.stop()
-        if self._has_run:
-            await self._ended.wait()
-
     async def __aenter__(self) -> Self:
         self._use_up()
         self._running = asyncio.create_task(self._run())
@@ -134,9 +127,8 @@ class ApprovalWorker:
         except asyncio.CancelledError:
             self._running.cancel()
             await asyncio.wait({self._running})
-            self._ended.set()  # the task was perhaps cancelled before its first step
             raise
-        if self._ended.is_set():
+        if self._running.done():
             await self._running
         self._body = await asyncio.timeout(None).__aenter__()
         self._running.add_done_callback(self._cancel_body)
@@ -168,11 +160,8 @@ class ApprovalWorker:
             BrokerError: The broker cannot be reached, or something cannot be made as it must be.
         """
         self._use_up()
-        try:
-            async with self._broker if self._is_owner else nullcontext():
-                await self._prepare_broker(service="")
-        finally:
-            self._ended.set()
+        async with self._broker if self._is_owner else nullcontext():
+            await self._prepare_broker(service="")
 
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.
@@ -199,7 +188,6 @@ class ApprovalWorker:
         try:
             await self._work()
         finally:
-            self._ended.set()
             self._started.set()
 
     async def _work(self) -> None:

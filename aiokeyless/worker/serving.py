@@ -125,7 +125,6 @@ class Serving:
         )
         self._announcements = Announcements(on_created, at_once=limits.max_in_flight)
         self._changed = asyncio.Event()
-        self._stopping = False
         self._taking: asyncio.Task[Sequence[Message]] | None = None
         self._unavailable = RateLimitedLog(logging.WARNING, "broker.unavailable")
         self._silences = 0  # takes in a row that the broker did not answer
@@ -136,7 +135,7 @@ class Serving:
 
     def stop(self) -> None:
         """Take no more deliveries, and let `serve` end."""
-        self._stopping = self._reporter.is_draining = True
+        self._reporter.is_draining = True
         self._changed.set()
         if self._taking is not None:
             self._taking.cancel()  # requests that it has taken come again
@@ -150,7 +149,7 @@ class Serving:
         watching = self._loop.create_task(self._reporter.watch())
         try:
             log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
-            while not self._stopping:
+            while not self._reporter.is_draining:
                 self._changed.clear()
                 await self._take_more(self._loop.time())
             await self._drain()
@@ -252,7 +251,7 @@ class Serving:
 
     def _suspect_key(self, error: AuthenticationError) -> None:
         """Take no deliveries until the key is checked. One refusal may be a gateway's."""
-        if self._key_check is None and not self._stopping:
+        if self._key_check is None and not self._reporter.is_draining:
             log(logging.WARNING, "keyless.key_refused", {"error": str(error)})
             self._reporter.key_refusal = error
             self._key_check = asyncio.Task(self._check_key(error), loop=self._loop)
@@ -358,7 +357,9 @@ class Serving:
             try:
                 await self._broker.put_off(message, decision.delay, decision.result)
             finally:  # the operation is there, whatever the broker says
-                self._announce(decision)
+                if decision.created is not None:
+                    self._reporter.report_creation(decision.created)
+                    self._announcements.add(decision.created)
             return
         event = await self._add_asked(message, decision.event)
         if is_traceparent(message.traceparent):  # any sender may set it to anything
@@ -367,12 +368,6 @@ class Serving:
         self._reporter.report_outcome(event, is_new=is_new)
         if is_new:
             self._learn(decision)
-
-    def _announce(self, decision: Redeliver) -> None:
-        """Tell listeners and the phone of an operation, if it is new."""
-        if decision.created is not None:
-            self._reporter.report_creation(decision.created)
-            self._announcements.add(decision.created)
 
     async def _add_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
         """Return the event; if it expired, it now says whether the user was asked, or may have been.

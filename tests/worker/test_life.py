@@ -158,34 +158,14 @@ async def test_a_repeated_cancellation_leaves_no_task_behind_either_and_is_told(
     assert [event.has_ended for event in told if isinstance(event, WorkerInspected)][-1]
 
 
-async def test_shutdown_waits_until_it_has_ended(client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker) -> None:
-    worker = ApprovalWorker(client, memory)
-    run = await running(worker)
-    sandbox.latency = 0.3
-    await submit(memory)
-    await until(lambda: worker.statistics.in_flight == 1)
-    await worker.shutdown()
-    assert (worker.statistics.in_flight, worker.statistics.created) == (0, 1)
-    await worker.shutdown()
-    await run
-
-
-async def test_shutdown_returns_at_once_before_a_run_after_a_preparation_and_after_a_start_that_was_cancelled(
+async def test_a_worker_that_is_stopped_before_it_runs_ends_at_once(
     client: KeylessClient, memory: SqliteBroker
 ) -> None:
-    new, prepared, cancelled = (ApprovalWorker(client, memory) for _ in range(3))
-    await prepared.prepare()
-    task = asyncio.current_task()
-    assert task is not None
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled.__aenter__()
-    task.uncancel()
-    async with asyncio.timeout(1):
-        for worker in (new, prepared, cancelled):
-            await worker.shutdown()
-            assert worker.statistics.is_draining
-        await new.run()
+    worker = ApprovalWorker(client, memory)
+    worker.stop()
+    assert worker.statistics.is_draining
+    async with asyncio.timeout(5):
+        await worker.run()
 
 
 # -- as a context manager
@@ -200,7 +180,8 @@ async def test_it_is_ready_in_the_body_only(client: KeylessClient, sandbox: Sand
     assert worker.statistics.is_draining
     assert not worker.statistics.is_ready
     assert worker.statistics.problems == ("the worker is about to end",)
-    assert worker._ended.is_set()
+    assert worker._running is not None
+    assert worker._running.done()
 
 
 async def test_a_worker_that_cannot_start_never_runs_the_body(client: KeylessClient) -> None:
