@@ -116,13 +116,21 @@ class Reader(Intake):
 
     async def _is_believed(self, message: NatsMessage) -> bool:
         """Return whether a worker wrote an event, as far as that can be checked. If not, settle the event."""
-        # A message that is no event is dropped, signed or not. A user with the permission to submit only can have the
-        # broker store its acknowledgement here, by a reply subject, any number of times.
         facts: dict[str, object] = {"sequence": message.id}
-        if (reason := self._unreadable_reason(message)) is not None:
-            log(logging.ERROR, "outcome.unreadable", {**facts, "error": reason})
-            await self.finish(message)
-            return False
+        try:
+            event = read_event(message.body)
+            # A broker's permissions are for kinds of outcomes. One for a kind must not allow another kind.
+            if message.raw.subject != self._fleet.outcome_subject(event.outcome):
+                error = f"{event.outcome} under {message.raw.subject}"
+                log(logging.ERROR, "outcome.unreadable", {**facts, "error": error})
+                await self.finish(message)
+                return False
+        except NewerVersionError:
+            pass
+        except msgspec.DecodeError:
+            # `next_outcome` drops what is no event, signed or not. A user with the permission to submit only can have
+            # the broker store its acknowledgement here, by a reply subject, any number of times.
+            return True
         signature = (message.raw.headers or {}).get(SIGNATURE)
         if self._event_keys is None or self._event_keys.verify(message.body, signature, fleet=self._fleet.name):
             return True
@@ -133,17 +141,6 @@ class Reader(Intake):
             self._dropped.log(facts)
             await self.finish(message)
         return False
-
-    def _unreadable_reason(self, message: NatsMessage) -> str | None:
-        try:
-            event = read_event(message.body)
-        except NewerVersionError:
-            return None
-        except msgspec.DecodeError as error:
-            return str(error)
-        # A broker's permissions are for kinds of outcomes. One for a kind must not allow another kind.
-        is_right = message.raw.subject == self._fleet.outcome_subject(event.outcome)
-        return None if is_right else f"{event.outcome} under {message.raw.subject}"
 
 
 def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:

@@ -360,7 +360,7 @@ async def test_a_message_that_is_no_event_is_skipped_for_good_and_logged(
         await become_unacknowledged(stream, "shop", (1, 0))
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert "outcome.unreadable sequence=2" in record.getMessage()
+    assert 'outcome.unreadable place="2"' in record.getMessage()
 
 
 @pytest.mark.parametrize("forged", [FORGED, b'{"version": 2}'], ids=["an approval", "of a later version"])
