@@ -381,4 +381,3 @@ async def test_a_file_needs_no_server(start: Start, sandbox: Sandbox, tmp_path: 
         async with next_outcome(opened, "shop") as event:
             assert event.outcome is Outcome.APPROVED
     assert await worker.stop() == 0
-    assert "broker.sqlite" in worker.lines[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestErr
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError, UnreadOutcome
-from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Chore, TableBroker, check_service, row_of
 
@@ -27,10 +25,6 @@ from .store import Call, PutOff, Store, Unread
 
 T = TypeVar("T")
 
-_ADVICE: Final = (
-    "for workers and applications of this machine; for several machines, or requests in the transactions of your own "
-    "database, use PostgreSQL"
-)
 _CHECKS_EVERY: Final = 0.1  # seconds between two checks for changes by other processes
 _TAKES_EVERY: Final = 0.02  # seconds between two takes, which gather due requests
 _REPAIRS_EVERY: Final = 10.0  # seconds
@@ -152,8 +146,6 @@ class SqliteBroker(TableBroker):
             except UnavailableError as error:
                 raise BrokerError(str(error)) from None
             check_service(stored, service, self._path)
-        if not self._housekeeping and self._path != MEMORY:
-            log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
         return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:

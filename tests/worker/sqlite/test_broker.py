@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
 import sqlite3
@@ -162,16 +161,6 @@ async def test_the_log_shrinks_after_a_long_read_of_another_program(path: Path, 
         reader.execute("COMMIT")
     await submit(broker, "b", "c")
     assert log.stat().st_size <= 16 << 20
-
-
-async def test_its_first_log_line_says_what_it_is_for(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "aiokeyless.worker"):
-        async with SqliteBroker(path) as broker:
-            await broker.prepare(lease=2.0, service="")
-            await broker.prepare(lease=2.0, service="")
-    (line,) = [record.getMessage() for record in caplog.records if "broker.sqlite" in record.getMessage()]
-    assert "this machine" in line
-    assert "PostgreSQL" in line
 
 
 @pytest.mark.looptime
