@@ -20,17 +20,13 @@ CALL_WITHIN: Final = 10.0
 
 
 class Announcements:
-    """Calls a function for each operation that is there now. No delivery waits for it, and none fails because of it.
-
-    Attributes:
-        calls: The calls that have not ended.
-    """
+    """Calls a function for each operation that is there now. No delivery waits for it, and none fails because of it."""
 
     def __init__(self, on_created: Callable[[ApprovalRequest], object] | None, *, at_once: int) -> None:
         self._on_created = on_created
         self._room = asyncio.Semaphore(at_once)
         self._context = contextvars.copy_context()  # deliveries have one without traces
-        self.calls: set[asyncio.Task[None]] = set()
+        self.calls: set[asyncio.Task[None]] = set()  # that have not ended
 
     def add(self, request: ApprovalRequest) -> None:
         """Call the function, as soon as there is room."""

@@ -19,11 +19,7 @@ class Batches(Generic[Call, Result]):
     """Gathers calls, and executes them in batches, one batch at a time.
 
     While a batch is executed, the next calls gather. If a caller is cancelled, its call is executed all the same, and
-    the other calls are not affected.
-
-    Args:
-        execute: Executes calls, and returns their results in the same order. If it raises, all callers of the batch get
-            the error.
+    the other calls are not affected. If `execute` raises, all callers of the batch get the error.
     """
 
     def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result]]]) -> None:

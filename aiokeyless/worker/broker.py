@@ -65,35 +65,24 @@ class NewRequest(NamedTuple):
 
 
 class UnreadOutcome(NamedTuple):
-    """An outcome that a reader has not handled.
-
-    Attributes:
-        reader: The reader.
-        operation_id: The operation.
-        age: Seconds since the outcome was stored.
-        failures: How often it was delivered in vain.
-    """
+    """An outcome that a reader has not handled."""
 
     reader: str
     operation_id: str
-    age: float
-    failures: int
+    age: float  # seconds since it was stored
+    failures: int  # deliveries in vain
 
 
 class OutcomeDelivery(ABC):
     """An outcome that a reader has not handled, delivered to one of the reader's processes.
 
     On an application's connection it is in a transaction, which `mark_handled` commits and `put_off` rolls back.
-
-    Attributes:
-        data: The event, as JSON.
-        place: The outcome's place at the broker, for the log.
     """
 
     __slots__ = ("data", "place")
 
-    data: bytes
-    place: str
+    data: bytes  # the event, as JSON
+    place: str  # at the broker, for the log
 
     @abstractmethod
     async def mark_handled(self) -> None:

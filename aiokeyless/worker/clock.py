@@ -22,11 +22,8 @@ def _wall() -> datetime:
 class BrokerClock:
     """The time of the broker, as measured by its answers.
 
-    Between two measurements only a monotonic clock counts. A step of this machine's wall clock moves no deadline.
-
-    Args:
-        wall: The wall clock of this machine, which gives the time until the first measurement.
-        monotonic: A clock in seconds that is never set.
+    Between two measurements only a monotonic clock counts. A step of this machine's wall clock, which gives the time
+    until the first measurement, moves no deadline.
     """
 
     def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -46,12 +43,7 @@ class BrokerClock:
         return (self.now() - self._wall()).total_seconds()
 
     def compare(self, time: datetime, *, asked_at: datetime) -> None:
-        """Correct the clock by an answer that has just arrived.
-
-        Args:
-            time: The broker's time in the answer.
-            asked_at: What `now` returned before the request was sent.
-        """
+        """Correct the clock by the time in an answer that has just arrived. `now` returned `asked_at` before."""
         margin = (self.now() - asked_at) / 2  # the broker answered at some time in between
         if abs(error := time - (asked_at + margin)) > margin:  # a slow answer alone moves no deadline
             self._origin += error

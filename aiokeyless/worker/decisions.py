@@ -42,29 +42,18 @@ _FIRST_POLL: Final = 2  # the delivery of the first poll: the one before it crea
 
 
 class Redeliver(NamedTuple):
-    """The request stays at the broker, and is delivered again.
-
-    Attributes:
-        delay: After so many seconds.
-        result: How this delivery's exchange with Keyless ended.
-        created: The request, if its operation is there and the user's phone was not told of it yet; else None.
-    """
+    """The request stays at the broker, and is delivered again after so many seconds."""
 
     delay: float
     result: ExchangeResult = ExchangeResult.ANSWERED
-    created: ApprovalRequest | None = None
+    created: ApprovalRequest | None = None  # if its operation is there, and the phone was not told of it
 
 
 class Decided(NamedTuple):
-    """The request is done.
-
-    Attributes:
-        event: The event to publish.
-        polled_at: Start of the poll that decided it, from which the schedule learns; None if no poll did.
-    """
+    """The request is done."""
 
     event: ApprovalEvent
-    polled_at: datetime | None = None
+    polled_at: datetime | None = None  # start of the poll that decided it, from which the schedule learns
 
 
 Decision = Redeliver | Decided

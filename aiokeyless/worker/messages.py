@@ -200,8 +200,6 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One delivery of a request: what the request asks for, and the broker's message.
 
     Attributes:
-        message: What the broker delivered.
-        request: The request.
         ticket: The operation, its user, its payload's hash, and when its wait began and ends.
         refusal: Why this worker does not accept the request: its wait is longer than the broker remembers it for. As
             workers with another grace may accept it, its outcome is stored like any other. None if it is accepted.
@@ -223,11 +221,6 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_request(message: Message, *, longest_wait: float, largest_request: int) -> Delivery:
     """Read a delivered message.
-
-    Args:
-        message: The message.
-        longest_wait: The longest wait that is accepted, in seconds.
-        largest_request: Most bytes of a request.
 
     Raises:
         InvalidRequestError: It is not a request.

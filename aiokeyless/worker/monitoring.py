@@ -90,11 +90,6 @@ class Reporter:
     """Counts for one worker, inspects its fleet every few seconds, and knows what keeps it from being ready.
 
     If the broker will not come back, it calls `on_loss`.
-
-    Attributes:
-        is_draining: Whether the worker is about to end.
-        key_refusal: Why Keyless seems to refuse the key; None if it accepts it.
-        take_failure: Why the last take failed; None if it did not. A full disk fails takes alone, and no inspection.
     """
 
     def __init__(
@@ -125,8 +120,8 @@ class Reporter:
         self._longest_wait = 0.0  # for a first delivery, since the last inspection
         self._lateness = 0.0  # the same, between the last two inspections
         self.is_draining: bool = False
-        self.key_refusal: KeylessError | None = None
-        self.take_failure: str | None = None
+        self.key_refusal: KeylessError | None = None  # why Keyless seems to refuse the key
+        self.take_failure: str | None = None  # of the last take: a full disk fails takes alone, and no inspection
 
     def statistics(self) -> WorkerStatistics:
         """Return the worker at this moment."""

@@ -69,11 +69,7 @@ _LATE_REPEATS: Final = 2
 
 
 async def check_key(transport: Transport) -> None:
-    """Check that Keyless accepts the key. If Keyless does not answer, the check passes.
-
-    Raises:
-        KeylessError: Keyless refuses the key, or its answer makes no sense.
-    """
+    """Raise what Keyless says against the key. If Keyless does not answer, the check passes."""
     try:
         await transport.fetch(get_operation(_NO_OPERATION))
     except NotFoundError:
@@ -110,11 +106,7 @@ class DeliveryProcessor:
         self._reporter = reporter
 
     async def process(self, delivery: Delivery) -> Decision:
-        """Create the operation, or poll it.
-
-        Raises:
-            KeylessError: The fault is this worker's, and not the request's.
-        """
+        """Create the operation, or poll it. An error is this worker's, and not the request's."""
         # The app may authenticate before the first poll, so only a claim tells two requests under one id apart.
         is_first = delivery.is_started_by_phone and delivery.message.is_untried
         if is_first and (conflict := await self._claim_for_phone(delivery)) is not None:
@@ -130,10 +122,7 @@ class DeliveryProcessor:
         return step
 
     async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:
-        """Poll, and repeat a final poll that comes after the grace, such as after a time without workers.
-
-        One error must not decide the outcome.
-        """
+        """Poll. Repeat a final poll that comes after the grace, since one error must not decide the outcome."""
         step = await self._poll(delivery)
         for _ in range(_LATE_REPEATS):
             if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:

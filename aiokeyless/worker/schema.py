@@ -33,11 +33,7 @@ _LIMITS: Final[dict[str, dict[str, object]]] = {
 
 
 def message_schema(message: type[ApprovalRequest | ApprovalEvent]) -> dict[str, Any]:
-    """Return the JSON Schema of a kind of message, in the dialect of draft 2020-12.
-
-    Args:
-        message: `ApprovalRequest` or `ApprovalEvent`.
-    """
+    """Return the JSON Schema of a kind of message, in the dialect of draft 2020-12."""
     described = dict(_ATTRIBUTE.findall((inspect.getdoc(message) or "").replace("``", "`")))
     fields: list[Any] = []
     for field in msgspec.structs.fields(message):

@@ -64,19 +64,12 @@ _REFUSED_FOR: Final = 2.0
 
 
 class Limits(NamedTuple):
-    """What bounds the deliveries of a worker.
-
-    Attributes:
-        max_in_flight: Slots. A delivery holds one for its first second.
-        max_polls_per_second: Polls of this worker in a second; None for as many as fit.
-        longest_delivery: Most seconds that one delivery takes.
-        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
-    """
+    """What bounds the deliveries of a worker."""
 
     max_in_flight: int
     max_polls_per_second: float | None
-    longest_delivery: float
-    grace: float
+    longest_delivery: float  # seconds
+    grace: float  # seconds
 
 
 class Serving:
@@ -141,11 +134,7 @@ class Serving:
             self._taking.cancel()  # requests that it has taken come again
 
     async def serve(self) -> None:
-        """Process deliveries until `stop` is called, and then until those in flight are done.
-
-        Raises:
-            BrokerError: The broker will not come back, or has other settings now.
-        """
+        """Process deliveries until `stop` is called, and then until those in flight are done."""
         watching = self._loop.create_task(self._reporter.watch())
         try:
             log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
@@ -292,11 +281,7 @@ class Serving:
         self._reporter.report_settlement(message.number, failure, started_at=started_at)
 
     async def _process(self, message: Message) -> Exception | None:
-        """Process a delivery. However it ends, the request is either decided or delivered again.
-
-        Returns:
-            What kept it from being settled, if anything did.
-        """
+        """Decide a delivery's request, or have it delivered again. Return what kept it from being settled, if any."""
         try:
             now = self._loop.time()
             self._slots.release_slow(now)

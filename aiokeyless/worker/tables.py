@@ -31,22 +31,14 @@ class Row(NamedTuple):
     """What names a request.
 
     After a failover or a restored backup, other requests may get the ids of those that were lost. Their names differ.
-
-    Attributes:
-        id: The request's number.
-        name: A random number.
     """
 
     id: int
-    name: int
+    name: int  # at random
 
 
 class TableMessage(Message, kw_only=True, eq=False):
-    """One delivery of a request in a table.
-
-    Attributes:
-        row: The request.
-    """
+    """One delivery of a request in a table."""
 
     row: Row
 
@@ -58,11 +50,7 @@ def row_of(message: Message) -> Row:
 
 
 def check_service(stored: str, service: str, place: str) -> None:
-    """Refuse a worker of another service than that of the first worker: it would ask each user once more.
-
-    Raises:
-        BrokerError: It is another one.
-    """
+    """Refuse a worker of another service than that of the first worker: it would ask each user once more."""
     if stored != service:
         raise BrokerError(
             f"{place} belongs to {stored}, and this worker to {service}: name another one, or delete the row of its "
@@ -71,16 +59,10 @@ def check_service(stored: str, service: str, place: str) -> None:
 
 
 class Chore(NamedTuple):
-    """A step of the housekeeping, which no other one holds up.
+    """A step of the housekeeping, which no other one holds up."""
 
-    Attributes:
-        name: What it does, for the log and `/readyz`.
-        every: Seconds between two runs.
-        run: Does it once.
-    """
-
-    name: str
-    every: float
+    name: str  # for the log and `/readyz`
+    every: float  # seconds between two runs
     run: Callable[[], Awaitable[object]]
 
 

@@ -85,11 +85,7 @@ class NatsMessage(Message, kw_only=True, eq=False):
         return f"message-{self.raw.metadata.stream}-{self.id}-{self.stored_at.timestamp():.6f}"
 
     def read_names(self) -> tuple[str, str]:
-        """Return the operation id and the name of its request.
-
-        Raises:
-            InvalidRequestError: It is not a request.
-        """
+        """Return the operation id and the name of its request, or raise an `InvalidRequestError`."""
         request = decode_request(self.body)
         return request.operation_id, request_name(request)
 

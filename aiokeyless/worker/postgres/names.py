@@ -15,11 +15,7 @@ _NOT_ITS_OWN: Final = ("public", "information_schema")  # others may create ther
 
 
 def check_schema(schema: object) -> str:
-    """Return the name of a schema that needs no quotes.
-
-    Raises:
-        ConfigurationError: The name needs quotes, is too long, or is a schema that others use.
-    """
+    """Return the name of a schema, unless it needs quotes, is too long, or is one that others use."""
     if (
         not isinstance(schema, str)
         or not _SIMPLE_NAME.fullmatch(schema)

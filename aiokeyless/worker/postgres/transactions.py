@@ -65,19 +65,12 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
 
 
 class Outcome(OutcomeDelivery):
-    """An outcome in the transaction that handles it.
-
-    Args:
-        driver: The connection, in the transaction that was begun on it.
-        reader: The reader.
-        row: The id and the name of its request, its event as JSON, the server's number of the transaction, and when the
-            oldest unread outcome was due.
-    """
+    """An outcome in the transaction that handles it."""
 
     __slots__ = ("_driver", "_number", "_reader", "_row")
 
     def __init__(self, driver: Driver, reader: str, row: tuple[Any, ...]) -> None:
-        id_, name, event, self._number, _ = row
+        id_, name, event, self._number, _ = row  # the number is the server's, of the transaction
         self._row = Row(id_, name)
         self.data: bytes = event.encode()
         self.place: str = f"request-{self._row.id}"
@@ -85,19 +78,12 @@ class Outcome(OutcomeDelivery):
         self._reader = reader
 
     async def mark_handled(self) -> None:
-        """Commit; see `OutcomeDelivery`.
-
-        Raises:
-            ConfigurationError: The body has ended the transaction itself.
-            BrokerError: The transaction is not committed, or its result is unknown.
-        """
         try:
             await self._driver.complete(self._commit())
         finally:
             await self._driver.release()
 
     async def put_off(self, delay: float | None = None) -> None:
-        """Roll back, and put it off; see `OutcomeDelivery`."""
         try:
             with broker_errors(self._driver.schema, self._driver.errors):
                 await self._driver.complete(self._put_off(delay))

@@ -84,11 +84,7 @@ _LARGEST_LOG: Final = 16 << 20  # bytes that the log keeps after a long read of 
 
 
 def connect(path: str, *, now: float) -> sqlite3.Connection:
-    """Open the file. If there is none, make it, with its tables.
-
-    Raises:
-        BrokerError: The file cannot be used; the message says why.
-    """
+    """Open the file. If there is none, make it, with its tables."""
     if path != MEMORY:
         _create(path)
         _check_owner(path)

@@ -77,31 +77,19 @@ class PutOff(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """An outcome that a reader has not handled.
-
-    Attributes:
-        reader: The reader.
-        row: The request.
-        failures: How often it was delivered.
-        data: The event.
-    """
+    """An outcome that is delivered to a reader."""
 
     reader: str
     row: Row
-    failures: int
+    failures: int  # its deliveries, this one included
     data: bytes
 
 
 class Call(NamedTuple):
-    """A call to execute in a transaction.
-
-    Attributes:
-        do: The function to call with the store.
-        lasting: Whether it must survive a power cut. Times of polls need not.
-    """
+    """A call to execute in a transaction."""
 
     do: Callable[[Store], object]
-    lasting: bool = False
+    lasting: bool = False  # whether it must survive a power cut; times of polls need not
 
 
 class Store:
@@ -119,12 +107,7 @@ class Store:
         self._connection.close()
 
     def execute(self, calls: Sequence[Call | PutOff]) -> list[Any]:
-        """Execute calls in one transaction; return the result of each.
-
-        Raises:
-            UnavailableError: None of the calls was done; a later attempt may succeed.
-            BrokerError: The file cannot be used.
-        """
+        """Execute calls in one transaction; return the result of each. If it raises, none of them was done."""
         with broker_errors(self._path):
             is_lasting = any(isinstance(call, Call) and call.lasting for call in calls)
             self._set_synchronous("FULL" if is_lasting else "NORMAL")
@@ -359,11 +342,7 @@ class Store:
         return found
 
     def inspect(self) -> Inspection:
-        """Return the state of the fleet.
-
-        Raises:
-            BrokerError: The file is gone.
-        """
+        """Return the state of the fleet."""
         if self._inode is not None and not _is_there(self._path, self._inode):
             raise BrokerError(f"{self._path} was removed or replaced while it was in use: start the worker again")
         with broker_errors(self._path):

@@ -26,11 +26,7 @@ _FAMILIES: Final = {
 
 
 def adapter_for(target: Any, schema: str) -> Driver | None:
-    """Return the adapter of a connection or a session; None for anything else.
-
-    Raises:
-        ConfigurationError: It is one to another kind of database, or over another driver.
-    """
+    """Return the adapter of a connection or a session; None for anything else."""
     names = [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(target).__mro__]
     if not _SCOPED.isdisjoint(names):
         return adapter_for(target(), schema)

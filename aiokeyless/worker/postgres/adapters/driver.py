@@ -135,11 +135,7 @@ class Driver(ABC):
 
     @contextmanager
     def limit(self, within: float) -> Iterator[None]:
-        """Cut a connection that takes longer, perhaps because its host is gone. The server ends the transaction itself.
-
-        Raises:
-            UnavailableError: It was cut.
-        """
+        """Cut a connection that takes longer, perhaps because its host is gone. The server ends the transaction."""
         if self.blocks:
             yield
             return

@@ -44,12 +44,7 @@ _ROLES: Final = {
 
 
 async def prepare(connection: Connection, schema: str) -> None:
-    """Make, migrate or check the schema, in a connection's transaction.
-
-    Raises:
-        BrokerError: The schema is older than this worker needs, and this login may not change it. Or a later version of
-            the schema does not allow this worker. Or the schema is another's. Or the database has another encoding.
-    """
+    """Make, migrate or check the schema, in a connection's transaction."""
     # No name is looked up where others may create.
     await connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WITHIN}'")
