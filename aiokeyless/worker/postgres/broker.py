@@ -343,10 +343,10 @@ class PostgresBroker(TableBroker):
             raise ConfigurationError("the broker is not open: use it in 'async with PostgresBroker(...) as broker'")
         return self._pool
 
-    async def _fetch(self, query: str, *arguments: object, patience: float = _ANSWER_WITHIN) -> list[asyncpg.Record]:
+    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         """Call a function of the schema in a transaction of its own."""
         called = in_schema(self._schema, query)
-        return await self._in_transaction(lambda connection: connection.fetch(called, *arguments), patience)
+        return await self._in_transaction(lambda connection: connection.fetch(called, *arguments))
 
     async def _in_transaction(self, do: Callable[[Connection], Awaitable[T]], patience: float = _ANSWER_WITHIN) -> T:
         """Do something in a transaction of its own. Retry it if it conflicts with another one."""

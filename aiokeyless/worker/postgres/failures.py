@@ -17,9 +17,6 @@ _LASTING: Final = ("0L", "0P", "28", "3D", "3F", "42")
 _DENIED: Final = "42501"
 _MISSING: Final = ("3F000", "42883", "42P01")
 _DISK_FULL: Final = "53100"
-#: States of `submit` about the request: its text is no JSON, a value is wrong, another request has its operation id, or
-#: it is nested too deep.
-_WRONG: Final = ("22", "23505", "54001")
 
 
 @contextmanager
@@ -45,11 +42,6 @@ def lasting_error(schema: str, error: Exception) -> BrokerError | None:
     if state == _DENIED:
         return BrokerError(f"{reason}; check which roles this login has")
     return BrokerError(reason) if state.startswith(_LASTING) else None
-
-
-def is_about_request(error: Exception) -> bool:
-    """Return whether an error of `submit` says that the request is wrong."""
-    return state_of(error).startswith(_WRONG)
 
 
 def state_of(error: Exception) -> str:

@@ -9,11 +9,14 @@ from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestErr
 from aiokeyless.worker.broker import NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.tables import Row
 
-from .failures import broker_errors, first_line, is_about_request, lasting_error, state_of
+from .failures import broker_errors, first_line, lasting_error, state_of
 
 if TYPE_CHECKING:
     from .adapters.driver import Driver
 
+#: SQL states of `submit` about the request: its text is no JSON, a value is wrong, another request has its operation
+#: id, or it is nested too deep.
+_WRONG: Final = ("22", "23505", "54001")
 #: The SQL state of a reader that is not added yet.
 _NEW_READER: Final = "42704"
 
@@ -23,7 +26,7 @@ async def store_request(driver: Driver, new: NewRequest) -> bool:
     try:
         row = await driver.execute("SELECT {}.submit($1, $2)", new.body.decode(), new.traceparent)
     except driver.errors as error:
-        if is_about_request(error):
+        if state_of(error).startswith(_WRONG):
             raise InvalidRequestError(first_line(error)) from None
         if (lasting := lasting_error(driver.schema, error)) is not None:
             raise lasting from None

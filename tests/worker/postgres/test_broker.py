@@ -670,7 +670,7 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
         with pytest.raises(RefusedError, match=r"no answer within 0\.5 s"):
-            await broker._fetch("SELECT * FROM {}.take(1, 1, NULL, NULL)", patience=0.5)
+            await broker._in_transaction(lambda each: each.fetch("SELECT * FROM keyless.take(1, 1, NULL, NULL)"), 0.5)
     assert len(await take_n(broker, 1)) == 1
 
 
