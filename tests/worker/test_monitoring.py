@@ -245,13 +245,11 @@ class FakeBroker:
     def __init__(self) -> None:
         self.losses: list[BrokerError] = []
         self.told: Inspection | UnavailableError | BrokerError = Inspection()
-        self.inspections = 0
 
     def now(self) -> datetime:
         return NOW
 
     async def inspect(self) -> Inspection:
-        self.inspections += 1
         if not isinstance(self.told, Inspection):
             raise self.told
         return self.told
@@ -298,13 +296,6 @@ async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeed
 
 def delivery(*, number: int = 1, waited: float = 0.0) -> Message:
     return cast("Message", SimpleNamespace(number=number, stored_at=NOW - timedelta(seconds=waited)))
-
-
-async def test_a_broker_that_is_well_is_no_problem_and_is_asked_every_5_seconds(broker: FakeBroker) -> None:
-    async with reporting(broker) as reporter:
-        await asyncio.sleep(100)
-        assert broker.inspections == 21
-        assert problems(reporter) == []
 
 
 async def test_a_broker_that_is_gone_for_good_ends_the_worker(broker: FakeBroker) -> None:

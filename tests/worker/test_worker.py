@@ -169,15 +169,3 @@ async def test_polls_may_be_as_many_as_fit(sandbox: Sandbox) -> None:
         sandbox.approve("txn-1")
         [event] = await read(broker)
         assert event.outcome is Outcome.APPROVED
-
-
-@looptime
-async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(sandbox: Sandbox) -> None:
-    async with working(sandbox) as (_, broker):
-        waiting = [asyncio.create_task(broker.next_outcome("shop")) for _ in range(2)]
-        await ask(sandbox, broker)
-        sandbox.approve("txn-1")
-        done, others = await asyncio.wait(waiting, timeout=20)
-        assert (len(done), len(others)) == (1, 1)
-        for other in others:
-            other.cancel()

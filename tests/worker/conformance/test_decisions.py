@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from .brokers import Opened, Storage
 
 
-async def test_a_decision_stores_the_outcome_and_removes_the_request(broker: Broker) -> None:
-    await submit(broker, "a")
-    (message,) = await take_n(broker, 1)
-    assert await decide(broker, message)
-    await is_waiting(broker, 0)
-    outcome = await broker.next_outcome("shop")
-    event = msgspec.json.decode(outcome.data, type=ApprovalEvent)
-    assert (event.operation_id, event.outcome) == ("a", Outcome.APPROVED)
-    assert outcome.place
-    await outcome.mark_handled()
-
-
 async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(opened: Opened) -> None:
     first, second = await opened(SHORT_LEASE), await opened(SHORT_LEASE)
     await submit(first, "a")

@@ -161,28 +161,6 @@ async def test_what_others_send_to_the_inbox_is_ignored_and_logged_once(
     assert ["broker.foreign_message" in line for line in caplog.messages] == [True]
 
 
-async def test_a_delivery_of_another_stream_is_ignored(hand: Hand, connection: Client) -> None:
-    """The broker lets anybody who may pull choose the reply subject, and so the inbox that it delivers to."""
-    stream = jetstream(connection)
-    await stream.add_stream(name="MINE", subjects=["mine"])
-    await stream.add_consumer("MINE", durable_name=CONSUMER, ack_policy="explicit")
-    await stream.publish("mine", b"forged")
-    await connection.publish(f"$JS.API.CONSUMER.MSG.NEXT.MINE.{CONSUMER}", b"1", reply=f"{hand.intake._inbox}.0")
-    await until_read(connection, "MINE")
-    await hand.intake.ask(1)
-    await hand.publish("true")
-    await hand.delivered(1)
-    assert hand.texts == ["true"]
-
-
-async def until_read(connection: Client, stream: str) -> None:
-    async def is_read() -> bool:
-        info = await jetstream(connection).consumer_info(stream, CONSUMER)
-        return bool(info.num_ack_pending)
-
-    await until(is_read)
-
-
 # -- ends
 
 

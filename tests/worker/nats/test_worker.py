@@ -200,24 +200,6 @@ async def test_a_request_that_outlived_its_claim_does_not_say_that_nobody_was_as
 # -- one request, one operation
 
 
-async def test_of_two_requests_that_take_one_id_at_the_same_time_one_conflicts(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
-) -> None:
-    sandbox.latency = 0.3
-    async with working(client, broker):
-        for expires_in in (60, 61):
-            await publish(connection, {"operation_id": "txn-1", "expires_in": expires_in})
-        await until(lambda: "txn-1" in sandbox.operations)
-        sandbox.latency = 0.0
-        sandbox.approve("txn-1")
-        events = await outcomes(connection, 2)
-    assert sorted((event.outcome, event.reason) for event in events) == [
-        (Outcome.APPROVED, None),
-        (Outcome.FAILED, FailureReason.CONFLICT),
-    ]
-    assert len(sandbox.operations) == 1
-
-
 async def test_two_requests_for_one_operation_have_one_outcome(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
@@ -388,9 +370,6 @@ async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
     assert event.outcome is Outcome.APPROVED
 
 
-# -- room, and the end
-
-
 # -- a broker that does not do as it should
 
 
@@ -441,19 +420,6 @@ async def test_connection_that_the_broker_ends_for_good_ends_the_worker(
 
     error = await end_after(worker, say_nonsense)
     assert error == "the broker ended the connection for good: nats: unknown protocol operation"
-
-
-async def test_worker_that_may_not_acknowledge_ends_and_names_what_it_may_not(
-    client: KeylessClient, tmp_path: Path, sandbox: Sandbox
-) -> None:
-    users = 'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "$JS.ACK.>" } } } ] }'
-    async with NatsServer(tmp_path, configuration=users) as broker:
-        sandbox.approve("txn-1", user_id="C0")
-        async with NatsBroker(broker.url, connect_options={"user": "u", "password": "p"}) as opened:
-            worker = ApprovalWorker(client, opened)
-            error = await end_after(worker, lambda: publish(connection_of(worker), {"operation_id": "txn-1"}))
-    assert "does not permit" in error
-    assert "$JS.ACK" in error.upper()
 
 
 async def test_stop_ends_a_worker_whose_broker_says_nothing(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +110,6 @@ async def test_an_interruption_of_a_statement_leaves_no_transaction_behind(
     monkeypatch.setattr("aiokeyless.worker.postgres.adapters.psycopg.in_schema", interrupt)
     with pytest.raises(KeyboardInterrupt):
         await handle(psycopg_url, pay)
-
-
-@pytest.mark.parametrize("target", [sqlite3.connect(":memory:"), object(), None], ids=["sqlite3", "object", "None"])
-async def test_what_is_no_connection_is_refused(target: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"SqliteBroker|driver's connection"):
-        await asyncio.to_thread(sync.submit_approval, target, "C0FFEE", operation_id="a")
 
 
 async def test_a_connection_is_refused_in_a_thread_that_runs_an_event_loop(psycopg_url: tuple[str, bool]) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
-import logging
 import math
 import re
 from contextlib import suppress
@@ -1108,16 +1107,3 @@ async def test_no_limit_of_the_database_stops_a_chore(
 async def test_the_server_ends_a_chore_whose_worker_lost_its_network(broker: PostgresBroker) -> None:
     ((limit,),) = await broker._tidy("SHOW idle_in_transaction_session_timeout")
     assert limit == "30s"
-
-
-async def test_what_the_housekeeping_meets_is_logged_and_it_goes_on(
-    broker: PostgresBroker, admin: Connection, caplog: pytest.LogCaptureFixture
-) -> None:
-    await admin.execute("ALTER FUNCTION keyless.welcome_readers() RENAME TO away")
-    await until(lambda: "broker.not_cleaned" in caplog.text)
-    await admin.execute("ALTER FUNCTION keyless.away() RENAME TO welcome_readers")
-    await decide_all(broker, "a")
-    outcome = await asyncio.wait_for(broker.next_outcome("ledger"), PATIENCE)
-    await outcome.put_off()
-    assert await unread(admin, "ledger") == {"a": 1}
-    assert {record.levelno for record in caplog.records if record.name == "aiokeyless.worker"} == {logging.WARNING}

@@ -525,25 +525,13 @@ def refuse_repairs(monkeypatch: pytest.MonkeyPatch, error: Exception | None = No
     return turns
 
 
-@pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")])
-async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
-) -> None:
-    refuse_repairs(monkeypatch, error)
-    async with SqliteBroker(path) as broker:
-        await broker.prepare(lease=2.0, service="")
-        await broker.inspect()  # after that
-        await submit(broker, "a")
-        assert await broker.take(1, 5.0)
-    assert "broker.not_cleaned" in caplog.text
-
-
 @pytest.mark.looptime
 @pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")])
 async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    turns = refuse_repairs(monkeypatch)
+    turns = refuse_repairs(monkeypatch, error)
     await asyncio.sleep(100)  # of the loop's clock; the log's own stands still
     assert len(turns) >= 9
     assert caplog.text.count("broker.not_cleaned") == 1
@@ -561,13 +549,6 @@ async def test_no_housekeeping_for_a_minute_is_a_problem(memory: SqliteBroker, m
         assert re.fullmatch("correcting due times has failed for (6|7)[0-9] s: .*out of order.*", problem)
     await asyncio.sleep(10)
     assert (await memory.inspect()).problems == ()
-
-
-async def test_times_are_kept_to_the_microsecond(broker: SqliteBroker) -> None:
-    before = datetime.now(UTC)
-    await submit(broker, "a")
-    (message,) = await broker.take(1, 5.0)
-    assert before - timedelta(milliseconds=1) <= message.stored_at <= datetime.now(UTC)
 
 
 async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_when_it_is_closed(path: Path) -> None:
