@@ -49,19 +49,12 @@ class RefusedError(UnavailableError):
 
 
 class NewRequest(NamedTuple):
-    """A request to store.
+    """A request to store."""
 
-    Attributes:
-        request: The request, already checked.
-        body: The request as JSON: what `Message.body` will be.
-        digest: Digest of all its content but `created_at`: two requests with equal digests are the same request.
-        traceparent: Its position in a trace (W3C Trace Context), which travels beside the request; or None.
-    """
-
-    request: ApprovalRequest
-    body: bytes
-    digest: str
-    traceparent: str | None
+    request: ApprovalRequest  # already checked
+    body: bytes  # the request as JSON: what `Message.body` will be
+    digest: str  # of all its content but `created_at`: two requests with equal digests are the same request
+    traceparent: str | None  # its position in a trace (W3C Trace Context), which travels beside the request
 
 
 class UnreadOutcome(NamedTuple):

@@ -69,21 +69,13 @@ class Next(Enum):
 
 
 class Pacing(NamedTuple):
-    """What sets the delays of redeliveries.
-
-    Attributes:
-        schedule: When to poll after a pending answer.
-        failures: Failures of the request in a row, this one included.
-        paused_for: Seconds for which the answer asked the request to pause; 0 or less for none.
-        closed_for: Seconds until the circuit lets polls start; 0 or less if it does.
-        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
-    """
+    """What sets the delays of redeliveries."""
 
     schedule: wait_base
-    failures: int
-    paused_for: float
-    closed_for: float
-    grace: float
+    failures: int  # of the request in a row, this one included
+    paused_for: float  # seconds for which the answer asked the request to pause; 0 or less for none
+    closed_for: float  # seconds until the circuit lets polls start; 0 or less if it does
+    grace: float  # seconds past the deadline for which a final poll that got no answer is repeated
 
     def after_failure(self, most: float = math.inf) -> float:
         """Return a random number of seconds to wait after a failure. `most` limits all but the backoff."""
@@ -112,19 +104,10 @@ def after_poll(
     pacing: Pacing,
     was_created: bool,
 ) -> Decision | Next:
-    """Decide by the result of a poll.
+    """Decide by the result of a poll. Return `Next.CREATE` if there is no operation, and it is not too late for it.
 
-    Args:
-        delivery: The delivery.
-        answer: The operation, or the failure of the poll.
-        polled_at: When the poll started; at the deadline or later, it is the final one.
-        now: The time.
-        pacing: When to go on.
-        was_created: Whether this request may have created the operation, as far as the broker knows. If so, an odd
-            answer says nothing about it: see `is_failure`.
-
-    Returns:
-        The decision; `Next.CREATE` if there is no operation, and it is not too late for it.
+    If this request may have created the operation, as far as the broker knows, an odd answer says nothing about it: see
+    `is_failure`.
     """
     ticket = delivery.ticket
     # No delivery knows what an earlier one saw. That one may have ended before it created the operation.

@@ -172,23 +172,14 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class Message(msgspec.Struct, kw_only=True, eq=False):
-    """One delivery of a request to a worker. A broker adds fields by which it recognizes the request.
+    """One delivery of a request to a worker. A broker adds fields by which it recognizes the request."""
 
-    Attributes:
-        body: The request as JSON.
-        stored_at: When the broker stored it, by its clock.
-        number: Number of this delivery, from 1.
-        is_untried: Whether no exchange was tried for this request, as far as the broker knows.
-        failures: Exchanges for this request that failed in a row, as far as the broker knows.
-        traceparent: As it was submitted; None if there is none.
-    """
-
-    body: bytes
-    stored_at: datetime
-    number: int
-    is_untried: bool
-    failures: int = 0
-    traceparent: str | None = None
+    body: bytes  # the request as JSON
+    stored_at: datetime  # by the broker's clock
+    number: int  # of this delivery, from 1
+    is_untried: bool  # whether no exchange was tried for this request, as far as the broker knows
+    failures: int = 0  # exchanges for this request that failed in a row, as far as the broker knows
+    traceparent: str | None = None  # as it was submitted
 
     @property
     def has_only_failed(self) -> bool:

@@ -19,16 +19,11 @@ _SHARE: Final = 20  # until then, they take at most a twentieth of the time
 
 
 class Search:
-    """One search.
-
-    Attributes:
-        floor: Seconds since 1970 from which it starts; None for a search of everything.
-        oldest: When the oldest row that it left was due, by the server's clock; None if it is not known.
-    """
+    """One search. Times are seconds since 1970, by the server's clock."""
 
     def __init__(self, floor: float | None) -> None:
-        self.floor = floor
-        self.oldest: float | None = None
+        self.floor = floor  # from when it starts; None for a search of everything
+        self.oldest: float | None = None  # when the oldest row that it left was due; None if that is not known
 
 
 class Floor:

@@ -29,29 +29,21 @@ _FLOORS: Final[WeakKeyDictionary[object, defaultdict[tuple[str, str], Floor]]] =
 class Driver(ABC):
     """A connection or a session of an application, and what its driver does with it.
 
-    Attributes:
-        errors: The errors that it raises.
-        answers_within: Seconds in which an outcome begins or ends, unless the driver blocks.
-        ends_within: The same, for the end of a transaction that is not committed.
-        example: How an application begins a transaction.
-        savepoint: What an application uses for statements that may fail.
-        schema: The broker's schema.
-        raw: The driver's own connection; None if there is none yet.
-        blocks: Whether it is for `aiokeyless.sync`. Then its coroutines await nothing: each ends at its first step, in
-            the caller's thread.
-        floors: From when each reader looks for outcomes, by schema and reader.
+    If it `blocks`, it is for `aiokeyless.sync`. Then its coroutines await nothing: each ends at its first step, in the
+    caller's thread.
     """
 
-    errors: tuple[type[Exception], ...]
-    answers_within: ClassVar[float] = 30.0
-    ends_within: ClassVar[float] = 5.0
-    example: ClassVar[str]
-    savepoint: ClassVar[str]
+    errors: tuple[type[Exception], ...]  # that it raises
+    answers_within: ClassVar[float] = 30.0  # seconds in which an outcome begins or ends, unless it blocks
+    ends_within: ClassVar[float] = 5.0  # the same, for the end of a transaction that is not committed
+    example: ClassVar[str]  # how an application begins a transaction
+    savepoint: ClassVar[str]  # what an application uses for statements that may fail
 
     def __init__(self, raw: Any, schema: str, *, blocks: bool, owner: object = None) -> None:
-        self.raw: Any = raw
+        self.raw: Any = raw  # the driver's own connection; None if there is none yet
         self.schema = schema
         self.blocks = blocks
+        # From when each reader looks for outcomes, by schema and reader.
         self.floors: defaultdict[tuple[str, str], Floor] = _floors_of(raw if owner is None else owner)
 
     @abstractmethod
