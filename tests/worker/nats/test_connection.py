@@ -190,19 +190,6 @@ async def test_a_broker_that_has_no_room_for_a_request_is_one_line() -> None:
                 NatsBroker(connection)
 
 
-async def test_a_broker_that_says_nothing_is_given_up() -> None:
-    async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await told_to_end.wait()
-        writer.close()
-
-    told_to_end = asyncio.Event()
-    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        message = await refusal(f"nats://127.0.0.1:{port}", connect_timeout=0.2)
-        told_to_end.set()
-    assert message.startswith(f"no connection to the broker at 127.0.0.1:{port}: ")
-
-
 @pytest.mark.parametrize("answer", [b"", b"-ERR 'maximum connections exceeded'\r\n"], ids=["silent", "refusing"])
 async def test_a_broker_that_goes_away_while_the_worker_starts_is_one_line_and_hangs_nothing(
     monkeypatch: pytest.MonkeyPatch, answer: bytes

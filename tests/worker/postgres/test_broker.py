@@ -58,8 +58,10 @@ async def test_a_url_of_sqlalchemy_opens_the_database_that_it_names(url: str) ->
         await broker.prepare(lease=LEASE, service="")
 
 
-@pytest.mark.parametrize("schema", ["", "Keyless", "pg_mine", "key-less", 'a"b', "x" * 51, None])
-def test_a_schema_whose_name_needs_quotes_is_refused(schema: Any) -> None:
+@pytest.mark.parametrize(
+    "schema", ["", "Keyless", "pg_mine", "key-less", 'a"b', "x" * 51, "public", "information_schema", None]
+)
+def test_a_schema_whose_name_needs_quotes_or_that_others_fill_is_refused(schema: Any) -> None:
     with pytest.raises(ConfigurationError, match="schema must be"):
         PostgresBroker("postgresql://localhost/shop", schema=schema)
 

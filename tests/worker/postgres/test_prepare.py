@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import BrokerError
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres.migrations import VERSION
 from worker.conformance.brokers import LEASE
@@ -199,12 +199,6 @@ async def test_a_worker_is_told_whose_schema_needs_a_migration(server: PostgresS
     )
     with pytest.raises(BrokerError, match=f"version 0 of {VERSION}, and belongs to {database}_app: .*--prepare as it"):
         await prepare(server.url(database, f"{database}_w"))
-
-
-@pytest.mark.parametrize("schema", ["public", "information_schema"])
-def test_a_schema_that_others_fill_is_refused(schema: str) -> None:
-    with pytest.raises(ConfigurationError, match="schema must be"):
-        PostgresBroker("postgresql:///shop", schema)
 
 
 # -- at the same moment

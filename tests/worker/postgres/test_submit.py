@@ -171,17 +171,6 @@ async def test_a_request_whose_commit_was_cut_is_submitted_again(
     assert await waiting(admin) == ["a"]
 
 
-async def test_a_broker_whose_commit_was_cut_says_that_it_may_be_submitted_again(
-    admin: Connection, server: PostgresServer, database: str
-) -> None:
-    async with CuttingProxy(server, cut_after=True) as proxy, PostgresBroker(proxy.url(database)) as broker:
-        proxy.arm()
-        with pytest.raises(BrokerError, match="submit it again") as caught:
-            await submit_approval(broker, "C0FFEE", operation_id="a")
-        assert caught.value.operation_id == "a"
-    assert await waiting(admin) == ["a"]
-
-
 async def test_a_request_that_commits_late_is_taken_all_the_same(
     broker: PostgresBroker, connection: Connection
 ) -> None:
