@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import datetime
 from enum import Enum, IntEnum, auto
 from types import ModuleType, TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeVar
+from typing import Final, NamedTuple, Self, TypeVar
 
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Inspection
@@ -343,14 +343,17 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
     modules = {base.__module__.partition(".")[0] for base in type(target).__mro__}
     found = _SCHEME.match(target) if isinstance(target, str) else None
     known: list[str] = []
+    side: ApplicationSide  # what a package returns, a type checker does not know
     for package in _brokers():
         known += [f"{scheme}:" for scheme in package.SCHEMES]
         try:
             if isinstance(target, str):
                 if found is not None and found[1].lower() in package.SCHEMES:
-                    return _side(package.from_url(target))
+                    side = package.from_url(target)
+                    return side
             elif not modules.isdisjoint(package.DRIVERS):
-                return _side(package.from_connection(target))
+                side = package.from_connection(target)
+                return side
         except ModuleNotFoundError as error:
             return ConfigurationError(
                 f"broker needs {error.name}, which is not installed: {package.HINT}", argument="broker"
@@ -366,13 +369,8 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
     )
 
 
-def _brokers() -> Iterator[ModuleType]:
+def _brokers() -> Sequence[ModuleType]:
     # By their names: a packer of frozen programs, such as PyInstaller, sees no others.
     from . import nats, postgres, sqlite  # noqa: PLC0415  # they import this module
 
-    yield from (nats, postgres, sqlite)
-
-
-def _side(broker: Any) -> ApplicationSide:  # a type checker does not know what a package returns
-    assert isinstance(broker, ApplicationSide)  # noqa: S101  # the contract of a broker's package
-    return broker
+    return nats, postgres, sqlite
