@@ -343,7 +343,7 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
     modules = {base.__module__.partition(".")[0] for base in type(target).__mro__}
     found = _SCHEME.match(target) if isinstance(target, str) else None
     known: list[str] = []
-    side: ApplicationSide  # what a package returns, a type checker does not know
+    side: ApplicationSide  # a type checker does not know it
     for package in _brokers():
         known += [f"{scheme}:" for scheme in package.SCHEMES]
         try:

@@ -43,7 +43,7 @@ class BrokerClock:
         return (self.now() - self._wall()).total_seconds()
 
     def compare(self, time: datetime, *, asked_at: datetime) -> None:
-        """Correct the clock by the time in an answer that has just arrived. `now` returned `asked_at` before."""
+        """Correct the clock by the time in an answer that has just arrived. It was asked when `now` said `asked_at`."""
         margin = (self.now() - asked_at) / 2  # the broker answered at some time in between
         if abs(error := time - (asked_at + margin)) > margin:  # a slow answer alone moves no deadline
             self._origin += error

@@ -42,7 +42,7 @@ _FIRST_POLL: Final = 2  # the delivery of the first poll: the one before it crea
 
 
 class Redeliver(NamedTuple):
-    """The request stays at the broker, and is delivered again after so many seconds."""
+    """The request stays at the broker, and is delivered again after `delay` seconds."""
 
     delay: float
     result: ExchangeResult = ExchangeResult.ANSWERED
