@@ -222,7 +222,7 @@ async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
 async def test_a_connection_that_cannot_be_handed_back_hides_no_result_and_no_cancellation(
     broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """asyncpg may fail to reset a connection whose BEGIN was cancelled. A chore would go on, and closing not end."""
+    """asyncpg may fail to reset a connection that was cancelled in a COMMIT. So a chore went on, and closing hung."""
     release = asyncpg.Pool.release
 
     async def fail(pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any]) -> None:
