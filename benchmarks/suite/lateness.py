@@ -37,19 +37,20 @@ if TYPE_CHECKING:
 _POLL_COST: Final = 0.02  # ours by default
 _FRONT: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # poll costs
 _FIXED: Final = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 7.0)  # intervals in seconds
-_FRONT_AFTER: Final = 100  # waits from which ours has learned
 _SLOWER: Final = (TYPICAL, SLOW, TWO_GROUPS)  # the prior expects nobody in less than a second
 _DISTRIBUTIONS: Final = (QUICK, *_SLOWER)
 
-_TRAINING: Final = {0: "untrained", 30: "after 30 waits", 100: "after 100", 1000: "after 1 000"}
-_MOST_OVER: Final = {0: 1.20, 100: 1.06}  # cost over the optimum, by waits learned from
+_TRAINED: Final = 100  # waits from which ours has learned
+_UNTRAINED: Final = f"{OURS}, untrained"
+_AFTER: Final = f"{OURS}, after {_TRAINED}"
+_MOST_OVER: Final = {_UNTRAINED: 1.20, _AFTER: 1.06}  # cost over the optimum
 _MOST_LATE: Final = 0.5  # seconds, for typical users after 100 waits: as a loop of one poll a second
 _MOST_REQUESTS: Final = 21.0  # likewise: 40% fewer than that loop
 
 _SHIFT: Final = (TYPICAL, SLOW)
 _BEFORE_SHIFT: Final = 1000
 _WINDOW: Final = 100
-_WINDOWS: Final = 8
+_WINDOWS: Final = 5
 
 OPTIMUM: Final = "the optimum"
 FIXED: Final = "fixed intervals"
@@ -107,19 +108,19 @@ def run(bench: Bench) -> Report:
     report = Report(f"lateness: time until an approval is noticed, and requests (a wait of {TIMEOUT:g} s)")
     report.tables = [
         *(_table(name, distribution) for name, distribution in results.distributions.items()),
-        *(_front_table(name, distribution.fronts) for name, distribution in results.distributions.items()),
+        _front_table(results.distributions[str(TYPICAL)].fronts),
         _shift_table(results.shift),
     ]
     for name in map(str, _SLOWER):
         of = results.distributions[name]
         report.goals += [
-            Goal(f"{name}: cost over the optimum, {_TRAINING[waits]}", most, _ours_at(of, waits).over_optimum, "x")
-            for waits, most in _MOST_OVER.items()
+            Goal(f"{name}: cost of {side} over the optimum", most, _medians(of, side).over_optimum, "x")
+            for side, most in _MOST_OVER.items()
         ]
-    typical = _ours_at(results.distributions[str(TYPICAL)], _FRONT_AFTER)
+    typical = _medians(results.distributions[str(TYPICAL)], _AFTER)
     report.goals += [
-        Goal(f"{TYPICAL}: lateness, after 100", _MOST_LATE, typical.lateness, " s"),
-        Goal(f"{TYPICAL}: requests, after 100", _MOST_REQUESTS, typical.polls),
+        Goal(f"{TYPICAL}: lateness of {_AFTER}", _MOST_LATE, typical.lateness, " s"),
+        Goal(f"{TYPICAL}: requests of {_AFTER}", _MOST_REQUESTS, typical.polls),
     ]
     report.notes.append(
         "requests and cost are per wait, lateness and p95 per approval; "
@@ -129,9 +130,8 @@ def run(bench: Bench) -> Report:
     return report
 
 
-def _ours_at(distribution: Distribution, waits: int) -> Figures:
-    """Return the figures of ours after so many waits."""
-    of = distribution.schedules[_ours(waits)]
+def _medians(distribution: Distribution, schedule: str) -> Figures:
+    of = distribution.schedules[schedule]
     return Figures(*(Spread.of([*values]).median for values in zip(*of, strict=True)))
 
 
@@ -155,8 +155,8 @@ def _distribution(approvals: ApprovalTimes, seeds: range, draws: int) -> Distrib
             _sampled(baseline.schedule, approvals, seed, draws if baseline.randomized else 1)
             for seed in (seeds if baseline.randomized else seeds[:1])
         ]
-    trained = [_train(approvals, seed, draws) for seed in seeds]
-    schedules |= {name: [of[name] for of in trained] for name in trained[0]}
+    schedules[_UNTRAINED] = [_sampled(wait_adaptive(), approvals, seed, draws) for seed in seeds]
+    schedules[_AFTER] = [_sampled(_trained(approvals, seed), approvals, seed, draws) for seed in seeds]
     schedules[OPTIMUM] = [_figures([best_poll_times(approvals, _POLL_COST)], approvals)]
     return Distribution(schedules, _fronts(approvals, seeds, draws))
 
@@ -172,28 +172,11 @@ def _fronts(approvals: ApprovalTimes, seeds: range, draws: int) -> dict[str, lis
     return {OURS: ours, FIXED: fixed, OPTIMUM: best}
 
 
-def _trained(approvals: ApprovalTimes, seed: int, poll_cost: float) -> wait_adaptive:
+def _trained(approvals: ApprovalTimes, seed: int, poll_cost: float = _POLL_COST) -> wait_adaptive:
     schedule = wait_adaptive(poll_cost=poll_cost)
     with _seeded_jitter(seed):
-        simulate_waits(schedule, approvals, _FRONT_AFTER, seeded_random(seed))
+        simulate_waits(schedule, approvals, _TRAINED, seeded_random(seed))
     return schedule
-
-
-def _ours(waits: int) -> str:
-    return f"{OURS}, {_TRAINING[waits]}"
-
-
-def _train(approvals: ApprovalTimes, seed: int, draws: int) -> dict[str, Figures]:
-    """Let our schedule learn from waits; return its figures untrained and after each number of waits."""
-    schedule = wait_adaptive()
-    figures = {}
-    source, learned = seeded_random(seed), 0
-    with _seeded_jitter(seed):
-        for waits in _TRAINING:
-            simulate_waits(schedule, approvals, waits - learned, source)
-            learned = waits
-            figures[_ours(waits)] = _sampled(schedule, approvals, seed, draws)
-    return figures
 
 
 def _shifted(before: ApprovalTimes, after: ApprovalTimes, seed: int) -> list[float]:
@@ -257,9 +240,9 @@ def _text(values: list[float], digits: int) -> str:
     return f"{values[0]:.{digits}f}" if len(values) == 1 else Spread.of(values).text(digits)
 
 
-def _front_table(name: str, fronts: Mapping[str, list[tuple[float, float]]]) -> Table:
+def _front_table(fronts: Mapping[str, list[tuple[float, float]]]) -> Table:
     table = Table(
-        f"approval times: {name}; the front: {OURS} after {_FRONT_AFTER} waits",
+        f"approval times: {TYPICAL}; the front: {OURS} after {_TRAINED} waits",
         [
             "poll_cost, s",
             *(f"{side}: {figure}" for side in (OURS, OPTIMUM) for figure in ("requests", "lateness, s")),
@@ -316,7 +299,7 @@ def _diagram(axes: Axes, distribution: Distribution) -> None:
         dot = _point(distribution.schedules[name])
         axes.plot(*dot, "o", markersize=4, color=pictures.OTHERS[2])
         axes.annotate(baseline.label, dot, (5, 5), textcoords="offset points", fontsize=8)
-    default = _point(distribution.schedules[_ours(_FRONT_AFTER)])
+    default = _point(distribution.schedules[_AFTER])
     axes.plot(*default, "*", markersize=14, color=pictures.OURS, zorder=4)
     _callout(axes, f"{OURS}, 0.005 to 1 s\na request;\nstar: the default", default, (-12, -38), pictures.OURS)
     _callout(axes, OPTIMUM, best[-3], (-16, -16), "black")
