@@ -41,7 +41,6 @@ _IN_FLIGHT: Final = 16
 _BATCH: Final = 64
 _MARGIN: Final = 0.2  # seconds: all waits must have started this long before they are due
 _SPARE_SOCKETS: Final = 1000
-_FEW: Final = 10_000  # up to here there is time for several rounds of each side
 _START: Final = 1.0  # seconds that there are to start the waits
 _START_ONE: Final = 0.001  # and for each of them
 _GOALS: Final = {10_000: 5.0, 100_000: 10.0}  # ms of the longest block
@@ -52,25 +51,15 @@ UNBOUNDED: Final = "unbounded"
 
 
 class Blocks(NamedTuple):
-    """How long the event loop was blocked, at most, in seconds.
+    """How long the event loop was blocked, at most, in seconds of CPU of its thread.
 
     A *block* is the time between two checks of the loop's sockets: from the return of one ``select`` to the call of the
-    next. No other work waits longer than that. Other programs cannot lengthen the CPU time of the loop's thread. The
-    garbage collector counts separately: its pauses grow with the size of the whole process.
+    next. No other work waits longer than that. Other programs cannot lengthen the CPU time. The garbage collector
+    counts separately: its pauses grow with the size of the whole process.
     """
 
-    block: float  # CPU of the loop's thread, without garbage collection
-    wall_block: float  # wall clock, without garbage collection
-    collection: float  # of the garbage collector, wall clock
-
-
-class _Clocks(NamedTuple):
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> _Clocks:
-        return cls(time.perf_counter(), time.thread_time())
+    block: float
+    collection: float
 
 
 class _Selector(selectors.DefaultSelector):
@@ -91,8 +80,8 @@ class Probe:
 
     def __init__(self) -> None:
         self._on = False
-        self._since = self._collecting_since = self._collected = _Clocks(0.0, 0.0)
-        self.blocks = Blocks(0.0, 0.0, 0.0)
+        self._since = self._collecting_since = self._collected = 0.0
+        self.blocks = Blocks(0.0, 0.0)
         """What was measured so far."""
 
     def run(self, main: Coroutine[None, None, None]) -> None:
@@ -116,81 +105,61 @@ class Probe:
             gc.callbacks.remove(self._collector)
 
     def _on_wake(self) -> None:
-        self._since, self._collected = _Clocks.now(), _Clocks(0.0, 0.0)
+        self._since, self._collected = time.thread_time(), 0.0
 
     def _on_sleep(self) -> None:
         if self._on:
-            now, block = _Clocks.now(), self.blocks
-            wall = now.wall - self._since.wall - self._collected.wall
-            cpu = now.cpu - self._since.cpu - self._collected.cpu
-            self.blocks = Blocks(max(block.block, cpu), max(block.wall_block, wall), block.collection)
+            block = time.thread_time() - self._since - self._collected
+            self.blocks = self.blocks._replace(block=max(self.blocks.block, block))
 
     def _collector(self, phase: str, _info: object) -> None:
-        now = _Clocks.now()
         if phase == "start":
-            self._collecting_since = now
+            self._collecting_since = time.thread_time()
             return
-        wall, cpu = now.wall - self._collecting_since.wall, now.cpu - self._collecting_since.cpu
-        self._collected = _Clocks(self._collected.wall + wall, self._collected.cpu + cpu)
-        self.blocks = self.blocks._replace(collection=max(self.blocks.collection, wall))
-
-
-class Outcome(NamedTuple):
-    """The measurements of one herd."""
-
-    blocks: Blocks
-    total: float  # seconds from the due time to the end of the last wait
+        seconds = time.thread_time() - self._collecting_since
+        self._collected += seconds
+        self.blocks = self.blocks._replace(collection=max(self.blocks.collection, seconds))
 
 
 def run(bench: Bench) -> Report:
-    """Measure herds of 10 000 and of 100 000."""
+    """Measure herds of 10 000, and ours of 100 000, for which the others take minutes."""
     report = Report(f"herd: waits due at the same time, ours and the semaphore with {_IN_FLIGHT} in flight")
-    for size in bench.pick(full=[10_000, 100_000], smoke=[200]):
-        outcomes = _measure_all(bench, size, report)
-        report.tables.append(_table(size, outcomes))
-        report.raw[str(size)] = {
-            name: [{**outcome._asdict(), "blocks": outcome.blocks._asdict()} for outcome in of]
-            for name, of in outcomes.items()
-        }
-        block = Spread.of([1e3 * outcome.blocks.block for outcome in outcomes[OURS]]).median
-        report.goals.append(Goal(f"longest block, {size} waits", _GOALS.get(size, 5.0), block, " ms"))
+    for size, names in bench.pick(full={10_000: [*_HERDS], 100_000: [OURS]}, smoke={200: [OURS, LIMIT]}).items():
+        blocks = _measure_all(bench, size, names, report)
+        report.tables.append(_table(size, blocks))
+        report.raw[str(size)] = {name: [each._asdict() for each in of] for name, of in blocks.items()}
+        longest = Spread.of([1e3 * each.block for each in blocks[OURS]]).median
+        report.goals.append(Goal(f"longest block, {size} waits", _GOALS.get(size, 5.0), longest, " ms"))
     return report
 
 
-def _measure_all(bench: Bench, size: int, report: Report) -> dict[str, list[Outcome]]:
-    outcomes: dict[str, list[Outcome]] = {}
+def _measure_all(bench: Bench, size: int, names: list[str], report: Report) -> dict[str, list[Blocks]]:
+    blocks: dict[str, list[Blocks]] = {name: [] for name in names}
     rounds = bench.pick(full=3, smoke=1)
-    names = bench.pick(full=[*_HERDS], smoke=[OURS, LIMIT])
     for k in range(rounds):
         for name in order(names, k):
-            if k and name != OURS and size > _FEW:
-                continue  # that would take minutes
             bench.progress(f"  {size} waits, round {k + 1} of {rounds}: {name}")
             try:
                 with serving() as server:
-                    outcome = bench.in_fresh_process(measure, server, name, size)
+                    blocks[name].append(bench.in_fresh_process(measure, server, name, size))
             except CannotMeasureError as error:
                 report.notes.append(f"{size} waits, {name}: not measured, {error}")
-                continue
-            outcomes.setdefault(name, []).append(outcome)
-    if OURS not in outcomes:
+    if not blocks[OURS]:
         raise CannotMeasureError("; ".join(report.notes))
-    return {name: outcomes[name] for name in _HERDS if name in outcomes}
+    return {name: of for name, of in blocks.items() if of}
 
 
-def _table(size: int, outcomes: dict[str, list[Outcome]]) -> Table:
-    columns = ["", "block, ms CPU", "block, ms", "collector, ms", "total, s", f"block over {OURS}"]
+def _table(size: int, blocks: dict[str, list[Blocks]]) -> Table:
+    columns = ["", "block, ms CPU", "collector, ms CPU", f"block over {OURS}"]
     table = Table(f"{size} waits (the longest of each run, median of the runs)", columns)
-    for name, of in outcomes.items():
-        longest = zip(*(outcome.blocks for outcome in of), strict=True)
-        ratio = Spread.of([a.blocks.block / b.blocks.block for a, b in zip(of, outcomes[OURS], strict=False)])
-        cells = [Spread.of([1e3 * value for value in values]).text(2) for values in longest]
-        cells.append(Spread.of([outcome.total for outcome in of]).text(2))
+    for name, of in blocks.items():
+        cells = [Spread.of([1e3 * value for value in values]).text(2) for values in zip(*of, strict=True)]
+        ratio = Spread.of([a.block / b.block for a, b in zip(of, blocks[OURS], strict=False)])
         table.rows.append([name, *cells, "1" if name == OURS else ratio.text(1)])
     return table
 
 
-def measure(server: Server, name: str, size: int) -> Outcome:
+def measure(server: Server, name: str, size: int) -> Blocks:
     """Run one herd."""
     allowed = allow_many_sockets() - _SPARE_SOCKETS
     if name == UNBOUNDED and size > allowed:
@@ -200,13 +169,11 @@ def measure(server: Server, name: str, size: int) -> Outcome:
         herd.probe.run(_HERDS[name](herd))
     except aiohttp.ClientError as error:
         raise CannotMeasureError(f"its requests failed ({type(error).__name__})") from error
-    return herd.outcome
+    return herd.probe.blocks
 
 
 class _Herd:
     """The waits, the time at which all are due, and the measurement."""
-
-    outcome: Outcome
 
     def __init__(self, server: Server, size: int) -> None:
         self.server = server
@@ -247,7 +214,6 @@ class _Herd:
             await asyncio.sleep(self.time_left() - 0.02)
             with self.probe.measuring():
                 await self._ended.wait()
-            self.outcome = Outcome(self.probe.blocks, loop.time() - self.due_at)
             await asyncio.gather(*tasks)
         finally:
             await cancel(tasks)
@@ -313,11 +279,9 @@ _HERDS: Final[dict[str, Callable[[_Herd], Coroutine[None, None, None]]]] = {
 
 
 def draw(raw: dict[str, Any]) -> Figure:
-    """Draw the longest block of each side, at the largest size that most sides could run."""
-    size = max(raw, key=lambda size: (len(raw[size]), int(size)))
-    blocks = {
-        name: 1e3 * Spread.of([outcome["blocks"]["block"] for outcome in of]).median for name, of in raw[size].items()
-    }
+    """Draw the longest block of each side, at the size that all sides could run."""
+    size = min(raw, key=int)
+    blocks = {name: 1e3 * Spread.of([each["block"] for each in of]).median for name, of in raw[size].items()}
     figure, (ax,) = pictures.panels(1, width=7.0, height=2.4)
     bars = ax.barh([*blocks], [*blocks.values()], color=[pictures.OURS, *pictures.OTHERS[:1] * (len(blocks) - 1)])
     labels = [f"{block:.1f} ms" if block < 100 else f"{block:.0f} ms" for block in blocks.values()]
