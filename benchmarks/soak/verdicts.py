@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from benchmarks.report import Table, quantile
+from benchmarks.report import Goal, Table, quantile
 
 #: The method that may return None.
 HOLD: Final = "hold_for_approval"
@@ -139,10 +139,23 @@ class Verdicts:
             self.examples.append(f"{verdict}: {outcome}")
         return verdict
 
+    def counts(self) -> dict[str, int]:
+        """Return how many outcomes each verdict was given to, also if there were none."""
+        return {f"{verdict}": self.verdicts[verdict] for verdict in Verdict}
+
+    def goals(self) -> list[Goal]:
+        """Return what no outcome may be."""
+        bad = {
+            "approvals lost": Verdict.LOST,
+            "wrong approvals": Verdict.WRONG,
+            "outcomes that nothing explains": Verdict.UNEXPECTED,
+        }
+        return [Goal(what, 0, self.verdicts[verdict], required=True) for what, verdict in bad.items()]
+
     def table(self) -> Table:
         """Write what was found."""
         figures = {
-            **{f"{verdict}": self.verdicts[verdict] for verdict in Verdict},
+            **self.counts(),
             "told after the approval, median, s": f"{quantile(self.lateness, 0.5):.2f}",
             "the same, 99%": f"{quantile(self.lateness, 0.99):.2f}",
             "the same, the longest": f"{quantile(self.lateness, 1.0):.1f}",

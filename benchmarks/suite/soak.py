@@ -26,7 +26,7 @@ from benchmarks.soak.applications import Plan, Sample
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.proxy import FaultyProxy
 from benchmarks.soak.service import MEMORY, ServiceProcess
-from benchmarks.soak.verdicts import Ending, Entry, Outcome, Verdict, Verdicts
+from benchmarks.soak.verdicts import Ending, Entry, Outcome, Verdicts
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -110,7 +110,7 @@ class Soak:
     async def _tell(self) -> None:
         """Compare, and say what happened."""
         self._compare()
-        counts = ", ".join(f"{verdict} {self.verdicts.verdicts[verdict]}" for verdict in Verdict)
+        counts = ", ".join(f"{verdict} {count}" for verdict, count in self.verdicts.counts().items())
         self._bench.progress(f"  {self.samples[-1].waiting} waits, {counts}; {self.memory[-1][1]:.1f} MB")
 
     def _compare(self) -> None:
@@ -146,15 +146,13 @@ def run(bench: Bench) -> Report:
 
 def _report(soak: Soak) -> Report:
     waiting = statistics.median(sample.waiting for sample in soak.samples)
-    series, counts = _series(soak), soak.verdicts.verdicts
+    series = _series(soak)
     report = Report(
         f"soak: {waiting:.0f} waits at a time for {soak.plan.seconds / 60:g} minutes, with faults at every layer"
     )
     report.tables += [_endings(soak), soak.verdicts.table(), growth.table(series), _process(soak)]
     report.goals += [
-        Goal("approvals lost", 0, counts[Verdict.LOST], required=True),
-        Goal("wrong approvals", 0, counts[Verdict.WRONG], required=True),
-        Goal("waits that ended unexpectedly", 0, counts[Verdict.UNEXPECTED], required=True),
+        *soak.verdicts.goals(),
         Goal("growth of the resident memory, an hour", 1.0, growth.an_hour(series["resident memory, MB"]), " MB"),
     ]
     if soak.plan.uvloop:
@@ -165,7 +163,7 @@ def _report(soak: Soak) -> Report:
         "seconds": soak.plan.seconds,
         "memory": soak.memory[:: 1 + len(soak.memory) // 240],
         "polls": [(sample.held.at - samples[0].held.at, sample.polls) for sample in samples],
-        "verdicts": {f"{verdict}": counts[verdict] for verdict in Verdict},
+        "verdicts": soak.verdicts.counts(),
     }
     return report
 

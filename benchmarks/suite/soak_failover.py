@@ -11,10 +11,10 @@ import os
 import signal
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, TypeVar
 
 import asyncpg
 import psutil  # type: ignore[import-untyped]  # it has no type hints
@@ -42,6 +42,8 @@ _LOG_FILES: Final = 3  # that are there in advance, about
 _FILL_LOG_FILE: Final = "SELECT pg_logical_emit_message(true, '', repeat('x', 1 << 24))"
 SENDER: Final = "SELECT pid FROM pg_stat_replication WHERE state = 'streaming'"
 SETTINGS: Final = {"fsync": "on", "min_wal_size": "32MB", "max_wal_size": "128MB", "wal_keep_size": "64MB"}
+
+S = TypeVar("S", bound="FailoverSoak")
 
 
 class Takeover(NamedTuple):
@@ -169,11 +171,16 @@ def run(bench: Bench) -> Report:
         disk = None
         with suppress(PermissionError):
             disk = stack.enter_context(small_disk(_DISK))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        soak = FailoverSoak(bench, planned(bench), PostgresServer(None, disk, **SETTINGS), folder, disk)
-        stack.callback(soak.close)
-        asyncio.run(soak.run())
-        return _report(soak)
+        return _report(soaked(FailoverSoak, bench, disk))
+
+
+def soaked(kind: type[S], bench: Bench, disk: Path | None) -> S:
+    """Return a run of this kind that has ended, on this disk, or where servers usually have their files."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = PostgresServer(None, disk, **SETTINGS)
+        with closing(kind(bench, planned(bench), server, Path(folder), disk)) as soak:
+            asyncio.run(soak.run())
+    return soak
 
 
 def _report(soak: FailoverSoak) -> Report:

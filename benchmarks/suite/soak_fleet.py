@@ -33,7 +33,7 @@ from benchmarks.soak.growth import Sample
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.proxy import FaultyProxy
 from benchmarks.soak.service import ServiceProcess
-from benchmarks.soak.verdicts import Entry, Event, Verdict, Verdicts
+from benchmarks.soak.verdicts import Entry, Event, Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -138,21 +138,17 @@ class Run:
         report.tables += [self._orders(), self.verdicts.table(), self._disturbed(), *tables]
         report.goals += self._promises()
         report.notes += self.verdicts.examples
-        verdicts = {f"{verdict}": self.verdicts.verdicts[verdict] for verdict in Verdict}
-        report.raw = {"seconds": self.plan.seconds, "orders": count, "verdicts": verdicts}
+        report.raw = {"seconds": self.plan.seconds, "orders": count, "verdicts": self.verdicts.counts()}
         report.raw["happened"] = dict(self.happened)
         return report
 
     def _promises(self) -> list[Goal]:
         """Return what every order but the lost ones is promised."""
-        committed, counts = self.shop.committed.keys(), self.verdicts.verdicts
+        committed = self.shop.committed.keys()
         times = Counter(told.order_id for told in self.told)
         unasked = {told.order_id for told in self.told if told.event.asked is False}
         at_most_none = {
             "orders without an outcome": len(committed - self.lost - times.keys()),
-            "approvals lost": counts[Verdict.LOST],
-            "wrong approvals": counts[Verdict.WRONG],
-            "outcomes that nothing explains": counts[Verdict.UNEXPECTED],
             "outcomes beyond one for each order": times.total() - len(times),
             "payments beyond one for each order": self.paid.total() - len(self.paid),
             "users asked about an order that is not committed": len(self.asked - committed),
@@ -160,6 +156,7 @@ class Run:
         }
         starts = max(worker.starts for worker in self.lasting_workers)
         return [
+            *self.verdicts.goals(),
             *(Goal(what, 0, figure, required=True) for what, figure in at_most_none.items()),
             Goal("starts of a worker that nobody kills", 1, starts, required=True),
         ]

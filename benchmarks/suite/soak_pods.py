@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
-from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.postgres import PostgresServer
 from benchmarks.programs import wholly
 from benchmarks.report import Goal, Report
 
-from .soak_failover import SENDER, SETTINGS, FailoverSoak
-from .soak_fleet import ROLES, planned
+from .soak_failover import SENDER, SETTINGS, FailoverSoak, soaked
+from .soak_fleet import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -106,11 +103,7 @@ class PodsSoak(FailoverSoak):
 
 def run(bench: Bench) -> Report:
     """Run the fleet for an hour, or the minutes that were asked for."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        soak = PodsSoak(bench, planned(bench), PostgresServer(None, None, **SETTINGS), folder, None)
-        stack.callback(soak.close)
-        asyncio.run(soak.run())
-        report = soak.report("soak_pods")
+    soak = soaked(PodsSoak, bench, None)
+    report = soak.report("soak_pods")
     report.goals[-1] = Goal("orders lost", 0, len(soak.lost), required=True)  # each worker is started again
     return report
