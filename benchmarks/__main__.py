@@ -1,7 +1,6 @@
 """The command line: ``python -m benchmarks [NAME ...] [--save FOLDER]``.
 
-The soaks take an hour each, and so take part only if they are named. The tables of those that say ``ON_PAGE`` are
-also written as Markdown, which is read on GitHub.
+The soaks take an hour each, and so take part only if they are named.
 """
 
 from __future__ import annotations
@@ -84,14 +83,12 @@ def _run(name: str, module: ModuleType, bench: Bench) -> Report:
 
 
 def _save(path: Path, machine: dict[str, Any], bench: Bench, module: ModuleType, report: Report) -> None:
-    """Write the tables, the raw numbers with six significant digits, and the page and picture if there are any."""
+    """Write the tables, the raw numbers with six significant digits, and the picture if there is one."""
     path.with_suffix(".txt").write_text(f"{_machine_text(machine)}\n\n{report.text()}\n")
     effort = "smoke" if bench.is_smoke else "full"
     data = json.dumps({"machine": machine, "effort": effort, **dataclasses.asdict(report)})
     rounded = json.loads(data, parse_float=lambda text: float(f"{float(text):.6g}"))
     path.with_suffix(".json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n")
-    if report.tables and hasattr(module, "ON_PAGE"):
-        path.with_suffix(".md").write_text(report.markdown())
     if report.tables and hasattr(module, "draw"):
         pictures.save(module.draw(report.raw), path.with_suffix(".svg"))
 

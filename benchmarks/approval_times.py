@@ -5,16 +5,16 @@ The distributions are known, so the cost of a schedule can be computed; samples 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ApprovalTimes:
     """A mixture of log-normal groups (share, median in seconds, sigma); some users never approve."""
 
@@ -53,6 +53,7 @@ class ApprovalTimes:
 #: A button that is tapped at once.
 QUICK: Final = ApprovalTimes(((1.0, 1.5, 0.6),))
 TYPICAL: Final = ApprovalTimes(((1.0, 8.0, 0.8),))
+EAGER: Final = dataclasses.replace(TYPICAL, never=0.0)
 SLOW: Final = ApprovalTimes(((1.0, 25.0, 1.2),))
 TWO_GROUPS: Final = ApprovalTimes(((0.6, 4.0, 0.5), (0.4, 40.0, 0.6)))
 

@@ -76,12 +76,6 @@ class Table:
             lines.append("  ".join([first, *rest]).rstrip())
         return "\n".join(lines)
 
-    def markdown(self) -> str:
-        """Write it for a page."""
-        rows = [self.columns, ["---:"] * len(self.columns), *self.rows]
-        lines = [f"**{self.title[0].upper()}{self.title[1:]}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
-        return "\n".join(lines)
-
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -127,7 +121,3 @@ class Report:
         parts = [f"== {self.title}", *(table.text() for table in self.tables)]
         lines = [goal.text() for goal in self.goals] + [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts + (["\n".join(lines)] if lines else []))
-
-    def markdown(self) -> str:
-        """Write the tables, for a page."""
-        return "\n\n".join(table.markdown() for table in self.tables) + "\n"

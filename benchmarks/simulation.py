@@ -10,7 +10,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import looptime
 
@@ -29,19 +29,18 @@ if TYPE_CHECKING:
     from aiokeyless._waits.poller import FutureWait
     from aiokeyless.events import Listener
 
-LATENCY: Final = 0.05  # seconds of a good answer
-MOST_POLLS: Final = 1000.0  # a second, as by default
+_LATENCY: Final = 0.05  # seconds of a good answer
 
 #: Seconds that an answer takes (infinite: none comes), and the failure that it is; None: a good one.
 Answer = tuple[float, StatusError | None]
 #: A service: its answer to a poll, by the operation id and the time.
 Service = Callable[[str, float], Answer]
 
-GOOD: Final[Answer] = (LATENCY, None)
+GOOD: Final[Answer] = (_LATENCY, None)
 HANGING: Final[Answer] = (math.inf, None)
 
 
-def failing(status: int = 500, *, seconds: float = LATENCY, retry_after: float | None = None) -> Answer:
+def failing(status: int = 500, *, seconds: float = _LATENCY, retry_after: float | None = None) -> Answer:
     """Return an answer that is a failure."""
     kind = RateLimitError if status == 429 else StatusError  # as protocol.read
     return seconds, kind(status=status, method="GET", path="/v2/operations/x", retry_after=retry_after)
@@ -61,14 +60,6 @@ def operation(operation_id: str, *, is_approved: bool, user_id: str = "AB", payl
     )
 
 
-class Sent(NamedTuple):
-    """One poll as the service saw it."""
-
-    at: float
-    operation_id: str
-    failed: bool
-
-
 class SimulatedTransport(Transport):
     """A transport that asks a function instead of a network."""
 
@@ -76,9 +67,7 @@ class SimulatedTransport(Transport):
         self.request_timeout = 10.0
         self.max_connections = math.inf
         self.service = service
-        self.sent: list[Sent] = []
-        self.in_flight = 0
-        self.most_in_flight = 0
+        self.sent: list[float] = []  # when each poll was
         self.approved_at: dict[str, float] = {}
 
     async def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Operation:  # noqa: ARG002
@@ -86,13 +75,8 @@ class SimulatedTransport(Transport):
         loop = asyncio.get_running_loop()
         now = loop.time()
         seconds, error = self.service(operation_id, now)
-        self.sent.append(Sent(now, operation_id, error is not None or seconds == math.inf))
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            await (loop.create_future() if seconds == math.inf else asyncio.sleep(seconds))
-        finally:
-            self.in_flight -= 1
+        self.sent.append(now)
+        await (loop.create_future() if seconds == math.inf else asyncio.sleep(seconds))
         if error is not None:
             raise error.with_traceback(None)
         return operation(operation_id, is_approved=now >= self.approved_at.get(operation_id, math.inf))
@@ -107,7 +91,6 @@ class Simulation:
         seed: Of all that is random, the library's backoff and jitter included.
         max_in_flight: Polls in flight at once.
         listeners: Whom to tell of waits, polls and the circuit.
-        loop: The event loop; by default, its clock is moved.
     """
 
     transport: SimulatedTransport
@@ -121,25 +104,28 @@ class Simulation:
         seed: int = 1,
         max_in_flight: int = 256,
         listeners: tuple[Listener, ...] = (),
-        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         random.seed(seed)
         self._listeners = Listeners(listeners) if listeners else None
         self._service = service
         self._schedule = schedule
         self._max_in_flight = max_in_flight
-        self._loop = loop or looptime.new_event_loop(noop_cycles=1)
+        self._loop = looptime.new_event_loop(noop_cycles=1)
         self.lateness: dict[str, float] = {}
         """Seconds from the approval of an operation to the end of its wait."""
-        self.outcomes: dict[str, tuple[float, object]] = {}
-        """When each wait ended, and its outcome."""
 
     def run(self, scenario: Coroutine[Any, Any, None]) -> None:
         """Run a scenario to its end, and close the client."""
 
         async def main() -> None:
             self.transport = SimulatedTransport(self._service)
-            self.poller = self.new_poller()
+            self.poller = Poller(
+                self.transport,
+                schedule=self._schedule,
+                max_in_flight=self._max_in_flight,
+                max_polls_per_second=1000.0,  # as by default
+                listeners=self._listeners,
+            )
             await scenario
             await self.poller.aclose()
 
@@ -147,16 +133,6 @@ class Simulation:
             self._loop.run_until_complete(main())
         finally:
             self._loop.close()
-
-    def new_poller(self) -> Poller:
-        """Make a client's poller; `poller` is the first."""
-        return Poller(
-            self.transport,
-            schedule=self._schedule,
-            max_in_flight=self._max_in_flight,
-            max_polls_per_second=MOST_POLLS,
-            listeners=self._listeners,
-        )
 
     @property
     def now(self) -> float:
@@ -174,9 +150,7 @@ class Simulation:
         wait = self.poller.start(operation_id, ticket=None, timeout=timeout, schedule=None, may_be_missing=False)
 
         def ended(_: object) -> None:
-            outcome = wait.result()
-            self.outcomes[operation_id] = self.now, outcome
-            if isinstance(outcome, Operation):
+            if isinstance(wait.result(), Operation):
                 self.lateness[operation_id] = self.now - at
 
         wait.add_done_callback(ended)

@@ -1,4 +1,4 @@
-"""The three brokers as a benchmark has them: each is on this machine, may be killed, and says what it used."""
+"""The three brokers as a benchmark has them: each is on this machine, and says what it used."""
 
 from __future__ import annotations
 
@@ -64,16 +64,13 @@ class Storage:
     def _stop(self) -> None:
         """Stop it for good."""
 
-    async def restart(self) -> None:
-        """Kill the server at once, and start it again."""
-
     def processes(self) -> list[psutil.Process]:
         """Return the server's processes; none where there is no server."""
         return []
 
-    def logged(self, workers: Iterable[psutil.Process]) -> float:
+    def logged(self, worker: psutil.Process) -> float:
         """Return the bytes written so far to the log that survives a crash; here to files, but not to sockets."""
-        return float(sum(worker.io_counters().write_chars for worker in workers))
+        return float(worker.io_counters().write_chars)
 
     def on_disk(self) -> float:
         """Return the bytes on disk of what is stored."""
@@ -97,15 +94,11 @@ class PostgresStorage(Storage):
     def _stop(self) -> None:
         self._server.close()
 
-    async def restart(self) -> None:
-        self._server.kill()
-        self._server.start()
-
     def processes(self) -> list[psutil.Process]:
         postmaster = psutil.Process(self._server.pid)
         return [postmaster, *postmaster.children()]
 
-    def logged(self, workers: Iterable[psutil.Process]) -> float:  # noqa: ARG002  # they write nothing
+    def logged(self, worker: psutil.Process) -> float:  # noqa: ARG002  # it writes nothing
         return float(self._server.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")[0][0])
 
     def on_disk(self) -> float:
@@ -134,14 +127,10 @@ class NatsStorage(Storage):
     def _stop(self) -> None:
         self._cluster.kill()
 
-    async def restart(self) -> None:
-        self._cluster.kill()
-        await self._start()
-
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(server.pid) for server in self._cluster.servers.values()]
 
-    def logged(self, workers: Iterable[psutil.Process]) -> float:  # noqa: ARG002  # they write nothing
+    def logged(self, worker: psutil.Process) -> float:  # noqa: ARG002  # it writes nothing
         # By pages, since what goes to a socket counts as written, too.
         return float(sum(process.io_counters().write_bytes for process in self.processes()))
 

@@ -1,6 +1,6 @@
-"""The three brokers side by side: polls, bursts, many waiting requests, a crash, and what an hour leaves on the disk.
+"""The three brokers side by side: polls, bursts, and many waiting requests.
 
-Each broker's server, each worker and the service are processes of their own, on the same cores. CPU is measured for
+Each broker's server, the worker and the service are processes of their own, on the same cores. CPU is measured for
 each process, so that it hardly depends on how many share a core; polls per second are those of this machine.
 """
 
@@ -17,41 +17,27 @@ from tenacity import wait_chain, wait_fixed
 
 from aiokeyless.worker import Outcome, next_outcome
 from aiokeyless.worker.broker import ExchangeResult
-from benchmarks import pictures
 from benchmarks.approval_times import seeded_random
-from benchmarks.bench import cancel, order
-from benchmarks.fleet import Fleet, fleet, new_request, submit, submit_to
+from benchmarks.bench import cancel
 from benchmarks.report import CannotMeasureError, Goal, Report, Table, p95
 from benchmarks.server import Server, Workload, approved_after, serving
 from benchmarks.storages import STORAGES, PostgresStorage, Storage, resident, total
+from benchmarks.worker import Worker, new_request, submit, submit_to, working
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from aiokeyless.worker import Broker
     from benchmarks.bench import Bench
 
     Row = dict[str, Any]
 
-ON_PAGE: Final = True
-
 _READERS: Final = 8  # outcomes that the application handles at once
 _LOST_AFTER: Final = 120.0  # seconds after which an unnoticed approval counts as lost
-_AN_HOUR: Final = 36_000  # requests: ten a second
 _BATCH: Final = 500  # requests that are taken together
 _TOGETHER: Final = 10_000  # requests that are submitted in one transaction
 _LEASE: Final = 60.0  # seconds
 _TAKES: Final = 50  # calls of `take`
 _TAKEN: Final = 64  # requests of each
 _PUT_OFF: Final = 190.0  # seconds: nearly as long as a broker puts off
-
-
-#: Whose CPU a poll takes: the name and the color in the picture.
-_PARTS: Final = {
-    "worker": ("workers", pictures.OURS),
-    "broker": ("server", pictures.OTHERS[2]),
-    "service": ("service (a stand-in)", pictures.OTHERS[0]),
-}
 
 
 class Sizes(NamedTuple):
@@ -95,38 +81,32 @@ async def _measure(bench: Bench, server: Server, storage: type[Storage], sizes: 
 # -- polls
 
 
-async def _polls(server: Server, storage: type[Storage], sizes: Sizes) -> dict[str, list[Row]]:
-    windows: dict[str, list[Row]] = {"1": [], "2": []}  # by the number of workers
+async def _polls(server: Server, storage: type[Storage], sizes: Sizes) -> list[Row]:
     schedule = wait_chain(wait_fixed(sizes.first), wait_fixed(sizes.interval))
-    async with fleet(server, 2, storage, schedule=schedule, max_polls_per_second=None) as workers:
+    async with working(server, storage, schedule=schedule, max_polls_per_second=None) as worker:
         requests = server.statistics().requests
-        await workers.submit(sizes.polled)
-        await workers.until(lambda now: now.requests - requests > sizes.polled)
-        for turn in range(sizes.rounds):
-            for count in order([2, 1], turn):
-                await workers.resize(count)
-                await workers.until_polled()
-                await asyncio.sleep(sizes.seconds / 4)
-                windows[str(count)].append(await _window(workers, sizes.seconds))
-    return windows
+        await worker.submit(sizes.polled)
+        await worker.until(lambda now: now.requests - requests > sizes.polled)
+        await asyncio.sleep(sizes.seconds / 4)
+        return [await _window(worker, sizes.seconds) for _ in range(sizes.rounds)]
 
 
-async def _window(workers: Fleet, seconds: float) -> Row:
-    logged = workers.logged()
-    with Workload(workers.server) as service:
-        before = workers.cpu()
+async def _window(worker: Worker, seconds: float) -> Row:
+    logged = worker.logged()
+    with Workload(worker.server) as service:
+        before = worker.cpu()
         await asyncio.sleep(seconds)
-        after = workers.cpu()
-    logged = workers.logged() - logged
+        after = worker.cpu()
+    logged = worker.logged() - logged
     polls = service.requests
     if not polls:
-        raise CannotMeasureError("the workers made no poll: other programs took the machine")
+        raise CannotMeasureError("the worker made no poll: other programs took the machine")
     service.check()
-    worker, broker = (b - a for a, b in zip(before, after, strict=True))
+    of_worker, of_broker = (b - a for a, b in zip(before, after, strict=True))
     return {
         "polls": polls / service.wall,
-        "worker": worker / polls,
-        "broker": broker / polls,
+        "worker": of_worker / polls,
+        "broker": of_broker / polls,
         "service": service.cpu / polls,
         "logged": logged / polls,
     }
@@ -140,16 +120,16 @@ async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[
     operation_ids = [approved_after(source.uniform(*ages)) for _ in range(size)]
     told: dict[str, float] = {}  # when, by operation
     all_told = asyncio.Event()
-    async with fleet(server, 1, storage) as workers:
-        empty, created, began = workers.storage.on_disk(), server.statistics().created, time.perf_counter()
+    async with working(server, storage) as worker:
+        created, began = server.statistics().created, time.perf_counter()
 
         async def until_all_are_asked() -> float:
-            await workers.until_created(created + size)
+            await worker.until_created(created + size)
             return time.perf_counter() - began
 
         async def read() -> None:
             while True:
-                async with next_outcome(workers.broker, "benchmark") as event:
+                async with next_outcome(worker.broker, "benchmark") as event:
                     if event.outcome is Outcome.APPROVED and event.operation_id is not None:
                         told[event.operation_id] = time.perf_counter()
                 if len(told) == size:
@@ -157,12 +137,12 @@ async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[
 
         asking = asyncio.create_task(until_all_are_asked())
         reading = [asyncio.create_task(read()) for _ in range(_READERS)]
-        await asyncio.gather(*(submit(workers.broker, operation_id) for operation_id in operation_ids))
+        await asyncio.gather(*(submit(worker.broker, operation_id) for operation_id in operation_ids))
         submitted = time.perf_counter() - began
         with suppress(TimeoutError):  # approvals not told by then are lost
             await asyncio.wait_for(all_told.wait(), ages[1] + _LOST_AFTER)
         await cancel(reading)
-        asked, on_disk = await asking, workers.storage.on_disk() - empty
+        asked = await asking
     due = server.approvals()
     late = [at - due[operation_id] for operation_id, at in told.items()]
     if len(late) < 2:
@@ -173,11 +153,10 @@ async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[
         "asked": asked,
         "late": late,
         "lost": size - len(late),
-        "on_disk": on_disk,
     }
 
 
-# -- waiting requests, and a crash
+# -- waiting requests
 
 
 async def _waiting(storage: type[Storage], count: int) -> Row:
@@ -195,20 +174,8 @@ async def _waiting(storage: type[Storage], count: int) -> Row:
             delivered = [await _delivered(broker) for _ in range(20)]
             take = await _take(stored, broker)
             memory = total(stored.processes(), resident)
-        on_disk, began = stored.on_disk(), time.perf_counter()
-        await stored.restart()
-        async with stored.broker() as broker:
-            await broker.prepare(lease=_LEASE, service="")
-            await _delivered(broker)
-            restart = time.perf_counter() - began
-    return {
-        "waiting": count,
-        "delivered": delivered,
-        "take": take,
-        "memory": memory,
-        "on_disk": on_disk,
-        "restart": restart,
-    }
+        on_disk = stored.on_disk()
+    return {"waiting": count, "delivered": delivered, "take": take, "memory": memory, "on_disk": on_disk}
 
 
 async def _fill(stored: Storage, broker: Broker, count: int) -> None:
@@ -265,14 +232,13 @@ def _report(raw: dict[str, Any]) -> Report:
         first = of["bursts"][0]
         report.goals.append(Goal(f"{name}: seconds until a burst of {first['size']} is asked", 3, first["asked"]))
     postgres = raw[PostgresStorage.name]
-    polls = _median(postgres["windows"]["1"], "polls")
+    polls = _median(postgres["windows"], "polls")
     report.goals.append(Goal("PostgreSQL: 1000 polls/s, over those of one worker", 1, 1000 / polls))
     take = 1e3 * statistics.median(postgres["waiting"]["take"])
     report.goals.append(Goal(f"PostgreSQL: take with {postgres['waiting']['waiting']} waiting", 5, take, " ms"))
     report.notes += [
-        "SQLite has no server: what it takes is in the workers' CPU, and what is logged is all that they write",
+        "SQLite has no server: what it takes is in the worker's CPU, and what is logged is all that it writes",
         "what is logged: PostgreSQL, WAL, which is not on the disk as counted; NATS, pages written",
-        f"an hour, computed: what the largest burst left, for {_AN_HOUR} requests, ten a second",
     ]
     return report
 
@@ -282,12 +248,12 @@ def _median(windows: list[dict[str, float]], what: str) -> float:
 
 
 def _polls_table(raw: dict[str, Any]) -> Table:
-    columns = ["broker", "workers", "polls/s", "CPU per poll, us: workers", "server", "service", "logged per poll, B"]
+    columns = ["broker", "polls/s", "CPU per poll, us: worker", "server", "service", "logged per poll, B"]
     table = Table("polls: more due than can be sent", columns)
     for name, of in raw.items():
-        for count, windows in of["windows"].items():
-            figures = (_median(windows, "polls"), *(1e6 * _median(windows, who) for who in _PARTS))
-            table.rows.append([name, count, *(f"{each:.0f}" for each in (*figures, _median(windows, "logged")))])
+        windows = of["windows"]
+        figures = (_median(windows, "polls"), *(1e6 * _median(windows, who) for who in ("worker", "broker", "service")))
+        table.rows.append([name, *(f"{each:.0f}" for each in (*figures, _median(windows, "logged")))])
     return table
 
 
@@ -304,44 +270,11 @@ def _bursts_table(raw: dict[str, Any]) -> Table:
 
 def _waiting_table(raw: dict[str, Any]) -> Table:
     columns = ["broker", "one more: delivered after, ms", "p95, ms", "take of 64, ms", "server, MB", "disk, MB"]
-    columns += ["delivers again after a crash, s", "disk after an hour, MB"]
     table = Table(f"{next(iter(raw.values()))['waiting']['waiting']} requests that wait", columns)
     for name, of in raw.items():
-        waiting, burst = of["waiting"], of["bursts"][-1]
+        waiting = of["waiting"]
         cells = [f"{1e3 * each:.0f}" for each in (statistics.median(waiting["delivered"]), p95(waiting["delivered"]))]
         cells.append(f"{1e3 * statistics.median(waiting['take']):.1f}" if waiting["take"] else "")
         cells.append(f"{waiting['memory'] / 1e6:.0f}" if waiting["memory"] else "")
-        cells += [f"{waiting['on_disk'] / 1e6:.0f}", f"{waiting['restart']:.1f}"]
-        table.rows.append([name, *cells, f"{burst['on_disk'] / burst['size'] * _AN_HOUR / 1e6:.0f}"])
+        table.rows.append([name, *cells, f"{waiting['on_disk'] / 1e6:.0f}"])
     return table
-
-
-# -- the picture
-
-
-def draw(raw: dict[str, Any]) -> Figure:
-    """Draw the cost of a poll at each broker, and the lateness in the largest burst."""
-    figure, (costs, lateness) = pictures.panels(2)
-    bars = [(f"{name}, {count}", of["windows"][count]) for name, of in raw.items() for count in of["windows"]]
-    labels, bottom = [label for label, _ in bars], [0.0] * len(bars)
-    for who, (label, color) in _PARTS.items():
-        microseconds = [1e6 * _median(windows, who) for _, windows in bars]
-        costs.barh(labels, microseconds, 0.6, bottom, color=color, label=label)
-        bottom = [a + b for a, b in zip(bottom, microseconds, strict=True)]
-    for (label, windows), right in zip(bars, bottom, strict=True):
-        text = f"{_median(windows, 'polls'):,.0f}/s".replace(",", " ")
-        costs.annotate(text, (right, label), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    costs.invert_yaxis()
-    costs.set_xlim(right=1.25 * max(bottom))
-    costs.set_ylim(len(bars) - 0.5, -1.5)
-    costs.grid(visible=False, axis="y")
-    costs.set_xlabel("CPU per poll, µs, by broker and number of workers")
-    costs.legend(loc="upper left", ncols=3, fontsize=8)
-    for color, (name, of) in zip((*pictures.OTHERS[1:3], pictures.OURS), raw.items(), strict=True):
-        late = sorted(of["bursts"][-1]["late"])
-        lateness.plot(late, [(k + 1) / len(late) for k in range(len(late))], color=color, label=name)
-    size = next(iter(raw.values()))["bursts"][-1]["size"]
-    lateness.set_xlabel(f"seconds until an approval is noticed, {size} at once")
-    lateness.set_ylabel("share of the approvals")
-    lateness.legend()
-    return figure

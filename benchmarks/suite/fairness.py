@@ -202,7 +202,7 @@ def run(bench: Bench) -> Report:
     logging.getLogger("aiokeyless.worker").setLevel(logging.CRITICAL)
     report = Report("fairness: good requests among bad ones")
     columns = ["bad ones", "broker", "asked", "approved", "until asked, p95 s", "until the approval is seen, p95 s"]
-    report.tables.append(table := Table(f"{_RATE:g} good requests a second, and 200 bad ones within 6 s", columns))
+    report.tables.append(table := Table(f"{_RATE:g} good requests a second, and bad ones in a break of six", columns))
     after = bench.pick(full=140, smoke=10)
     for weather in bench.pick(full=WEATHERS, smoke=WEATHERS[:1]):
         for storage in STORAGES:

@@ -17,9 +17,8 @@ from tenacity import wait_chain, wait_random
 
 from aiokeyless import ApprovalTimeoutError, KeylessClient, KeylessError
 from benchmarks import pictures
-from benchmarks.approval_times import ApprovalTimes, seeded_random
+from benchmarks.approval_times import EAGER, seeded_random
 from benchmarks.bench import cancel
-from benchmarks.process import resident
 from benchmarks.programs import until
 from benchmarks.report import Report, Table, quantile
 from benchmarks.server import API_KEY, OPERATION_PAYLOAD, USER_ID, Server, Workload, approved_after, serving
@@ -33,20 +32,14 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
 
-ON_PAGE: Final = True
-
-_FEW: Final = 5_000  # waits; the memory of fewer is lost in that of the process
 _START_WITHIN: Final = 900.0
 _POLL_EVERY: Final = 0.02  # seconds between two checks of whether all waits have started
 _BEAT: Final = 0.01  # seconds between two readings of the event loop's lag
-_USERS: Final = ApprovalTimes(((1.0, 8.0, 0.8),), never=0.0)
 _LONGEST: Final = 25.0  # seconds: the slowest users are cut off there, so that the number of waits settles
 
 #: The columns of the tables, with the formats of their figures; "late by" is how late the oldest due poll was (median).
 _SIZE: Final = {
     "waits": "d",
-    "KB a wait": "",
-    "CPU to start one, us": ".0f",
     "polls/s": ".0f",
     "CPU a poll, us": ".0f",
     "share of a core": ".0%",
@@ -56,9 +49,7 @@ _ARRIVAL: Final = {
     "arrivals/s": ".0f",
     "waiting": "d",
     "polls/s": ".0f",
-    "CPU an arrival, ms": ".2f",
     "share of a core": ".0%",
-    "noticed after, s": ".2f",
     "failed": "d",
 }
 _OVERLOAD: Final = {
@@ -81,7 +72,7 @@ def run(bench: Bench) -> Report:
     """Measure by waits, by arrivals, and beyond the capacity."""
     report = Report("limits: what one process bears, and what happens beyond")
     counts = bench.pick(full=[1_000, 10_000, 50_000, 100_000, 200_000], smoke=[50, 100])
-    rates = bench.pick(full=[10.0, 50.0, 200.0], smoke=[20.0])
+    rate = bench.pick(full=200.0, smoke=20.0)
     offered = bench.pick(full=[2e3, 5e3, 1e4, 2e4, 4e4], smoke=[300.0])
     polled = bench.pick(full=(1000.0, 10.0), smoke=(200.0, 0.2))
     measured = bench.pick(full=(30.0, 15.0), smoke=(0.3, 0.3))
@@ -94,12 +85,12 @@ def run(bench: Bench) -> Report:
             return row
 
         sizes = [measure(f"{count} waits", _size, count, *polled) for count in counts]
-        arrivals = [measure(f"{rate:.0f} arrivals a second", _arrivals, rate, *measured) for rate in rates]
+        arrivals = [measure(f"{rate:.0f} arrivals a second", _arrivals, rate, *measured)]
         overloads = [
             measure(f"{due:.0f} polls a second due", _overload, beyond, due, limit)
             for limit, due in itertools.product([None, 1000.0], offered)
         ]
-    title = f"by arrivals: created, waited for with the default schedule, approved ({_USERS})"
+    title = f"by arrivals: created, waited for with the default schedule, approved ({EAGER})"
     report.tables += [
         Table.of("by waits, each polled at random times", _SIZE, sizes),
         Table.of(title, _ARRIVAL, arrivals),
@@ -157,47 +148,35 @@ async def _window(client: KeylessClient, seconds: float) -> Row:
 
 async def _size(server: Server, count: int, rate: float, seconds: float) -> Row:
     """Return what this many waits take, at this many polls a second."""
-    async with KeylessClient(API_KEY, base_url=server.base_url, max_polls_per_second=None) as client:
-        async with _waiting(client, 200, 0.1):  # warm up
-            pass
+    async with (
+        KeylessClient(API_KEY, base_url=server.base_url, max_polls_per_second=None) as client,
+        _waiting(client, count, count / rate),
+    ):
         gc.collect()
-        memory, cpu, polls = resident(), time.process_time(), client.statistics.polls
-        async with _waiting(client, count, count / rate):
-            start = (time.process_time() - cpu) / (client.statistics.polls - polls)
-            gc.collect()
-            each = (resident() - memory) / count
-            await asyncio.sleep(0.5)  # what was late at the start is sent
-            window = await _window(client, seconds)
-    text = f"{each / 1e3:.1f}" if count >= _FEW else "-"
-    return {"waits": count, "bytes": each, "KB a wait": text, "CPU to start one, us": 1e6 * start, **window}
+        await asyncio.sleep(0.5)  # what was late at the start is sent
+        window = await _window(client, seconds)
+    return {"waits": count, **window}
 
 
 async def _arrivals(server: Server, rate: float, warm_up: float, seconds: float) -> Row:
     """Return what new requests cost, from their creation to their approval, once as many end as begin."""
     source, failed = seeded_random(1), 0
-    lateness: list[float] = []
-    tasks: set[asyncio.Task[None]] = set()
 
     async def request() -> None:
         nonlocal failed
-        after = min(_USERS.draw(source), _LONGEST)
+        operation_id = approved_after(min(EAGER.draw(source), _LONGEST))
         try:
-            started = time.perf_counter()
-            await client.request_approval(
-                USER_ID, operation_id=approved_after(after), operation_payload=OPERATION_PAYLOAD
-            )
-            lateness.append(time.perf_counter() - started - after)
+            await client.request_approval(USER_ID, operation_id=operation_id, operation_payload=OPERATION_PAYLOAD)
         except KeylessError:
             failed += 1
 
     async def arrive() -> None:
         due = time.perf_counter()
-        while True:
-            due += source.expovariate(rate)
-            await asyncio.sleep(max(due - time.perf_counter(), 0.0))
-            task = asyncio.create_task(request())
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+        async with asyncio.TaskGroup() as requests:
+            while True:
+                due += source.expovariate(rate)
+                await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+                requests.create_task(request())
 
     async with KeylessClient(API_KEY, base_url=server.base_url, max_polls_per_second=None) as client:
         arriving = asyncio.create_task(arrive())
@@ -205,15 +184,7 @@ async def _arrivals(server: Server, rate: float, warm_up: float, seconds: float)
         window = await _window(client, seconds)
         waiting = client.statistics.waiting
         await cancel([arriving])
-        await cancel([*tasks])
-    return {
-        "arrivals/s": rate,
-        "waiting": waiting,
-        **window,
-        "CPU an arrival, ms": 1e3 * window["share of a core"] / rate,
-        "noticed after, s": quantile(lateness, 0.5),
-        "failed": failed,
-    }
+    return {"arrivals/s": rate, "waiting": waiting, **window, "failed": failed}
 
 
 async def _overload(server: Server, plan: tuple[int, float, int], offered: float, limit: float | None) -> Row:

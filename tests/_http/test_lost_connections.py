@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
@@ -20,7 +20,6 @@ from aiokeyless._http.transport import Transport
 from aiokeyless._rules.circuit import CircuitState
 from aiokeyless.events import PollEnded, RequestEnded
 from aiokeyless.sandbox import Sandbox
-from benchmarks.suite.weather import after_failover
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -184,6 +183,27 @@ async def test_new_connection_is_not_kept() -> None:
 
 
 # Waits
+
+
+async def after_failover(sandbox: Sandbox, client: KeylessClient, waits: int, **options: Any) -> list[float]:
+    """Return how late waits notice approvals within the five seconds that follow a failover."""
+    loop = asyncio.get_running_loop()
+    late: list[float] = []
+
+    async def notice(name: str, at: float) -> None:
+        await client.wait_for_approval(name, **options)
+        late.append(loop.time() - at)
+
+    names = [str(number) for number in range(waits)]
+    await asyncio.gather(*(client.create_operation(USER, operation_id=name) for name in names))
+    fails_over_at = loop.time() + 5
+    async with asyncio.TaskGroup() as group:
+        for number, name in enumerate(names):
+            at = fails_over_at + 5 * number / waits
+            loop.call_at(at, sandbox.approve, name)
+            group.create_task(notice(name, at))
+        loop.call_at(fails_over_at, sandbox.reset_connections)
+    return late
 
 
 @pytest.mark.parametrize("waits", [20, 60, 100])

@@ -1,7 +1,7 @@
-"""Workers as in production: one process each, all on one real broker, with the benchmark server as the service.
+"""A worker as in production: a process of its own, on a real broker, with the benchmark server as the service.
 
-A benchmark submits requests to a fleet and measures its CPU. Only the server is pinned to a core:
-workers and broker run on any free core.
+A benchmark submits requests to it and measures its CPU. Only the server is pinned to a core: worker and broker run on
+any free core.
 """
 
 from __future__ import annotations
@@ -38,30 +38,14 @@ _BATCH: Final = 256  # requests submitted concurrently
 _TIMEOUT: Final = 240.0  # seconds
 
 
-class Fleet:
-    """A changing number of workers on one broker; made by `fleet`."""
+class Worker:
+    """A worker that runs; made by `working`."""
 
-    def __init__(self, server: Server, storage: Storage, broker: Broker, **options: Any) -> None:
+    def __init__(self, server: Server, storage: Storage, broker: Broker, process: SpawnProcess) -> None:
         self.server = server
         self.storage = storage
         self.broker = broker
-        self._options = options
-        self._workers: list[SpawnProcess] = []
-
-    async def resize(self, count: int) -> None:
-        """Start or gracefully stop workers, and return when this many are running."""
-        while len(self._workers) > count:
-            worker = self._workers.pop()
-            worker.terminate()
-            await asyncio.to_thread(worker.join)
-        arguments = self.server, self.storage.url, self._options
-        started = [spawn_server(_work, *arguments) for _ in range(count - len(self._workers))]
-        self._workers += [worker for worker, _ in started]
-        for _, ready in started:
-            try:
-                await asyncio.to_thread(ready.recv)
-            except EOFError:
-                raise CannotMeasureError("a worker did not start") from None
+        self._process = process
 
     async def submit(self, count: int) -> None:
         """Submit this many requests, and return when all their operations are created."""
@@ -77,36 +61,35 @@ class Fleet:
         """Wait until the server has created this many operations since its start."""
         await self.until(lambda statistics: statistics.created >= count)
 
-    async def until_polled(self) -> None:
-        """Wait until the workers, which may have just started, poll."""
-        before = self.server.statistics().requests
-        await self.until(lambda statistics: statistics.requests > before)
-
     def cpu(self) -> tuple[float, float]:
-        """Return the CPU seconds that the workers and the broker used so far."""
-        return (total(self._processes(), cpu), total(self.storage.processes(), cpu))
+        """Return the CPU seconds that the worker and the broker used so far."""
+        return cpu(self._living()), total(self.storage.processes(), cpu)
 
     def logged(self) -> float:
         """Return how many bytes were written so far: see `Storage`."""
-        return self.storage.logged(self._processes())
+        return self.storage.logged(self._living())
 
-    def _processes(self) -> list[psutil.Process]:
-        if not all(worker.is_alive() for worker in self._workers):
-            raise CannotMeasureError("a worker died")
-        return [psutil.Process(worker.pid) for worker in self._workers]
+    def _living(self) -> psutil.Process:
+        if not self._process.is_alive():
+            raise CannotMeasureError("the worker died")
+        return psutil.Process(self._process.pid)
 
 
 @contextlib.asynccontextmanager
-async def fleet(server: Server, workers: int, storage: type[Storage], **options: Any) -> AsyncIterator[Fleet]:
-    """Run a broker that has stored nothing yet, and workers with these options."""
+async def working(server: Server, storage: type[Storage], **options: Any) -> AsyncIterator[Worker]:
+    """Run a broker that has stored nothing yet, and a worker with these options."""
     async with storage() as stored, stored.broker() as broker:
-        running = Fleet(server, stored, broker, **options)
         await asyncio.to_thread(server.require_creation)  # a worker creates what is missing
+        process, ready = spawn_server(_work, server, stored.url, options)
         try:
-            await running.resize(workers)
-            yield running
+            try:
+                await asyncio.to_thread(ready.recv)
+            except EOFError:
+                raise CannotMeasureError("the worker did not start") from None
+            yield Worker(server, stored, broker, process)
         finally:
-            await running.resize(0)
+            process.terminate()
+            await asyncio.to_thread(process.join)
 
 
 async def submit_to(broker: Broker, count: int) -> None:
