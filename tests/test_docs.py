@@ -409,6 +409,16 @@ def test_what_the_benchmarks_say_about_the_memory_of_a_fleet_was_measured() -> N
     assert grown["growth of the worker's objects, an hour"] < 0
 
 
+def test_what_the_benchmarks_say_about_good_requests_was_measured() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    measured: dict[str, list[str]] = {}
+    for bad, *_, asked, approved in saved("fairness")["tables"][0]["rows"]:
+        measured.setdefault(bad, []).append(f"{asked}; {approved}")
+    assert measured.pop("429") == ["inf; inf"] * 3  # "many were not asked"
+    for bad, figures in measured.items():
+        assert f"| {bad} | {' | '.join(figures)} |" in page
+
+
 def test_what_contributing_says_was_tried_was_measured() -> None:
     page = re.sub(r"(?<=\d) (?=\d{3}\b)", "", (ROOT / "CONTRIBUTING.md").read_text())
     committed = sorted(path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json"))
