@@ -7,11 +7,10 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 from rich.text import Text
 
-from .app import JsonFlag, app
-from .render import FRAME, StatusLine, is_terminal, new_console, print_json, print_title
+from .app import app
+from .render import FRAME, StatusLine, is_terminal, new_console, print_title
 from .scenes import (
     APPROVALS,
     INTERVAL,
@@ -19,7 +18,6 @@ from .scenes import (
     OUTAGE,
     PAYLOAD,
     PEOPLE,
-    SceneResult,
     play_mismatch,
     play_outage,
     play_people,
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from .scenes import Draw, Scene, SideResult
+    from .scenes import Draw, Scene, Side
 
 _AIOKEYLESS: Final = "aiokeyless"
 _LOOP: Final = "the loop"
@@ -41,22 +39,14 @@ _NEXT: Final = {
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless demo")
-async def demo(*, as_json: JsonFlag = False) -> None:
+async def demo() -> None:
     """Compare waits with loops of one poll a second, without a key or a network.
 
     Both wait at the same time for the same operations of a sandbox on this machine,
     over real HTTP. First all is well, then there is an outage, and at last answers
     are about something else. The loop survives errors. Takes less than 25 seconds.
-
-    Args:
-        as_json: Print one JSON object at the end, and nothing else.
     """
     console = new_console()
-    if as_json:
-        scenes = {"approval": play_people, "outage": play_outage, "mismatch": play_mismatch}
-        results = {name: msgspec.to_builtins(await play(_draw_nothing)) for name, play in scenes.items()}
-        print_json(console, {"people": PEOPLE, "loop_interval": INTERVAL, **results})
-        return
     print_title(
         console,
         "aiokeyless demo",
@@ -80,18 +70,18 @@ async def demo(*, as_json: JsonFlag = False) -> None:
 async def _show(
     console: Console,
     title: str,
-    play: Callable[[Draw], Awaitable[SceneResult]],
-    describe: Callable[[SceneResult], list[str]],
+    play: Callable[[Draw], Awaitable[Scene]],
+    describe: Callable[[Scene], list[str]],
 ) -> None:
     """Play a scene and print the measurements; on a terminal, a line shows the progress meanwhile."""
     console.print(Text(title, style="bold"))
     if is_terminal(console):
         line = StatusLine(console)
         with line.show():
-            result = await play(partial(_draw_progress, line))
+            scene = await play(partial(_draw_progress, line))
     else:
-        result = await play(_draw_nothing)
-    for text in describe(result):
+        scene = await play(_draw_nothing)
+    for text in describe(scene):
         console.print(Text(f"  {text}"), soft_wrap=True)
     console.print()
 
@@ -107,12 +97,12 @@ def _draw_progress(line: StatusLine, scene: Scene) -> float:
     return FRAME
 
 
-def describe_people(result: SceneResult) -> list[str]:
+def describe_people(scene: Scene) -> list[str]:
     """Return the lines about the first scene."""
-    ours, loop = result.aiokeyless, result.loop
+    ours, loop = scene.aiokeyless, scene.loop
     return [
         *_format_table(
-            result, {"requests": _format_requests, "late on average": _format_mean, "late at worst": _format_worst}
+            scene, {"requests": _format_requests, "late on average": _format_mean, "late at worst": _format_worst}
         ),
         _compare("Sooner on average", _format_mean(ours), _format_mean(loop)),
         _compare("Fewer requests", _format_requests(ours), _format_requests(loop)),
@@ -120,12 +110,12 @@ def describe_people(result: SceneResult) -> list[str]:
     ]
 
 
-def describe_outage(result: SceneResult) -> list[str]:
+def describe_outage(scene: Scene) -> list[str]:
     """Return the lines about the second scene."""
-    ours, loop = result.aiokeyless, result.loop
+    ours, loop = scene.aiokeyless, scene.loop
     return [
         *_format_table(
-            result,
+            scene,
             {"requests during it": lambda side: str(side.requests_in_outage), "last one late by": _format_worst},
         ),
         _compare("Fewer requests during it", str(ours.requests_in_outage), str(loop.requests_in_outage)),
@@ -133,26 +123,28 @@ def describe_outage(result: SceneResult) -> list[str]:
     ]
 
 
-def describe_mismatch(result: SceneResult) -> list[str]:
+def describe_mismatch(scene: Scene) -> list[str]:
     """Return the lines about the third scene."""
-    return _format_table(result, {"pay": lambda side: str(side.approved), "refuse": lambda side: str(side.refused)})
+    return _format_table(
+        scene, {"pay": lambda side: str(len(side.approved_at)), "refuse": lambda side: str(side.refused)}
+    )
 
 
-def _format_requests(side: SideResult) -> str:
-    return str(side.requests)
+def _format_requests(side: Side) -> str:
+    return str(side.requests())
 
 
-def _format_mean(side: SideResult) -> str:
+def _format_mean(side: Side) -> str:
     return f"{fmean(side.lateness):.2f} s"
 
 
-def _format_worst(side: SideResult) -> str:
+def _format_worst(side: Side) -> str:
     return f"{max(side.lateness):.2f} s"
 
 
-def _format_table(result: SceneResult, columns: dict[str, Callable[[SideResult], str]]) -> list[str]:
+def _format_table(scene: Scene, columns: dict[str, Callable[[Side], str]]) -> list[str]:
     """Return a line of headings and a line for each side."""
-    sides = {_AIOKEYLESS: result.aiokeyless, _LOOP: result.loop}
+    sides = {_AIOKEYLESS: scene.aiokeyless, _LOOP: scene.loop}
     rows = {"": [*columns]} | {name: [cell(side) for cell in columns.values()] for name, side in sides.items()}
     return ["".join([f"{name:<12}", *(f"{cell:>18}" for cell in cells)]) for name, cells in rows.items()]
 

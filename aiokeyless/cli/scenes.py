@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import aiohttp
-import msgspec
 
 from aiokeyless.errors import OperationMismatchError
 
@@ -40,59 +39,26 @@ Draw: TypeAlias = "Callable[[Scene], float]"
 Step: TypeAlias = "tuple[float, Callable[[], None]]"
 
 
-class SideResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of one side's waits in a scene.
-
-    Attributes:
-        requests: Number of polls.
-        requests_in_outage: Number of polls during the outage.
-        approved: Number of waits that returned an approval.
-        refused: Number of waits that refused an answer.
-        lateness: For each approval, seconds until the wait returned. They count from the end of the outage if the
-            service was failing at the approval. Empty if nobody approved.
-    """
-
-    requests: int
-    requests_in_outage: int
-    approved: int
-    refused: int
-    lateness: list[float]
-
-
-class SceneResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The measurements of a scene."""
-
-    aiokeyless: SideResult
-    loop: SideResult
-
-
 class Side:
     """The waits of one side, and what they did so far.
 
     Args:
         requests: Returns the number of their polls.
+        due: When each approval could be noticed: the end of the outage, if the service was failing at the approval.
     """
 
-    def __init__(self, requests: Callable[[], int]) -> None:
+    def __init__(self, requests: Callable[[], int], due: dict[str, float]) -> None:
         self.requests: Callable[[], int] = requests
+        self._due = due
         self.approved_at: dict[str, float] = {}
         self.refused: int = 0
         self.requests_before_outage: int = 0
         self.requests_in_outage: int = 0
 
-    def result(self, due: dict[str, float]) -> SideResult:
-        """Return the measurements.
-
-        Args:
-            due: When each approval could be noticed, in seconds after the scene's start.
-        """
-        return SideResult(
-            requests=self.requests(),
-            requests_in_outage=self.requests_in_outage,
-            approved=len(self.approved_at),
-            refused=self.refused,
-            lateness=[round(self.approved_at[operation_id] - at, 3) for operation_id, at in due.items()],
-        )
+    @property
+    def lateness(self) -> list[float]:
+        """Seconds until each wait returned; empty if nobody approved."""
+        return [self.approved_at[operation_id] - at for operation_id, at in self._due.items()]
 
 
 class Scene:
@@ -109,9 +75,9 @@ class Scene:
         self._client = client
         self._http = http
         self._polls_of_loop = 0
-        self.aiokeyless: Side = Side(lambda: client.statistics.polls)
-        self.loop: Side = Side(lambda: self._polls_of_loop)
         self._due: dict[str, float] = {}
+        self.aiokeyless: Side = Side(lambda: client.statistics.polls, self._due)
+        self.loop: Side = Side(lambda: self._polls_of_loop, self._due)
         self._now = asyncio.get_running_loop().time
         self._began_at = self._now()
 
@@ -120,8 +86,8 @@ class Scene:
         """Seconds since the scene began."""
         return self._now() - self._began_at
 
-    async def play(self, draw: Draw, approvals: tuple[float, float] | None, *script: Step) -> SceneResult:
-        """Let people approve while both sides wait. Return the measurements once all waits have ended.
+    async def play(self, draw: Draw, approvals: tuple[float, float] | None, *script: Step) -> Scene:
+        """Let people approve while both sides wait, and return the scene once all waits have ended.
 
         Args:
             draw: Shows the progress of the scene.
@@ -143,7 +109,7 @@ class Scene:
                 group.create_task(self._act_after(at, action))
             await asyncio.wait(waits)
             drawing.cancel()
-        return SceneResult(aiokeyless=self.aiokeyless.result(self._due), loop=self.loop.result(self._due))
+        return self
 
     async def _draw(self, draw: Draw) -> None:
         while True:  # noqa: ASYNC110  # an animation
@@ -173,7 +139,7 @@ class Scene:
         self._sandbox.recover()
         for side in (self.aiokeyless, self.loop):
             side.requests_in_outage = side.requests() - side.requests_before_outage
-        self._due = dict.fromkeys(self._due, self.elapsed)
+        self._due.update(dict.fromkeys(self._due, self.elapsed))
 
     def answer_about_another(self) -> None:
         """Let the service answer with the approval of another payment."""
@@ -215,19 +181,19 @@ async def _open_scene() -> AsyncGenerator[Scene]:
             yield Scene(sandbox, client, http)
 
 
-async def play_people(draw: Draw) -> SceneResult:
+async def play_people(draw: Draw) -> Scene:
     """Play a service that works."""
     async with _open_scene() as scene:
         return await scene.play(draw, APPROVALS)
 
 
-async def play_outage(draw: Draw) -> SceneResult:
+async def play_outage(draw: Draw) -> Scene:
     """Play an outage, during which everybody approves."""
     async with _open_scene() as scene:
         return await scene.play(draw, OUTAGE, (OUTAGE[0], scene.fail), (OUTAGE[1], scene.recover))
 
 
-async def play_mismatch(draw: Draw) -> SceneResult:
+async def play_mismatch(draw: Draw) -> Scene:
     """Play a service, or a proxy in front of it, that answers about another payment. Nobody approves."""
     async with _open_scene() as scene:
         return await scene.play(draw, None, (_OTHER_ANSWERS_AT, scene.answer_about_another))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiokeyless import ApprovalTicket, ApprovalTimeoutError, ApprovalUnknownError, ConfigurationError, __version__
-from aiokeyless.cli import demo, run
+from aiokeyless.cli import operations, run
 from aiokeyless.cli.app import CommandError
 from aiokeyless.cli.error_messages import describe
 from aiokeyless.sandbox.control import ENDPOINTS
@@ -140,11 +140,11 @@ def test_wrong_arguments_are_one_line_on_stderr_that_names_them_and_exit_2(
 def test_what_a_command_raises_is_one_line_on_stderr_and_an_exit_code(
     fail: Fail, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
-    def play(*_: object) -> None:
+    def open_client(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "play_people", play)
-    assert fail("demo", "--json", code=code) == message
+    monkeypatch.setattr(operations, "open_client", open_client)
+    assert fail("get", "a", code=code) == message
 
 
 @pytest.mark.parametrize(

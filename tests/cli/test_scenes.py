@@ -15,7 +15,7 @@ from aiokeyless.sandbox import Sandbox
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiokeyless.cli.scenes import Draw, Scene, SceneResult
+    from aiokeyless.cli.scenes import Draw, Scene
 
 pytestmark = pytest.mark.looptime
 
@@ -25,23 +25,23 @@ def draw_seldom(_scene: Scene) -> float:
 
 
 async def test_both_notice_every_approval_and_the_library_sooner_on_average() -> None:
-    result = await play_people(draw_seldom)
-    for side in (result.aiokeyless, result.loop):
-        assert (side.approved, side.refused, side.requests_in_outage) == (PEOPLE, 0, 0)
+    scene = await play_people(draw_seldom)
+    for side in (scene.aiokeyless, scene.loop):
+        assert (len(side.approved_at), side.refused, side.requests_in_outage) == (PEOPLE, 0, 0)
         assert len(side.lateness) == PEOPLE
         assert min(side.lateness) >= 0
-    assert max(result.loop.lateness) < 2 * INTERVAL
-    assert fmean(result.aiokeyless.lateness) < fmean(result.loop.lateness)
+    assert max(scene.loop.lateness) < 2 * INTERVAL
+    assert fmean(scene.aiokeyless.lateness) < fmean(scene.loop.lateness)
 
 
 async def test_both_survive_an_outage_into_which_the_library_sends_little() -> None:
-    result = await play_outage(draw_seldom)
-    for side in (result.aiokeyless, result.loop):
-        assert (side.approved, side.refused) == (PEOPLE, 0)
+    scene = await play_outage(draw_seldom)
+    for side in (scene.aiokeyless, scene.loop):
+        assert (len(side.approved_at), side.refused) == (PEOPLE, 0)
         assert min(side.lateness) >= 0
     every_second = PEOPLE * (OUTAGE[1] - OUTAGE[0]) / INTERVAL
-    assert result.loop.requests_in_outage == pytest.approx(every_second, rel=0.1)
-    assert result.aiokeyless.requests_in_outage < every_second / 4
+    assert scene.loop.requests_in_outage == pytest.approx(every_second, rel=0.1)
+    assert scene.aiokeyless.requests_in_outage < every_second / 4
 
 
 async def test_an_outage_begins_once_everybody_was_asked_however_slow_the_machine_is(
@@ -55,20 +55,20 @@ async def test_an_outage_begins_once_everybody_was_asked_however_slow_the_machin
         self.latency = 0.5
 
     monkeypatch.setattr(Sandbox, "start", slow)
-    result = await play_outage(draw_seldom)
-    assert result.aiokeyless.approved == result.loop.approved == 5
+    scene = await play_outage(draw_seldom)
+    assert len(scene.aiokeyless.approved_at) == len(scene.loop.approved_at) == 5
 
 
 async def test_an_answer_about_something_else_deceives_the_loop_and_not_the_library() -> None:
-    result = await play_mismatch(draw_seldom)
-    assert (result.aiokeyless.approved, result.aiokeyless.refused) == (0, PEOPLE)
-    assert (result.loop.approved, result.loop.refused) == (PEOPLE, 0)
-    assert result.aiokeyless.lateness == result.loop.lateness == []
+    scene = await play_mismatch(draw_seldom)
+    assert (len(scene.aiokeyless.approved_at), scene.aiokeyless.refused) == (0, PEOPLE)
+    assert (len(scene.loop.approved_at), scene.loop.refused) == (PEOPLE, 0)
+    assert scene.aiokeyless.lateness == scene.loop.lateness == []
 
 
 @pytest.mark.parametrize("play", [play_people, play_outage, play_mismatch])
 async def test_the_polls_that_are_reported_are_those_that_the_sandbox_received(
-    play: Callable[[Draw], Awaitable[SceneResult]], monkeypatch: pytest.MonkeyPatch
+    play: Callable[[Draw], Awaitable[Scene]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandboxes: list[Sandbox] = []
     start = Sandbox.start
@@ -80,9 +80,9 @@ async def test_the_polls_that_are_reported_are_those_that_the_sandbox_received(
     monkeypatch.setattr(Sandbox, "start", noted)
     few = 5
     monkeypatch.setattr(scenes, "PEOPLE", few)
-    result = await play(draw_seldom)
+    scene = await play(draw_seldom)
     [sandbox] = sandboxes
-    assert sandbox.request_count - few == result.aiokeyless.requests + result.loop.requests
+    assert sandbox.request_count - few == scene.aiokeyless.requests() + scene.loop.requests()
 
 
 async def test_a_scene_that_is_cancelled_leaves_no_task() -> None:
