@@ -243,16 +243,22 @@ def stop_on_signals(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Let Ctrl-C interrupt a read from a file or a terminal, which asyncio's handler would not."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def ask(question: str) -> bool:
     """Ask at the terminal, and return whether the answer is yes."""
     sys.stderr.write(f"{question} Type yes: ")
     sys.stderr.flush()
-    # asyncio's handler would not interrupt the reading.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with reading():
         return sys.stdin.readline().strip().lower() == "yes"
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 @asynccontextmanager

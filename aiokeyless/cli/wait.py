@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -32,21 +32,16 @@ from .app import (
     Timeout,
     app,
     new_client,
+    reading,
 )
-from .error_messages import describe, describe_method, format_count, quote, quote_operation_id
+from .error_messages import describe, describe_method, format_count
 from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from cyclopts import Token
+    from collections.abc import Mapping
 
     from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
-
-_TICKET_LIMIT: Final = 1 << 20
-_STDIN: Final = "-"
-_HOW_TO_CREATE: Final = "to create one: aiokeyless create USER_ID --json > FILE"
 
 #: The names of outcomes in ``--json``, by error, the more specific ones first. Any other error is an "error".
 _OUTCOMES: Final = (
@@ -57,53 +52,10 @@ _OUTCOMES: Final = (
 )
 
 
-if TYPE_CHECKING:
-    _Path = Path
-else:
-    _Path = type(Path())  # before Python 3.12, Path itself has no subclasses
-
-
-class File(_Path):
-    """The value of ``--ticket FILE``: a path, which shells complete. The help shows the name of this class."""
-
-    ticket: ApprovalTicket
-
-
-def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
-    """Read the ticket from the file that an argument names.
-
-    This runs while the arguments are parsed, before the event loop starts: in a running loop, Ctrl-C would not
-    interrupt reading from a terminal.
-
-    Raises:
-        CommandError: The file cannot be read, or is not a ticket.
-    """
-    name = tokens[0].value
-    try:
-        if name == _STDIN:
-            content = sys.stdin.buffer.read(_TICKET_LIMIT)
-        else:
-            with Path(name).open("rb") as opened:
-                content = opened.read(_TICKET_LIMIT)
-    # A null byte in the name is a ValueError.
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_CREATE}") from None
-    try:
-        file = File(name)
-        file.ticket = ApprovalTicket.from_json(content)
-    except ConfigurationError:
-        raise CommandError(
-            f"{'stdin' if name == _STDIN else name} is not a ticket that aiokeyless {__version__} can read; "
-            f"{_HOW_TO_CREATE}"
-        ) from None
-    return file
-
-
 def _check_target(
     operation_id: str | None = None,
     *,
-    ticket: File | None = None,
+    ticket: Path | None = None,
     require_auth_type: str | None = None,
     **_others: object,
 ) -> None:
@@ -131,7 +83,7 @@ Example, for an operation that the phone will create:
 While the operation is pending, failed attempts under its id are shown. They
 decide nothing.
 
-Ctrl-C ends the wait, not the operation, and prints how to resume.
+Ctrl-C ends the wait, not the operation: the same command resumes it.
 
 Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 4 timed out and the
 outcome is unknown, 130 interrupted.""",
@@ -141,9 +93,7 @@ async def wait(
     /,
     *,
     # A leading hyphen is allowed for "-", which is stdin.
-    ticket: Annotated[
-        File | None, Parameter(converter=_read_ticket, accepts_keys=False, n_tokens=1, allow_leading_hyphen=True)
-    ] = None,
+    ticket: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
     timeout: Timeout = None,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
     require_auth_type: AuthType | None = None,
@@ -159,7 +109,7 @@ async def wait(
         require_auth_type: The factor that the approval must have: biom for a face, or pin; if left out: the ticket's.
         as_json: Print a line of JSON for each poll and each attempt of the user, and one for the outcome.
     """
-    target = operation_id if ticket is None else ticket.ticket
+    target = operation_id if ticket is None else _read_ticket(ticket)
     assert target is not None  # noqa: S101  # see _check_target
     if isinstance(target, ApprovalTicket) and require_auth_type is not None:
         target = msgspec.structs.replace(target, require_auth_type=require_auth_type)
@@ -186,10 +136,7 @@ async def wait(
         except asyncio.CancelledError:
             if as_json:
                 print_json(console, _compose_outcome(progress, "interrupted"))
-            options = _format_options(
-                timeout=timeout, if_missing=if_missing, require_auth_type=require_auth_type, as_json=as_json
-            )
-            raise InterruptedCommandError(_explain_resuming(operation_id or ticket, options)) from None
+            raise InterruptedCommandError("to resume, run the same command again") from None
     if as_json:
         print_json(console, _compose_outcome(progress, "approved", operation=operation))
         return
@@ -199,24 +146,20 @@ async def wait(
     print_fact(console, "User", operation.user_id)
 
 
-def _format_options(
-    *, timeout: float | None, if_missing: IfMissing, require_auth_type: str | None, as_json: bool
-) -> str:
-    """Return the options to repeat for the same wait."""
-    return (
-        ("" if timeout is None else f" --timeout {timeout:g}")
-        + ("" if if_missing == "raise" else f" --if-missing {if_missing}")
-        + ("" if require_auth_type is None else f" --require-auth-type={require_auth_type}")
-        + (" --json" if as_json else "")
-    )
+def _read_ticket(path: Path) -> ApprovalTicket:
+    """Read the ticket of a file, or that of stdin.
 
-
-def _explain_resuming(target: str | File | None, options: str) -> str:
-    if isinstance(target, File):
-        where = " with the same ticket on stdin" if str(target) == _STDIN else ""
-        return f"to resume{where}: aiokeyless wait{options} --ticket={quote(str(target))}"
-    assert target is not None  # noqa: S101  # see _check_target
-    return f"to resume: aiokeyless wait{options} {quote_operation_id(target)}"
+    Raises:
+        CommandError: The file cannot be read, or is not a ticket.
+    """
+    try:
+        with reading():
+            return ApprovalTicket.from_json(sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror})"
+    except ConfigurationError:
+        wrong = f"is not a ticket that aiokeyless {__version__} can read"
+    raise CommandError(f"--ticket: {path} {wrong}; to create one: aiokeyless create USER_ID --json > FILE")
 
 
 def _list_facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:

@@ -168,7 +168,7 @@ def test_a_process_on_a_terminal_draws_a_line(other_terminal: dict[str, str]) ->
         (
             ["wait", "yet to come", "--if-missing", "wait"],
             "poll 1",
-            "interrupted; to resume: aiokeyless wait --if-missing wait 'yet to come'",
+            "interrupted; to resume, run the same command again",
         ),
     ],
 )
