@@ -87,7 +87,7 @@ REQUIREMENTS: Final = {
 _ADVICE: Final[dict[type[KeylessError], str]] = {
     BadRequestError: "the service rejects the request as malformed",
     NotFoundError: "no such operation; check the id (one that the phone will create: wait --if-missing wait)",
-    ConflictError: "the operation id is taken; use another one, or leave out --operation-id to have one generated",
+    ConflictError: "the operation id is taken; use a new one (after an earlier try of the same: --if-exists resume)",
     RateLimitError: "too many requests; try again later",
 }
 

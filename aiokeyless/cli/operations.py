@@ -11,7 +11,6 @@ import msgspec
 
 from aiokeyless._waits.explanation import merge_attempts
 from aiokeyless.client import IfExists  # noqa: TC001  # cyclopts reads the signature of a command
-from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
@@ -32,11 +31,8 @@ from .error_messages import describe_method, quote_operation_id, wait_command
 from .render import new_console, print_command, print_fact, print_json, print_list, print_object, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from aiokeyless.client import KeylessClient
     from aiokeyless.models import Authentication
-    from aiokeyless.ticket import ApprovalTicket
 
 
 @app.command(
@@ -79,9 +75,8 @@ async def create(
     operation_id = operation_id or str(uuid.uuid4())
     check = f"operation {operation_id} may exist; to check: aiokeyless get {quote_operation_id(operation_id)}"
     async with open_client(as_json=as_json) as client:
-
-        def create_operation(if_exists: IfExists) -> Awaitable[ApprovalTicket]:
-            return client.create_operation(
+        with explain_interruption(check):
+            ticket = await client.create_operation(
                 user_id,
                 operation_id=operation_id,
                 operation_payload=payload,
@@ -90,9 +85,6 @@ async def create(
                 if_exists=if_exists,
                 require_auth_type=require_auth_type,
             )
-
-        with explain_interruption(check):
-            ticket = await (_create_new(create_operation) if if_exists == "raise" else create_operation(if_exists))
     console = new_console()
     if as_json:
         print_json(console, json.loads(ticket.to_json()))
@@ -105,27 +97,6 @@ async def create(
     print_command(console, wait_command(ticket))
     if sys.stderr.isatty():
         sys.stderr.write("Next, your application notifies the phone.\n")
-
-
-async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalTicket]]) -> ApprovalTicket:
-    """Create an operation. On a conflict with a pending one of the same content, raise how to wait for that.
-
-    The client compares the content, when it resumes what it could not create.
-
-    Raises:
-        CommandError: The operation exists, with this content, and is pending.
-    """
-    try:
-        return await create_operation("raise")
-    except ConflictError:
-        ticket = await create_operation("resume")
-    # The operation with this id has gone meanwhile, so the client created a new one.
-    if not ticket.reconciled:
-        return ticket
-    raise CommandError(
-        "the operation exists already, with this content, and is pending; to wait for it, get its ticket: create "
-        "--if-exists resume"
-    )
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless get txn-1\n  aiokeyless get txn-1 --json")

@@ -38,7 +38,7 @@ from aiokeyless.cli.error_messages import OPTIONS, REQUIREMENTS, VARIABLES, desc
         ),
         (BadRequestError(status=400, method="POST", path="/v2/x"), ["answered 400", "malformed"]),
         (NotFoundError(status=404, method="GET", path="/v2/x"), ["answered 404", "check the id", "--if-missing wait"]),
-        (ConflictError(status=409, method="POST", path="/v2/x"), ["answered 409", "--operation-id"]),
+        (ConflictError(status=409, method="POST", path="/v2/x"), ["answered 409", "--if-exists resume"]),
         (NotFoundError(status=404, method="GET", path="/v2/users/AB/devices"), ["answered 404: no such user"]),
         (RateLimitError(status=429, method="GET", path="/v2/x", detail="x"), ["answered 429", "try again later"]),
         (ServerError(status=503, method="GET", path="/v2/x"), ["answered 503", "try again later"]),

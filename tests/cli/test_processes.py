@@ -104,15 +104,6 @@ def test_what_a_service_does_not_do_is_one_line(
     assert "wrong" not in err
 
 
-@pytest.mark.usefixtures("exported")
-def test_a_taken_id_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["create", "C0FFEE", "--operation-id", "taken", "--payload"]
-    assert run([*arguments, "Pay 40 to Alice"]) == 0
-    capsys.readouterr()
-    assert run([*arguments, "Pay 40 to Bob"]) == 1
-    assert re.fullmatch(r"aiokeyless: .* answered 409: .*another payload.*use a new id\n", capsys.readouterr().err)
-
-
 def test_a_taken_port_is_one_line(fail: Fail, exported: dict[str, str]) -> None:
     port = exported["KEYLESS_BASE_URL"].rpartition(":")[2]
     assert fail("sandbox", "--port", port).startswith(f"port {port} is in use; ")
