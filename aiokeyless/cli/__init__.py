@@ -5,20 +5,19 @@ into one line on stderr. Only ``__main__`` imports this package, since it needs 
 """
 
 # The commands register themselves with the application.
-from . import demo, doctor, drive, inspect, operations, sandbox, schema, users, verify, wait, worker
+from . import (  # noqa: F401
+    demo,
+    doctor,
+    drive,
+    inspect,
+    operations,
+    sandbox,
+    schema,
+    users,
+    verify,
+    wait,
+    worker,
+)
 from .app import run
 
-__all__ = [
-    "demo",
-    "doctor",
-    "drive",
-    "inspect",
-    "operations",
-    "run",
-    "sandbox",
-    "schema",
-    "users",
-    "verify",
-    "wait",
-    "worker",
-]
+__all__ = ["run"]

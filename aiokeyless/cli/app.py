@@ -25,12 +25,11 @@ from aiokeyless.client import KeylessClient
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,
-    ConfigurationError,
     InvalidIdentifierError,
     KeylessError,
 )
 
-from .error_messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quote
+from .error_messages import describe, quote
 from .render import escape, show_waiting
 
 if TYPE_CHECKING:
@@ -127,8 +126,8 @@ def _describe_usage(error: CycloptsError) -> str:
 def _describe_unknown_option(error: UnknownOptionError) -> str:
     """Return the message for an unknown option: the variable to set, cyclopts' guess, or the options that exist."""
     option, message = (error.token.keyword or error.token.value).partition("=")[0], str(error)
-    if variable := VARIABLES.get(option.removeprefix("--").replace("-", "_")):
-        return f"Unknown option: {option}. Set {variable} instead."
+    if option in {"--api-key", "--base-url", "--region"}:
+        return f"Unknown option: {option}. Set KEYLESS_{option[2:].replace('-', '_').upper()} instead."
     if message.endswith("?"):
         return message
     options = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
@@ -163,7 +162,7 @@ def _fail(message: str, code: Exit) -> Exit:
 # -- arguments and options
 
 
-def validator(check: Callable[[str], str], argument: str) -> Callable[[object, str | None], None]:
+def validator(check: Callable[[str], str]) -> Callable[[object, str | None], None]:
     """Return a validator that applies the library's check of an argument; an absent value passes."""
 
     def validate(_type: object, value: str | None) -> None:
@@ -171,8 +170,9 @@ def validator(check: Callable[[str], str], argument: str) -> Callable[[object, s
             return
         try:
             check(value)
-        except InvalidIdentifierError:
-            raise ValueError(f"Must be {REQUIREMENTS[argument]}.") from None
+        except InvalidIdentifierError as error:
+            # Without the argument's name, which cyclopts replaces, and without advice for programs.
+            raise ValueError(f"It {str(error).partition(' ')[2].partition('; pass ')[0]}.") from None
 
     return validate
 
@@ -187,13 +187,11 @@ def _limit(is_valid: Callable[[Any], bool], requirement: str) -> Parameter:
     return Parameter(validator=validate)
 
 
-_check_operation_id = validator(check_operation_id, "operation_id")
+_check_operation_id = validator(check_operation_id)
 
 # Those with a help are described here, once, and not in the docstrings of commands.
-UserId = Annotated[
-    str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"), help="The user, in hex.")
-]
-User = Annotated[str | None, Parameter(name="--user", validator=validator(check_user_id, "user_id"))]
+UserId = Annotated[str, Parameter(name="USER_ID", validator=validator(check_user_id), help="The user, in hex.")]
+User = Annotated[str | None, Parameter(name="--user", validator=validator(check_user_id))]
 OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id, help="The operation.")]
 AuthType = Literal["biom", "pin"]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
@@ -275,14 +273,12 @@ def new_client(listeners: Iterable[Listener] = ()) -> KeylessClient:
         listeners: Called with each event of the client.
 
     Raises:
-        CommandError: The environment has no key, or a variable is wrong.
+        CommandError: The environment has no key.
+        ConfigurationError: A variable is wrong; the error names it.
     """
     if not os.environ.get("KEYLESS_API_KEY", "").strip():
         raise CommandError(
             "no API key: export KEYLESS_API_KEY=... with the server key of your tenant (to try it without one: "
             "aiokeyless sandbox)"
         )
-    try:
-        return KeylessClient(trust_env=True, listeners=listeners)
-    except ConfigurationError as error:
-        raise CommandError(describe_argument(error, VARIABLES)) from None
+    return KeylessClient(trust_env=True, listeners=listeners)

@@ -31,7 +31,7 @@ from .app import (
     UserId,
     validator,
 )
-from .error_messages import VARIABLES, describe_argument, describe_method, format_count
+from .error_messages import describe_method, format_count
 from .render import print_list, print_object, print_result, show_waiting
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
 
@@ -47,7 +47,7 @@ _IDENTITY: Final = "X-Keyless-Sandbox"
 _DONE: Final = {"done": True}
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
-ExternalUserId = Annotated[str | None, Parameter(validator=validator(check_external_user_id, "external_id"))]
+ExternalUserId = Annotated[str | None, Parameter(validator=validator(check_external_user_id))]
 
 
 class _Listing(msgspec.Struct):
@@ -332,9 +332,9 @@ def _read_address() -> tuple[str, str]:
     if not base_url:
         return f"http://127.0.0.1:{DEFAULT_PORT}", DEFAULT_KEY
     key = read_api_key(os.environ.get("KEYLESS_API_KEY", "").strip() or DEFAULT_KEY)
+    if isinstance(key, ConfigurationError):
+        raise CommandError(f"$KEYLESS_API_KEY is wrong: {key}")
     try:
-        if isinstance(key, ConfigurationError):
-            raise key
         return check_base_url(base_url), key.reveal()
     except ConfigurationError as error:
-        raise CommandError(describe_argument(error, VARIABLES)) from None
+        raise CommandError(f"$KEYLESS_BASE_URL is wrong: {error}") from None

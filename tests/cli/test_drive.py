@@ -154,7 +154,7 @@ async def test_a_variable_that_is_wrong_is_named(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert (await refusal("list")).startswith(f"{variable} must be ")
+    assert (await refusal("list")).startswith(f"${variable} is wrong: ")
     assert not service.requests
 
 
