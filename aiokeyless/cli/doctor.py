@@ -48,7 +48,7 @@ from .app import (
 )
 from .error_messages import describe, describe_method, quote_operation_id
 from .findings import CHECKS, CreatedOperation, EarlierReport, Finding, Notebook
-from .render import Progress, display_for, follow, new_console, print_json, show_waiting
+from .render import display_for, follow, new_console, print_json, show_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -392,12 +392,10 @@ class Examination:
     ) -> tuple[Operation, Finding]:
         """Tell the person what to do, and wait until it is approved."""
         self.notebook.progress.print()
-        seconds, display = self.seconds, display_for(self.notebook.progress)
+        seconds, display = self.seconds, display_for(self.notebook.progress, self.seconds)
         display.begin({"To do": to_do, "Operation": operation_id, "Payload": payload, "Time": f"{seconds:g} s at most"})
         ticket = ApprovalTicket.for_operation(operation_id, user_id=self.user_id, operation_payload=payload)
-        operation, elapsed = await follow(
-            self.client, ticket, Progress(seconds), display, timeout=seconds, if_missing=if_missing
-        )
+        operation, elapsed = await follow(self.client, ticket, display, timeout=seconds, if_missing=if_missing)
         self.notebook.record_state(operation)
         how = describe_method(operation.auth_type) or ", but no factor is named: require_auth_type never passes"
         return operation, (True, f"after {elapsed:.0f} s{how}")

@@ -176,59 +176,34 @@ def print_list(
 # -- the progress of a wait
 
 
-class Progress:
-    """The progress of a wait. Times are seconds by the loop's clock, since this object was created.
+class Display:
+    """The progress of a wait, and what is shown of it: here, its facts only.
 
     Args:
+        console: Where it is shown.
         budget: Seconds that the wait may last; if infinite, no limit is shown.
     """
-
-    def __init__(self, budget: float = math.inf) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._started_at = self._loop.time()
-        self._budget = budget
-        self.polls: int = 0
-        self.next_poll_at: float | None = None
-        self.phrase: str = "Waiting for Keyless"
-        self._attempts: tuple[Authentication, ...] = ()
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds until now."""
-        return self._loop.time() - self._started_at
-
-    @property
-    def left(self) -> float:
-        """Seconds left of the budget."""
-        return max(0.0, self._budget - self.elapsed)
-
-    def add(self, update: ApprovalUpdate) -> None:
-        """Record the result of a poll."""
-        self.polls = update.polls
-        self.next_poll_at = None if update.next_poll_in is None else self.elapsed + update.next_poll_in
-        self._attempts = update.attempts
-        failed = sum(attempt.failed for attempt in update.attempts)
-        match update.error:
-            case None:
-                self.phrase = f"{format_count(failed, 'attempt')} failed" if failed else "Waiting for the user"
-            case NotFoundError():
-                self.phrase = "Not created yet"
-            case _:
-                self.phrase = "No answer, retrying"
-
-    def find_new_attempts(self, update: ApprovalUpdate) -> list[Authentication]:
-        """Return the attempts that are new in an update; call it before `add`."""
-        return [attempt for attempt in update.attempts if attempt not in self._attempts]
-
-
-class Display:
-    """Shows the progress of a wait. This base class shows the facts of the wait only."""
 
     frame: float | None = None
     """Seconds between two calls of `draw`; None: no calls between polls."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, budget: float = math.inf) -> None:
         self._console = console
+        self._budget = budget
+        self._now = asyncio.get_running_loop().time
+        self._started_at = self._now()
+        self._update: ApprovalUpdate | None = None
+        self._updated_at = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this object was created, by the loop's clock."""
+        return self._now() - self._started_at
+
+    @property
+    def polls(self) -> int:
+        """Number of polls."""
+        return 0 if self._update is None else self._update.polls
 
     def begin(self, facts: Mapping[str, str]) -> None:
         """Show the facts of the wait."""
@@ -236,18 +211,28 @@ class Display:
             print_fact(self._console, name, value)
         self._console.print()
 
+    def add(self, update: ApprovalUpdate) -> None:
+        """Record the result of a poll, and show it and the attempts that it is the first to have."""
+        known = () if self._update is None else self._update.attempts
+        self._update, self._updated_at = update, self.elapsed
+        self.draw()
+        for attempt in update.attempts:
+            if attempt not in known:
+                self.show_attempt(attempt)
+        self.show_poll(update)
+
     @contextmanager
     def show(self) -> Iterator[None]:
         """Keep the display in place while the wait lasts."""
         yield
 
-    def draw(self, progress: Progress) -> None:
+    def draw(self) -> None:
         """Show the progress."""
 
-    def attempt(self, progress: Progress, attempt: Authentication) -> None:
+    def show_attempt(self, attempt: Authentication) -> None:
         """Show a new attempt to authenticate."""
 
-    def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
+    def show_poll(self, update: ApprovalUpdate) -> None:
         """Show the result of a poll."""
 
 
@@ -260,17 +245,15 @@ class PlainLines(Display):
         yield
         self._console.print()
 
-    def attempt(self, progress: Progress, attempt: Authentication) -> None:
+    def show_attempt(self, attempt: Authentication) -> None:
         """Print an attempt that failed."""
         if words := describe_failures([attempt]):
-            self._console.print(Text(f"  {progress.elapsed:6.2f} s  {words}"))
+            self._console.print(Text(f"  {self.elapsed:6.2f} s  {words}"))
 
-    def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
+    def show_poll(self, update: ApprovalUpdate) -> None:
         """Print the result of a poll."""
         after = "" if update.next_poll_in is None else f", next in {update.next_poll_in:.2f} s"
-        self._console.print(
-            Text(f"  {progress.elapsed:6.2f} s  poll {update.polls}: {_describe_result(update)}{after}")
-        )
+        self._console.print(Text(f"  {self.elapsed:6.2f} s  poll {update.polls}: {_describe_result(update)}{after}"))
 
 
 def _describe_result(update: ApprovalUpdate) -> str:
@@ -339,8 +322,8 @@ class LiveLine(Display):
 
     frame: float | None = FRAME
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, budget: float) -> None:
+        super().__init__(console, budget)
         self._line = StatusLine(console)
 
     @contextmanager
@@ -349,33 +332,37 @@ class LiveLine(Display):
         with self._line.show():
             yield
 
-    def draw(self, progress: Progress) -> None:
+    def draw(self) -> None:
         """Redraw the line."""
-        self._line.draw(_compose_line(progress))
+        text = Text(_describe_state(self._update))
+        text.truncate(_PHRASE_WIDTH, pad=True)
+        text.append(f"{self.elapsed:7.1f} s", style="bold")
+        text.append(f"  {format_count(self.polls, 'poll')}")
+        if self._update is not None and self._update.next_poll_in is not None:
+            left = max(0.0, self._updated_at + self._update.next_poll_in - self.elapsed)
+            text.append(f"  next in {left:.1f} s", style="dim")
+        if self._budget < math.inf:
+            text.append(f"  {max(0.0, self._budget - self.elapsed):.0f} s left", style="dim")
+        self._line.draw(text)
 
 
-def _compose_line(progress: Progress) -> Text:
-    elapsed = progress.elapsed
-    text = Text(progress.phrase)
-    text.truncate(_PHRASE_WIDTH, pad=True)
-    text.append(f"{elapsed:7.1f} s", style="bold")
-    text.append(f"  {format_count(progress.polls, 'poll')}")
-    if progress.next_poll_at is not None:
-        text.append(f"  next in {max(0.0, progress.next_poll_at - elapsed):.1f} s", style="dim")
-    if progress.left < math.inf:
-        text.append(f"  {progress.left:.0f} s left", style="dim")
-    return text
+def _describe_state(update: ApprovalUpdate | None) -> str:
+    if update is None:
+        return "Waiting for Keyless"
+    if update.error is not None:
+        return "Not created yet" if isinstance(update.error, NotFoundError) else "No answer, retrying"
+    failed = sum(attempt.failed for attempt in update.attempts)
+    return f"{format_count(failed, 'attempt')} failed" if failed else "Waiting for the user"
 
 
-def display_for(console: Console) -> Display:
+def display_for(console: Console, budget: float) -> Display:
     """Return a live line for a terminal, else plain lines."""
-    return LiveLine(console) if is_terminal(console) else PlainLines(console)
+    return LiveLine(console, budget) if is_terminal(console) else PlainLines(console)
 
 
 async def follow(
     client: KeylessClient,
     target: str | ApprovalTicket,
-    progress: Progress,
     display: Display,
     *,
     timeout: WaitTimeout,  # noqa: ASYNC109  # the client's own
@@ -384,28 +371,20 @@ async def follow(
     """Wait for an approval while the display shows the progress.
 
     Returns:
-        The approved operation, and when the wait returned, in seconds after the start of `progress`.
+        The approved operation, and when the wait returned, in seconds after the display was created.
     """
-
-    def on_poll(update: ApprovalUpdate) -> None:
-        made = progress.find_new_attempts(update)
-        progress.add(update)
-        display.draw(progress)
-        for attempt in made:
-            display.attempt(progress, attempt)
-        display.poll(progress, update)
 
     async def wait() -> tuple[Operation, float]:
         operation = await client.wait_for_approval(
-            target, timeout=timeout, if_missing=if_missing, on_poll=on_poll, explain=True
+            target, timeout=timeout, if_missing=if_missing, on_poll=display.add, explain=True
         )
-        return operation, progress.elapsed
+        return operation, display.elapsed
 
     with display.show():
         waiting = asyncio.create_task(wait())
         try:
             while not waiting.done():
-                display.draw(progress)
+                display.draw()
                 await asyncio.wait([waiting], timeout=display.frame)
             return waiting.result()
         finally:

@@ -35,7 +35,7 @@ from .app import (
     reading,
 )
 from .error_messages import describe, describe_method, format_count
-from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
+from .render import Display, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,32 +116,30 @@ async def wait(
     budget = timeout or (DEFAULT_LIFETIME if isinstance(target, str) else target.remaining())
     console = new_console()
     async with new_client() as client:
-        progress = Progress(budget)
-        display = _JsonLines(console) if as_json else display_for(console)
+        display = _JsonLines(console) if as_json else display_for(console, budget)
         display.begin(_list_facts(target, budget))
         try:
             operation, elapsed = await follow(
                 client,
                 target,
-                progress,
                 display,
                 timeout=DefaultTimeout.FROM_TARGET if timeout is None else timeout,
                 if_missing=if_missing,
             )
         except KeylessError as error:
             if as_json:
-                print_json(console, _compose_outcome(progress, _name_outcome(error), error=error))
+                print_json(console, _compose_outcome(display, _name_outcome(error), error=error))
             raise
         # Ctrl-C raises this in a coroutine.
         except asyncio.CancelledError:
             if as_json:
-                print_json(console, _compose_outcome(progress, "interrupted"))
+                print_json(console, _compose_outcome(display, "interrupted"))
             raise InterruptedCommandError("to resume, run the same command again") from None
     if as_json:
-        print_json(console, _compose_outcome(progress, "approved", operation=operation))
+        print_json(console, _compose_outcome(display, "approved", operation=operation))
         return
     how = describe_method(operation.auth_type).strip()
-    spent = f"after {elapsed:.1f} s and {format_count(progress.polls, 'poll')}"
+    spent = f"after {elapsed:.1f} s and {format_count(display.polls, 'poll')}"
     print_fact(console, "Approved", f"{how}, {spent}" if how else spent, "bold green")
     print_fact(console, "User", operation.user_id)
 
@@ -175,16 +173,16 @@ class _JsonLines(Display):
     def begin(self, facts: Mapping[str, str]) -> None:
         """Print nothing."""
 
-    def attempt(self, progress: Progress, attempt: Authentication) -> None:
+    def show_attempt(self, attempt: Authentication) -> None:
         """Print an attempt to authenticate, failed or not."""
-        print_json(self._console, {"event": "attempt", "elapsed": round(progress.elapsed, 3), **attempt.to_dict()})
+        print_json(self._console, {"event": "attempt", "elapsed": round(self.elapsed, 3), **attempt.to_dict()})
 
-    def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
+    def show_poll(self, update: ApprovalUpdate) -> None:
         """Print the result of a poll, without the operation: the outcome has that."""
         line = {
             "event": "poll",
             "poll": update.polls,
-            "elapsed": round(progress.elapsed, 3),
+            "elapsed": round(self.elapsed, 3),
             "state": None if update.operation is None else update.operation.state,
             "error": _describe_error(update.error),
             "next_poll_in": None if update.next_poll_in is None else round(update.next_poll_in, 3),
@@ -193,13 +191,13 @@ class _JsonLines(Display):
 
 
 def _compose_outcome(
-    progress: Progress, outcome: str, *, operation: Operation | None = None, error: KeylessError | None = None
+    display: Display, outcome: str, *, operation: Operation | None = None, error: KeylessError | None = None
 ) -> dict[str, object]:
     return {
         "event": "outcome",
         "outcome": outcome,
-        "polls": progress.polls,
-        "elapsed": round(progress.elapsed, 3),
+        "polls": display.polls,
+        "elapsed": round(display.elapsed, 3),
         "operation": None if operation is None else operation.to_dict(),
         "error": _describe_error(error),
     }

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aiokeyless import ApprovalUpdate, Authentication, ServerError
 from aiokeyless.cli import scenes
-from aiokeyless.cli.render import PlainLines, Progress, escape, print_table
+from aiokeyless.cli.render import PlainLines, escape, print_table
 
 from .terminal import ESCAPE, Terminal, create, drawn_by, output_of
 
@@ -132,7 +132,7 @@ async def test_a_poll_without_an_answer_is_a_line_that_names_the_error() -> None
     stream = io.StringIO()
     error = ServerError(status=503, method="GET", path="/v2/operations/a")
     update = ApprovalUpdate(operation=None, error=error, polls=2, elapsed=1.0, next_poll_in=0.5)
-    PlainLines(Console(file=stream)).poll(Progress(), update)
+    PlainLines(Console(file=stream)).show_poll(update)
     assert stream.getvalue() == "    0.00 s  poll 2: no answer (ServerError), next in 0.50 s\n"
 
 
@@ -146,5 +146,5 @@ async def test_a_poll_without_an_answer_is_a_line_that_names_the_error() -> None
 )
 async def test_an_attempt_is_a_line_where_it_failed(attempt: Authentication, shown: str) -> None:
     stream = io.StringIO()
-    PlainLines(Console(file=stream)).attempt(Progress(), attempt)
+    PlainLines(Console(file=stream)).show_attempt(attempt)
     assert stream.getvalue().partition(" s  ")[2].rstrip("\n") == shown
