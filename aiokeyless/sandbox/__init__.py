@@ -4,7 +4,7 @@ It serves the documented API on a real socket. Only `Sandbox.client` uses the li
 does not import this package.
 """
 
-from .journal import RequestRecord
 from .server import Sandbox
+from .service import RequestRecord
 
 __all__ = ["RequestRecord", "Sandbox"]

@@ -21,7 +21,6 @@ from .attempts import CANCELLED, attempt_fields
 from .guard import refuse_driver, refuse_host
 from .page import HEADERS
 from .service import Service
-from .snapshot import Camel
 from .store import operation_fields
 from .users import device_fields
 
@@ -41,7 +40,7 @@ _Times = Annotated[int, msgspec.Meta(ge=1)]
 _Method = Literal["GET", "POST", "PATCH", "DELETE"]
 
 
-class Body(Camel, kw_only=True, forbid_unknown_fields=True):
+class Body(msgspec.Struct, rename="camel", kw_only=True, forbid_unknown_fields=True):
     """Base of the bodies. An unknown field is an error."""
 
 

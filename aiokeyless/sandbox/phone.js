@@ -93,14 +93,13 @@ function show(snapshot) {
 
 // Phones
 
-function showPhone({user: name, externalUserId, devices, removed, pending, more, lockedFor}, attempts) {
+function showPhone({user: name, externalUserId, removed, pending, more, lockedFor}, attempts) {
   const phone = phones.get(name) ?? addPhone(name);
   setText(phone.known, externalUserId ? `known as ${externalUserId}` : "");
   phone.removed.hidden = !removed;
   phone.locked.hidden = !lockedFor;
   const until = timeText(Date.now() / 1000 + lockedFor);
   setText(phone.locked.querySelector("span"), `Locked out until ${until}, after too many failed attempts.`);
-  showDevices(phone, devices);
   const keys = new Set(pending.map((each) => each.key));
   for (const card of [...phone.cards.values()]) {
     if (card.done || keys.has(card.key)) continue;
@@ -119,38 +118,20 @@ function showPhone({user: name, externalUserId, devices, removed, pending, more,
   phone.quiet.hidden = phone.cards.size > 0;
 }
 
-function showDevices(phone, devices) {
-  const shown = JSON.stringify(devices);
-  if (shown === phone.shownDevices) return;  // so that the focus on a button is kept
-  phone.shownDevices = shown;
-  setText(phone.devices.querySelector("summary"), devices.length === 1 ? "1 device" : `${devices.length} devices`);
-  phone.devices.querySelector("ul").replaceChildren(...devices.map(({key, since}) => {
-    const button = element("button", "small", "Remove");
-    button.setAttribute("aria-label", `Remove the device of ${phone.name} that was enrolled at ${since}`);
-    button.addEventListener("click", () => change(phone, "remove", {userId: phone.name, key}));
-    return element("li", "", element("code", "", key), button);
-  }));
-}
-
-async function change(phone, path, body) {
-  await post(path, body, phone.problem);
-  if (phone.problem.hidden) phone.title.focus();  // the button may be gone
-}
-
 function addPhone(name) {
   const root = copyOf("phone-template");
   const find = (selector) => root.querySelector(selector);
   const phone = {
     name, root, cards: new Map(), title: find("h2"), known: find(".known"), locked: find(".locked"),
     removed: find(".removed"), list: find(".cards"), more: find(".more"), quiet: find(".quiet"),
-    devices: find(".devices"), problem: find(".problem"), shownDevices: "",
   };
   const unlock = phone.locked.querySelector("button");
   unlock.setAttribute("aria-label", `Unlock the phone of ${name}`);
-  unlock.addEventListener("click", () => change(phone, "unlock", {userId: name}));
-  const enroll = find(".devices > button");
-  enroll.setAttribute("aria-label", `Enroll on a new device: ${name}`);
-  enroll.addEventListener("click", () => change(phone, "enroll", {userId: name}));
+  const problem = find(".problem");  // the phone's own, since it has no card yet
+  unlock.addEventListener("click", async () => {
+    await post("unlock", {userId: name}, problem);
+    phone.title.focus();  // the button is gone
+  });
   phone.title.textContent = name;
   phone.title.title = name;
   phone.title.id = `phone-${++serial}`;

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from .api import Answer, error_answer
-from .control import ENDPOINTS, Body, Endpoint, User, UserId, apply
+from .control import ENDPOINTS, Body, Endpoint, UserId, apply
 from .fields import is_user_id
 from .guard import refuse_foreign_origin, refuse_host
 from .page import HEADERS, load_page
@@ -41,12 +41,6 @@ class _Creation(Body):
 
     user_id: UserId
     operation_payload: str | None = None
-
-
-class _Removal(User):
-    """The body of ``POST /sandbox/page/remove``; `key` is the public signing key of the device."""
-
-    key: str
 
 
 class _FaultChoice(Body):
@@ -90,7 +84,6 @@ class Phones:
                 "POST", _Creation, lambda _, user_id, operation_payload: create(user_id.upper(), operation_payload)
             ),
             "fault": Endpoint("POST", _FaultChoice, _choose_fault),
-            "remove": Endpoint("POST", _Removal, lambda _, user_id, key: book.remove_device(user_id, key)),
         }
 
     async def close(self) -> None:

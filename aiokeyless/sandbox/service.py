@@ -18,7 +18,6 @@ from aiokeyless.models import Authentication, AuthType, Device, Operation
 
 from .api import JSON, TENANT, Answer, KeylessApi, error_answer
 from .attempts import MISMATCH
-from .journal import RequestRecord
 from .snapshot import Fault, PhoneBook
 from .store import OperationStore
 
@@ -26,6 +25,25 @@ if TYPE_CHECKING:
     from .signing import Signer  # which needs an extra
 
 logger: Final = logging.getLogger("aiokeyless")
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """One request in `Sandbox.requests`.
+
+    Attributes:
+        method: HTTP method.
+        path: Request target as received: percent-encoded, with the query.
+        status: Status of the answer. None until there is one. It stays None if the connection was dropped, the client
+            disconnected, or the sandbox closed.
+        at: When the request arrived, by the loop's clock, in seconds.
+        duration: Seconds until the request was answered or ended without an answer; 0.0 until then.
+    """
+
+    method: str
+    path: str
+    status: int | None
+    at: float
+    duration: float = 0.0
 
 
 class _Fault(msgspec.Struct):

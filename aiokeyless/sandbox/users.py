@@ -136,14 +136,9 @@ class Users:
         del self._users[self._get(user_id).user_id]
         self._deleted.add(user_id)
 
-    def devices(self, user_id: str) -> list[Device]:
-        """Return the devices of a user, oldest first."""
-        user = self._find(user_id)
-        return [] if user is None else list(user.devices.values())
-
     def devices_json(self, user_id: str) -> bytes:
-        """Return the body of ``GET /v2/users/{userId}/devices``."""
-        return msgspec.json.encode([device_fields(device) for device in self.devices(user_id)])
+        """Return the body of ``GET /v2/users/{userId}/devices``, oldest first."""
+        return msgspec.json.encode([device_fields(device) for device in self._get(user_id).devices.values()])
 
     def remove_device(self, user_id: str, public_signing_key: str) -> bool:
         """Remove a device; return whether there was one."""

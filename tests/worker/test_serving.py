@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from aiokeyless import KeylessClient
     from aiokeyless._http.protocol import Request
-    from aiokeyless.sandbox import Sandbox
-    from aiokeyless.sandbox.journal import RequestRecord
+    from aiokeyless.sandbox import RequestRecord, Sandbox
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from nats.js.api import ConsumerInfo
 
     from aiokeyless import KeylessClient
-    from aiokeyless.sandbox.journal import RequestRecord
+    from aiokeyless.sandbox import RequestRecord
 
 pytestmark = pytest.mark.platform
 
