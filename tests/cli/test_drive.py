@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from raw_server import RawServer
 
+from aiokeyless import SignatureError
 from aiokeyless.cli import drive
 from aiokeyless.cli.app import CommandError, app
 from aiokeyless.sandbox.control import ENDPOINTS, IDENTITY
@@ -70,7 +71,7 @@ async def test_machines_get_json(service: Sandbox) -> None:
     assert listed == {name: value for name, value in operation.items() if name != "is_approved"}
     assert (await printed_json("enroll", USER))["user_id"] == USER
     assert await printed_json("rotate") == {"key_id": "sandbox-2"}
-    assert (await printed_json("sign", "a", "--tampered")).keys() == {"token"}
+    assert (await printed_json("sign", "a")).keys() == {"token"}
     for command in ("fail", "drop", "recover"):
         assert await printed_json(command) == {"done": True}
     assert await printed_json("unlock", USER) == {"done": True}
@@ -84,13 +85,15 @@ async def test_the_service_fails_as_it_is_told_until_it_recovers(service: Sandbo
         "The service answers 429 to each POST request, until: aiokeyless sandbox recover.\n"
     )
     assert await printed("drop", "--times", "2") == "The service drops the connection of the next 2 requests.\n"
-    get, post, drop = service._faults  # nothing public tells
+    await printed("drop", "--method", "POST", "--stored")
+    get, post, drop, drop_post = service._faults  # nothing public tells
     assert get.answer is not None
     assert (get.answer.status, get.left, get.method, get.stored) == (503, 1, None, False)
     assert post.answer is not None
     assert (post.answer.status, post.left, post.method, post.stored) == (429, float("inf"), "POST", True)
     assert post.answer.headers["Retry-After"] == "2"
-    assert (drop.answer, drop.left) == (None, 2)
+    assert (drop.answer, drop.left, drop.method, drop.stored) == (None, 2, None, False)
+    assert (drop_post.answer, drop_post.left, drop_post.method, drop_post.stored) == (None, float("inf"), "POST", True)
     assert await printed("recover") == "The service works.\n"
     assert not service._faults
 
@@ -98,6 +101,8 @@ async def test_the_service_fails_as_it_is_told_until_it_recovers(service: Sandbo
 async def test_a_user_is_enrolled_and_unlocked(service: Sandbox) -> None:
     enrolled = await printed("enroll", "c0ffee", "--external-user-id", "ann")
     assert f"  Enrolled   {USER}\n  Device     " in enrolled
+    async with service.client() as client:
+        assert (await client.get_user("ann")).user_id == USER
     for _ in range(5):
         service.fail_authentication("a", user_id=USER)
     assert "is locked out for" in await refusal("approve", "a", "--user", USER)
@@ -110,7 +115,16 @@ async def test_a_token_is_printed_for_verify(service: Sandbox) -> None:
     token = (await printed("sign", "a")).strip()
     command = ("verify", token, "--tenant", "sandbox", "--user", USER, "--data", "Pay 5")
     assert "Pay 5" in await output_of(*command)
-    assert await printed("rotate", "--retire") == "sandbox-2\n"
+    wrong = (await printed("sign", "a", "--tampered")).strip()
+    with pytest.raises(SignatureError) as refused:
+        await app.run_async(["verify", wrong, *command[2:-1], "Pay 5 (tampered)"])
+    assert refused.value.reason == "bad_signature"
+    assert await printed("rotate") == "sandbox-2\n"
+    assert await output_of(*command), "the earlier key is still published"
+    assert await printed("rotate", "--retire") == "sandbox-3\n"
+    with pytest.raises(SignatureError) as refused:
+        await app.run_async(command)
+    assert refused.value.reason == "unknown_key"
 
 
 # What can go wrong

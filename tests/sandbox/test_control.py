@@ -1,4 +1,7 @@
-"""The JSON API that drives a sandbox, over real sockets: what each endpoint does, and whom it refuses."""
+"""The JSON API that drives a sandbox, over real sockets: what it answers, and whom it refuses.
+
+tests/cli/test_drive.py asks each endpoint for its effect.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,8 @@ import aiohttp
 import msgspec
 import pytest
 
-from aiokeyless import SignatureError
 from aiokeyless._version import __version__
 from aiokeyless.sandbox.control import ENDPOINTS, IDENTITY
-from aiokeyless.signatures import TransactionVerifier
 
 from .phone_page import BROWSER, OTHER, USER, create, get
 
@@ -97,43 +98,6 @@ async def test_operation_is_declined_and_stays_pending(sandbox: Sandbox, http: a
     assert not sandbox.operations["a"].is_approved
 
 
-async def test_user_who_is_locked_out_is_unlocked(http: aiohttp.ClientSession) -> None:
-    await create(http)
-    for _ in range(5):
-        await done(http, "decline", operationId="a", errorCode=30004)
-    status, message = await error(http, "approve", operationId="a")
-    assert status == 409
-    assert "is locked out" in message
-    await done(http, "unlock", userId=USER.lower())
-    await done(http, "approve", operationId="a")
-    assert await done(http, "unlock", userId="ABCDEF") == {}  # one who is not locked out
-
-
-async def test_service_fails_as_it_is_told_and_as_often(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    await done(http, "fail", status=429, times=2, retryAfter=1.5, method="GET")
-    await done(http, "fail", status=502, times=1, stored=True, method="POST")
-    async with http.get("/v2/operations/a") as response:
-        assert (response.status, response.headers["Retry-After"]) == (429, "1.5")
-    with pytest.raises(AssertionError):
-        await create(http)
-    assert [*sandbox.operations] == ["a"]
-    assert [await get(http), await get(http)] == [429, 200]
-
-
-async def test_service_drops_connections_as_often_as_it_is_told(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    await done(http, "drop", times=1, stored=True, method="POST")
-    with pytest.raises(aiohttp.ServerDisconnectedError):
-        await create(http)
-    assert await get(http) == 200
-    await done(http, "drop")
-    for _ in range(3):
-        with pytest.raises((aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
-            await get(http)
-    await done(http, "recover")
-    assert await get(http) == 200
-    assert sandbox.operations.keys() == {"a"}
-
-
 async def test_operations_are_listed_and_selected(http: aiohttp.ClientSession) -> None:
     for operation_id, user in (("a", USER), ("b", OTHER), ("c", USER)):
         await create(http, operation_id, user)
@@ -146,32 +110,6 @@ async def test_operations_are_listed_and_selected(http: aiohttp.ClientSession) -
     async with http.get("/sandbox/list") as response:
         first = (await response.json())["operations"][0]
     assert first.keys() == {"id", "timestamp", "nodeId", "userId", "operationId", "result", "authType", "state"}
-
-
-async def test_user_is_enrolled_on_a_device(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    device = await done(http, "enroll", userId=USER.lower(), externalUserId="ann")
-    assert (device["userId"], device["state"]) == (USER, "ACTIVE")
-    await done(http, "enroll", userId=USER)
-    async with sandbox.client() as client:
-        assert len(await client.get_devices(USER)) == 2
-        assert (await client.get_user("ann")).user_id == USER
-
-
-async def test_approvals_are_signed_also_wrongly_keys_rotated(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    await create(http, operationPayload="Pay 5")
-    await done(http, "approve", operationId="a")
-    async with sandbox.client() as client:
-        verifier = TransactionVerifier(client, tenant=sandbox.tenant)
-        token = (await done(http, "sign", operationId="a"))["token"]
-        signed = await verifier.verify(token, user_id=USER, transaction_data="Pay 5")
-        wrong = (await done(http, "sign", operationId="a", tampered=True))["token"]
-        with pytest.raises(SignatureError) as refused:
-            await verifier.verify(wrong, user_id=USER, transaction_data="Pay 5 (tampered)")
-    assert refused.value.reason == "bad_signature"
-    assert (signed.key_id, await done(http, "rotate")) == ("sandbox-1", {"keyId": "sandbox-2"})
-    assert await done(http, "rotate", retire=True) == {"keyId": "sandbox-3"}
-    async with http.get("/customers/sandbox/.well-known/jwks.json") as response:
-        assert [key["kid"] for key in (await response.json())["keys"]] == ["sandbox-3"]
 
 
 # What cannot be done
