@@ -43,22 +43,6 @@ async def test_the_client_sees_what_the_sandbox_approved(keyless_sandbox, keyles
     async with asyncio.timeout(10):
         assert (await keyless_client.get_operation("txn-1")).is_approved
 """
-WORKER = """
-import asyncio
-import pytest
-from aiokeyless.worker import next_outcome, submit_approval
-
-{mark}
-async def test_a_payment_waits_for_the_phone(keyless_worker, keyless_broker, keyless_sandbox):
-    await submit_approval(keyless_broker, "C0FFEE", operation_id="order-1", operation_payload="Pay 40")
-    async with asyncio.timeout(30):
-        while "order-1" not in keyless_sandbox.operations:
-            await asyncio.sleep(0.01)
-        keyless_sandbox.approve("order-1")
-        async with next_outcome(keyless_broker, "test") as event:
-            assert event.outcome == "approved"
-    assert keyless_worker.statistics.approved == 1
-"""
 STRICT = ("-o", "asyncio_mode=strict", "-o", "asyncio_default_fixture_loop_scope=function")
 AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
 
@@ -429,4 +413,18 @@ print(set(sys.modules) - before)
 
 
 def test_a_worker_runs_on_a_broker_in_memory(pytester: pytest.Pytester) -> None:
-    passes(pytester, WORKER.format(mark=""), *AUTO)
+    test = """
+        import asyncio
+        from aiokeyless.worker import next_outcome, submit_approval
+
+        async def test_a_payment_waits_for_the_phone(keyless_worker, keyless_broker, keyless_sandbox):
+            await submit_approval(keyless_broker, "C0FFEE", operation_id="order-1", operation_payload="Pay 40")
+            async with asyncio.timeout(30):
+                while "order-1" not in keyless_sandbox.operations:
+                    await asyncio.sleep(0.01)
+                keyless_sandbox.approve("order-1")
+                async with next_outcome(keyless_broker, "test") as event:
+                    assert event.outcome == "approved"
+            assert keyless_worker.statistics.approved == 1
+    """
+    passes(pytester, test, *AUTO)

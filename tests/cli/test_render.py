@@ -105,15 +105,6 @@ async def test_the_line_stays_one_line_in_a_narrow_terminal(monkeypatch: pytest.
 
 
 @pytest.mark.looptime
-async def test_no_color_turns_colours_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(scenes, "PEOPLE", 5)
-    text = await output_of("demo", stream=Terminal())
-    codes = [code for codes in re.findall(r"\x1b\[([\d;]*)m", text) for code in codes.split(";")]
-    assert not [code for code in codes if 30 <= int(code or 0) < 100]
-
-
-@pytest.mark.looptime
 async def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(scenes, "PEOPLE", 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -83,25 +82,3 @@ async def test_the_polls_that_are_reported_are_those_that_the_sandbox_received(
     scene = await play(draw_seldom)
     [sandbox] = sandboxes
     assert sandbox.request_count - few == scene.aiokeyless.requests() + scene.loop.requests()
-
-
-async def test_a_scene_that_is_cancelled_leaves_no_task() -> None:
-    task = asyncio.create_task(play_people(draw_seldom))
-    await asyncio.sleep(5)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def test_a_scene_that_fails_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise LookupError("no such operation")
-
-    monkeypatch.setattr(Sandbox, "approve", fail)
-    with pytest.raises(ExceptionGroup) as caught:
-        await play_people(draw_seldom)
-    assert caught.value.subgroup(LookupError) is not None
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() == {asyncio.current_task()}

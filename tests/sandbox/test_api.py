@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
 
-from aiokeyless.sandbox.api import Answer, KeylessApi
-from aiokeyless.sandbox.store import OperationStore
+from .direct import Service, document
 
 if TYPE_CHECKING:
-    from aiokeyless.models import Operation
+    from aiokeyless.sandbox.api import Answer
 
 USER = "C0FFEE"
 CREATE = f"/v2/users/{USER}/operations"
@@ -22,20 +21,8 @@ EXTERNAL = f"/v2/users/{USER}/external-user"
 DEVICES = f"/v2/users/{USER}/devices"
 
 
-class Service:
-    """The endpoints over a store, asked as a well-behaved client asks unless a test says otherwise."""
-
-    def __init__(self) -> None:
-        self.store = OperationStore()
-        self.created: list[Operation] = []
-        self.api = KeylessApi(self.store, "key", self.created.append)
-
-    def ask(self, method: str, target: str, body: bytes = b"", **changed: str) -> Answer:
-        fields = {"api_key": "key", "accept": "application/json", "content_type": "application/json", **changed}
-        return self.api.answer(method, target, body=body, **fields)
-
-    def create(self, **fields: object) -> Answer:
-        return self.ask("POST", CREATE, json.dumps(fields).encode())
+def create(service: Service, **fields: object) -> Answer:
+    return service.ask("POST", CREATE, json.dumps(fields).encode())
 
 
 @pytest.fixture
@@ -43,16 +30,11 @@ def service() -> Service:
     return Service()
 
 
-def document(answer: Answer) -> Any:
-    assert answer.headers["Content-Type"] == "application/json"
-    return json.loads(answer.body)
-
-
 # What is asked for is there
 
 
 def test_creation_answers_success_and_stores_a_pending_operation(service: Service) -> None:
-    answer = service.create(operationId="txn-1", operationPayload="Pay 5", externalUserId="ann")
+    answer = create(service, operationId="txn-1", operationPayload="Pay 5", externalUserId="ann")
     assert (answer.status, document(answer)) == (200, {"success": True})
     operation = service.store.operations["txn-1"]
     assert (operation.user_id, operation.operation_payload, operation.external_user_id) == (USER, "Pay 5", "ann")
@@ -60,36 +42,36 @@ def test_creation_answers_success_and_stores_a_pending_operation(service: Servic
 
 
 def test_only_the_operation_id_is_required(service: Service) -> None:
-    assert service.create(operationId="txn-1").status == 200
+    assert create(service, operationId="txn-1").status == 200
     operation = service.store.operations["txn-1"]
     assert (operation.operation_payload, operation.external_user_id) == (None, None)
 
 
 def test_fields_that_the_service_does_not_know_are_passed_over(service: Service) -> None:
-    assert service.create(operationId="txn-1", colour={"deep": [1]}).status == 200
+    assert create(service, operationId="txn-1", colour={"deep": [1]}).status == 200
 
 
 def test_operation_is_answered(service: Service) -> None:
-    service.create(operationId="txn-1")
+    create(service, operationId="txn-1")
     answer = service.ask("GET", "/v2/operations/txn-1")
     assert (answer.status, document(answer)["operationId"]) == (200, "txn-1")
 
 
 def test_pending_operations_are_answered(service: Service) -> None:
-    service.create(operationId="txn-1")
+    create(service, operationId="txn-1")
     answer = service.ask("GET", PENDING)
     assert (answer.status, document(answer)) == (200, [{"operationId": "txn-1"}])
 
 
 def test_query_is_passed_over(service: Service) -> None:
-    service.create(operationId="txn-1")
+    create(service, operationId="txn-1")
     assert service.ask("GET", "/v2/operations/txn-1?verbose=1/2").status == 200
 
 
 def test_attempts_of_a_user_are_answered(service: Service) -> None:
-    service.create(operationId="a/b c", externalUserId="ann+1@example.com/é")
+    create(service, operationId="a/b c", externalUserId="ann+1@example.com/é")
     service.store.fail("a/b c", error_code=30003)
-    service.create(operationId="c")
+    create(service, operationId="c")
     service.store.fail("c", error_code=30004)
     external = f"/v2/external-users/{quote('ann+1@example.com/é', safe='')}/authentications"
     for target, owner, codes in [
@@ -125,7 +107,7 @@ def test_attempts_of_an_unknown_user_are_not_found(service: Service, target: str
     ["/v2/users/%zz/authentications", f"{ATTEMPTS}?operationId=%ff", "/v2/external-users//authentications"],
 )
 def test_telemetry_that_is_not_encoded_as_utf8_is_a_bad_request(service: Service, target: str) -> None:
-    service.create(operationId="a")
+    create(service, operationId="a")
     assert service.ask("GET", target).status == 400
 
 
@@ -146,8 +128,8 @@ def test_unknown_operation_is_not_found(service: Service) -> None:
 
 
 def test_taken_id_conflicts_and_changes_nothing(service: Service) -> None:
-    service.create(operationId="a", operationPayload="Pay 5")
-    answer = service.create(operationId="a", operationPayload="Pay 9000")
+    create(service, operationId="a", operationPayload="Pay 5")
+    answer = create(service, operationId="a", operationPayload="Pay 9000")
     assert answer.status == 409
     assert service.store.operations["a"].operation_payload == "Pay 5"
     assert len(service.created) == 1
@@ -167,7 +149,7 @@ def test_taken_id_conflicts_and_changes_nothing(service: Service) -> None:
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_other_paths_are_not_found(service: Service, method: str, target: str) -> None:
-    service.create(operationId="a")
+    create(service, operationId="a")
     assert service.ask(method, target, b'{"operationId": "b"}').status == 404
     assert list(service.store.operations) == ["a"]
 
@@ -190,7 +172,7 @@ def test_other_paths_are_not_found(service: Service, method: str, target: str) -
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "get", "BREW"])
 def test_other_methods_are_not_allowed(service: Service, method: str, target: str, allowed: str) -> None:
-    service.create(operationId="a")
+    create(service, operationId="a")
     if method in allowed.split(", "):
         return
     answer = service.ask(method, target, b'{"operationId": "b"}')
@@ -208,7 +190,7 @@ def test_user_id_that_is_not_upper_case_hex_is_a_bad_request(service: Service, t
 
 
 def test_user_id_may_be_percent_encoded(service: Service) -> None:
-    service.create(operationId="a")
+    create(service, operationId="a")
     assert document(service.ask("GET", "/v2/users/%430FFE%45/operations/pending")) == [{"operationId": "a"}]
 
 
@@ -273,7 +255,7 @@ def test_accept_admits_json_by_its_name_or_a_range(service: Service, accept: str
 
 
 def test_what_is_wrong_first_decides(service: Service) -> None:
-    service.create(operationId="a")
+    create(service, operationId="a")
     request: dict[str, str] = {"api_key": "no", "accept": "text/html", "content_type": "text/html"}
     target, body = "/v2/users/xyz/operations", b'{"operationId": "a"}'
     assert service.ask("PUT", target, body, **request).status == 401
@@ -299,7 +281,7 @@ def test_what_is_wrong_first_decides(service: Service) -> None:
 )
 @pytest.mark.parametrize("safe", ["", ":@!$&'()*+,;="])
 def test_any_operation_id_comes_back_the_same(service: Service, operation_id: str, safe: str) -> None:
-    service.create(operationId=operation_id)
+    create(service, operationId=operation_id)
     answer = service.ask("GET", f"/v2/operations/{quote(operation_id, safe=safe)}")
     assert answer.status == 200
     assert document(answer)["operationId"] == operation_id

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
 
 from aiokeyless.errors import AmbiguousUserError, ConfigurationError, ConflictError, NotFoundError
-from aiokeyless.sandbox.api import Answer, KeylessApi
 from aiokeyless.sandbox.store import OperationStore
+
+from .direct import Service, document
 
 if TYPE_CHECKING:
     from aiokeyless import KeylessClient
@@ -22,27 +22,11 @@ EXTERNAL = f"/v2/users/{USER}/external-user"
 ANN = b'{"externalUserId": "ann"}'
 
 
-class Service:
-    """The endpoints over a store, asked as a well-behaved client asks unless a test says otherwise."""
-
-    def __init__(self) -> None:
-        self.store = OperationStore(clock=lambda: 1_577_934_245_242_194_378)
-        self.api = KeylessApi(self.store, "key", lambda _operation: None)
-
-    def ask(self, method: str, target: str, body: bytes = b"", **changed: str) -> Answer:
-        fields = {"api_key": "key", "accept": "application/json", "content_type": "application/json", **changed}
-        return self.api.answer(method, target, body=body, **fields)
-
-
 @pytest.fixture
 def service() -> Service:
     service = Service()
     service.store.users.enroll(USER)
     return service
-
-
-def document(answer: Answer) -> Any:
-    return json.loads(answer.body)
 
 
 TIME = "2020-01-02T03:04:05.242194378"
