@@ -177,7 +177,7 @@ def validator(check: Callable[[str], str]) -> Callable[[object, str | None], Non
     return validate
 
 
-def _limit(is_valid: Callable[[Any], bool], requirement: str) -> Parameter:
+def limit(is_valid: Callable[[Any], bool], requirement: str) -> Parameter:
     """Return the parameter of a number that must be valid, as the requirement says; an absent value passes."""
 
     def validate(_type: object, value: object) -> None:
@@ -196,13 +196,13 @@ OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_ope
 AuthType = Literal["biom", "pin"]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
 # NaN is not more than 0.
-Seconds = Annotated[float, _limit(lambda value: 0 < value < math.inf, "more than 0 seconds, and not infinite")]
-Timeout = Annotated[float | None, _limit(lambda value: value > 0, "more than 0 seconds")]
-OptionalDelay = Annotated[float | None, _limit(lambda value: 0 <= value < math.inf, "a number of seconds, at least 0")]
-_count = _limit(lambda value: value >= 1, "at least 1")
+Seconds = Annotated[float, limit(lambda value: 0 < value < math.inf, "more than 0 seconds, and not infinite")]
+Timeout = Annotated[float | None, limit(lambda value: value > 0, "more than 0 seconds")]
+OptionalDelay = Annotated[float | None, limit(lambda value: 0 <= value < math.inf, "a number of seconds, at least 0")]
+_count = limit(lambda value: value >= 1, "at least 1")
 Count = Annotated[int, _count]
 OptionalCount = Annotated[int | None, _count]
-_port = _limit(range(65536).__contains__, "from 0 to 65535")
+_port = limit(range(65536).__contains__, "from 0 to 65535")
 Port = Annotated[int, _port]
 OptionalPort = Annotated[int | None, _port]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]

@@ -14,6 +14,7 @@ import msgspec
 from cyclopts import Parameter
 
 from aiokeyless._validation import check_base_url, check_external_user_id, read_api_key
+from aiokeyless._version import __version__
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, Device, Operation
 
@@ -29,6 +30,7 @@ from .app import (
     OptionalOperationId,
     User,
     UserId,
+    limit,
     validator,
 )
 from .error_messages import describe_method, format_count
@@ -48,27 +50,6 @@ _DONE: Final = {"done": True}
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
 ExternalUserId = Annotated[str | None, Parameter(validator=validator(check_external_user_id))]
-
-
-class _Listing(msgspec.Struct):
-    operations: list[Operation]
-
-
-class _Token(msgspec.Struct):
-    token: str
-
-
-class _Key(msgspec.Struct, rename="camel"):
-    key_id: str
-
-
-class _Refusal(msgspec.Struct):
-    error: str
-
-
-def _check_status(_type: object, status: int) -> None:
-    if not 200 <= status <= 599:
-        raise ValueError("Must be from 200 to 599.")
 
 
 # -- approving
@@ -153,7 +134,10 @@ async def list_operations(
         user: Only those of this user, in hex.
         state: Only those in this state.
     """
-    found = (await _request("GET", "list", {"userId": user, "state": state}, _Listing, as_json=as_json)).operations
+    answer = await _request(
+        "GET", "list", {"userId": user, "state": state}, dict[str, list[Operation]], as_json=as_json
+    )
+    found = answer["operations"]
     rows = [
         {
             "Operation": operation.operation_id,
@@ -173,7 +157,7 @@ async def list_operations(
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox fail --status 429 --retry-after 2 --times 3")
 async def fail(
     *,
-    status: Annotated[int, Parameter(validator=_check_status)] = 503,
+    status: Annotated[int, limit(range(200, 600).__contains__, "from 200 to 599")] = 503,
     times: OptionalCount = None,
     retry_after: OptionalDelay = None,
     stored: Flag = False,
@@ -259,8 +243,8 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
     Args:
         tampered: Change the text after signing, so that the signature is wrong.
     """
-    token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token, as_json=as_json)).token
-    print_result({"token": token}, token, as_json=as_json)
+    signed = await _post("sign", {"operationId": operation_id, "tampered": tampered}, dict[str, str], as_json=as_json)
+    print_result(signed, signed["token"], as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox rotate --retire")
@@ -270,7 +254,7 @@ async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> None:
     Args:
         retire: Do not publish the earlier keys any more.
     """
-    key_id = (await _post("rotate", {"retire": retire}, _Key, as_json=as_json)).key_id
+    key_id = (await _post("rotate", {"retire": retire}, dict[str, str], as_json=as_json))["keyId"]
     print_result({"key_id": key_id}, key_id, as_json=as_json)
 
 
@@ -308,19 +292,16 @@ async def _request(method: str, name: str, fields: Mapping[str, object], kind: t
         raise CommandError(f"no sandbox answers at {url}; {_ADVICE}") from None
     if _IDENTITY not in answer.headers:
         raise CommandError(f"the server at {url} is not a sandbox; {_ADVICE}")
+    if (version := answer.headers[_IDENTITY]) != __version__:
+        raise CommandError(f"the sandbox at {url} is that of aiokeyless {version}; start it with {__version__}")
     if answer.status == 401:
         raise CommandError(
             f"the sandbox at {url} has another key; export both variables that it printed, KEYLESS_BASE_URL and "
             "KEYLESS_API_KEY"
         )
-    try:
-        if answer.status != 200:
-            raise CommandError(msgspec.json.decode(content, type=_Refusal).error)
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.DecodeError:
-        raise CommandError(
-            f"the answer of the sandbox at {url} is not as expected; start it with the same version of aiokeyless"
-        ) from None
+    if answer.status != 200:
+        raise CommandError(msgspec.json.decode(content)["error"])
+    return msgspec.json.decode(content, type=kind)
 
 
 _ADVICE: Final = "start one with: aiokeyless sandbox, or export the KEYLESS_BASE_URL that it printed"

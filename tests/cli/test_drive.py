@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from raw_server import RawServer
 
-from aiokeyless import SignatureError
+from aiokeyless import SignatureError, __version__
 from aiokeyless.cli import drive
 from aiokeyless.cli.app import CommandError, app
 from aiokeyless.sandbox.control import ENDPOINTS, IDENTITY
@@ -154,9 +154,8 @@ async def test_what_is_no_sandbox_of_this_version_is_one_error_line(monkeypatch:
     async with RawServer(ELSEWHERE, ANOTHER_VERSION) as server:
         monkeypatch.setenv("KEYLESS_BASE_URL", server.url)
         assert (await refusal("recover")).startswith(f"the server at {server.url} is not a sandbox; start one with:")
-        assert await refusal("list") == (
-            f"the answer of the sandbox at {server.url} is not as expected; "
-            "start it with the same version of aiokeyless"
+        assert (
+            await refusal("list") == f"the sandbox at {server.url} is that of aiokeyless 9; start it with {__version__}"
         )
     assert (await refusal("recover")).startswith(f"no sandbox answers at {server.url}; start one with:")
 
