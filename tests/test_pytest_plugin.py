@@ -395,12 +395,6 @@ def fresh_plugin() -> dict[str, object]:
 # -- what it costs
 
 
-def test_the_sandbox_and_its_server_are_not_imported_until_a_fixture_is_used() -> None:
-    program = "import sys, aiokeyless.pytest_plugin; print({'aiokeyless.sandbox', 'aiohttp.web'} & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "set()\n"
-
-
 def test_the_plugin_itself_imports_nothing_beyond_pytest_and_its_plugin() -> None:
     program = """
 import sys, pytest, pytest_asyncio, aiokeyless

@@ -401,20 +401,15 @@ AXE_RUN = """async () => {
 }"""
 
 
-class Accessibility:
-    """Checks a page in both colour schemes at five widths."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-
-    async def check(self, state: str) -> None:
-        wrong = []
-        for scheme in ("light", "dark"):
-            await self.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-            for width in (320, 390, 768, 1440, 1920):
-                await self.page.set_viewport_size({"width": width, "height": 900})
-                wrong += [(state, scheme, width, each) for each in await self.page.evaluate(AXE_RUN)]
-        assert wrong == []
+async def check_accessibility(page: Page, state: str) -> None:
+    """Check a page in both colour schemes at five widths."""
+    wrong = []
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        for width in (320, 390, 768, 1440, 1920):
+            await page.set_viewport_size({"width": width, "height": 900})
+            wrong += [(state, scheme, width, each) for each in await page.evaluate(AXE_RUN)]
+    assert wrong == []
 
 
 async def test_axe_core_finds_nothing_in_any_state(
@@ -423,8 +418,7 @@ async def test_axe_core_finds_nothing_in_any_state(
     """One page goes through all states: loading it, and axe-core with it, takes longer than checking it."""
     async with opened(browser, f"{sandbox.url}/", complaints=GONE, bypass_csp=True) as page:
         await page.evaluate(axe)
-        accessibility = Accessibility(page)
-        await accessibility.check("empty")
+        await check_accessibility(page, "empty")
 
         await client.create_operation(USER, operation_id="a", operation_payload="Pay to Alice", external_user_id="x")
         await client.create_operation(USER, operation_id="b", operation_payload="Lorem ipsum. " * 300)
@@ -432,20 +426,20 @@ async def test_axe_core_finds_nothing_in_any_state(
         await expect(button(page)).to_have_count(3)
         sandbox.approve("c")
         await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-        await accessibility.check("one phone: a long text, an approval")
+        await check_accessibility(page, "one phone: a long text, an approval")
 
         for _ in range(5):
             sandbox.fail_authentication("a")
         await expect(phone(page).get_by_text("Locked out until")).to_be_visible()
         await button(page).last.click()
         await expect(page.get_by_role("alert")).to_contain_text("is locked out for")
-        await accessibility.check("locked, and an error")
+        await check_accessibility(page, "locked, and an error")
 
         await page.get_by_text("Enroll a user").click()
-        await accessibility.check("the form to enroll")
+        await check_accessibility(page, "the form to enroll")
         await client.delete_user(USER)
         await expect(phone(page).get_by_text("This phone was removed")).to_be_visible()
-        await accessibility.check("a phone that was removed")
+        await check_accessibility(page, "a phone that was removed")
 
         for number in range(12):
             await client.create_operation(f"AB0{number % 6}", operation_payload=f"Payment {number}")
@@ -453,11 +447,11 @@ async def test_axe_core_finds_nothing_in_any_state(
         await expect(phone(page, "F" * 64)).to_be_visible()  # the last one: each moves what a click is aimed at
         await page.get_by_role("radio", name="answers 503").check()
         await expect(page.get_by_text("The API fails")).to_be_visible()
-        await accessibility.check("many phones, and an API that fails")
+        await check_accessibility(page, "many phones, and an API that fails")
 
         await sandbox.aclose()
         await expect(page.get_by_text("The sandbox has ended")).to_be_visible()
-        await accessibility.check("ended")
+        await check_accessibility(page, "ended")
 
 
 async def test_axe_core_finds_nothing_if_there_is_only_an_error(sandbox: Sandbox, browser: Browser, axe: str) -> None:
@@ -466,7 +460,7 @@ async def test_axe_core_finds_nothing_if_there_is_only_an_error(sandbox: Sandbox
         await page.goto(f"{sandbox.url}/?user=nobody")
         await expect(page.get_by_role("alert")).to_be_visible()
         await page.evaluate(axe)
-        await Accessibility(page).check("error")
+        await check_accessibility(page, "error")
 
 
 async def test_a_user_who_lost_the_phone_is_enrolled_again(sandbox: Sandbox, client: KeylessClient, page: Page) -> None:
