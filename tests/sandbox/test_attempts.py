@@ -174,6 +174,12 @@ def test_an_attempt_without_an_operation_needs_a_user_who_has_a_device(phone: Ph
     assert phone.store.authentications == []
 
 
+def test_attempts_without_an_operation_lock_a_user_out_too(phone: Phone) -> None:
+    for _ in range(5):
+        phone.store.fail(user_id=USER)
+    assert phone.store.locked_for(USER) == LOCKOUT
+
+
 def test_approved_operation_cannot_fail_any_more(phone: Phone) -> None:
     phone.store.approve("a")
     with pytest.raises(ConfigurationError, match="operation 'a' is approved already"):
