@@ -177,10 +177,10 @@ def print_list(
 
 
 class Display:
-    """The progress of a wait, and what is shown of it: here, its facts only.
+    """The progress of a wait, and its display. This base class shows the facts of the wait only.
 
     Args:
-        console: Where it is shown.
+        console: Prints it.
         budget: Seconds that the wait may last; if infinite, no limit is shown.
     """
 
@@ -212,7 +212,7 @@ class Display:
         self._console.print()
 
     def add(self, update: ApprovalUpdate) -> None:
-        """Record the result of a poll, and show it and the attempts that it is the first to have."""
+        """Record the result of a poll, and show it, and each attempt that is new."""
         known = () if self._update is None else self._update.attempts
         self._update, self._updated_at = update, self.elapsed
         self.draw()

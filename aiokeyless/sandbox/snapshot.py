@@ -124,7 +124,7 @@ def _show_card(operation: Operation) -> dict[str, object]:
 
 
 def _key(operation: Operation) -> str:
-    """Return what is never used again, unlike an operation id."""
+    """Return a name of the operation. Unlike an operation id, it is never used again."""
     return f"{operation.id} {operation.timestamp}"
 
 
