@@ -81,7 +81,6 @@ from aiokeyless.cli.error_messages import describe, quote, quote_operation_id
         (ConfigurationError("another loop"), ["another loop"]),
         (ConfigurationError("expires_in must end", argument="expires_in"), ["--expires-in must end"]),
         (ConfigurationError("operation_payload must be text", argument="operation_payload"), ["--payload must be"]),
-        (ConfigurationError("the broker is full", argument="broker"), ["the broker is full"]),
     ],
 )
 def test_errors_are_described_without_the_librarys_names(error: KeylessError, parts: list[str]) -> None:
@@ -90,6 +89,10 @@ def test_errors_are_described_without_the_librarys_names(error: KeylessError, pa
     assert not re.search(
         r"get_operation|if_missing|operation_id|retry_after|\.detail|base_url|expires_in|api_key", message
     )
+
+
+def test_an_error_that_does_not_begin_with_its_argument_is_told_as_it_is() -> None:
+    assert describe(ConfigurationError("the broker is full", argument="broker")) == "the broker is full"
 
 
 @pytest.mark.parametrize(

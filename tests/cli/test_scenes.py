@@ -38,6 +38,7 @@ async def test_both_survive_an_outage_into_which_the_library_sends_little() -> N
     for side in (scene.aiokeyless, scene.loop):
         assert (len(side.approved_at), side.refused) == (PEOPLE, 0)
         assert min(side.lateness) >= 0
+    assert max(scene.loop.lateness) < 2 * INTERVAL, "counted from the end of the outage"
     every_second = PEOPLE * (OUTAGE[1] - OUTAGE[0]) / INTERVAL
     assert scene.loop.requests_in_outage == pytest.approx(every_second, rel=0.1)
     assert scene.aiokeyless.requests_in_outage < every_second / 4
