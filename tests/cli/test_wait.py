@@ -54,7 +54,7 @@ async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_
     text = await drawn_by("wait", "txn-1")
     assert re.search(r"Waiting for Keyless +0\.0 s  0 polls  120 s left", text)
     assert re.search(r"Waiting for the user +\d\.\d s  0 polls", text) is None
-    assert re.search(r"Waiting for the user +2\.\d s  \d polls?  next in \d\.\d s  11[78] s left", text)
+    assert re.search(r"Waiting for the user +2\.\d s  \d polls?  next in \d\.[1-9] s  11[78] s left", text)
     assert max(len(re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", line)) for line in re.split(r"[\r\n]", text)) < 80
     assert "poll 1: pending" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"

@@ -107,15 +107,6 @@ async def test_stream_that_cannot_be_written_to_ends(
     assert caplog.records == []
 
 
-async def test_page_follows_a_sandbox_that_comes_back() -> None:
-    sandbox = Sandbox()
-    async with sandbox, aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http:
-        await create(http)
-        before = await picture(http)
-    async with sandbox, aiohttp.ClientSession(sandbox.url) as http:
-        assert (await picture(http))["phones"] == before["phones"]
-
-
 # What the buttons do
 
 
