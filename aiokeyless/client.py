@@ -1118,7 +1118,7 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
     checked_region = _check_set(check_region, region, "KEYLESS_REGION") or Region.EU
     checked_url = _check_set(check_base_url, base_url, "KEYLESS_BASE_URL")
     if checked_url is None or region is not None:  # an argument beats the environment
-        return checked_region, protocol.address_of(checked_region)
+        return checked_region, protocol.ADDRESSES[checked_region]
     return None, checked_url
 
 

@@ -12,7 +12,7 @@ import re
 import time
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -63,19 +63,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def address_of(region: Region) -> str:
-    """Return the address of a region."""
-    match region:
-        case Region.EU:
-            return "https://api.keyless.io"
-        case Region.LATAM:
-            return "https://operations-service.eks.core-production.latam.keyless.technology"
-        case Region.US:
-            return "https://api.eks.core-production.saas-us-east.keyless.technology"
-        case Region.SG:
-            return "https://operations-service.eks.core-production.sg.keyless.technology"
-        case _:
-            assert_never(region)
+ADDRESSES: Final[Mapping[Region, str]] = {
+    Region.EU: "https://api.keyless.io",
+    Region.LATAM: "https://operations-service.eks.core-production.latam.keyless.technology",
+    Region.US: "https://api.eks.core-production.saas-us-east.keyless.technology",
+    Region.SG: "https://operations-service.eks.core-production.sg.keyless.technology",
+}
 
 
 MAX_BODY: Final = 1 << 20
@@ -101,38 +94,26 @@ class Answer(msgspec.Struct, frozen=True):
         return f"<Answer {self.status}, {len(self.body)} bytes>"
 
 
-class Endpoint(Generic[T]):
+class Endpoint(msgspec.Struct, Generic[T], frozen=True):
     """The properties of one endpoint.
 
     Attributes:
         method: HTTP method.
         route: The path as documented, with the names of its parameters.
         decode: Turns the body of a success into a struct.
-        success: The statuses of a success. Default: 200.
-        max_body: Largest body of an answer, in bytes. Default: 1 MiB.
-        sends_key: Whether to send the API key. Default: True.
+        success: The statuses of a success.
+        max_body: Largest body of an answer, in bytes.
+        sends_key: Whether to send the API key.
         is_personal: Whether the path has an external user id, which may be personal data. Messages then show `route`.
     """
 
-    __slots__ = ("decode", "is_personal", "max_body", "method", "route", "sends_key", "success")
-
-    def __init__(
-        self,
-        method: str,
-        route: str,
-        decode: Callable[[bytes], T],
-        *,
-        success: frozenset[int] = frozenset({200}),
-        max_body: int = MAX_BODY,
-        sends_key: bool = True,
-    ) -> None:
-        self.method: str = method
-        self.route: str = route
-        self.decode: Callable[[bytes], T] = decode
-        self.success: frozenset[int] = success
-        self.max_body: int = max_body
-        self.sends_key: bool = sends_key
-        self.is_personal: bool = "{externalUserId}" in route
+    method: str
+    route: str
+    decode: Callable[[bytes], T]
+    success: frozenset[int] = frozenset({200})
+    max_body: int = MAX_BODY
+    sends_key: bool = True
+    is_personal: bool = False
 
 
 _read_operation: Final = msgspec.json.Decoder(Operation, dec_hook=decode_hook).decode
@@ -197,7 +178,11 @@ GET_AUTHENTICATIONS: Final = Endpoint(
     "GET", "/v2/users/{userId}/authentications", _decode_authentications, max_body=MAX_LIST_BODY
 )
 GET_EXTERNAL_AUTHENTICATIONS: Final = Endpoint(
-    "GET", "/v2/external-users/{externalUserId}/authentications", _decode_authentications, max_body=MAX_LIST_BODY
+    "GET",
+    "/v2/external-users/{externalUserId}/authentications",
+    _decode_authentications,
+    max_body=MAX_LIST_BODY,
+    is_personal=True,
 )
 # 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
 _CREATED: Final = frozenset({200, 201})
@@ -208,10 +193,14 @@ POST_EXTERNAL_USER: Final = Endpoint(
 )
 PATCH_EXTERNAL_USER: Final = Endpoint("PATCH", "/v2/users/{userId}/external-user", _make_strict_decoder(ExternalUser))
 DELETE_EXTERNAL_USER: Final = Endpoint(
-    "DELETE", "/v2/external-users/{externalUserId}", _decode_nothing, success=frozenset({204})
+    "DELETE", "/v2/external-users/{externalUserId}", _decode_nothing, success=frozenset({204}), is_personal=True
 )
 GET_EXTERNAL_USERS: Final = Endpoint(
-    "GET", "/v2/external-users/{externalUserId}/users", _make_strict_decoder(list[User]), max_body=MAX_LIST_BODY
+    "GET",
+    "/v2/external-users/{externalUserId}/users",
+    _make_strict_decoder(list[User]),
+    max_body=MAX_LIST_BODY,
+    is_personal=True,
 )
 DELETE_USER: Final = Endpoint("DELETE", "/v2/users/{userId}", _decode_deleted)
 GET_DEVICES: Final = Endpoint(
@@ -224,10 +213,7 @@ GET_KEY_SET: Final = Endpoint("GET", "/customers/{tenant}/.well-known/jwks.json"
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
-    """One request as data. `path` and `query` are percent-encoded, and follow the base URL.
-
-    Messages show `shown_path`, not the query.
-    """
+    """One request as data. `path` and `query` are percent-encoded, and follow the base URL."""
 
     endpoint: Endpoint[T]
     path: str
@@ -351,13 +337,7 @@ _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
 
 
 def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction) -> T:
-    """Turn an answer into the endpoint's struct.
-
-    Args:
-        endpoint: The endpoint of the request.
-        path: Path of the request, for messages.
-        answer: The answer.
-        redaction: Redacts the API key if the answer echoes it.
+    """Turn an answer into the endpoint's struct. Messages show the path, and no API key that the answer echoes.
 
     Raises:
         DecodeError: A success whose JSON has the wrong shape or a duplicate key, or repeats the API key.
@@ -453,11 +433,7 @@ _SECONDS: Final = re.compile(r"\d{1,15}(\.\d{1,9})?", re.ASCII)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Read ``Retry-After``: seconds, or an HTTP date, compared with the answer's own ``Date`` if it has one.
-
-    Returns:
-        Seconds from now, at least 0; None if the header is absent or malformed.
-    """
+    """Return the seconds of ``Retry-After``, which may be a date; None if the header is absent or malformed."""
     text = headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
         return float(text)

@@ -10,7 +10,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._http.protocol import address_of
+from aiokeyless._http.protocol import ADDRESSES
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._waits.explanation import describe_failures
@@ -113,7 +113,7 @@ def _suggest_address() -> str:
     if base_url := os.environ.get("KEYLESS_BASE_URL"):
         return f"check that KEYLESS_BASE_URL ({base_url}) is right and that the service runs"
     region = Region(os.environ.get("KEYLESS_REGION") or Region.EU)
-    return f"check the network to {address_of(region)} (KEYLESS_REGION is {region})"
+    return f"check the network to {ADDRESSES[region]} (KEYLESS_REGION is {region})"
 
 
 def _describe_timeout(error: ApprovalTimeoutError) -> str:

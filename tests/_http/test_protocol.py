@@ -19,6 +19,7 @@ from rich.pretty import pretty_repr
 from yarl import URL
 
 from aiokeyless._http.protocol import (
+    ADDRESSES,
     DELETE_USER,
     GET_AUTHENTICATIONS,
     GET_DEVICES,
@@ -31,7 +32,6 @@ from aiokeyless._http.protocol import (
     Answer,
     Endpoint,
     Request,
-    address_of,
     create_operation,
     get_authentications,
     get_external_authentications,
@@ -389,7 +389,7 @@ def test_an_unknown_region_is_refused_with_the_known_ones_named(region: Any) -> 
 def test_every_region_has_an_address_that_is_good_as_a_base_url(region: Region) -> None:
     assert check_region(region.value) is region
     assert check_region(region) is region
-    assert check_base_url(address_of(region)) == address_of(region)
+    assert check_base_url(ADDRESSES[region]) == ADDRESSES[region]
 
 
 @pytest.mark.parametrize(
