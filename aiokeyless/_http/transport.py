@@ -70,8 +70,6 @@ _NOT_CONNECTED: Final = (
     aiohttp.ClientHttpProxyError,  # instead of a tunnel
     aiohttp.ConnectionTimeoutError,
 )
-#: How aiohttp's messages begin if what comes does not begin with HTTP/; its versions differ.
-_NO_STATUS_LINE: Final = ("Bad status line", "Expected HTTP/")
 #: Bytes that aiohttp reads ahead.
 _BUFFER: Final = 1 << 18
 #: Seconds after which a connection is not used again. A host that is no longer the service's may go on answering.
@@ -99,14 +97,7 @@ def _max_connections(session: aiohttp.ClientSession) -> float:
 class Transport:
     """The HTTP exchanges of one client, bound to the event loop in which it was created.
 
-    Args:
-        base_url: Checked base URL, without a trailing slash.
-        api_keys: The API key of each exchange.
-        session: A session to borrow, or None to create one.
-        request_timeout: Seconds for one exchange, from connecting to the last byte.
-        max_attempts: Attempts of one call on transient failures.
-        listeners: Called for each exchange; None if there are none.
-        proxy: URL of the proxy that each request uses; None to connect directly, or as a borrowed session does.
+    It makes a session unless it borrows one. A borrowed session connects by a proxy of its own, if any.
     """
 
     def __init__(
@@ -190,41 +181,19 @@ class Transport:
         """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
         return Call(self._calls)
 
-    def send(
-        self, request: protocol.Request[T], *, attempt: int = 1, circuit: CircuitState = CircuitState.CLOSED
-    ) -> Coroutine[Any, Any, T]:
-        """Send a request once and read its answer.
-
-        It returns the exchange's own coroutine: another one around it would make each call a little slower.
-
-        Args:
-            request: The request.
-            attempt: Which attempt of its call this is, for the listeners.
-            circuit: As for `poll`.
-        """
-        return self._send_once(request, attempt=attempt, circuit=circuit)
-
     async def receive(self, request: protocol.Request[Any]) -> protocol.Answer:
-        """Send a request once, and return its answer whatever the status; no listener is called.
-
-        Raises:
-            KeylessError: No usable answer arrived.
-        """
+        """Send a request once, and return its answer whatever the status; no listener is called."""
         return await self._receive(request, self._api_keys.current())
 
     def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
 
-        Args:
-            operation_id: The operation.
-            circuit: The state of the circuit. While it is open, the poll has a new connection. After a failover by DNS,
-                a kept one may lead to a host that goes on failing. While the circuit is not closed, a status of 500 or
-                more closes the connection.
+        It returns the exchange's own coroutine: another one around it would make each poll a little slower.
         """
         request = protocol.Request(protocol.GET_OPERATION, protocol.operation_path(operation_id))
-        return self._send_once(request, circuit=circuit, has_deadline=False)
+        return self.send(request, circuit=circuit, has_deadline=False)
 
-    async def _send_once(
+    async def send(
         self,
         request: protocol.Request[T],
         *,
@@ -232,7 +201,15 @@ class Transport:
         circuit: CircuitState = CircuitState.CLOSED,
         has_deadline: bool = True,
     ) -> T:
-        """Send a request, read its answer, and report the end to the listeners."""
+        """Send a request once, read its answer, and report the end to the listeners.
+
+        Args:
+            request: The request.
+            attempt: Which attempt of its call this is.
+            circuit: While it is open, the request has a new connection. After a failover by DNS, a kept one may lead to
+                a host that goes on failing. While it is not closed, a status of 500 or more closes the connection.
+            has_deadline: Whether to end the exchange after `request_timeout`.
+        """
         listeners = self._listeners
         started = 0.0 if listeners is None else self._now()
         status: int | None = None
@@ -275,14 +252,9 @@ class Transport:
                 )
 
     async def fetch(self, request: protocol.Request[T], *, circuit: CircuitState = CircuitState.CLOSED) -> T:
-        """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total.
-
-        Args:
-            request: The request.
-            circuit: As for `poll`.
-        """
+        """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total."""
         try:
-            answer = await self._send_once(request, circuit=circuit)
+            answer = await self.send(request, circuit=circuit)
         except KeylessError as error:
             with self.call():
                 return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
@@ -292,24 +264,14 @@ class Transport:
     async def retry(
         self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT
     ) -> T:
-        """Run an attempt. Repeat it while `may_repeat` allows, up to `max_attempts` attempts in total.
-
-        Args:
-            attempt: Called with the number of the attempt, from 1.
-            may_repeat: Returns whether to repeat it after a failure. Default: after a transient one.
-        """
+        """Run an attempt, which gets its number. Repeat it while `may_repeat` allows, up to `max_attempts` in total."""
         try:
             return await attempt(1)
         except KeylessError as error:
             return await self._repeat(attempt, error, may_repeat)
 
     def take_tokens(self, failure: KeylessError, omitted: str) -> bool:
-        """Take the tokens for a request that follows a failure. If there are too few, the failure says so.
-
-        Args:
-            failure: The failure, which ends the call without a token.
-            omitted: What the client then does not do.
-        """
+        """Take the tokens for a request after a failure. If there are too few, the failure says what is omitted."""
         if self.quota.take(failure):
             return True
         failure.args = (f"{failure.args[0]}; {omitted}, as too many calls of this client fail",)
@@ -491,11 +453,7 @@ class Transport:
         if isinstance(failure, aiohttp.ClientProxyConnectionError):
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
-            if "HTTP/1" in failure.message or not failure.message.startswith(_NO_STATUS_LINE):
-                problem = "the answer is not well-formed"
-            else:
-                problem = "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only"
-            return f"{problem}; check base_url"
+            return "what came is not well-formed HTTP/1.1; check base_url"
         if isinstance(failure, _NOT_CONNECTED) and self._ignores_proxy():
             return "$HTTPS_PROXY is set, but not used: make the client, or its session, with trust_env=True"
         return "try again later"
@@ -509,9 +467,7 @@ class Transport:
 class _ConnectionLostError(aiohttp.ClientConnectionError):
     """The connection was lost before the head of an answer was complete. aiohttp repeats nothing after this error.
 
-    Attributes:
-        error: aiohttp's error.
-        had_begun: Whether a part of an answer is known to have arrived.
+    `had_begun` says whether a part of an answer is known to have arrived.
     """
 
     def __init__(self, error: aiohttp.ClientOSError | aiohttp.ServerDisconnectedError) -> None:
@@ -612,12 +568,8 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
     """Drop the tracebacks of a failure and of the exceptions behind it.
 
     aiohttp's frames reference the failure. Without this, they, the request's headers and the socket would stay until
-    the garbage collector runs.
-
-    Args:
-        failure: The failure of an exchange.
-        handled: The exception that the caller was handling when it made the call, if any. Python has chained the
-            failure to it, but its traceback is the caller's.
+    the garbage collector runs. Python has chained the failure to an exception that the caller was handling when it made
+    the call, but that one's traceback is the caller's.
     """
     while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
