@@ -12,17 +12,19 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, cast, get_args
+from typing import TYPE_CHECKING, Final, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from tenacity.wait import wait_base
 from yarl import URL
 
 from ._base_errors import ConfigurationError, InvalidIdentifierError
-from .models import AuthType, Region, Secret, StartedBy
+from .models import AuthType, Region, Secret
 
 if TYPE_CHECKING:
     from .events import Listener
+
+T = TypeVar("T")
 
 #: The smallest positive and the largest float, as bounds of "above 0" and "finite".
 ABOVE_ZERO: Final = math.ulp(0.0)
@@ -40,12 +42,7 @@ def _wrong_identifier(argument: str, requirement: str) -> InvalidIdentifierError
 
 
 def check_operation_id(operation_id: str) -> str:
-    """Return the operation id unchanged, if it can be sent as one path segment.
-
-    Raises:
-        InvalidIdentifierError: It is not a string of 1 to 512 characters. It is ``.`` or ``..``, which a URL path would
-            drop. It contains control characters or lone surrogates. Or it is the JSON of a ticket.
-    """
+    """Return the operation id unchanged, if it can be sent as one path segment, and is not the JSON of a ticket."""
     # Before the length, since many tickets are too long for an id.
     if _is_ticket(operation_id):
         raise _wrong_identifier(
@@ -76,27 +73,18 @@ def are_operation_ids(values: list[str]) -> bool:
 def check_external_user_id(external_user_id: str) -> str:
     """Return the external user id unchanged, if it can be sent as one path segment.
 
-    Raises:
-        InvalidIdentifierError: As for an operation id. The message does not show the id: it may be personal data.
+    The message does not show the id: it may be personal data.
     """
     return _check_segment(external_user_id, "external_user_id", shows=False)
 
 
 def check_public_signing_key(public_signing_key: str) -> str:
-    """Return a device's public signing key unchanged, if it can be sent as one path segment.
-
-    Raises:
-        InvalidIdentifierError: As for an operation id.
-    """
+    """Return a device's public signing key unchanged, if it can be sent as one path segment."""
     return _check_segment(public_signing_key, "public_signing_key")
 
 
 def check_tenant(tenant: str) -> str:
-    """Return the name of a tenant unchanged, if it can be sent as one path segment.
-
-    Raises:
-        InvalidIdentifierError: As for an operation id.
-    """
+    """Return the name of a tenant unchanged, if it can be sent as one path segment."""
     return _check_segment(tenant, "tenant")
 
 
@@ -119,11 +107,7 @@ _HEX: Final = re.compile(rf"[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}", re.ASCII)
 
 
 def check_user_id(user_id: str) -> str:
-    """Return the user id in upper case, as the service requires it.
-
-    Raises:
-        InvalidIdentifierError: It is not a string of 1 to 512 hex digits.
-    """
+    """Return the user id in upper case, as the service requires it."""
     if not isinstance(user_id, str):
         raise _wrong_identifier("user_id", f"must be a string of hex digits, not {type(user_id).__name__}")
     if _HEX.fullmatch(user_id) is None:
@@ -134,11 +118,7 @@ def check_user_id(user_id: str) -> str:
 
 
 def check_text(text: str | None, name: str) -> str | None:
-    """Return an optional text unchanged, if JSON can carry it.
-
-    Raises:
-        ConfigurationError: It is neither a string nor None, or contains a lone surrogate.
-    """
+    """Return an optional text unchanged, if JSON can carry it."""
     if text is None:
         return None
     if not isinstance(text, str):
@@ -151,11 +131,7 @@ def check_text(text: str | None, name: str) -> str | None:
 
 
 def check_auth_type(auth_type: object) -> str | None:
-    """Return the factor that an approval must have, or None for any.
-
-    Raises:
-        ConfigurationError: It is not documented, so no approval would ever have it.
-    """
+    """Return the factor that an approval must have, or None for any. It must be a documented one."""
     if auth_type is None:
         return None
     if not isinstance(auth_type, str) or auth_type not in tuple(AuthType):
@@ -163,19 +139,15 @@ def check_auth_type(auth_type: object) -> str | None:
     return str.__str__(auth_type)  # without the name of an enum
 
 
-def check_started_by(started_by: object) -> StartedBy:
-    """Return who starts an operation: the backend, by a create, or the phone."""
-    if started_by not in get_args(StartedBy):
-        raise _wrong("started_by", f"must be 'backend' or 'phone', not {started_by!r:.80}")
-    return cast("StartedBy", started_by)
+def check_choice(value: T, choices: object, name: str) -> T:
+    """Return an argument that is one of the values of a ``Literal``."""
+    if value not in (valid := get_args(choices)):
+        raise _wrong(name, f"must be {' or '.join(map(repr, valid))}, not {value!r:.80}")
+    return value
 
 
 def check_required_text(text: str, name: str) -> str:
-    """Return a text unchanged, if JSON can carry it.
-
-    Raises:
-        ConfigurationError: It is not a string, or contains a lone surrogate.
-    """
+    """Return a text unchanged, if JSON can carry it."""
     checked = check_text(text, name)
     if checked is None:
         raise _wrong(name, "must be a string, not None")
@@ -191,18 +163,7 @@ def is_traceparent(value: object) -> bool:
 
 
 def check_number(value: object, name: str, right: str, *, least: float = ABOVE_ZERO, most: float = FINITE) -> float:
-    """Return an argument that is a number from `least` to `most`.
-
-    Args:
-        value: The argument.
-        name: The argument's name, for the message.
-        right: What it must be, likewise.
-        least: The smallest valid number. Default: any above 0.
-        most: The largest valid number. Default: any but infinity.
-
-    Raises:
-        ConfigurationError: It is not a number, or not in this range.
-    """
+    """Return an argument that is a number from `least` to `most`; `right` is what it must be, for the message."""
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
             return float(value)
@@ -245,11 +206,7 @@ def read_api_key(api_key: object) -> Secret | ConfigurationError:
 
 
 def check_region(region: Region | str) -> Region:
-    """Return the region by its name.
-
-    Raises:
-        ConfigurationError: There is no such region.
-    """
+    """Return the region by its name."""
     try:
         return Region(region)
     except ValueError:
@@ -271,12 +228,7 @@ API_VERSION: Final = "/v2"
 
 
 def check_base_url(base_url: str) -> str:
-    """Return the base URL without a trailing slash or a default port, its host in lower case.
-
-    Raises:
-        ConfigurationError: It is not an absolute https URL (http is for loopback hosts only). It contains userinfo, a
-            query or a fragment. Its host is ambiguous. Or it ends in the API's own ``/v2``.
-    """
+    """Return the base URL without a trailing slash or a default port, its host in lower case."""
     if not isinstance(base_url, str):
         raise _wrong("base_url", f"must be a string, not {type(base_url).__name__}")
     base_url = base_url.strip()

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from enum import Enum
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
+from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypedDict, TypeVar
 
 import aiohttp
 import anyio
@@ -37,6 +37,7 @@ from ._validation import (
     are_operation_ids,
     check_auth_type,
     check_base_url,
+    check_choice,
     check_external_user_id,
     check_flag,
     check_handler,
@@ -45,7 +46,6 @@ from ._validation import (
     check_rate,
     check_region,
     check_schedule,
-    check_started_by,
     check_text,
     check_user_id,
     finite_seconds,
@@ -462,7 +462,7 @@ class KeylessClient:
     ) -> ApprovalTicket:
         """Create an operation, or check the id with which the phone will start it; return its ticket."""
         opened = self._open()
-        _check_if_exists(if_exists)
+        check_choice(if_exists, IfExists, "if_exists")
         operation = NewOperation(
             operation_id=str(uuid.uuid4()) if operation_id is None else check_operation_id(operation_id),
             operation_payload=check_text(operation_payload, "operation_payload"),
@@ -852,7 +852,7 @@ class KeylessClient:
         Raises:
             KeylessError: Any error of `create_operation` or `wait_for_approval`.
         """
-        check_started_by(started_by)
+        check_choice(started_by, StartedBy, "started_by")
         if started_by == "phone" and if_exists == "resume":
             raise ConfigurationError(
                 "if_exists must be 'raise' if the phone starts the operation: nothing is created", argument="if_exists"
@@ -938,7 +938,7 @@ class KeylessClient:
             )
         targets = list(targets)
         # At the call, as promised, and quickly: for a hundred thousand targets, shared arguments are checked once.
-        schedule, may_be_missing = check_schedule(schedule), _may_be_missing(if_missing)
+        schedule, may_be_missing = check_schedule(schedule), check_choice(if_missing, IfMissing, "if_missing") == "wait"
         _budget(timeout, None)
         operation_ids = [target if type(target) is str else _read_target(target)[0] for target in targets]
         if not are_operation_ids(operation_ids):
@@ -963,7 +963,7 @@ class KeylessClient:
             ticket=ticket,
             timeout=_budget(timeout, ticket),
             schedule=check_schedule(schedule),
-            may_be_missing=_may_be_missing(if_missing),
+            may_be_missing=check_choice(if_missing, IfMissing, "if_missing") == "wait",
         )
 
     def _start(self, options: _WaitOptions) -> tuple[Poller, FutureWait]:
@@ -1122,11 +1122,6 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
     return None, checked_url
 
 
-def _check_if_exists(if_exists: object) -> None:
-    if if_exists not in get_args(IfExists):
-        raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}", argument="if_exists")
-
-
 def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
     """Return the operation id of a target, not yet checked, and its ticket; None if it has none."""
     if isinstance(target, ApprovalTicket):
@@ -1140,12 +1135,6 @@ def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | No
             argument="target",
         )
     return target, None
-
-
-def _may_be_missing(if_missing: object) -> bool:
-    if if_missing not in get_args(IfMissing):
-        raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}", argument="if_missing")
-    return if_missing == "wait"
 
 
 def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None:

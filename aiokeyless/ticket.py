@@ -15,8 +15,8 @@ import msgspec
 from ._base_errors import ConfigurationError
 from ._validation import (
     check_auth_type,
+    check_choice,
     check_operation_id,
-    check_started_by,
     check_text,
     check_user_id,
     finite_seconds,
@@ -88,7 +88,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "user_id", check_user_id(self.user_id))
         check_text(self.external_user_id, "external_user_id")
         msgspec.structs.force_setattr(self, "require_auth_type", check_auth_type(self.require_auth_type))
-        check_started_by(self.started_by)
+        check_choice(self.started_by, StartedBy, "started_by")
         digest: object = self.payload_sha256
         if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ConfigurationError(

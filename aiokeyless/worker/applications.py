@@ -14,8 +14,8 @@ import msgspec
 from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import (
     check_auth_type,
+    check_choice,
     check_operation_id,
-    check_started_by,
     check_text,
     check_user_id,
     finite_seconds,
@@ -81,7 +81,7 @@ def approval_request(
         created_at=None if created_at is None else _check_aware(created_at),
         context=_encode(context),
         require_auth_type=check_auth_type(require_auth_type),
-        started_by=check_started_by(started_by),
+        started_by=check_choice(started_by, StartedBy, "started_by"),
     )
     return msgspec.json.encode(request).decode()
 
