@@ -75,17 +75,7 @@ class Token(NamedTuple):
 
 
 class Expectation(NamedTuple):
-    """The expected claims of a token.
-
-    Attributes:
-        user_id: The user, in upper case.
-        transaction_data: The text that the user must have signed.
-        external_user_id: The customer's own id of the user; None: not compared.
-        issuer: The expected ``iss``; None: not compared.
-        audience: The expected ``aud``; None: the token must have none.
-        max_age: Seconds that may have passed since the token was signed.
-        leeway: Seconds by which the phone's clock may differ.
-    """
+    """The expected claims of a token, as `TransactionVerifier` describes them; the user is in upper case."""
 
     user_id: str
     transaction_data: str
@@ -94,13 +84,6 @@ class Expectation(NamedTuple):
     audience: str | None
     max_age: float
     leeway: float
-
-
-class VerifyingKey(NamedTuple):
-    """A public key and its one algorithm."""
-
-    key: jwt.PyJWK
-    algorithm: str
 
 
 class KeySet:
@@ -120,12 +103,12 @@ class KeySet:
             raise ValueError("the key set is not JSON with a list of keys")  # noqa: TRY004  # a body, no argument
         # None: several keys have this kid.
         self._raw: dict[str, dict[str, Any] | None] = {}
-        self._checked: dict[str, VerifyingKey | None] = {}
+        self._checked: dict[str, jwt.PyJWK | None] = {}
         for key in keys:
             if isinstance(key, dict) and isinstance(key_id := key.get("kid"), str):
                 self._raw[key_id] = None if key_id in self._raw else key
 
-    def find(self, key_id: str) -> VerifyingKey | None:
+    def find(self, key_id: str) -> jwt.PyJWK | None:
         """Return the key with a ``kid``; None if there is none, there are several, or it must not verify a token."""
         raw = self._raw.get(key_id)
         if raw is None:
@@ -158,22 +141,16 @@ def read_token(text: str) -> Token:
     return Token(text, key_id, algorithm, claimed)
 
 
-def verify(token: Token, key: VerifyingKey, expected: Expectation, now: float) -> SignedTransaction:
-    """Verify a token, and return the transaction that it proves.
-
-    Args:
-        token: The token.
-        key: The key with its ``kid``.
-        expected: The expected claims.
-        now: Seconds since the epoch.
+def verify(token: Token, key: jwt.PyJWK, expected: Expectation, now: float) -> SignedTransaction:
+    """Verify a token by the key with its ``kid``, and return the transaction that it proves.
 
     Raises:
         SignatureError: The token is refused.
     """
-    if token.algorithm != key.algorithm:
+    if token.algorithm != key.algorithm_name:
         raise SignatureError(SignatureReason.WRONG_ALGORITHM)
     try:
-        jwt.decode(token.text, key.key, algorithms=[key.algorithm], options=_SIGNATURE_ONLY)
+        jwt.decode(token.text, key, algorithms=[key.algorithm_name], options=_SIGNATURE_ONLY)
     except jwt.PyJWTError:
         raise SignatureError(SignatureReason.BAD_SIGNATURE) from None
     reason = _check_claims(token.claims, expected, now)
@@ -240,7 +217,7 @@ def _is_meant_for(claims: dict[str, Any], audience: str | None) -> bool:
     return audience in (named if isinstance(named, list) else [named])
 
 
-def _make_key(raw: dict[str, Any]) -> VerifyingKey | None:
+def _make_key(raw: dict[str, Any]) -> jwt.PyJWK | None:
     """Return the key of a JWK; None if it is not a strong enough public key for signatures, of an accepted kind."""
     kind = next((kind for kind in _KINDS if (raw.get("kty"), raw.get("crv")) == (kind.kty, kind.crv)), None)
     if kind is None or raw.get("alg", kind.algorithm) != kind.algorithm:
@@ -254,7 +231,7 @@ def _make_key(raw: dict[str, Any]) -> VerifyingKey | None:
         return None
     if isinstance(key.key, RSAPublicKey) and key.key.key_size < _LEAST_RSA_BITS:
         return None
-    return VerifyingKey(key, kind.algorithm)
+    return key
 
 
 def _decode(part: str) -> bytes | None:

@@ -24,7 +24,9 @@ from .errors import (
 from .models import SignedTransaction
 
 try:
-    from ._token import Expectation, KeySet, VerifyingKey, read_token, verify
+    import jwt
+
+    from ._token import Expectation, KeySet, read_token, verify
 # The package "jwt" is another one, so name the extra.
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
@@ -131,7 +133,7 @@ class TransactionVerifier:
         key = await self._get_key(parsed.key_id)
         return verify(parsed, key, expected, time.time())
 
-    async def _get_key(self, key_id: str) -> VerifyingKey:
+    async def _get_key(self, key_id: str) -> jwt.PyJWK:
         """Return the key with a ``kid``, after a fetch if one is due.
 
         Raises:
@@ -163,7 +165,7 @@ class TransactionVerifier:
         now = asyncio.get_running_loop().time()
         return now >= self._next_fetch_at and (now >= self._stale_at or self._find(key_id) is None)
 
-    def _find(self, key_id: str) -> VerifyingKey | None:
+    def _find(self, key_id: str) -> jwt.PyJWK | None:
         return None if self._keys is None else self._keys.find(key_id)
 
     def _start_fetch(self) -> asyncio.Task[None]:
