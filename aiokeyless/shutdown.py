@@ -7,6 +7,7 @@ ends with its client. So the client must be closed first, when the signal arrive
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -49,14 +50,19 @@ async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None
 
     Source: ``docs/howto/shutdown.md``, for each framework.
     """
-    closing = _Closing(clients)
+    loop = asyncio.get_running_loop()
+
+    async def close() -> None:
+        await asyncio.gather(*(client.aclose() for client in clients))
+
+    start = functools.cache(lambda: loop.create_task(close()))
     in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = [_Handling(number, closing) for number in _SIGNALS if in_main_thread and _is_handled(number)]
+    handlers = [_Handling(number, loop, start) for number in _SIGNALS if in_main_thread and _is_handled(number)]
     try:
         yield
     finally:
         try:
-            await asyncio.shield(closing.start())
+            await asyncio.shield(start())
         finally:
             for handler in handlers:
                 handler.remove()
@@ -67,30 +73,15 @@ def _is_handled(number: signal.Signals) -> bool:
     return signal.getsignal(number) not in {signal.SIG_IGN, None}
 
 
-class _Closing:
-    """The closing of the clients, which starts once."""
-
-    def __init__(self, clients: tuple[KeylessClient, ...]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._clients = clients
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> asyncio.Task[None]:
-        """Start to close the clients, and return the task that does so."""
-        if self._task is None:
-            self._task = self.loop.create_task(self._close())
-        return self._task
-
-    async def _close(self) -> None:
-        await asyncio.gather(*(client.aclose() for client in self._clients))
-
-
 class _Handling:
-    """The handler of one signal while the block is open."""
+    """The handler of one signal while the block is open. `start` starts once, and returns the task that closes."""
 
-    def __init__(self, number: signal.Signals, closing: _Closing) -> None:
+    def __init__(
+        self, number: signal.Signals, loop: asyncio.AbstractEventLoop, start: Callable[[], asyncio.Task[None]]
+    ) -> None:
         self._number = number
-        self._closing = closing
+        self._loop = loop
+        self._start_closing = start
         self._is_first = True
         # Not loop.add_signal_handler, which keeps one handler only: aiohttp's and hypercorn's live there, and are still
         # called. This takes the place of handlers such as uvicorn's, and calls them.
@@ -100,14 +91,14 @@ class _Handling:
         """Handle the signal; runs in the main thread, between any two instructions."""
         is_first, self._is_first = self._is_first, False
         if is_first:
-            self._closing.loop.call_soon_threadsafe(self._start)
+            self._loop.call_soon_threadsafe(self._start)
         if callable(self._previous):
             self._previous(number, frame)
         elif not is_first:
             self._end_process()
 
     def _start(self) -> None:
-        closing = self._closing.start()
+        closing = self._start_closing()
         if not callable(self._previous):
             closing.add_done_callback(lambda _: self._end_process())
 
