@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from enum import Enum
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypedDict, TypeVar
+from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
 
 import aiohttp
 import anyio
@@ -54,7 +54,7 @@ from ._validation import (
 )
 from ._waits.holds import Holds
 from ._waits.machine import BATCH
-from ._waits.poller import FutureWait, Poller
+from ._waits.poller import FutureWait, Poller, WaitOptions
 from ._waits.state import WaitResult
 from ._waits.updates import NewestUpdate
 from .errors import (
@@ -120,16 +120,6 @@ class _Opened(NamedTuple):
     transport: Transport
     poller: Poller
     holds: Holds
-
-
-class _WaitOptions(TypedDict):
-    """The checked arguments of a wait, by the names of `Poller.start`."""
-
-    operation_id: str
-    ticket: ApprovalTicket | None
-    timeout: float | None
-    schedule: wait_base | None
-    may_be_missing: bool
 
 
 class KeylessClient:
@@ -765,8 +755,7 @@ class KeylessClient:
         final poll.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the
-                payload, the external user id and the factor of each answer.
+            target: See `wait_for_approval`.
             seconds: The length of this piece; above 0 and finite.
             schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
@@ -792,15 +781,9 @@ class KeylessClient:
         """
         check_flag(explain, "explain")
         options = self._options(target, None, schedule, if_missing)
+        options["timeout"] = None  # what the ticket has left
         seconds = finite_seconds(seconds, "seconds")
-        outcome = await self._open().holds.hold(
-            options["operation_id"],
-            ticket=options["ticket"],
-            seconds=seconds,
-            schedule=options["schedule"],
-            may_be_missing=options["may_be_missing"],
-            explain=explain,
-        )
+        outcome = await self._open().holds.hold(options, seconds=seconds, explain=explain)
         try:
             return None if outcome is None else _result(outcome)
         finally:
@@ -955,10 +938,10 @@ class KeylessClient:
 
     def _options(
         self, target: str | ApprovalTicket, timeout: WaitTimeout, schedule: wait_base | None, if_missing: IfMissing
-    ) -> _WaitOptions:
+    ) -> WaitOptions:
         """Check the arguments of a wait."""
         operation_id, ticket = _read_target(target)
-        return _WaitOptions(
+        return WaitOptions(
             operation_id=check_operation_id(operation_id),
             ticket=ticket,
             timeout=_budget(timeout, ticket),
@@ -966,11 +949,11 @@ class KeylessClient:
             may_be_missing=check_choice(if_missing, IfMissing, "if_missing") == "wait",
         )
 
-    def _start(self, options: _WaitOptions) -> tuple[Poller, FutureWait]:
+    def _start(self, options: WaitOptions) -> tuple[Poller, FutureWait]:
         poller = self._open().poller
         return poller, poller.start(**options)
 
-    async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll, *, explain: bool) -> Operation:
+    async def _wait_reporting(self, options: WaitOptions, on_poll: OnPoll, *, explain: bool) -> Operation:
         check_handler(on_poll, "on_poll")
         operation: Operation | None = None
         updates = self._updates(options, explain=explain)
@@ -983,7 +966,7 @@ class KeylessClient:
         assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
         return operation
 
-    async def _updates(self, options: _WaitOptions, *, explain: bool) -> AsyncGenerator[ApprovalUpdate, None]:
+    async def _updates(self, options: WaitOptions, *, explain: bool) -> AsyncGenerator[ApprovalUpdate, None]:
         poller = self._open().poller
         newest = NewestUpdate()
         wait = poller.start(**options, updates=newest)

@@ -13,11 +13,9 @@ from aiokeyless._rules.final import RESOLUTION
 from aiokeyless._tracing import context_without_traces
 
 if TYPE_CHECKING:
-    from tenacity.wait import wait_base
-
     from aiokeyless.ticket import ApprovalTicket
 
-    from .poller import FutureWait, Poller
+    from .poller import FutureWait, Poller, WaitOptions
     from .state import WaitResult
 
 #: Seconds for which a wait goes on after its last hold.
@@ -40,11 +38,7 @@ class _Lease:
 
 
 class Holds:
-    """The holds of one client.
-
-    Args:
-        poller: Runs the waits.
-    """
+    """The holds of one client."""
 
     def __init__(self, poller: Poller) -> None:
         self._poller = poller
@@ -52,40 +46,12 @@ class Holds:
         self._context = context_without_traces()  # a lease expires in no caller's context
         self._leases: dict[_Target, _Lease] = {}
 
-    async def hold(
-        self,
-        operation_id: str,
-        *,
-        ticket: ApprovalTicket | None,
-        seconds: float,
-        schedule: wait_base | None,
-        may_be_missing: bool,
-        explain: bool,
-    ) -> WaitResult:
-        """Wait for a piece of a longer wait.
-
-        Args:
-            operation_id: The operation.
-            ticket: Its ticket; None for a bare id, which does not expire.
-            seconds: The length of the piece. If the ticket expires within it, the hold lasts until the wait has ended.
-            schedule: When to poll; None for the client's. Only the first hold's counts.
-            may_be_missing: Whether 404 counts as pending.
-            explain: Whether to explain the wait. Only the first hold's counts.
-
-        Returns:
-            The outcome of the wait; None if it goes on.
-        """
-        target = operation_id, ticket, may_be_missing
+    async def hold(self, options: WaitOptions, *, seconds: float, explain: bool) -> WaitResult:
+        """Wait for a piece of a longer wait, so many seconds, and return its outcome; None if it goes on."""
+        target = options["operation_id"], options["ticket"], options["may_be_missing"]
         lease = self._leases.get(target)
         if lease is None:
-            wait = self._poller.start(
-                operation_id,
-                ticket=ticket,
-                timeout=None,
-                schedule=schedule,
-                may_be_missing=may_be_missing,
-                patience=seconds,
-            )
+            wait = self._poller.start(**options, patience=seconds)
             lease = self._leases[target] = _Lease(wait, is_explained=explain)
             if explain:
                 self._poller.explainer.start(wait)

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from aiokeyless._http.protocol import operation_path
 from aiokeyless._rules.outcome import YOUNG
@@ -48,16 +48,18 @@ class FutureWait(asyncio.Future[WaitResult], Wait):
     __slots__ = WAIT_SLOTS
 
 
-class Poller:
-    """The waits of one client.
+class WaitOptions(TypedDict):
+    """The arguments of `Poller.start`."""
 
-    Args:
-        transport: Sends the polls.
-        schedule: When to poll, for waits that bring no schedule of their own.
-        max_in_flight: Polls in flight at once.
-        max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
-        listeners: Receive the events of waits, polls and the circuit; None for no events.
-    """
+    operation_id: str
+    ticket: ApprovalTicket | None
+    timeout: float | None
+    schedule: wait_base | None
+    may_be_missing: bool
+
+
+class Poller:
+    """The waits of one client. The arguments are those of the client."""
 
     def __init__(
         self,
