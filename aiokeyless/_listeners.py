@@ -15,11 +15,7 @@ DEFAULT_LISTENERS: Final[list[Listener]] = []
 
 
 class Listeners:
-    """The listeners of one client. A client without listeners has None instead, and builds no events.
-
-    Args:
-        listeners: The listeners, in the order in which they are called.
-    """
+    """The listeners of one client. A client without listeners has None instead, and builds no events."""
 
     __slots__ = ("_failed", "_listeners")
 

@@ -133,7 +133,7 @@ class OpenTelemetryListener:
             "aiokeyless.worker.unsettled", "{delivery}", "Deliveries that the broker did not let a worker settle."
         )
         self._circuits, self._workers = _create_gauges(meter, meter_provider or get_meter_provider())
-        #: The last event of each worker. The counters add the difference to the next one.
+        # The last event of each worker. The counters add the difference to the next one.
         self._counted: dict[int, WorkerInspected] = {}
 
     def __call__(self, event: Event) -> None:
@@ -241,15 +241,10 @@ class OpenTelemetryListener:
 
 
 class _Observed(NamedTuple):
-    """What gauges are read from.
+    """What gauges are read from."""
 
-    Attributes:
-        circuits: How many circuits are in each state, a client's being closed at first.
-        workers: The last report of each worker that runs, by its number.
-    """
-
-    circuits: Counter[str]
-    workers: dict[int, WorkerInspected]
+    circuits: Counter[str]  # how many are in each state, a client's being closed at first
+    workers: dict[int, WorkerInspected]  # the last report of each one that runs, by its number
 
 
 _OBSERVED: Final[WeakKeyDictionary[MeterProvider, _Observed]] = WeakKeyDictionary()

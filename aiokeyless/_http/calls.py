@@ -65,12 +65,7 @@ class Calls(dict["Call", float]):
 class Call:
     """One call of a client's method, or one exchange: ``with Call(calls, deadline):``.
 
-    Args:
-        calls: What it belongs to.
-        deadline: When it ends with `TimeoutError`. Default: never.
-
-    Raises:
-        ConfigurationError: No task runs.
+    At the deadline it ends with `TimeoutError`.
     """
 
     __slots__ = ("_calls", "_cancelling", "_deadline", "_error", "_task")

@@ -18,16 +18,7 @@ class UnusableContentError(Exception):
 
 
 def decode_content(body: bytes, encoding: str, limit: int) -> bytes:
-    """Return the body without its encoding.
-
-    Args:
-        body: The body as it arrived.
-        encoding: The value of ``Content-Encoding``, redacted.
-        limit: Largest number of bytes to return.
-
-    Raises:
-        UnusableContentError: It is larger, its gzip is broken or has more than one member, or the encoding is another.
-    """
+    """Return the body, of at most `limit` bytes, without its encoding: the value of ``Content-Encoding``, redacted."""
     name = encoding.strip().lower()
     # A status without a body may have the header.
     if not body or name in {"", "identity"}:

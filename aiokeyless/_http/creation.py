@@ -46,12 +46,7 @@ class Creation(ABC, Generic[Answer, Result]):
     """A POST that is repeated only if it had no effect.
 
     After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
-    again only if there is none.
-
-    Args:
-        transport: Sends the requests.
-        post: The POST.
-        resumes: Whether the client also searches after a 409 on the first attempt.
+    again only if there is none. If it resumes, it also searches after a 409 on the first attempt.
     """
 
     def __init__(self, transport: Transport, post: protocol.Request[Answer], *, resumes: bool = False) -> None:
@@ -64,27 +59,17 @@ class Creation(ABC, Generic[Answer, Result]):
 
     @abstractmethod
     def _read(self, answer: Answer) -> Result:
-        """Return the result for an answer to the POST.
-
-        Raises:
-            DecodeError: The answer proves nothing.
-        """
+        """Return the result for an answer to the POST. Raise a `DecodeError` if that proves nothing."""
 
     @abstractmethod
     async def _search(self) -> Result | None:
         """Return the result for the object that exists; None if there is none.
 
-        Raises:
-            KeylessError: It is not what this call was to create, or it is approved already. Or see `_fetch`.
+        Raise if it is not what this call was to create, or is approved already.
         """
 
     async def run(self) -> Result:
-        """Create the object, in at most `max_attempts` attempts.
-
-        Raises:
-            ConflictError: Another object is in its place, or it exists and is approved already.
-            KeylessError: The create failed, and the object does not exist or the search failed.
-        """
+        """Create the object, in at most `max_attempts` attempts."""
         try:
             with self._transport.call():
                 return await self._transport.retry(self._attempt, self._may_repeat)
@@ -120,8 +105,7 @@ class Creation(ABC, Generic[Answer, Result]):
     async def _resolve(self, *, conflicts: bool) -> Result | None:
         """Return the result for the object that exists; None if there is none.
 
-        Raises:
-            KeylessError: The search may not be made; the ambiguous failure is then final. Or see `_search`.
+        If the search may not be made, or fails, the ambiguous failure is final.
         """
         if self._ambiguous is not None and not self._transport.take_tokens(
             self._ambiguous, "whether it took effect was not checked"
@@ -144,11 +128,7 @@ class Creation(ABC, Generic[Answer, Result]):
     async def _fetch(self, request: protocol.Request[T], *, may_be_missing: bool = False) -> T | None:
         """Send a GET as `Transport.fetch` does, but give no token back: it is part of a call that has failed.
 
-        Returns:
-            The answer; None for a 404 if it may be missing.
-
-        Raises:
-            KeylessError: The GET failed. After an ambiguous failure, it is that one, and the GET's is its cause.
+        If it fails after an ambiguous failure, raise that one, with the GET's as its cause.
         """
         try:
             return await self._transport.retry(lambda number: self._transport.send(request, attempt=number))
@@ -181,13 +161,6 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
     | the same content, pending | reconciled | reconciled |
     | the same content, approved | `AlreadyApprovedError` | reconciled |
     | (409 after an ambiguous failure) | GET, then as above | reconciled, without a GET |
-
-    Args:
-        transport: Sends the requests.
-        user_id: The user, checked.
-        operation: The operation to create.
-        id_is_new: Whether the id was generated for this call. Then this call created any operation with that id.
-        resumes: Whether the client also GETs the operation after a 409 on the first attempt.
     """
 
     def __init__(
@@ -211,12 +184,7 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
         return await super()._resolve(conflicts=conflicts)
 
     async def find(self) -> bool:
-        """Return whether the operation is there and pending, without a create: the phone starts it.
-
-        Raises:
-            ConflictError: As for `run`.
-            KeylessError: The search failed.
-        """
+        """Return whether the operation is there and pending, without a create: the phone starts it."""
         try:
             found = await self._transport.fetch(self._get)
         except NotFoundError:
@@ -256,11 +224,6 @@ class ExternalUserCreation(Creation[ExternalUser, ExternalUser]):
     """The creation of one external user, which is the result.
 
     If the search finds the user under the external user id, this call or an equal earlier one has linked them.
-
-    Args:
-        transport: Sends the requests.
-        user_id: The user, checked.
-        external_user_id: The external user id, checked.
     """
 
     def __init__(self, transport: Transport, user_id: str, external_user_id: str) -> None:
@@ -287,11 +250,7 @@ class ExternalUserCreation(Creation[ExternalUser, ExternalUser]):
 def confirm_external_user(
     answer: ExternalUser, request: protocol.Request[ExternalUser], user_id: str, external_user_id: str
 ) -> ExternalUser:
-    """Return an answer that is about this user and this external user id.
-
-    Raises:
-        DecodeError: It is about another user or another external user id.
-    """
+    """Return an answer if it is about this user and this external user id; else raise a `DecodeError`."""
     if is_same_user(answer.user_id, user_id) and answer.external_user_id == external_user_id:
         return answer
     raise _make_error(request, "about another user or another external user id")

@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 
 async def delete(transport: Transport, request: protocol.Request[None]) -> None:
-    """Send a DELETE, in at most `max_attempts` attempts.
-
-    Raises:
-        NotFoundError: There is nothing to delete, and no earlier attempt can have deleted it.
-        KeylessError: The delete failed, but may have taken effect.
-    """
+    """Send a DELETE, in at most `max_attempts` attempts."""
     may_be_done = False  # by an earlier attempt
 
     async def attempt(number: int) -> None:

@@ -26,11 +26,7 @@ class ApiKey(NamedTuple):
 
 
 class ApiKeys:
-    """The API keys of a client.
-
-    Args:
-        source: The key, checked, or a function that returns it.
-    """
+    """The API keys of a client: a checked key, or a function that returns one."""
 
     # The function is not shown by any repr: it may be a `functools.partial` of a key.
     __slots__ = ("_ask", "_current", "_known")
@@ -50,11 +46,7 @@ class ApiKeys:
         return self._current.secret if self._ask is None and self._current is not None else None
 
     def current(self) -> ApiKey:
-        """Return the key of an exchange that begins now.
-
-        Raises:
-            ConfigurationError: The function raised, or did not return a key.
-        """
+        """Return the key of an exchange that begins now. Raise `ConfigurationError` if the function returned none."""
         if self._ask is not None:
             try:
                 return self._update(_read(self._ask))

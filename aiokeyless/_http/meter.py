@@ -28,13 +28,7 @@ _PIECE: Final = 1 << 14
 
 
 class Meter(asyncio.Protocol):
-    """Stands between the transport of a connection and aiohttp's protocol, and aborts the connection at too much.
-
-    Args:
-        handler: aiohttp's protocol.
-        transport: The connection.
-        now: The loop's time.
-    """
+    """Stands between the transport of a connection and aiohttp's protocol, and aborts the connection at too much."""
 
     __slots__ = ("_body", "_handler", "_received", "_transport", "made_at")
 

@@ -23,12 +23,6 @@ def find_proxy(base_url: str) -> Secret | None:
 
     ``$HTTPS_PROXY`` comes before ``$ALL_PROXY``, and ``$NO_PROXY`` excepts hosts. A loopback host has no proxy. A SOCKS
     or ``https:`` proxy is not used, with a warning.
-
-    Args:
-        base_url: Checked base URL of the service.
-
-    Raises:
-        ConfigurationError: What the environment names is not the URL of a proxy.
     """
     proxy = read_environment(base_url)
     scheme = "http" if proxy is None else _scheme_of(proxy)

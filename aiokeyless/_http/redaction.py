@@ -26,11 +26,7 @@ _ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apo
 
 
 class Redaction:
-    """Redacts API keys in texts.
-
-    Args:
-        api_keys: The keys, at least one.
-    """
+    """Redacts API keys, at least one, in texts."""
 
     # No attribute shows a key: error reporters print attributes by their repr, and that of a pattern shows the pattern.
     __slots__ = ("_is_hinted_at", "_patterns")
@@ -44,11 +40,7 @@ class Redaction:
     def is_echoed_in(self, answer: object, body: bytes) -> bool:
         """Return whether a text of an answer repeats a key; a `Secret` does not count.
 
-        These texts cannot be redacted, since a wait compares them, and applications log them.
-
-        Args:
-            answer: The decoded answer.
-            body: Its JSON.
+        These texts cannot be redacted, since a wait compares them, and applications log them. `body` is its JSON.
         """
         # Without a backslash, the JSON contains each text unchanged. In no form of a key are its letters and digits
         # encoded, so one look is enough for nearly all answers.

@@ -16,11 +16,7 @@ _REQUEST_TIMEOUT: Final = 408
 
 
 def may_have_taken_effect(error: KeylessError) -> bool:
-    """Return whether a failed request may have taken effect, by the table of docs/rules.md.
-
-    Args:
-        error: The failure of a request that is not repeated blindly, such as a POST.
-    """
+    """Return whether a request that failed so may have taken effect, by the table of docs/rules.md."""
     if isinstance(error, TransportError):
         return error.sent
     if isinstance(error, StatusError):

@@ -100,11 +100,6 @@ def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | N
     """Evaluate one answer of ``GET /v2/operations/{operationId}``.
 
     Pending answers are checked like approved ones, so the first poll already finds a mix-up.
-
-    Args:
-        operation: The answer.
-        operation_id: The id that was asked for.
-        ticket: The operation's ticket; None for a bare id.
     """
     if operation.operation_id != operation_id:
         return Rejection.OTHER_OPERATION

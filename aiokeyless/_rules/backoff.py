@@ -40,9 +40,9 @@ def failures_that_count(failures: int, *, since_own: float, since_good: float, i
 
     Args:
         failures: Failures in a row.
-        since_own: Seconds since a poll of this operation started that was answered well.
-        since_good: Seconds since a good answer to any poll, if this operation ever had one; else infinity.
-        is_spared: Whether the circuit, or the number of waits, limits the polls.
+        since_own: Seconds since a poll started that was answered well. If there is none, since the operation's origin.
+        since_good: Seconds since a good answer to any poll.
+        is_spared: Whether few polls are sent anyway.
     """
     is_short = since_own <= SHORT and (is_spared or since_good <= GOOD)
     return min(failures, MOST_AT_FIRST) if is_short else failures

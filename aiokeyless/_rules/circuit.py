@@ -64,8 +64,8 @@ class Circuit:
     probe through at a time, on the error backoff. The ``Retry-After`` of a rate limit opens it too, for that time and
     with no poll at all. In both cases, the next good answer makes it half open. Times are of one clock, in seconds.
 
-    Args:
-        limit: Polls that may be in flight while all is well.
+    The methods take when a poll started, and whether it is a probe: an ordinary poll. A final one starts in any state,
+    also during a pause, so it delays no probe and extends no pause.
     """
 
     __slots__ = (
@@ -154,19 +154,11 @@ class Circuit:
                 self.is_calm, self._usual = True, 0.0
 
     def record_refusal(self, now: float, error: RateLimitError, *, is_probe: bool, is_limited: bool) -> bool:
-        """Respect a 429, after it was recorded as the failure that it is.
+        """Respect a 429, after it was recorded as a failure. Return whether the limit is the tenant's.
 
-        If many of the last polls were refused, the limit is the tenant's, and ``Retry-After`` is meant for all polls.
-        Otherwise the limit is the operation's own, or somebody else uses it up for a moment.
-
-        Args:
-            now: The time.
-            error: The refusal.
-            is_probe: Whether it was an ordinary poll. A final poll is sent during a pause, and does not extend it.
-            is_limited: Whether an earlier refusal limits the rate of polls.
-
-        Returns:
-            Whether the limit is the tenant's.
+        It is if many of the last polls were refused, or fewer while an earlier refusal limits the rate. Then
+        ``Retry-After`` is meant for all polls. Otherwise the limit is the operation's own, or somebody else uses it up
+        for a moment.
         """
         before = (self._refused >> _LAST).bit_count()
         last = self._refused.bit_count() - before
@@ -179,15 +171,7 @@ class Circuit:
     def record_failure(
         self, now: float, operation: Hashable, *, started_at: float, is_probe: bool, is_refusal: bool = False
     ) -> None:
-        """Record a transient failure.
-
-        Args:
-            now: The time.
-            operation: The operation whose poll failed.
-            started_at: When the failed poll started.
-            is_probe: Whether it was an ordinary poll. A final poll starts in any state, and delays no probe.
-            is_refusal: Whether it is a 429.
-        """
+        """Record a transient failure; `is_refusal` says that it is a 429."""
         self.is_calm = False
         self._record_end(is_refusal=is_refusal)
         if self.is_probed:
@@ -208,21 +192,12 @@ class Circuit:
         """Record a poll that was cut off because no wait needed it any more. That says nothing about the service.
 
         The next probe keeps the same distance to it. Otherwise, callers that leave would send one after another.
-
-        Args:
-            started_at: When the poll started.
-            is_probe: Whether it was an ordinary poll.
         """
         if self.is_probed and is_probe and started_at >= self.since:
             self._keep_distance(started_at)
 
     def record_pause(self, now: float, seconds: float) -> None:
-        """Hold all polls for a time.
-
-        Args:
-            now: The time.
-            seconds: How long; at most 120 count.
-        """
+        """Hold all polls for so many seconds; at most 120 count."""
         self.is_calm = False
         self._held_until = max(self._held_until, now + min(seconds, MAX_PAUSE))
         if not self.is_probed:  # a probe in flight still counts: a pause does not restart the backoff
@@ -261,29 +236,16 @@ class Circuit:
 
 
 class Transition(NamedTuple):
-    """A change of a circuit's state.
-
-    Attributes:
-        previous: The state before.
-        state: The state now.
-        seconds: Seconds for which the state before lasted.
-        is_outage: Whether the circuit opened for the first time since it was closed.
-        outage: If it is closed again, the seconds since it opened for the first time; else None.
-    """
+    """A change of a circuit's state."""
 
     previous: CircuitState
     state: CircuitState
-    seconds: float
-    is_outage: bool
-    outage: float | None
+    seconds: float  # for which the state before lasted
+    is_outage: bool  # it opened for the first time since it was closed
+    outage: float | None  # if it is closed again, the seconds since it opened for the first time
 
     def event(self, cause: type[KeylessError] | None, waiting: int) -> CircuitChanged:
-        """Return the event for listeners.
-
-        Args:
-            cause: The kind of the failure that changed it; None if it was a good answer.
-            waiting: Waits under way, or deliveries in flight.
-        """
+        """Return the event for listeners; its cause is the kind of the failure, None if it was a good answer."""
         return CircuitChanged(
             state=self.state.value,
             previous=self.previous.value,
@@ -296,10 +258,7 @@ class Transition(NamedTuple):
 class Transitions:
     """Notices how a circuit's state changes. An outage begins when it opens and ends when it is closed again.
 
-    In between, the state may change back and forth.
-
-    Args:
-        now: The time; the circuit is closed.
+    In between, the state may change back and forth. At first the circuit is closed.
     """
 
     __slots__ = ("_opened_at", "_since", "state")

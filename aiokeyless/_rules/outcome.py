@@ -51,13 +51,8 @@ def poll_verdict(
 ) -> Verdict | Rejection:
     """Return what the result of a poll means for a wait.
 
-    Args:
-        answer: The operation as the service answered it, or the failure of the poll.
-        operation_id: The operation that was polled.
-        ticket: Its ticket; None for a bare id.
-        may_be_missing: Whether a 404 counts as pending: the caller says so, or the operation is younger than `YOUNG`
-            and a replica may lag. It always does if the ticket says that the phone starts the operation.
-        was_seen: Whether an earlier poll found the operation.
+    A 404 may count as pending since the caller says so, or the operation is younger than `YOUNG`, as a replica may lag.
+    It always does if the ticket says that the phone starts the operation.
     """
     if isinstance(answer, Operation):
         return evaluate(answer, operation_id, ticket)
@@ -86,11 +81,7 @@ def is_unexpected(error: KeylessError) -> bool:
 
 
 def poll_result(answer: Operation | KeylessError | None) -> PollResult:
-    """Return the result of one poll for listeners. What it means for the waits makes no difference.
-
-    Args:
-        answer: The operation, or the failure; None if the poll was cut off.
-    """
+    """Return the result of one poll for listeners, whatever it means for the waits; None: the poll was cut off."""
     if isinstance(answer, Operation):
         if answer.state == STATE_PENDING:
             return _POLL_PENDING

@@ -39,11 +39,8 @@ class PollRate:
     """A token bucket whose rate the service's 429 halves.
 
     A refused rate is halved once and then rises. It is back where it was within 20 s, and then rises faster and faster,
-    a thousandfold within about a minute. So polls find the limit of a service and stay just below it. Times are of one
-    clock, in seconds.
-
-    Args:
-        limit: Polls a second at most; None for no limit until the service refuses.
+    a thousandfold within about a minute. So polls find the limit of a service and stay just below it. If `limit` is
+    None, there is none until the service refuses. Times are of one clock, in seconds.
     """
 
     __slots__ = (
@@ -98,27 +95,14 @@ class PollRate:
     def record_failure(
         self, now: float, circuit: Circuit, error: KeylessError, *, started_at: float, is_probe: bool
     ) -> None:
-        """Record a failure that the circuit has recorded: a 429 by the tenant's limit halves the rate.
-
-        Args:
-            now: The time.
-            circuit: Tells whether the limit is the tenant's, see `Circuit.record_refusal`.
-            error: The failure.
-            started_at: When the failed poll started.
-            is_probe: Whether it was an ordinary poll.
-        """
+        """Record a failure that the circuit has recorded: a 429 by the tenant's limit halves the rate."""
         if isinstance(error, RateLimitError) and circuit.record_refusal(
             now, error, is_probe=is_probe, is_limited=self.is_limited(now)
         ):
             self.record_refusal(now, started_at=started_at)
 
     def record_refusal(self, now: float, *, started_at: float) -> None:
-        """Record a 429.
-
-        Args:
-            now: The time.
-            started_at: When the refused poll started. If the rate has been halved since, it is not halved again.
-        """
+        """Record a 429. If the rate has been halved since that poll started, it is not halved again."""
         if started_at < self._refused_at + _SETTLED:
             return
         counted = max(self._counted, self._counted_before)

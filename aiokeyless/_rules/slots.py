@@ -22,13 +22,8 @@ SLOW: Final = 1.0
 def most_in_flight(slots: int, now: float, *, answered_at: float) -> int:
     """Return how many ordinary polls may be in flight, slow ones included.
 
-    There are fewer while the service answers none well. Many systems give a process 1024 descriptors, so large numbers
-    of slots have fewer beside them.
-
-    Args:
-        slots: How many slots there are.
-        now: The time.
-        answered_at: When the last good answer came.
+    There are fewer while the service answers none well: the last good answer came at `answered_at`. Many systems give a
+    process 1024 descriptors, so large numbers of slots have fewer beside them.
     """
     if now - answered_at <= SLOW:
         return max(2 * slots, min(6 * slots, 512))
@@ -60,13 +55,9 @@ class Slots(Generic[T]):
         return len(self._held)
 
     def take(self, holder: T, now: float, *, is_retry: bool, operation: Hashable = None) -> None:
-        """Give a slot to what starts now.
+        """Give a slot to what starts now; `is_retry` says that the operation's last poll failed.
 
-        Args:
-            holder: The poll or the delivery.
-            now: The time.
-            is_retry: Whether the operation's last poll failed.
-            operation: What fails if it is slow. Default: the holder.
+        If it is slow, the operation fails, which is the holder by default.
         """
         self._held[holder] = now, holder if operation is None else operation, is_retry
         self.of_retries += is_retry

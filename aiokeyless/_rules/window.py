@@ -47,12 +47,7 @@ class Window:
         self._hangs_after = _SECONDS
 
     def opens_at(self, now: float, started: Sequence[float]) -> float:
-        """Return when one more poll may start, if none ends before.
-
-        Args:
-            now: The time.
-            started: When the polls in flight started, in order.
-        """
+        """Return when one more poll may start, if none of those in flight ends before. They `started` in this order."""
         limit = int(self.limit)
         return now if self._count_recent(now, started) < limit else started[-limit] + self._hangs_after
 
@@ -71,7 +66,7 @@ class Window:
         return True
 
     def adapt(self, now: float, started: Sequence[float]) -> None:
-        """Adapt the limit. The arguments are those of `opens_at`."""
+        """Adapt the limit."""
         answers, self._answers = self._answers, []
         seconds = [at - start for start, at in answers]
         quickest = min(seconds)

@@ -34,12 +34,8 @@ _MOST_SKIPPED: Final = 384
 class Dispatcher:
     """The polls of one client that are due, queued or in flight.
 
-    Args:
-        circuit: Limits the polls in flight while the service fails or recovers.
-        rate: How many polls may start in a second. Final polls count, but do not wait for it.
-        max_in_flight: Slots. An ordinary poll holds one for its first second.
-        max_connections: All polls in flight at once. More would queue for a connection.
-        request_timeout: Seconds after which a poll in flight is overdue.
+    There are `max_in_flight` slots. All polls in flight are at most `max_connections`: more would queue for a
+    connection. Final polls count for the rate, but do not wait for it.
     """
 
     def __init__(
@@ -179,11 +175,7 @@ class Dispatcher:
         return self._retries > 0 and self.slots.of_retries >= max(1, self._circuit.limit // 2)
 
     def _due_at(self, ready_at: float) -> float:
-        """Return when the next ordinary poll may start; infinity if none is scheduled.
-
-        Args:
-            ready_at: When the circuit, the slots and the rate allow one.
-        """
+        """Return when the next ordinary poll may start, from `ready_at` on; infinity if none is scheduled."""
         due = min([queue.next_due() for queue in self._open_queues()])
         if self._retries_wait():
             due = min(due, self.slots.slow_at())
@@ -294,12 +286,7 @@ class Dispatcher:
     # -- cutting off
 
     def cut_off(self, poll: Poll, *, overdue: bool = False) -> None:
-        """Mark a poll so that its exchange is cut off, once.
-
-        Args:
-            poll: The poll.
-            overdue: Whether it takes longer than it may.
-        """
+        """Mark a poll so that its exchange is cut off, once."""
         if not poll.is_over:
             poll.is_over, poll.is_overdue = True, overdue
             self.cut.append(poll)

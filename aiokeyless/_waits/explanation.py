@@ -182,11 +182,7 @@ class Explainer:
 def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, deadline: float = math.inf) -> bool:
     """Return whether Telemetry may be asked about an operation now.
 
-    Args:
-        now: The time, in seconds; the other arguments are by the same clock.
-        asked_at: When it was last asked about this operation; minus infinity if it was not.
-        pending_since: Since when the operation is pending.
-        deadline: When the wait ends. Shortly before that, only the last request is sent.
+    Shortly before the deadline of a wait, only the last request is sent.
     """
     return now - asked_at >= INTERVAL and now - pending_since >= PENDING_FOR and deadline - now >= INTERVAL
 
@@ -194,15 +190,9 @@ def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, de
 def merge_attempts(
     known: tuple[Authentication, ...], answered: Sequence[Authentication], operation_id: str
 ) -> tuple[Authentication, ...]:
-    """Return the attempts at one operation, oldest first.
+    """Return the known attempts at one operation, and those that were answered last; the oldest first.
 
     Telemetry forgets an attempt after ten minutes. A wait may last longer, so it keeps earlier answers.
-
-    Args:
-        known: The attempts in earlier answers.
-        answered: The attempts in the latest answer, in any order. Those at other operations are left out, since they
-            explain nothing.
-        operation_id: The operation.
     """
     fresh = [attempt for attempt in answered if attempt.operation_id == operation_id]
     everything = [*(attempt for attempt in known if attempt not in fresh), *fresh]
@@ -212,12 +202,9 @@ def merge_attempts(
 
 
 def describe_failures(attempts: Sequence[Authentication]) -> str | None:
-    """Return a clause about the failed attempts, such as "2 attempts failed: the face did not match (30004)".
+    """Return a clause such as "2 attempts failed: the face did not match (30004)"; None if no attempt failed.
 
     It quotes no text of the service, since an answer may echo anything.
-
-    Returns:
-        The clause; None if no attempt failed.
     """
     failed = [attempt for attempt in attempts if attempt.failed]
     if not failed:

@@ -62,14 +62,8 @@ _PENDING: Final = Verdict.PENDING
 class Machine:
     """The waits of one client.
 
-    Args:
-        reporter: Reports the events of waits and polls.
-        schedule: When to poll, for waits that bring no schedule of their own.
-        max_in_flight: Slots for polls: see `Dispatcher`.
-        max_connections: All polls in flight at once.
-        max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
-        request_timeout: Seconds for one exchange.
-        no_answer: Makes the error for a poll without an answer, from the operation id and the seconds in flight.
+    Most arguments are the client's. `max_connections` limits all polls in flight. `no_answer` makes the error for a
+    poll without an answer, from the operation id and the seconds in flight.
     """
 
     def __init__(
@@ -372,13 +366,8 @@ class Machine:
     def finish_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> BatchedResult | None:
         """Apply the result of a poll to its waits; harmless after it has ended.
 
-        Args:
-            poll: The poll.
-            answer: The operation, or the failure; None if it was cut off, or its task was cancelled.
-            now: The time.
-
-        Returns:
-            None; if an operation has very many waits, the rest of the work, for `apply_more` in the next turns.
+        The answer is None if the poll was cut off, or its task was cancelled. If an operation has very many waits, the
+        rest of the work is returned, for `apply_more` in the next turns.
         """
         dispatcher = self._dispatcher
         if poll not in dispatcher.in_flight:

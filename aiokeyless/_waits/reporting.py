@@ -43,12 +43,7 @@ _OUTCOMES: Final[dict[type, WaitOutcome]] = {
 
 
 class Reporter:
-    """Reports for one poller.
-
-    Args:
-        listeners: Receive the events; None for no events. No event is built then.
-        now: The time.
-    """
+    """Reports for one poller. Without listeners, no event is built."""
 
     def __init__(self, listeners: Listeners | None, now: float) -> None:
         self._listeners = listeners
@@ -114,14 +109,7 @@ class Reporter:
     def notice_circuit(
         self, state: CircuitState, answer: Operation | KeylessError, now: float, *, waiting: int
     ) -> None:
-        """Report the state of the circuit, if it is not the one that was reported last.
-
-        Args:
-            state: The state.
-            answer: The answer, or the failure, after which the circuit has this state.
-            now: The time.
-            waiting: Waits under way.
-        """
+        """Report the state that the circuit has after an answer, if it is not the one that was reported last."""
         if state is self._transitions.state:
             return
         # A good answer never opens it, and may be a 404.
