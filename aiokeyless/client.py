@@ -729,9 +729,10 @@ class KeylessClient:
         check_flag(explain, "explain")
         if on_poll is not None or explain:
             options = self._options(target, timeout, schedule, if_missing)
-            return await self._wait_reporting(options, on_poll or _ignore, explain=explain)
+            return await self._wait_reporting(options, on_poll, explain=explain)
+        poller = self._open().poller
         # The options are not kept in a variable: each waiting frame would hold them in memory.
-        poller, wait = self._start(self._options(target, timeout, schedule, if_missing))
+        wait = poller.start(**self._options(target, timeout, schedule, if_missing))
         try:
             return _result(await wait)
         finally:
@@ -949,18 +950,15 @@ class KeylessClient:
             may_be_missing=check_choice(if_missing, IfMissing, "if_missing") == "wait",
         )
 
-    def _start(self, options: WaitOptions) -> tuple[Poller, FutureWait]:
-        poller = self._open().poller
-        return poller, poller.start(**options)
-
-    async def _wait_reporting(self, options: WaitOptions, on_poll: OnPoll, *, explain: bool) -> Operation:
+    async def _wait_reporting(self, options: WaitOptions, on_poll: OnPoll | None, *, explain: bool) -> Operation:
         check_handler(on_poll, "on_poll")
         operation: Operation | None = None
         updates = self._updates(options, explain=explain)
         try:
             async for update in updates:
                 operation = update.operation
-                await _call_back("on_poll", on_poll, update)
+                if on_poll is not None:
+                    await _call_back("on_poll", on_poll, update)
         finally:
             await updates.aclose()
         assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
@@ -1032,10 +1030,6 @@ def for_another_process(client: KeylessClient) -> KeylessClient:
     its_own = KeylessClient.__new__(KeylessClient)
     its_own.__dict__.update(client.__dict__ | {"_opened": None, "_closing": None})
     return its_own
-
-
-def _ignore(_update: ApprovalUpdate) -> None:
-    """Do nothing with an update."""
 
 
 async def _call_back(name: str, function: Callable[[T], object], argument: T) -> None:

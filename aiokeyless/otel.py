@@ -186,7 +186,8 @@ class OpenTelemetryListener:
 
     def _start_wait(self, event: WaitStarted) -> None:
         self._active.add(1)
-        span = self._tracer.start_span("aiokeyless.wait", links=_links(event.traceparent))
+        links = [] if event.traceparent is None else [Link(_position(event.traceparent))]
+        span = self._tracer.start_span("aiokeyless.wait", links=links)
         if span.is_recording():
             self._spans[event.wait] = span
 
@@ -294,16 +295,11 @@ def _messaging(event: DeliveryEnded | OutcomePublished | WorkerInspected) -> dic
     return {"messaging.system": event.system, "messaging.destination.name": event.destination}
 
 
-def _links(traceparent: str | None) -> list[Link]:
-    """Return a link to where a ticket was created."""
-    return [] if traceparent is None else [Link(_position(traceparent))]
-
-
 def _context(traceparent: str | None) -> Context:
-    """Return the context of a request's submission: none where that was not traced, and never that of the worker."""
-    return (
-        Context() if traceparent is None else set_span_in_context(NonRecordingSpan(_position(traceparent)), Context())
-    )
+    """Return the context of a request's submission, empty if that was not traced, and never that of the worker."""
+    if traceparent is None:
+        return Context()
+    return set_span_in_context(NonRecordingSpan(_position(traceparent)), Context())
 
 
 def _position(traceparent: str) -> SpanContext:

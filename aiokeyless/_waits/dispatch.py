@@ -71,10 +71,6 @@ class Dispatcher:
         self.soonest = math.inf
         """When to ask `next_poll` again: what it returned, or sooner if a poll was scheduled or has ended since."""
 
-    def __len__(self) -> int:
-        """Return the number of operations for which an ordinary poll is scheduled."""
-        return sum(map(len, self._queues))
-
     # -- scheduling
 
     def schedule(self, polled: PolledOperation, due: float) -> None:

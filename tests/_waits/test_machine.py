@@ -1804,13 +1804,6 @@ class TestSharing:
             machine.answer(poll, 0.7)
         assert order == ["before", "bad", "after"]
 
-    def test_what_is_scheduled_is_counted_whether_it_failed_or_not(self) -> None:
-        machine = Calls()
-        machine.wait("bad")
-        machine.answer(machine.one(0.0), 0.0, error(500))
-        machine.wait("good")
-        assert len(machine._dispatcher) == 2
-
     def test_a_final_poll_that_goes_on_for_others_holds_up_another_for_two_seconds_at_most(self) -> None:
         machine = Calls(schedule=wait_fixed(60))
         machine._circuit.record_pause(0.0, 100.0)

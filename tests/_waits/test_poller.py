@@ -200,7 +200,8 @@ class TestCancellation:
         await settle()  # they leave in batches
         assert tasks_since(before) == set()
         assert armed_timers() == []
-        assert len(client._opened.poller._machine._dispatcher) == len(client._opened.poller._machine._deadlines) == 0  # type: ignore[union-attr]
+        machine = client._open().poller._machine
+        assert sum(map(len, machine._dispatcher._queues)) == len(machine._deadlines) == 0
 
     async def test_cancelling_between_final_polls_leaves_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)

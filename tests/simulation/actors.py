@@ -268,7 +268,7 @@ class Application:
         if self.client._opened is None:
             return
         machine, statistics = self.client._opened.poller._machine, self.client.statistics
-        queued = len(machine._dispatcher), len(machine._deadlines)
+        queued = sum(map(len, machine._dispatcher._queues)), len(machine._deadlines)
         if any((statistics.waiting, statistics.in_flight, statistics.lag, *queued)):
             left = f"no wait is left: polls and deadlines queued: {queued}, {statistics}"
             self.observed.leftovers.append(left)
