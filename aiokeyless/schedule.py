@@ -59,8 +59,6 @@ _KEPT: Final = 0.5 ** (1 / 500)
 _MOST_NEVER: Final = 0.5
 #: How far the share may stay above that, since the reduction is an approximation.
 _NEARLY: Final = 0.001
-#: The largest weight that an observation has before all weights are reduced.
-_LARGEST_GAIN: Final = 2.0**20
 
 #: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time). Thirty observations
 #: in forty bins are spikes, and a schedule that is fitted to spikes polls at the wrong times.
@@ -362,37 +360,21 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
 
 
 class _Histogram:
-    """The observations, in bins of time.
+    """The observations, in bins of time."""
 
-    Attributes:
-        approved: Approvals in each bin.
-        pending: At each edge, the waits whose observation ended there without an approval.
-        gain: The weight of the last observation in these figures. It grows with each observation, instead of reducing
-            the weights of all earlier ones.
-    """
-
-    __slots__ = ("approved", "gain", "pending")
+    __slots__ = ("approved", "pending")
 
     def __init__(self) -> None:
-        self.approved = [0.0] * _BINS
-        self.pending = [0.0] * (_BINS + 1)
-        self.gain = 1.0
-
-    def rescale(self) -> None:
-        """Reduce the figures so that the last observation has the weight 1."""
-        self.approved = [weight / self.gain for weight in self.approved]
-        self.pending = [weight / self.gain for weight in self.pending]
-        self.gain = 1.0
+        self.approved = [0.0] * _BINS  # approvals in each bin
+        self.pending = [0.0] * (_BINS + 1)  # at each edge, the waits whose observation ended there without an approval
 
     def age(self) -> None:
         """Reduce the weight of all observations so far, as for one later observation."""
-        if self.gain > _LARGEST_GAIN:
-            self.rescale()
-        self.gain /= _KEPT
+        self.approved = [weight * _KEPT for weight in self.approved]
+        self.pending = [weight * _KEPT for weight in self.pending]
 
     def curve(self) -> _Curve:
         """Reduce the unanswered waits to the largest share allowed, and return the survival curve."""
-        self.rescale()
         curve = _estimate(self.approved, self.pending)
         while (never := self._share_of_never(curve)) > _MOST_NEVER + _NEARLY:
             # This is exact if the waits lasted longer than half of the approvals took: the odds are then those of the
@@ -420,22 +402,22 @@ class _Histogram:
         until = min(max(until, after + _INSTANT), _END)
         first = _find_bin(after)
         parts = [
-            ((self.approved[k] / self.gain + _PRIOR[k]) / _WIDTHS[k] + _NO_OPINION)
+            ((self.approved[k] + _PRIOR[k]) / _WIDTHS[k] + _NO_OPINION)
             * (min(until, _EDGES[k + 1]) - max(after, _EDGES[k]))
             for k in range(first, bisect_left(_EDGES, until))
         ]
-        unit = self.gain / sum(parts)
+        total = sum(parts)
         for k, part in enumerate(parts, first):
             for offset, share in _KERNEL:
-                self.approved[_clamp(k + offset)] += part * unit * share
+                self.approved[_clamp(k + offset)] += part / total * share
 
     def add_pending(self, after: float) -> None:
         """Count a wait that was pending until ``after``, in proportion at the two edges of the bin."""
         k = _find_bin(after)
         passed = (after - _EDGES[k]) / _WIDTHS[k] if k < _BINS else 0.0
-        self.pending[k] += self.gain * (1.0 - passed)
+        self.pending[k] += 1.0 - passed
         if passed:
-            self.pending[k + 1] += self.gain * passed
+            self.pending[k + 1] += passed
 
 
 def _find_bin(time: float) -> int:
