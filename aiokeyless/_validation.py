@@ -31,6 +31,8 @@ ABOVE_ZERO: Final = math.ulp(0.0)
 FINITE: Final = sys.float_info.max
 #: Characters: more than the ids in use have, and within the URL limits of gateways.
 MAX_IDENTIFIER: Final = 512
+#: A field of a ticket's JSON that other texts are not likely to contain.
+_TICKET_FIELD: Final = '"payload_sha256"'
 
 
 def _wrong(argument: str, requirement: str) -> ConfigurationError:
@@ -44,30 +46,12 @@ def _wrong_identifier(argument: str, requirement: str) -> InvalidIdentifierError
 def check_operation_id(operation_id: str) -> str:
     """Return the operation id unchanged, if it can be sent as one path segment, and is not the JSON of a ticket."""
     # Before the length, since many tickets are too long for an id.
-    if _is_ticket(operation_id):
+    text: object = operation_id
+    if isinstance(text, str) and _TICKET_FIELD in text and text.lstrip().startswith("{"):
         raise _wrong_identifier(
             "operation_id", "must be an id, not the text of a ticket; pass ApprovalTicket.from_json(...) of that text"
         )
     return _check_segment(operation_id, "operation_id")
-
-
-def _is_ticket(value: object) -> bool:
-    return isinstance(value, str) and _TICKET_FIELD in value and value.lstrip().startswith("{")
-
-
-#: A field of a ticket's JSON that other texts are not likely to contain.
-_TICKET_FIELD: Final = '"payload_sha256"'
-#: Lengths that are valid for any identifier: shorter ones may be dots.
-_CERTAIN_LENGTHS: Final = frozenset(range(len("..") + 1, MAX_IDENTIFIER + 1))
-
-
-def are_operation_ids(values: list[str]) -> bool:
-    """Return whether all values are certainly operation ids. If False, check each with `check_operation_id`.
-
-    For a hundred thousand ids, this blocks the event loop for a tenth of the time.
-    """
-    joined = "".join(values)
-    return joined.isprintable() and _TICKET_FIELD not in joined and _CERTAIN_LENGTHS.issuperset(map(len, values))
 
 
 def check_external_user_id(external_user_id: str) -> str:

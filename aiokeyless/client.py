@@ -34,7 +34,6 @@ from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
 from ._tracing import current_traceparent
 from ._validation import (
-    are_operation_ids,
     check_auth_type,
     check_base_url,
     check_choice,
@@ -921,14 +920,13 @@ class KeylessClient:
                 argument="targets",
             )
         targets = list(targets)
-        # At the call, as promised, and quickly: for a hundred thousand targets, shared arguments are checked once.
-        schedule, may_be_missing = check_schedule(schedule), check_choice(if_missing, IfMissing, "if_missing") == "wait"
+        # At the call, as promised. There may be a hundred thousand targets, so shared arguments are checked once.
+        check_schedule(schedule)
+        check_choice(if_missing, IfMissing, "if_missing")
         _budget(timeout, None)
-        operation_ids = [target if type(target) is str else _read_target(target)[0] for target in targets]
-        if not are_operation_ids(operation_ids):
-            for operation_id in operation_ids:
-                check_operation_id(operation_id)
-        return self._outcomes(targets, timeout, schedule, may_be_missing=may_be_missing)
+        for target in targets:
+            _read_target(target)
+        return self._outcomes(targets, timeout, schedule, if_missing)
 
     @property
     def statistics(self) -> ClientStatistics:
@@ -943,7 +941,7 @@ class KeylessClient:
         """Check the arguments of a wait."""
         operation_id, ticket = _read_target(target)
         return WaitOptions(
-            operation_id=check_operation_id(operation_id),
+            operation_id=operation_id,
             ticket=ticket,
             timeout=_budget(timeout, ticket),
             schedule=check_schedule(schedule),
@@ -987,8 +985,7 @@ class KeylessClient:
         targets: list[str | ApprovalTicket],
         timeout: WaitTimeout,  # noqa: ASYNC109  # of each wait
         schedule: wait_base | None,
-        *,
-        may_be_missing: bool,
+        if_missing: IfMissing,
     ) -> AsyncGenerator[ApprovalOutcome, None]:
         poller = self._open().poller
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
@@ -998,17 +995,11 @@ class KeylessClient:
         with send, receive:
             try:
                 for count, target in enumerate(targets, 1):
-                    operation_id, ticket = _read_target(target)
+                    options = self._options(target, timeout, schedule, if_missing)
                     try:
-                        wait = poller.start(
-                            operation_id,
-                            ticket=ticket,
-                            timeout=_budget(timeout, ticket),
-                            schedule=schedule,
-                            may_be_missing=may_be_missing,
-                        )
+                        wait = poller.start(**options)
                     except KeylessError as error:
-                        send.send_nowait((operation_id, error))
+                        send.send_nowait((options["operation_id"], error))
                         continue
                     started.append(wait)
                     wait.add_done_callback(report, context=context)
@@ -1100,7 +1091,7 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
 
 
 def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
-    """Return the operation id of a target, not yet checked, and its ticket; None if it has none."""
+    """Return the operation id of a target, and its ticket; None if it has none."""
     if isinstance(target, ApprovalTicket):
         return target.operation_id, target
     if not isinstance(target, str):
@@ -1111,7 +1102,7 @@ def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | No
             f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}; {advice}",
             argument="target",
         )
-    return target, None
+    return check_operation_id(target), None
 
 
 def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None:

@@ -260,14 +260,6 @@ class TestArguments:
         with pytest.raises(ConfigurationError, match=r"operation_id|target"):
             client.wait_for_approvals([*(f"op{number}" for number in range(200)), wrong])
 
-    async def test_very_many_targets_are_not_checked_early(
-        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        checked: list[str] = []
-        monkeypatch.setattr("aiokeyless.client.check_operation_id", checked.append)
-        client.wait_for_approvals(f"op{number}" for number in range(1000))
-        assert not checked
-
     @pytest.mark.parametrize(
         ("arguments", "name"),
         [
