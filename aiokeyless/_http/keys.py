@@ -83,7 +83,7 @@ def _read(ask: Callable[[], object]) -> Secret:
     # Its traceback and its text may contain a key.
     except Exception as error:  # noqa: BLE001  # an application's function
         key = ConfigurationError(
-            f"api_key must be a function that returns the key, not raises {type(error).__name__}", argument="api_key"
+            f"api_key must be a function that returns the key; it raised {type(error).__name__}", argument="api_key"
         )
     del ask
     if isinstance(key, ConfigurationError):

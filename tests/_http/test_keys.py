@@ -130,7 +130,7 @@ def test_placeholder_among_the_keys_makes_no_answer_an_echo() -> None:
 
 
 WRONG: dict[str, tuple[object, str]] = {
-    "it raises": (LookupError(FIRST), "api_key must be a function that returns the key, not raises LookupError"),
+    "it raises": (LookupError(FIRST), "api_key must be a function that returns the key; it raised LookupError"),
     "nothing": (None, "no API key: pass api_key or set KEYLESS_API_KEY"),
     "bytes": (FIRST.encode(), "api_key must be a string, not bytes"),
     "a blank": (" ", "api_key is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY"),
@@ -189,7 +189,7 @@ async def test_a_minute_without_a_key_ends_a_wait_without_a_deadline(sandbox: Sa
         ticket = await client.create_operation(USER)
         loop = asyncio.get_running_loop()
         loop.call_later(5, setattr, rotation, "key", LookupError())
-        with pytest.raises(ConfigurationError, match="not raises LookupError"):
+        with pytest.raises(ConfigurationError, match="it raised LookupError"):
             await client.wait_for_approval(ticket, timeout=None)
         assert 65 <= loop.time() <= 75
 
