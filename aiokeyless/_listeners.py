@@ -17,8 +17,6 @@ DEFAULT_LISTENERS: Final[list[Listener]] = []
 class Listeners:
     """The listeners of one client. A client without listeners has None instead, and builds no events."""
 
-    __slots__ = ("_failed", "_listeners")
-
     def __init__(self, listeners: tuple[Listener, ...]) -> None:
         self._listeners = listeners
         self._failed: set[tuple[int, type[BaseException]]] = set()

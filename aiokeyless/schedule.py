@@ -362,8 +362,6 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
 class _Histogram:
     """The observations, in bins of time."""
 
-    __slots__ = ("approved", "pending")
-
     def __init__(self) -> None:
         self.approved = [0.0] * _BINS  # approvals in each bin
         self.pending = [0.0] * (_BINS + 1)  # at each edge, the waits whose observation ended there without an approval

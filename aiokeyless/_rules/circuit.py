@@ -68,22 +68,6 @@ class Circuit:
     also during a pause, so it delays no probe and extends no pause.
     """
 
-    __slots__ = (
-        "_failed",
-        "_full",
-        "_held_until",
-        "_limit",
-        "_opened_at",
-        "_probe_at",
-        "_probes",
-        "_refused",
-        "_usual",
-        "answered_at",
-        "is_calm",
-        "since",
-        "state",
-    )
-
     def __init__(self, limit: int) -> None:
         self._full = limit
         self._limit = float(limit)
@@ -260,8 +244,6 @@ class Transitions:
 
     In between, the state may change back and forth. At first the circuit is closed.
     """
-
-    __slots__ = ("_opened_at", "_since", "state")
 
     def __init__(self, now: float) -> None:
         self.state: CircuitState = CircuitState.CLOSED

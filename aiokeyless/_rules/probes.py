@@ -24,8 +24,6 @@ class Standing(IntEnum):
 class Alternation:
     """Every second probe takes one that was never tried first. Otherwise newcomers would wait for all others."""
 
-    __slots__ = ("_lead",)
-
     def __init__(self) -> None:
         self._lead = 0  # of untried ones, from -1 to 1
 

@@ -21,8 +21,6 @@ _COST_AFTER_TIMEOUT: Final = 2
 class RepetitionQuota:
     """The tokens of one client, for the requests that repeat a single call or check what became of it."""
 
-    __slots__ = ("_tokens",)
-
     def __init__(self) -> None:
         self._tokens = _TOKENS
 

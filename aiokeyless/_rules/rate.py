@@ -43,10 +43,6 @@ class PollRate:
     None, there is none until the service refuses. Times are of one clock, in seconds.
     """
 
-    __slots__ = (
-        *("_counted", "_counted_at", "_counted_before", "_filled_at", "_limit", "_refused", "_refused_at", "_tokens"),
-    )
-
     def __init__(self, limit: float | None) -> None:
         self._limit = math.inf if limit is None else limit
         self._refused = math.inf  # the rate that was refused last

@@ -41,8 +41,6 @@ class Slots(Generic[T]):
     Times are of one clock, in seconds.
     """
 
-    __slots__ = ("_circuit", "_failed", "_held", "of_retries")
-
     def __init__(self, circuit: Circuit) -> None:
         self._circuit = circuit
         self._held: dict[T, tuple[float, Hashable, bool]] = {}  # since when, see `take`; the oldest first

@@ -34,8 +34,6 @@ _SECONDS: Final = 1.0
 class Window:
     """How many polls may be in flight, by how long good answers take. It starts without a limit."""
 
-    __slots__ = ("_answers", "_fell_at", "_fell_with", "_hangs_after", "_quickest", "_since", "limit")
-
     def __init__(self) -> None:
         self.limit: float = math.inf
         """Polls that may be in flight, without those that hang."""

@@ -59,8 +59,6 @@ T = TypeVar("T", bound=Scheduled)
 class TimerQueue(Generic[T]):
     """A queue ordered by time, then by the items' origin. An item has at most one entry."""
 
-    __slots__ = ("_heap", "_live", "_old")
-
     def __init__(self) -> None:
         self._heap: list[Entry] = []
         self._old: list[Entry] = []  # the heap before a sweep: a prefix of a heap is a heap
