@@ -248,11 +248,6 @@ def record_observation(schedule: wait_adaptive, after: float, until: float | Non
     """Call `observe` of a schedule, and log its errors.
 
     The schedule may be an application's subclass. Its failure may cost requests, but never an approval.
-
-    Args:
-        schedule: The schedule.
-        after: See `wait_adaptive.observe`.
-        until: See `wait_adaptive.observe`.
     """
     try:
         schedule.observe(after, until)
@@ -261,15 +256,10 @@ def record_observation(schedule: wait_adaptive, after: float, until: float | Non
 
 
 def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:
-    """Return the number of the next poll at an age, if `schedule` set all polls before it.
+    """Return the number of the next poll at an age, at most `most`, if `schedule` set all polls before it.
 
     This is for an engine that keeps nothing of a wait between two polls. It cannot count deliveries: they include
     failed polls, so that an exponential schedule would jump after an outage.
-
-    Args:
-        schedule: The strategy.
-        age: Seconds since the operation was created.
-        most: The largest possible number; at most 256 polls are counted.
     """
     # It does not read the number.
     if isinstance(schedule, wait_adaptive):
@@ -287,32 +277,20 @@ class _Curve(NamedTuple):
     """The survival curve: the inverse of the share S(t) of operations still pending at t, and its integral.
 
     Between two edges 1/S is linear. After the last edge no approvals are expected.
-
-    Attributes:
-        inverse: 1/S at each edge.
-        area: The integral of 1/S from 0 to each edge.
-        slope: The slope of 1/S after each edge.
     """
 
-    inverse: list[float]
-    area: list[float]
-    slope: list[float]
+    inverse: list[float]  # 1/S at each edge
+    area: list[float]  # the integral of 1/S from 0 to each edge
+    slope: list[float]  # the slope of 1/S after each edge
 
     def step(self, start: float, poll_cost: float) -> float:
-        """Return the delay after which the expected lateness is worth one poll.
+        """Return the delay after which the expected lateness is worth one poll; infinity if no approvals are expected.
 
-        It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``. The left side is the lateness
-        of the approvals not yet noticed, relative to the operations that are still pending at u. For a constant hazard
-        h that is ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps.
-        Unlike that formula, it knows later changes of the hazard. So it polls in time when a hazard of zero rises, and
-        seldom at the end, when few approvals are still to come.
-
-        Args:
-            start: t, seconds since the operation was created, from 0.
-            poll_cost: Seconds.
-
-        Returns:
-            Seconds; infinite if no further approvals are expected.
+        From ``t = start`` it is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``. The left
+        side is the lateness of the approvals not yet noticed, relative to the operations that are still pending at u.
+        For a constant hazard h that is ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and
+        ``sqrt(2*poll_cost/h)`` for small steps. Unlike that formula, it knows later changes of the hazard. So it polls
+        in time when a hazard of zero rises, and seldom at the end, when few approvals are still to come.
         """
         if start >= _END:
             return math.inf

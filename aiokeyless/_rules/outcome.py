@@ -1,20 +1,7 @@
 """What the result of one poll means for a wait. Pure; the poller and the worker map it to their actions.
 
-All cases, in the order in which they are checked, as docs/rules.md numbers them:
-
-| case | the poll brought | verdict |
-|---|---|---|
-| O1 | an approval of this operation | APPROVED |
-| O2 | an answer that is rejected | a `Rejection` |
-| O3 | pending | PENDING |
-| O4 | a transient failure | TRANSIENT |
-| O5 | an odd answer, the operation was seen before | TRANSIENT |
-| O6 | 404 that counts as pending | PENDING |
-| O7 | any other error | FAILED |
-
-An odd answer is any status but 401, or an answer that cannot be read: a gateway's, for a moment.
-
-If the poll was the final one, PENDING means "timed out", and TRANSIENT "unanswered".
+"What a poll's result means" in docs/rules.md has all cases, in the order in which they are checked. If the poll was the
+final one, PENDING means "timed out", and TRANSIENT "unanswered".
 """
 
 from __future__ import annotations
@@ -65,8 +52,8 @@ def poll_verdict(
 def is_failure(error: KeylessError, *, was_seen: bool) -> bool:
     """Return whether the error of a poll is a failure of the moment: of the service, or of a gateway before it.
 
-    Operations do not vanish, and whoever may read one may go on reading it. So once it was seen, only a wrong key is
-    an answer to believe.
+    Operations do not vanish, and a key that may read one may go on reading it. So once it was seen, any status but 401
+    is odd, and so is an answer that cannot be read.
     """
     is_odd = isinstance(error, StatusError | DecodeError) and not isinstance(error, AuthenticationError)
     return error.is_transient or (was_seen and is_odd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +27,6 @@ from outcome_cases import (
 from aiokeyless import ApprovalTicket, KeylessError, NotFoundError, Operation, Secret
 from aiokeyless._http import protocol
 from aiokeyless._http.redaction import Redaction
-from aiokeyless._rules import outcome
 from aiokeyless._rules.approval import Rejection, Verdict
 from aiokeyless._rules.outcome import poll_result, poll_verdict
 from aiokeyless.events import PollResult
@@ -188,19 +186,6 @@ def written(case: str, before: str, final: str) -> tuple[str, tuple[Result, Resu
 def test_the_rules_say_what_the_table_says() -> None:
     found = [written(case, before, final) for case, _, before, final in rows(section("What a poll's result means"))]
     assert found == list(RESULTS.items())
-
-
-def test_the_docstring_says_what_the_table_says() -> None:
-    assert outcome.__doc__ is not None
-    found = {case: name for case, _, name in rows(outcome.__doc__)}
-    assert found.pop("O2") == "a `Rejection`"
-    assert found == {case: VERDICTS[before].name for case, (before, _) in RESULTS.items() if case != "O2"}
-
-
-def test_the_rules_and_the_docstring_name_the_same_cases() -> None:
-    assert outcome.__doc__ is not None
-    brought = [re.sub(r" \(rule \d\)", "", row[1]) for row in rows(section("What a poll's result means"))]
-    assert [row[1] for row in rows(outcome.__doc__)] == brought
 
 
 def test_each_case_of_the_rules_is_tested() -> None:
