@@ -100,10 +100,10 @@ class PostgresServer:
         """Return the URL of a database."""
         return f"postgresql://{user}@/{database}?host={self.folder}"
 
-    def new_database(self) -> str:
-        """Make a database; return its name."""
+    def new_database(self, template: str = "template1") -> str:
+        """Make a database, as a copy of another that nobody uses; return its name."""
         name = f"test_{next(self._databases)}"
-        self.execute(f"CREATE DATABASE {name}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
     def execute(self, statement: str, database: str = "postgres", user: str = "postgres") -> list[list[str]]:

@@ -49,7 +49,7 @@ async def test_it_says_what_waits_and_what_is_unread_and_consumes_nothing(
         url, broker = f"sqlite:{tmp_path / 'keyless.db'}", SqliteBroker(tmp_path / "keyless.db")
     else:
         server = shared_server()
-        url = server.url(server.new_database())
+        url = server.url(server.prepared_database())
         broker = PostgresBroker(url)
     async with broker:
         await leave_unread(broker)

@@ -111,7 +111,7 @@ class Postgres(Storage):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         server = shared_server()
-        self._url = server.url(server.new_database())
+        self._url = server.url(server.prepared_database())
 
     def broker(self) -> PostgresBroker:
         return PostgresBroker(self._url)

@@ -29,8 +29,8 @@ def own_server() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-def database(server: PostgresServer) -> str:
-    return server.new_database()
+def database(request: pytest.FixtureRequest, server: PostgresServer) -> str:
+    return server.prepared_database() if "broker" in request.fixturenames else server.new_database()
 
 
 @pytest.fixture
