@@ -200,7 +200,8 @@ class SqlalchemySession(Family):
 
     async def connect(self) -> Any:
         self.engine: Any = (create_engine if self.blocks else create_async_engine)(
-            f"postgresql+{self.driver}://postgres@/{self.database}?host={self.folder}"
+            f"postgresql+{self.driver}://postgres@/{self.database}?host={self.folder}",
+            pool_pre_ping=self.driver == "asyncpg",  # then a call may hang before it has a connection
         )
         return self.session()
 

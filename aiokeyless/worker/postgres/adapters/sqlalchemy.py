@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from sqlalchemy import Connection, text
@@ -61,9 +63,10 @@ class Adapter(Driver):
         return self._target.in_transaction() or (isinstance(self._bind, Connection) and self._bind.in_transaction())
 
     async def begin(self) -> None:
-        self.raw: Any = None  # until the engine gives one, perhaps another
-        await self._do(self._target.begin)
-        await self.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        self.raw: Any = None  # until the engine gives one, perhaps another, and perhaps only after a ping
+        async with nullcontext() if self.blocks else asyncio.timeout(self.answers_within):  # nothing can be cut
+            await self._do(self._target.begin)
+            await self.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
     async def flush(self) -> None:
         if not self._target.in_transaction():  # the body has ended it, which the check finds
