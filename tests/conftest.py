@@ -82,10 +82,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Let each process of pytest-xdist begin with other files, so that it compiles those, and reads the others'.
-
-    To compile takes more than half of the time of the first run. In one order, all would compile each file at once.
-    """
+    """Let each process of pytest-xdist begin with other files. Side by side, all would compile the same one at once."""
     report = yield
     worker = getattr(collector.config, "workerinput", None)
     if worker is not None and isinstance(collector, pytest.Directory):

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING
 import pytest
 from anyio.from_thread import start_blocking_portal
 
+from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks import postgres
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+async def prepare(url: str, schema: str = "keyless") -> None:
+    async with PostgresBroker(url, schema) as broker:
+        await broker.prepare(lease=150.0, service="")
 
 
 class PostgresServer(postgres.PostgresServer):
@@ -31,16 +37,9 @@ class PostgresServer(postgres.PostgresServer):
 
     @cached_property
     def _prepared(self) -> str:
-        from aiokeyless.worker.postgres import PostgresBroker
-
         database = self.new_database()
-
-        async def prepare() -> None:
-            async with PostgresBroker(self.url(database)) as broker:
-                await broker.prepare(lease=100.0, service="")
-
         with start_blocking_portal() as portal:  # the tests' loop may run in this thread
-            portal.call(prepare)
+            portal.call(prepare, self.url(database))
         return database
 
     @contextmanager

@@ -9,21 +9,15 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+from postgres_server import prepare
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres.migrations import VERSION
-from worker.conformance.brokers import LEASE
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
 
 ROBBED = "LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'ALTER ROLE {thief} SUPERUSER'; {result}; END $$"
-
-
-async def prepare(url: str, schema: str = "keyless") -> None:
-    async with PostgresBroker(url, schema) as broker:
-        await broker.prepare(lease=LEASE, service="")
 
 
 class Thief:
