@@ -241,13 +241,17 @@ class SqliteBroker(TableBroker):
             Chore("removing old rows", _CLEANS_EVERY, self._clean),
         )
 
+    # Each in a transaction of its own, so that a chore that fails is no failure of another one, or of a delivery.
+
     async def _repair(self) -> None:
-        await self._do(lambda store: store.repair(self._lease))
+        await self._execute([Call(lambda store: store.repair(self._lease))])
         self._due.notify()
         self._decided.notify()
 
     async def _clean_page(self, after: int) -> int | None:
-        return await self._do(lambda store: store.clean(after))
+        last: int | None
+        [last] = await self._execute([Call(lambda store: store.clean(after))])
+        return last
 
 
 class _Changes:

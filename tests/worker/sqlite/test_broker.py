@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -45,12 +46,6 @@ async def broker(path: Path) -> AsyncGenerator[SqliteBroker]:
     async with SqliteBroker(path) as broker:
         await broker.prepare(lease=2.0, service="")
         yield broker
-
-
-@pytest.fixture
-async def memory(memory: SqliteBroker) -> SqliteBroker:
-    await memory.prepare(lease=2.0, service="")
-    return memory
 
 
 def execute(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
@@ -449,6 +444,7 @@ async def test_a_broker_in_memory_has_the_loops_clock(memory: SqliteBroker) -> N
 
 @pytest.mark.looptime
 async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) -> None:
+    await memory.prepare(lease=2.0, service="")
     await submit(memory, "a")
     (message,) = await memory.take(1, 1.0)
     await memory.put_off(message, 3600.0, ExchangeResult.ANSWERED)
@@ -458,6 +454,7 @@ async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) ->
 
 @pytest.mark.looptime
 async def test_nobody_is_asked_for_a_request_that_is_decided(memory: SqliteBroker) -> None:
+    await memory.prepare(lease=2.0, service="")
     await submit(memory, "a")
     (message,) = await take_all(memory)
     assert await decide(memory, message)
@@ -467,6 +464,7 @@ async def test_nobody_is_asked_for_a_request_that_is_decided(memory: SqliteBroke
 
 @pytest.mark.looptime
 async def test_a_clock_set_back_delays_nothing_for_long(memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    await memory.prepare(lease=2.0, service="")
     await submit(memory, "a", "b")
     messages = await take_all(memory, 0.1)
     await decide(memory, messages[0])
@@ -492,6 +490,7 @@ def rows(broker: SqliteBroker, statement: str) -> int:
 async def test_what_nobody_needs_any_more_is_removed_in_time(
     memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await memory.prepare(lease=2.0, service="")
     clock = memory._clock
     await submit(memory, "read", "unread", "waiting")
     by_operation = {operation_of(message): message for message in await take_all(memory, 0.1)}
@@ -526,11 +525,11 @@ def refuse_repairs(monkeypatch: pytest.MonkeyPatch, error: Exception | None = No
 
 
 @pytest.mark.looptime
-@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")])
 async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
+    await memory.prepare(lease=2.0, service="")
     turns = refuse_repairs(monkeypatch, error)
     await asyncio.sleep(100)  # of the loop's clock; the log's own stands still
     assert len(turns) >= 9
@@ -539,6 +538,7 @@ async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
 
 @pytest.mark.looptime
 async def test_no_housekeeping_for_a_minute_is_a_problem(memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    await memory.prepare(lease=2.0, service="")
     await asyncio.sleep(15)
     with monkeypatch.context() as patched:
         refuse_repairs(patched)
@@ -549,6 +549,17 @@ async def test_no_housekeeping_for_a_minute_is_a_problem(memory: SqliteBroker, m
         assert re.fullmatch("correcting due times has failed for (6|7)[0-9] s: .*out of order.*", problem)
     await asyncio.sleep(10)
     assert (await memory.inspect()).problems == ()
+
+
+@pytest.mark.looptime
+async def test_housekeeping_that_fails_fails_nothing_else_of_its_turn(
+    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.Store, "clean", Mock(side_effect=sqlite3.DatabaseError("damaged")))
+    await memory.prepare(lease=2.0, service="")
+    await submit(memory, "a")
+    await asyncio.sleep(75)
+    assert (await memory.inspect()).problems == ("removing old rows has failed for 75 s: :memory:: damaged",)
 
 
 async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_when_it_is_closed(path: Path) -> None:
