@@ -17,320 +17,343 @@ from typing import Final
 
 from simulation.mutants import PACKAGE, Mutant, apply
 
-MUTANTS: Final = (
-    # -- the broker
-    Mutant(
-        "worker/sqlite/store.py",
-        "SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL",
-        "SET decided_at = ? WHERE id = ? AND name = ?",
-        "a second decision replaces the first",
+#: Of each file: what takes the place of which text, and what is wrong then.
+_BREAKAGES: Final = {
+    "worker/sqlite/store.py": (
+        (
+            "SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL",
+            "SET decided_at = ? WHERE id = ? AND name = ?",
+            "a second decision replaces the first",
+        ),
+        (
+            'lambda: self._connection.execute("BEGIN IMMEDIATE"))\n            with committing(self._connection):',
+            "lambda: None)\n            with __import__('contextlib').nullcontext():",
+            "a process that dies leaves half of its work",
+        ),
+        (
+            '"UPDATE waiting SET deliveries = deliveries + 1, due_at = ? WHERE id IN',
+            '"UPDATE waiting SET deliveries = deliveries + 1, due_at = 1e12 + ? WHERE id IN',
+            "what a dead worker had is never delivered again",
+        ),
+        (
+            "(now + max(_HANDED_ON, outcome_pause(failures + 1)), failures + 1, reader, id_)",
+            "(now, failures + 1, reader, id_)",
+            "a reader's outcome is in two hands",
+        ),
+        (
+            '"DELETE FROM unread WHERE reader = ? AND id =',
+            "\"DELETE FROM unread WHERE ? <> '' AND id =",
+            "what one reader has handled is lost to the others",
+        ),
+        (
+            '    ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),\n',
+            "",
+            "requests are kept for ever",
+        ),
+        (
+            "self._due(up_to) if untried is None else self._probes(up_to, untried)",
+            "self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', self._now(), up_to)",
+            "bad requests go first",
+        ),
+        (
+            "w.answered OR json_extract(j.value, '$[4]') = 0",
+            "w.answered OR json_extract(j.value, '$[4]') IN (0, 3)",
+            "a create counts as a good answer",
+        ),
+        (
+            '(Standing.CREATED, " DESC")',
+            '(Standing.CREATED, "")',
+            "the oldest of those that were only created goes first",
+        ),
+        (
+            'FROM request WHERE id = last_insert_rowid()", (now,)',
+            'FROM request WHERE id = last_insert_rowid()", (now + 2.0,)',
+            "a new request is asked for two seconds late",
+        ),
+        ("return True if found[0] == new.digest else None", "return True", "another request counts as the same"),
+        (
+            "AND w.deliveries = json_extract(j.value, '$[2]')\"",
+            "AND w.deliveries >= json_extract(j.value, '$[2]')\"",
+            "a late delivery puts off another's next poll",
+        ),
+        (
+            'SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL", (now, *row)',
+            'SET decided_at = ? WHERE id = ? AND decided_at IS NULL", (now, row.id)',
+            "an outcome of what a failover lost is another's",
+        ),
+        (
+            '"SELECT asked IS NOT NULL FROM request WHERE id = ? AND name = ? AND decided_at IS NULL", row\n',
+            '"SELECT asked IS NOT NULL FROM request WHERE id = ? AND decided_at IS NULL", row[:1]\n',
+            "a claim of what a failover lost is another's",
+        ),
+        (
+            (
+                '"DELETE FROM unread WHERE reader = ? AND id = (SELECT id FROM request WHERE id = ? AND name = ?)",\n'
+                "            (unread.reader, *unread.row),\n"
+            ),
+            '"DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.row.id)\n',
+            "who has handled what a failover lost has handled another one",
+        ),
+        (
+            "WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries",
+            "WHERE w.deliveries",
+            "a put-off of what a failover lost is another's",
+        ),
+        (
+            'SET asked = NULL WHERE id = ? AND name = ? AND asked = ?", (*row, number)',
+            'SET asked = NULL WHERE id = ? AND name = ?", row',
+            "a delivery that outlasted its lease gives back another one's claim",
+        ),
+        (
+            '"SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?)"',
+            '"SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?) OR EXISTS (SELECT 1 FROM outcome)"',
+            "a reader that is deleted under its process waits for ever",
+        ),
+        (
+            "FROM unread WHERE reader = ? ORDER BY id LIMIT ?",
+            "FROM unread WHERE reader = ? AND failures = 0 ORDER BY id LIMIT ?",
+            "outcomes that fail are not shown as unread",
+        ),
+        (
+            "oldest_unread_age={reader: self._age(oldest)",
+            "oldest_unread_age={reader: 0.0",
+            "nobody sees for how long nobody has read",
+        ),
+        ("now + max(MOST_PUT_OFF, lease)", "now + 1e6", "a clock that is set back holds requests up"),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        'lambda: self._connection.execute("BEGIN IMMEDIATE"))\n            with committing(self._connection):',
-        "lambda: None)\n            with __import__('contextlib').nullcontext():",
-        "a process that dies leaves half of its work",
+    "_rules/probes.py": (
+        (
+            "return (probes + 1 - self._lead) // 2",
+            "return 0",
+            "new requests wait for all that were created and then failed",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '"UPDATE waiting SET deliveries = deliveries + 1, due_at = ? WHERE id IN',
-        '"UPDATE waiting SET deliveries = deliveries + 1, due_at = 1e12 + ? WHERE id IN',
-        "what a dead worker had is never delivered again",
+    "worker/decisions.py": (
+        ("        if left > 0.0:", "        if left > 1e9:", "an unanswered final poll is not repeated"),
+        (
+            "FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED",
+            "FailureReason.REJECTED",
+            "an operation that may exist counts as rejected",
+        ),
+        ("was_final = is_final(delivery, polled_at)", "was_final = False", "a request has no end"),
+        ("return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))", "return delay", "the final poll is late"),
+        ("answered=verdict is Verdict.PENDING, asked=asked)", "answered=True, asked=asked)", "no answer counts as one"),
+        (
+            "        if delivery.is_started_by_phone:  # nothing",
+            "        if False:  # nothing",
+            "the worker creates what the phone is to start",
+        ),
+        ("asked or delivery.is_started_by_phone", "asked", "the user whom the application asked was not asked"),
+        (
+            "return delivery.request if delivery.message.has_only_failed else None",
+            "return None",
+            "the phone is not told after a lost answer",
+        ),
+        (
+            "return delivery.request if delivery.message.has_only_failed else None",
+            "return delivery.request",
+            "each delivery tells the phone",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "(now + max(_HANDED_ON, outcome_pause(failures + 1)), failures + 1, reader, id_)",
-        "(now, failures + 1, reader, id_)",
-        "a reader's outcome is in two hands",
+    "worker/processor.py": (
+        (
+            "claim = await self._broker.claim(delivery.message)",
+            "claim = Claim.NEW",
+            "the user is asked without a claim",
+        ),
+        ("elif await self._broker.has_claim(delivery.message):", "else:", "an approval from before the request counts"),
+        (
+            "claim is Claim.HELD or may_have_taken_effect(error) or",
+            "claim is Claim.HELD or",
+            "a lost answer to a create gives the claim back",
+        ),
+        (
+            "if claim is Claim.HELD or not await self._broker.unclaim(delivery.message):",
+            "if not await self._broker.unclaim(delivery.message):",
+            "a request's own operation is a conflict",
+        ),
+        (
+            "if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:",
+            "if False:",
+            "each poll is repeated",
+        ),
+        ("_LATE_REPEATS: Final = 2", "_LATE_REPEATS: Final = 0", "a final poll after the grace is sent once"),
+        (
+            "if not is_final(delivery, self._clock()):\n            return await self._create_claimed",
+            "if True:\n            return await self._create_claimed",
+            "a user is asked after a claim that outlasted the deadline",
+        ),
+        (
+            " | ClientClosedError) and not error.is_transient:",
+            " | ClientClosedError):",
+            "the refusal of a key that was replaced holds all requests",
+        ),
+        (
+            "self._rate.record_failure(now, self._circuit,",
+            (
+                "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause): "
+                "self._rate.record_failure(now, self._circuit,"
+            ),
+            "the pause that one request is asked for holds all",
+        ),
+        (
+            "get_operation(operation_id), circuit=self._circuit.state)",
+            "get_operation(operation_id))",
+            "a probe goes to the host that the service has left",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '"DELETE FROM unread WHERE reader = ? AND id =',
-        "\"DELETE FROM unread WHERE ? <> '' AND id =",
-        "what one reader has handled is lost to the others",
+    "worker/announcements.py": (
+        (
+            "asyncio.timeout(CALL_WITHIN), self._room",
+            "asyncio.timeout(None), self._room",
+            "a push that hangs has no end",
+        ),
+        (
+            "        except (Exception, asyncio.CancelledError):  # of",
+            "        except (TimeoutError, asyncio.CancelledError):  # of",
+            "what a push raises is not handled",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '    ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),\n',
-        "",
-        "requests are kept for ever",
+    "worker/serving.py": (
+        (
+            "            self._announcements.add(decision.created)",
+            "            self._announcements._on_created(decision.created).send(None)",
+            "what a push raises ends the delivery",
+        ),
+        (
+            "            await self._give_back(message, _REFUSED_FOR)\n",
+            "",
+            "an outcome that did not fit on the disk comes again after its lease",
+        ),
+        (
+            "        except (KeylessError, UnavailableError):  # the worker's or the broker's, and not the request's\n",
+            "        except KeylessError:\n",
+            "a broker that is away ends requests",
+        ),
+        (
+            "            finally:  # the operation is there, whatever the broker says\n    ",
+            "            finally:\n                pass\n",
+            "the phone is not told if the put-off is not confirmed",
+        ),
+        (
+            "asked = not is_kept or await self._broker.has_claim(message)",
+            "asked = False",
+            "the event says that nobody was asked",
+        ),
+        (
+            "            self._reporter.take_failure = str(error)\n",
+            "",
+            "a worker whose takes fail says that it is well",
+        ),
+        (
+            "self._silences, self._reporter.take_failure = 0, None",
+            "self._silences = 0",
+            "a worker that takes again says that it cannot",
+        ),
+        (
+            "except UnavailableError as error:\n            self._silences += 1",
+            "except RefusedError as error:\n            self._silences += 1",
+            "a broker that vanishes ends workers",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "return self._deliver(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)",
-        "return self._deliver(self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', "
-        "self._now(), up_to), lease)",
-        "bad requests go first",
+    "worker/messages.py": (
+        (
+            "return 0 < self.number - 1 <= self.failures",
+            "return 0 < self.failures",
+            "the phone is told again after polls that failed",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "w.answered OR json_extract(j.value, '$[4]') = 0",
-        "w.answered OR json_extract(j.value, '$[4]') IN (0, 3)",
-        "a create counts as a good answer",
+    "worker/batches.py": (
+        (
+            "        self._running = None\n        self._start()\n",
+            "        self._running = None\n        if not _running.cancelled():\n            self._start()\n",
+            "calls of a clean-up wait for a batch that was cancelled",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '(Standing.CREATED, " DESC")',
-        '(Standing.CREATED, "")',
-        "the oldest of those that were only created goes first",
+    "worker/applications.py": (
+        (
+            "    except BaseException:  # after a cancellation, too, the outcome must come again\n",
+            "    except Exception:\n",
+            "an outcome is not put off after a cancellation",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        'FROM request WHERE id = last_insert_rowid()", (now,)',
-        'FROM request WHERE id = last_insert_rowid()", (now + 2.0,)',
-        "a new request is asked for two seconds late",
+    "worker/sqlite/broker.py": (
+        (
+            "with suppress(TimeoutError):",
+            "with suppress(TimeoutError, asyncio.CancelledError):",
+            "a wait for a change loses its cancellation",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "return True if found[0] == new.digest else None",
-        "return True",
-        "another request counts as the same",
+    "worker/sqlite/schema.py": (
+        (
+            "        if connection.in_transaction:\n",
+            "        if connection.in_transaction or __import__('sys').exc_info()[0]:\n",
+            "a full disk ends workers",
+        ),
     ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "AND w.deliveries = json_extract(j.value, '$[2]')\"",
-        "AND w.deliveries >= json_extract(j.value, '$[2]')\"",
-        "a late delivery puts off another's next poll",
+    "worker/approval_worker.py": (
+        (
+            "lease = self._limits.longest_delivery + _MARGIN",
+            "lease = self._limits.longest_delivery / 4",
+            "a delivery that hangs outlasts its lease",
+        ),
     ),
-    Mutant(
-        "_rules/probes.py",
-        "return (probes + 1 - self._lead) // 2",
-        "return 0",
-        "new requests wait for all that were created and then failed",
+    "worker/sqlite/failures.py": (
+        (
+            "sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, ",
+            "sqlite3.SQLITE_LOCKED, ",
+            "a file that cannot be written for a while ends workers",
+        ),
     ),
-    # -- decisions
-    Mutant(
-        "worker/decisions.py",
-        "        if left > 0.0:",
-        "        if left > 1e9:",
-        "an unanswered final poll is not repeated",
+    "worker/tables.py": (
+        (
+            "                await chore.run()\n",
+            "                for each in [*self._chores()][::-1]:\n                    await each.run()\n",
+            "a step of the housekeeping that fails stops the others",
+        ),
+        (
+            "pause = min(pause, _TRIES_AGAIN)",
+            "pause = 1e9",
+            "a step of the housekeeping that has failed is not repeated",
+        ),
+        (
+            "except Exception as error:  # noqa: BLE001  # even",
+            "except UnavailableError as error:  # even",
+            "a step of the housekeeping that fails ends without a word",
+        ),
+        ("_FAILS_FOR: Final = 60.0", "_FAILS_FOR: Final = 1e9", "nobody sees that a step of the housekeeping fails"),
     ),
-    Mutant(
-        "worker/decisions.py",
-        "FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED",
-        "FailureReason.REJECTED",
-        "an operation that may exist counts as rejected",
+    "worker/monitoring.py": (
+        (
+            "except UnavailableError as error:\n            self._silence = str(error)\n",
+            "except UnavailableError as error:\n            self._on_loss(BrokerError(str(error)))\n",
+            "an inspection that is not answered ends the worker",
+        ),
     ),
-    Mutant(
-        "worker/decisions.py",
-        "was_final = is_final(delivery, polled_at)",
-        "was_final = False",
-        "a request has no end",
+    "worker/broker.py": (
+        (
+            "LONGEST_PAUSE: Final = 300.0",
+            "LONGEST_PAUSE: Final = 1e6",
+            "an outcome that has failed for long comes again after hours",
+        ),
     ),
-    Mutant(
-        "worker/decisions.py",
-        "return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))",
-        "return delay",
-        "the final poll is late",
+    "_http/keys.py": (
+        (
+            "error.key_was_good = self._current is not None",
+            "error.key_was_good = False",
+            "a key function that fails for a while ends workers",
+        ),
     ),
-    Mutant(
-        "worker/decisions.py",
-        "answered=verdict is Verdict.PENDING, asked=asked)",
-        "answered=True, asked=asked)",
-        "no answer counts as one",
+    "_http/transport.py": (
+        ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 1e9", "a host that the service has left is asked for ever"),
+        (
+            "if circuit is not CircuitState.CLOSED and response.status >= 500",
+            "if False",
+            "polls go on at the host that the service has left",
+        ),
     ),
-    Mutant(
-        "worker/decisions.py",
-        "        if delivery.is_started_by_phone:  # nothing",
-        "        if False:  # nothing",
-        "the worker creates what the phone is to start",
-    ),
-    Mutant(
-        "worker/decisions.py",
-        "asked or delivery.is_started_by_phone",
-        "asked",
-        "the user whom the application asked was not asked",
-    ),
-    # -- exchanges
-    Mutant(
-        "worker/processor.py",
-        "claim = await self._broker.claim(delivery.message)",
-        "claim = Claim.NEW",
-        "the user is asked without a claim",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "elif await self._broker.has_claim(delivery.message):",
-        "else:",
-        "an approval from before the request counts",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "claim is Claim.HELD or may_have_taken_effect(error) or",
-        "claim is Claim.HELD or",
-        "a lost answer to a create gives the claim back",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "if claim is Claim.HELD or not await self._broker.unclaim(delivery.message):",
-        "if not await self._broker.unclaim(delivery.message):",
-        "a request's own operation is a conflict",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "            if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:\n"
-        "                break\n",
-        "",
-        "each poll is repeated",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "_LATE_REPEATS: Final = 2",
-        "_LATE_REPEATS: Final = 0",
-        "a final poll after the grace is sent once",
-    ),
-    # -- announcements
-    Mutant(
-        "worker/announcements.py",
-        "asyncio.timeout(CALL_WITHIN), self._room",
-        "asyncio.timeout(None), self._room",
-        "a push that hangs has no end",
-    ),
-    Mutant(
-        "worker/announcements.py",
-        "        except (Exception, asyncio.CancelledError):  # of",
-        "        except (TimeoutError, asyncio.CancelledError):  # of",
-        "what a push raises is not handled",
-    ),
-    Mutant(
-        "worker/serving.py",
-        "            self._announcements.add(decision.created)",
-        "            self._announcements._on_created(decision.created).send(None)",
-        "what a push raises ends the delivery",
-    ),
-    Mutant(
-        "worker/decisions.py",
-        "return delivery.request if delivery.message.has_only_failed else None",
-        "return None",
-        "the phone is not told after a lost answer",
-    ),
-    Mutant(
-        "worker/decisions.py",
-        "return delivery.request if delivery.message.has_only_failed else None",
-        "return delivery.request",
-        "each delivery tells the phone",
-    ),
-    Mutant(
-        "worker/messages.py",
-        "return 0 < self.number - 1 <= self.failures",
-        "return 0 < self.failures",
-        "the phone is told again after polls that failed",
-    ),
-    # -- the end of asyncio.run, which cancels all tasks
-    Mutant(
-        "worker/batches.py",
-        "        self._running = None\n        self._start()\n",
-        "        self._running = None\n        if not _running.cancelled():\n            self._start()\n",
-        "calls of a clean-up wait for a batch that was cancelled",
-    ),
-    Mutant(
-        "worker/applications.py",
-        "    except BaseException:  # after a cancellation, too, the outcome must come again\n",
-        "    except Exception:\n",
-        "an outcome is not put off after a cancellation",
-    ),
-    Mutant(
-        "worker/sqlite/broker.py",
-        "        with suppress(TimeoutError):\n            async with asyncio.timeout(most):",
-        "        with suppress(TimeoutError, asyncio.CancelledError):\n            async with asyncio.timeout(most):",
-        "a wait for a change loses its cancellation",
-    ),
-    # -- ids that are given out again, disks that are full, readers that are deleted, put-offs that are lost
-    Mutant(
-        "worker/sqlite/store.py",
-        'SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL", (now, *row)',
-        'SET decided_at = ? WHERE id = ? AND decided_at IS NULL", (now, row.id)',
-        "an outcome of what a failover lost is another's",
-    ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '"SELECT asked IS NOT NULL FROM request WHERE id = ? AND name = ? AND decided_at IS NULL", row\n',
-        '"SELECT asked IS NOT NULL FROM request WHERE id = ? AND decided_at IS NULL", row[:1]\n',
-        "a claim of what a failover lost is another's",
-    ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '"DELETE FROM unread WHERE reader = ? AND id = (SELECT id FROM request WHERE id = ? AND name = ?)",\n'
-        "            (unread.reader, *unread.row),\n",
-        '"DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.row.id)\n',
-        "who has handled what a failover lost has handled another one",
-    ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries",
-        "WHERE w.deliveries",
-        "a put-off of what a failover lost is another's",
-    ),
-    Mutant(
-        "worker/sqlite/store.py",
-        'SET asked = NULL WHERE id = ? AND name = ? AND asked = ?", (*row, number)',
-        'SET asked = NULL WHERE id = ? AND name = ?", row',
-        "a delivery that outlasted its lease gives back another one's claim",
-    ),
-    Mutant(
-        "worker/sqlite/store.py",
-        '"SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?)"',
-        '"SELECT CASE WHEN EXISTS (SELECT 1 FROM reader WHERE name = ?) OR EXISTS (SELECT 1 FROM outcome)"',
-        "a reader that is deleted under its process waits for ever",
-    ),
-    Mutant(
-        "worker/sqlite/schema.py",
-        "        if connection.in_transaction:\n",
-        "        if connection.in_transaction or __import__('sys').exc_info()[0]:\n",
-        "a full disk ends workers",
-    ),
-    Mutant(
-        "worker/serving.py",
-        "            await self._give_back(message, _REFUSED_FOR)\n",
-        "",
-        "an outcome that did not fit on the disk comes again after its lease",
-    ),
-    Mutant(
-        "worker/serving.py",
-        "        except (KeylessError, UnavailableError):  # the worker's or the broker's, and not the request's\n",
-        "        except KeylessError:\n",
-        "a broker that is away ends requests",
-    ),
-    Mutant(
-        "worker/serving.py",
-        "            finally:  # the operation is there, whatever the broker says\n    ",
-        "            finally:\n                pass\n",
-        "the phone is not told if the put-off is not confirmed",
-    ),
-    Mutant(
-        "worker/approval_worker.py",
-        "lease = self._limits.longest_delivery + _MARGIN",
-        "lease = self._limits.longest_delivery / 4",
-        "a delivery that hangs outlasts its lease",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "if not is_final(delivery, self._clock()):\n            return await self._create_claimed",
-        "if True:\n            return await self._create_claimed",
-        "a user is asked after a claim that outlasted the deadline",
-    ),
-    # -- keys that rotate, and requests that are created and then ask for a pause
-    Mutant(
-        "worker/processor.py",
-        " | ClientClosedError) and not error.is_transient:",
-        " | ClientClosedError):",
-        "the refusal of a key that was replaced holds all requests",
-    ),
-    Mutant(
-        "worker/processor.py",
-        "self._rate.record_failure(now, self._circuit,",
-        "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause): "
-        "self._rate.record_failure(now, self._circuit,",
-        "the pause that one request is asked for holds all",
-    ),
-    # -- serving
-    Mutant(
-        "worker/serving.py",
-        "asked = not is_kept or await self._broker.has_claim(message)",
-        "asked = False",
-        "the event says that nobody was asked",
-    ),
-)
+}
+MUTANTS: Final = tuple(Mutant(file, *breakage) for file, breakages in _BREAKAGES.items() for breakage in breakages)
 
 
 def is_found(mutant: Mutant, seconds: float) -> tuple[bool, str]:

@@ -13,10 +13,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from simulation.evidence import Violation
-from simulation.faults import Lag, Lies, Outage, RoundTrips
+from simulation.faults import Lag, Lies, Moved, Outage, RoundTrips
 from simulation.world import EPOCH
 
 from .story import USER
+from .world import GIVEN_UP_AFTER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +43,18 @@ SOON: Final = 5.0
 LATE: Final = 0.5
 #: Requests that fail before a service seems to be down.
 OPENS: Final = 5
+#: Seconds until a worker does again what was due while the broker or the key was away, beside its lease.
+BACK: Final = 15.0
+#: Seconds for which a clock that was set back may hold a request up.
+HELD_UP: Final = 230.0
+#: Seconds between two inspections.
+INSPECTED: Final = 6.0
+#: Seconds for which a problem may be shown that has passed, and if it was a refusal.
+FORGOTTEN: Final = (25.0, 75.0)
+#: Seconds after which an outcome comes again, at most.
+LONGEST_PAUSE: Final = 300.0
+#: Mishaps after which all goes on, and soon.
+AWAY: Final = ("full", "read-only", "silent", "vanishes", "no key", "not cleaned", "not corrected")
 #: Polls of a request from its deadline on, at least, if none is answered.
 REPEATED: Final = 3
 
@@ -99,6 +112,16 @@ class Evidence:
         """The names of the readers."""
         return {reader.name for reader in self.story.readers}
 
+    @property
+    def lease(self) -> float:
+        """Seconds after which a request comes again whose delivery is not settled."""
+        return 3 * self.story.request_timeout + 10.0
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two polls of a request, at most."""
+        return self.story.every or 20.0
+
     @cached_property
     def is_single(self) -> bool:
         """Whether no request is with two workers at once."""
@@ -106,8 +129,9 @@ class Evidence:
 
     def is_lied_about(self, ask: Ask) -> bool:
         """Return whether answers about an operation are false, or late news."""
-        payloads = {other.payload for other in self.story.asks if other.operation_id == ask.operation_id}
-        return any(isinstance(f, Lag) or (isinstance(f, Lies) and f.payload in payloads) for f in self.story.faults)
+        payloads, faults = {a.payload for a in self.story.asks if a.operation_id == ask.operation_id}, self.story.faults
+        is_late = any(isinstance(f, Lag) or (isinstance(f, Moved) and f.failure is None) for f in faults)
+        return is_late or any(isinstance(f, Lies) and f.payload in payloads for f in faults)
 
     def is_well(self, ask: Ask, *but: str) -> bool:
         """Return whether nothing goes wrong for a request: faults concern others, and workers have room.
@@ -204,7 +228,7 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
         # A check right after a create in doubt is no poll: the operation that it finds is polled at the next delivery.
         checked = {(post.client, post.ended_at) for post in seen.sent(ask, "POST")}
         heard = any(_says(e, b'"state"') for e in polls if (e.client, e.sent_at) not in checked)
-        if not each.event.answered and seen.story.is_steady and heard:
+        if not each.event.answered and seen.story.is_steady and heard and not seen.is_lied_about(ask):
             yield ask, each.at, "not answered, and a poll after the deadline was"
         gave_up = deadline + seen.story.grace - seen.wall(each.at)
         if not each.event.answered and not seen.story.steps and gave_up > EPS:
@@ -294,10 +318,9 @@ def noticed_soon(seen: Evidence) -> Iterator[Broken]:
 def ends_in_time(seen: Evidence) -> Iterator[Broken]:
     """A request ends at its deadline; later if nobody answers, or if workers die or the clock is set."""
     story = seen.story
-    lease = 3 * story.request_timeout + 10.0
-    trouble = sum(life.after + lease for lives in story.workers for life in lives) + 2 * lease + 60.0
+    trouble = sum(life.after + seen.lease for lives in story.workers for life in lives) + 2 * seen.lease + 60.0
     trouble += sum(abs(seconds) + 210.0 for _, seconds in story.steps)
-    trouble += sum(mishap.ends - mishap.begins + lease for mishap in story.mishaps)
+    trouble += sum(mishap.ends - mishap.begins + seen.lease for mishap in story.mishaps)
     for ask, each in seen.decided:
         stored_at, wall, expires_at = seen.history.stored[ask.operation_id]
         late = each.at - (stored_at + expires_at - wall)
@@ -306,6 +329,80 @@ def ends_in_time(seen: Evidence) -> Iterator[Broken]:
         room = max((m.ends for m in story.mishaps), default=0.0)
         if seen.is_well(ask, "nearly full") and late > SOON and each.at > room + SOON:
             yield ask, each.at, f"{late:.3f} s after its deadline, and {each.at - room:.3f} s after there was room"
+
+
+def back_soon(seen: Evidence) -> Iterator[Broken]:
+    """Once the broker and the key are back, what was due meanwhile is done."""
+    ends = max((m.ends + GIVEN_UP_AFTER * (m.kind == "vanishes") for m in seen.story.mishaps), default=math.inf)
+    for ask, each in seen.decided if ends < math.inf else ():
+        stored = seen.history.operations.get(ask.operation_id)
+        due, grace = seen.deadline(ask) - seen.wall(0.0), seen.story.grace
+        if each.event.outcome == "approved" and stored is not None:
+            due, grace = stored.approved_at, 0.0
+        if seen.is_well(ask, *AWAY) and each.at > max(due, ends) + grace + seen.lease + seen.interval + BACK:
+            yield ask, each.at, f"due at {due:.3f}, and possible from {ends:.3f} on"
+
+
+def follows_the_service(seen: Evidence) -> Iterator[Broken]:
+    """If the service has moved to another host, nothing stays with the old one for long."""
+    for moved in (fault for fault in seen.story.faults if isinstance(fault, Moved)):
+        within = BACK + seen.interval if moved.failure is not None else seen.lease + 60.0
+        for ask, each in seen.decided if seen.story.is_steady else ():
+            stored = seen.history.operations.get(ask.operation_id)
+            begins = max(moved.begins, seen.history.stored[ask.operation_id][0])
+            if stored is None or stored.created_at > begins + within:
+                yield ask, begins, "not created"
+            elif each.at > max(stored.approved_at, begins) + within:
+                yield ask, each.at, f"approved at {stored.approved_at:.3f}"
+
+
+def not_held_up(seen: Evidence) -> Iterator[Broken]:
+    """A clock that is set back holds no request up for long, although a step of the housekeeping fails."""
+    ends = max((m.ends + HELD_UP for m in seen.story.mishaps if m.kind == "not corrected"), default=0.0)
+    for ask, each in seen.decided:
+        sent = [e.sent_at for e in seen.history.exchanges if e.operation_id == ask.operation_id]
+        for first, second in pairwise([seen.history.stored[ask.operation_id][0], *sent, each.at]):
+            if second > max(first + HELD_UP, ends) and seen.is_well(ask, "steps", "not cleaned", "not corrected"):
+                yield ask, second, f"held up since {first:.3f}"
+
+
+def problems_shown(seen: Evidence) -> Iterator[Broken]:
+    """A worker shows what is wrong for long, and nothing once all is well."""
+    story = seen.story
+    # Until a request whose put-off failed is taken again.
+    shown_after = dict.fromkeys(("full", "read-only", "vanishes"), seen.lease + BACK)
+    shown_after |= dict.fromkeys(("not cleaned", "not corrected"), 80.0)
+    for mishap in story.mishaps if story.is_steady_but("steps", *AWAY) else ():
+        from_, stored = mishap.begins + shown_after.get(mishap.kind, math.inf), seen.history.stored
+        wait = [stored[ask.operation_id][0] < mishap.begins < mishap.ends < each.at for ask, each in seen.decided]
+        # A worker whose requests another one takes sees no failure.
+        for look in seen.history.seen if not mishap.who and (any(wait) or mishap.kind.startswith("not c")) else ():
+            if from_ < look.at < mishap.ends and not look.statistics.problems:
+                yield story.asks[0], look.at, f"{look.by} shows no problem, and there is: {mishap.kind}"
+    well_from = max((m.ends + FORGOTTEN[m.kind == "full"] for m in story.mishaps), default=0.0)
+    for look in seen.history.seen if all(seen.is_well(ask, "steps", *AWAY) for ask in story.asks) else ():
+        if look.at > well_from and look.statistics.problems:
+            yield story.asks[0], look.at, f"{look.by} shows {look.statistics.problems}, and all is well"
+
+
+def unread_shown(seen: Evidence) -> Iterator[Broken]:
+    """A worker shows how many outcomes are unread, and since when the oldest is."""
+    if not seen.story.is_steady or any(reader.lives for reader in seen.story.readers):
+        return
+    for name in seen.readers:
+        times = []
+        for ask, each in seen.decided:
+            handled = [d.ended_at for d in seen.delivered(name, ask) if d.result == "handled"]
+            times.append((each.at, min(handled, default=math.inf)))
+        for look in seen.history.seen:
+            at, shown = look.at, look.statistics.fleet.unread.get(name, 0)
+            surely = sum(begins < at - INSPECTED and ends > at for begins, ends in times)
+            perhaps = sum(begins <= at and ends > at - INSPECTED for begins, ends in times)
+            if not surely <= shown <= perhaps:
+                yield seen.story.asks[0], at, f"{look.by} shows {shown} unread of {name}, not {surely} to {perhaps}"
+            oldest = min((at - begins for begins, ends in times if begins < at - INSPECTED and ends > at), default=0.0)
+            if look.statistics.fleet.oldest_unread_age.get(name, 0.0) < oldest - INSPECTED:
+                yield seen.story.asks[0], at, f"{look.by} does not show that one of {name} is {oldest:.0f} s old"
 
 
 def true_reason(seen: Evidence) -> Iterator[Broken]:
@@ -336,9 +433,9 @@ def handled_once(seen: Evidence) -> Iterator[Broken]:
             if not any(d.result in {"handled", "unknown"} and d.event == each.event for d in deliveries):
                 yield ask, each.at, f"{reader} has not handled it"
             for number, (first, second) in enumerate(pairwise([] if seen.story.has("deleted") else deliveries)):
-                due = first.began_at + 30.0
+                due, pause = first.began_at + 30.0, min(2.0**number, LONGEST_PAUSE)
                 if first.result in {"failed", "cancelled"}:
-                    due = min(due, first.ended_at + 2.0**number)
+                    due = min(due, first.ended_at + pause)
                 if first.result == "handled" and second.began_at > first.ended_at:
                     yield ask, second.began_at, f"{reader} got it again"
                 if second.began_at < due - EPS and not seen.story.steps:
@@ -356,13 +453,15 @@ def put_off(seen: Evidence) -> Iterator[Broken]:
 
 
 def read_soon(seen: Evidence) -> Iterator[Broken]:
-    """An outcome that a reader fails to handle holds up no other one."""
+    """An outcome that a reader fails to handle comes again after its pause, and holds up no other one."""
     is_quick = not any(reader.lives or set(reader.troubles) != {"fails"} for reader in seen.story.readers)
     for ask, each in seen.decided if is_quick and not (seen.story.steps or seen.story.mishaps) else ():
         for name in seen.readers:
-            late = [d.began_at - each.at for d in seen.delivered(name, ask)][:1]
-            if late and late[0] > 1.0:
-                yield ask, each.at, f"{name} got it {late[0]:.3f} s later"
+            due = each.at
+            for number, delivered in enumerate(seen.delivered(name, ask)):
+                if delivered.began_at > due + 1.0:
+                    yield ask, each.at, f"{name} got it {delivered.began_at - due:.3f} s late"
+                due = delivered.ended_at + min(2.0**number, LONGEST_PAUSE)
 
 
 def one_at_a_time(seen: Evidence) -> Iterator[Broken]:
@@ -422,6 +521,7 @@ PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
         told_once,
         asked_soon,
     ),
+    *(back_soon, follows_the_service, not_held_up, problems_shown, unread_shown),
     *(noticed_soon, ends_in_time, true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls),
     nothing_left,
 )

@@ -12,14 +12,15 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-from simulation.faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
+from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, RoundTrips, Shard, Slowness
 from simulation.people import Person, someone
 from simulation.service import Service, Stored
 from simulation.story import FAILURES, brief, run_in_virtual_time
 from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient, wait_adaptive
-from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
+from aiokeyless._http import transport
+from aiokeyless.errors import AuthenticationError, BrokerError, InvalidRequestError, KeylessError
 from aiokeyless.worker import ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 
 from .world import Delivered, Life, Mishap, Process, Session, Task, Told, WorkerHistory, World
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
 
 USER: Final = "C0FFEE"
 #: Seconds after which all requests must be decided and all outcomes handled.
-LONGEST: Final = 3000.0
+LONGEST: Final = 5000.0
 DAY: Final = 24 * 3600.0
 MISHAPS: Final = ("failover", "full", "nearly full", "silent", "forgets", "doubts", "deleted", "rotation")
+#: What operators meet, beside these.
+WEATHER: Final = ("read-only", "vanishes", "no key", "not cleaned", "not corrected", "moved", "nobody reads")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Reader:
     lives: tuple[Life, ...] = ()
     trouble: float = 0.0
     troubles: tuple[str, ...] = ("fails", "slow", "dies")
+    fails_until: float = 0.0
+    """Until when it fails to handle anything."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ class Story:
     def is_steady_but(self, *kinds: str) -> bool:
         """Return whether the machine is well, but for some kinds of mishaps, and for keys that are replaced in time."""
         others = any(m.kind not in kinds and (m.kind != "rotation" or m.begins < m.ends) for m in self.mishaps)
-        return not (any(self.workers) or self.steps or self.duplicates or self.telling == "dies" or others)
+        is_set = self.steps and "steps" not in kinds
+        return not (any(self.workers) or is_set or self.duplicates or self.telling == "dies" or others)
 
     def has(self, *kinds: str) -> bool:
         """Return whether there are mishaps of some kinds."""
@@ -154,6 +160,7 @@ async def _main(story: Story, history: WorkerHistory) -> None:
             ):
                 if ended := [task for task in living if task.done()]:
                     ended[0].result()  # which raises: they live to the end
+                world.look()
                 await asyncio.sleep(1.0)
         history.ended_at = world.loop.time()
     finally:
@@ -230,11 +237,15 @@ async def _submit(world: World, ask: Ask) -> None:
 
 async def _work(story: Story, process: Process) -> None:
     client = KeylessClient(
-        process.world.key,
+        partial(process.world.key, process),
         base_url="https://keyless.test",
-        session=Session(process),
         request_timeout=story.request_timeout,
     )
+    with (
+        mock.patch.object(transport, "_make_session", lambda *_, **options: Session(process, **options)),
+        mock.patch.object(transport, "_make_untraced", lambda session, _settings: session),
+    ):
+        client._open()
     worker = ApprovalWorker(
         client,
         process.broker,
@@ -245,6 +256,7 @@ async def _work(story: Story, process: Process) -> None:
         on_created=partial(_tell, story, process),
     )
     process.stop = worker.stop
+    process.world.workers[process] = worker
     try:
         if not process.life.is_cancelled:
             await worker.run()
@@ -253,12 +265,11 @@ async def _work(story: Story, process: Process) -> None:
             process.stop = stopped.set
             async with worker:
                 await stopped.wait()
-    except BrokerError as error:
-        if not process.is_dead and worker._serving is not None:  # one that could not start is started again
-            process.world.history.problems.append(f"{process.name} gave its broker up: {error}")
-    except KeylessError:
-        pass  # the key was refused: another process starts
+    except KeylessError as error:  # if the key is refused, or it could not start, another process does
+        if not (process.is_dead or worker._serving is None or isinstance(error, AuthenticationError)):
+            process.world.history.problems.append(f"{process.name} gave up: {error}")
     finally:
+        del process.world.workers[process]
         await client.aclose()
 
 
@@ -302,8 +313,9 @@ async def _read_on(story: Story, reader: Reader, process: Process) -> None:
                 rng = random.Random(f"{story.seed} {reader.name} {number} {len(earlier)}")  # noqa: S311
                 if process.life.is_cancelled:
                     await asyncio.sleep(rng.uniform(0.0, 2.0))
-                if rng.random() < reader.trouble and len(earlier) < 2:
-                    await _have_trouble(process, rng.choice(reader.troubles))
+                is_failing = world.loop.time() < reader.fails_until
+                if is_failing or (rng.random() < reader.trouble and len(earlier) < 2):
+                    await _have_trouble(process, "fails" if is_failing else rng.choice(reader.troubles))
                 delivered.result = "unknown"
             delivered.result = "handled"
         except _BodyError:
@@ -358,7 +370,10 @@ def make_up(seed: int) -> Story:
     )
     telling = random.Random(f"{seed} telling").choice(("", "", "raises", "slow", "hangs", "dies"))  # noqa: S311
     story = replace(_with_cancellations(_with_created_ones(_with_a_bad_moment(story))), telling=telling)
-    return _with_phones(_with_a_mishap(story, random.Random(f"{seed} mishap")))  # noqa: S311
+    story = _with_a_mishap(story, random.Random(f"{seed} mishap"), (*MISHAPS, *[""] * 16))  # noqa: S311
+    if not story.mishaps:
+        story = _with_a_mishap(story, random.Random(f"{seed} weather"), (*WEATHER, *[""] * 14))  # noqa: S311
+    return _with_phones(story)
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -445,9 +460,9 @@ def _with_phones(story: Story) -> Story:
     return replace(story, asks=tuple(map(by_phone, story.asks)))
 
 
-def _with_a_mishap(story: Story, rng: random.Random) -> Story:
+def _with_a_mishap(story: Story, rng: random.Random, kinds: tuple[str, ...]) -> Story:
     """Let something go wrong with the broker or the key in some stories, whose processes and clocks are well."""
-    kind, victim = rng.choice((*MISHAPS, *[""] * 16)), rng.choice(story.asks)
+    kind, victim = rng.choice(kinds), rng.choice(story.asks)
     if not kind or len(story.asks) > 6:
         return story
     at = victim.at + rng.choice((rng.uniform(0.0, 0.6), rng.uniform(0.0, 10.0), victim.expires_in - 0.5))
@@ -474,6 +489,21 @@ def _with_a_mishap(story: Story, rng: random.Random) -> Story:
         story = replace(story, workers=((),), every=rng.choice((None, 1.0)), faults=(*story.faults[:-1], round_trips))
         mishaps = tuple(Mishap(kind, at + n * 3.0, at + n * 3.0 + lasts) for n in range(5))
         return replace(story, asks=asks, mishaps=mishaps)
+    elif kind == "moved":  # of so many requests that the service seems to be down
+        failure = rng.choice((Failure("status", 503), Failure("status", 503), Failure("hangs"), None))
+        asks = tuple(
+            Ask(n, rng.uniform(0.0, 15.0), f"op-{n}", f"Pay {n}", 90.0, Person(rng.uniform(25.0, 40.0)))
+            for n in range(6)
+        )
+        faults = (Moved(rng.uniform(10.0, 20.0), 600.0, failure), RoundTrips(0.1, 0.3))
+        return replace(story, asks=asks, faults=faults, max_in_flight=8, rate=1000.0, every=1.0)
+    elif kind == "nobody reads":
+        until = rng.choice((600.0, 3600.0))
+        readers = tuple(replace(reader, fails_until=until, troubles=("fails",)) for reader in readers)
+        return replace(story, workers=((),), readers=readers)
+    elif kind.startswith("not c"):  # which matters after the clock was set back
+        at, lasts, who = 0.0, rng.choice((100.0, 300.0)), ""
+        story = replace(story, steps=((rng.uniform(0.0, 20.0), -300.0),), every=5.0)
     elif kind == "silent" and who:  # while the others go on, and perhaps for longer than its lease
         at, lasts = victim.at + rng.uniform(0.05, 0.5), rng.choice((5.0, 20.0, 20.0))
         refusal = Gateway(0.0, at + 2.0, Failure("status", 400), share=0.8, methods="POST")

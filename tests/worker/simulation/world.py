@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from unittest import mock
 
 import aiohttp
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from simulation.service import Service
     from yarl import URL
 
+    from aiokeyless.worker import ApprovalWorker, WorkerStatistics
     from aiokeyless.worker.broker import ExchangeResult
     from aiokeyless.worker.messages import ApprovalEvent, Message
 
@@ -56,8 +57,17 @@ _STATE: Final = """
         (SELECT group_concat(reader || failures, ' ') FROM unread WHERE unread.id = request.id)
     FROM request
 """
-#: Statements that do not fit on a disk that is full, or nearly.
-_WRITES: Final = {"full": ("INSERT", "UPDATE", "REPLACE", "DELETE"), "nearly full": ("INSERT",)}
+_WRITES: Final = ("INSERT", "UPDATE", "REPLACE", "DELETE")
+#: Of a mishap, how the statements begin that fail, and with which error.
+_FAILING: Final = {
+    "full": (_WRITES, sqlite3.SQLITE_FULL),
+    "nearly full": (("INSERT",), sqlite3.SQLITE_FULL),
+    "read-only": (_WRITES, sqlite3.SQLITE_IOERR),
+    "not cleaned": (("UPDATE request SET body",), sqlite3.SQLITE_CORRUPT),
+    "not corrected": (("UPDATE waiting SET due_at = ? WHERE due_at >",), sqlite3.SQLITE_IOERR),
+}
+#: Seconds after which a call to a broker that has vanished fails.
+GIVEN_UP_AFTER: Final = 10.0
 #: The process whose code runs.
 _PROCESS: ContextVar[Process] = ContextVar("_PROCESS")
 
@@ -89,16 +99,24 @@ class Mishap:
     - failover: at its end the database is again what it was at its begin, so ids are given out again
     - full: no write fits on the disk
     - nearly full: nothing new fits on the disk
+    - read-only: all writes fail
+    - not cleaned, not corrected: a step of the housekeeping fails
     - silent: the broker answers nothing
+    - vanishes: a call to the broker has no answer, and half of them have an effect
     - forgets: put-offs are confirmed, and have no effect
     - doubts: put-offs are not confirmed, and half of them have no effect
     - deleted: at its begin all readers are deleted
     - rotation: Keyless accepts a new key from its begin on, and no other; workers have it from its end on
+    - no key: the function for the key raises, or returns nothing
     """
     begins: float
     ends: float
     who: str = ""
     """How the names begin of the processes that have it."""
+
+    def concerns(self, name: str, at: float) -> bool:
+        """Return whether the process of a name has it at a time."""
+        return self.begins <= at < self.ends and name.startswith(self.who)
 
 
 @dataclass(slots=True)
@@ -136,6 +154,14 @@ class Told:
     ended_at: float = math.inf
 
 
+class Seen(NamedTuple):
+    """What a worker said of itself and of its fleet."""
+
+    by: str
+    at: float
+    statistics: WorkerStatistics
+
+
 @dataclass(slots=True)
 class WorkerHistory(History):
     """What happened, as an observer outside of the library saw it; all times are the event loop's."""
@@ -143,6 +169,7 @@ class WorkerHistory(History):
     decided: list[Decided] = field(default_factory=list)
     delivered: list[Delivered] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     submitted: list[tuple[int, str]] = field(default_factory=list)
     """Numbers of requests, and: stored, duplicate, refused, unknown."""
     asked: dict[int, tuple[bool, bool]] = field(default_factory=dict)
@@ -169,6 +196,7 @@ class World:
         self.clock_error = 0.0
         self.database = schema.connect(schema.MEMORY, now=self.now().timestamp())
         self.processes: list[Process] = []
+        self.workers: dict[Process, ApprovalWorker] = {}
         for mishap in mishaps:
             if mishap.kind == "failover":
                 self.loop.call_at(mishap.begins, self._fall_back_later, mishap.ends)
@@ -177,11 +205,15 @@ class World:
 
     def has(self, kind: str, process: Process) -> Mishap | None:
         """Return a mishap of a kind that a process has now; None if there is none."""
-        of_kind = (mishap for mishap in self.mishaps if mishap.kind == kind and process.name.startswith(mishap.who))
-        return next((mishap for mishap in of_kind if mishap.begins <= self.loop.time() < mishap.ends), None)
+        found = (mishap for mishap in self.mishaps if mishap.kind == kind)
+        return next((mishap for mishap in found if mishap.concerns(process.name, self.loop.time())), None)
 
-    def key(self) -> str:
-        """Return the client's key."""
+    def key(self, process: Process) -> str:
+        """Return the client's key, if the process has any."""
+        if self.has("no key", process):
+            if random.random() < 0.5:  # noqa: S311
+                raise OSError("no such file")
+            return ""
         return f"key {sum(each.kind == 'rotation' and each.ends <= self.loop.time() for each in self.mishaps)}"
 
     def accepts_until(self, key: str) -> float:
@@ -222,6 +254,12 @@ class World:
     def count(self, rows: str) -> int:
         """Return how many rows there are: of a table, and perhaps under a condition."""
         return int(self.database.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])  # noqa: S608
+
+    def look(self) -> None:
+        """Look at what the workers say."""
+        now = self.loop.time()
+        living = [each for each in self.workers.items() if not each[0].is_dead]
+        self.history.seen += [Seen(process.name, now, worker.statistics) for process, worker in living]
 
     def notify(self) -> None:
         """Let the processes check, a little later."""
@@ -360,15 +398,12 @@ class Link:
         if fate == "error" and statement == "COMMIT" and self._process.steps % 2 == 0:
             self._do(statement, values)
         if fate == "dead" or (fate == "error" and statement != "ROLLBACK"):  # which SQLite does by itself then
-            error = sqlite3.OperationalError(f"{fate} at: {statement}")
-            if fate == "error":
-                error.sqlite_errorcode = sqlite3.SQLITE_IOERR
-            raise error
-        if any(world.has(kind, self._process) and statement.startswith(_WRITES[kind]) for kind in _WRITES):
-            self._do("ROLLBACK", ())  # which SQLite does by itself then
-            full = sqlite3.OperationalError("database or disk is full")
-            full.sqlite_errorcode = sqlite3.SQLITE_FULL
-            raise full
+            raise _error(f"{fate} at: {statement}", sqlite3.SQLITE_IOERR if fate == "error" else 0)
+        for mishap in world.mishaps:
+            statements, code = _FAILING.get(mishap.kind, ((), 0))
+            if statement.startswith(statements) and mishap.concerns(self._process.name, world.loop.time()):
+                self._do("ROLLBACK", ())  # which SQLite does by itself then
+                raise _error(mishap.kind, code)
         if statement.startswith("INSERT INTO outcome"):
             decided = Decided(read_event(values[2]), world.loop.time(), self._process.name)
             self._changes.append(lambda: world.history.decided.append(decided))
@@ -386,6 +421,13 @@ class Link:
         if statement in {"COMMIT", "ROLLBACK"}:
             self._changes.clear()
         return cursor
+
+
+def _error(message: str, code: int) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(message)
+    if code:
+        error.sqlite_errorcode = code
+    return error
 
 
 class Broker(SqliteBroker):
@@ -419,6 +461,11 @@ class Broker(SqliteBroker):
     async def _run(self, do: Callable[[], T]) -> T:
         """Do something, which takes a moment if there is a thread."""
         await self._wait_while_silent()
+        if self._is_open and not self._process.is_dead and self._process.world.has("vanishes", self._process):
+            if random.random() < 0.5:  # noqa: S311
+                do()
+            await asyncio.sleep(GIVEN_UP_AFTER)
+            raise UnavailableError("no answer")
         if not self._has_thread:
             return await super()._run(do)
         await _pass()  # a cancellation now comes before it
@@ -436,8 +483,13 @@ with warnings.catch_warnings():
     class Session(SimulatedSession):
         """A process's session to the service."""
 
-        def __init__(self, process: Process) -> None:
-            super().__init__(process.world.service, process.name, accepts_until=process.world.accepts_until)
+        def __init__(self, process: Process, *, force_close: bool = False) -> None:
+            super().__init__(
+                process.world.service,
+                process.name,
+                force_close=force_close,
+                accepts_until=process.world.accepts_until,
+            )
             self._process = process
 
         async def request(self, method: str, url: URL, **options: Any) -> Any:  # type: ignore[override]  # as its base
