@@ -493,7 +493,7 @@ def _with_a_mishap(story: Story, rng: random.Random, kinds: tuple[str, ...]) -> 
         failure = rng.choice((Failure("status", 503), Failure("status", 503), Failure("hangs"), None))
         asks = tuple(
             Ask(n, rng.uniform(0.0, 15.0), f"op-{n}", f"Pay {n}", 90.0, Person(rng.uniform(25.0, 40.0)))
-            for n in range(6)
+            for n in range(7)  # too many for `_with_phones`
         )
         faults = (Moved(rng.uniform(10.0, 20.0), 600.0, failure), RoundTrips(0.1, 0.3))
         return replace(story, asks=asks, faults=faults, max_in_flight=8, rate=1000.0, every=1.0)
