@@ -495,8 +495,9 @@ def _with_a_mishap(story: Story, rng: random.Random, kinds: tuple[str, ...]) -> 
             Ask(n, rng.uniform(0.0, 15.0), f"op-{n}", f"Pay {n}", 90.0, Person(rng.uniform(25.0, 40.0)))
             for n in range(7)  # too many for `_with_phones`
         )
-        faults = (Moved(rng.uniform(10.0, 20.0), 600.0, failure), RoundTrips(0.1, 0.3))
-        return replace(story, asks=asks, faults=faults, max_in_flight=8, rate=1000.0, every=1.0)
+        moved = Moved(rng.uniform(10.0, 20.0), 600.0, failure)
+        story = replace(story, faults=(moved, RoundTrips(0.1, 0.3)), max_in_flight=8, rate=1000.0)
+        return replace(story, asks=asks, every=1.0)
     elif kind == "nobody reads":
         until = rng.choice((600.0, 3600.0))
         readers = tuple(replace(reader, fails_until=until, troubles=("fails",)) for reader in readers)
