@@ -201,6 +201,7 @@ def make_up(seed: int) -> Story:
         )
         for process in processes
     )
+    processes += (Process(),) if any(isinstance(fault, Capacity) for fault in trouble) else ()
     crowd, storms, keyless = _storm(seed, begins + 12_000.0, len(processes))
     processes += (Process(has_no_key=keyless),) if crowd else ()
     return Story(seed, processes, (*actors, *rush, *crowd), (*storms, *faults))
@@ -373,20 +374,22 @@ def _rotations(seed: int, actors: list[Actor]) -> tuple[float, ...]:
 def _rush(seed: int, begins: float, processes: int) -> tuple[list[Actor], list[Fault]]:
     """Return many actors of one process who begin at once, and a service that answers few of them, or none.
 
-    With random numbers of its own, as the lies.
+    If it answers few, their process is one more than there are. With random numbers of its own, as the lies.
     """
     rng = random.Random(f"{seed} rush")  # noqa: S311
     kind = rng.choices(("none", "capacity", "outage"), (8, 1, 1))[0]
     if kind == "none":
         return [], []
-    process, crowd = rng.randrange(processes), rng.choice((60, 100))
-    legs = (Leg(0.0, process, every=rng.choice((None, 1.0))),)
+    process, crowd, every = rng.randrange(processes), rng.choice((60, 100)), rng.choice((None, 1.0))
+    if kind == "capacity":
+        process, every = processes, 1.0
+    legs = (Leg(0.0, process, every=every),)
     actors = [
         Actor(begins + rng.uniform(0.0, 20.0), f"rush{number}", process, person=someone(rng, 120.0), legs=legs)
         for number in range(crowd)
     ]
     if kind == "capacity":
-        return actors, [Capacity(begins - 10.0, begins + 150.0, rng.choice((5.0, 20.0)))]
+        return actors, [Capacity(begins - 10.0, begins + 150.0, 5.0)]
     failure = rng.choice((Failure("status", 503), Failure("lost"), Failure("lost answer"), Failure("hangs")))
     return actors, [Outage(begins - 10.0, begins + 40.0, failure)]
 

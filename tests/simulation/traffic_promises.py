@@ -43,10 +43,8 @@ RARE = 50
 #: Failed probes after which the backoff has reached its last step.
 STEPS = 5
 #: Seconds from the beginning of a service's trouble, in which a client learns what it can answer; polls that are enough
-#: to tell; and the share of them that may get no answer in time.
-QUEUE_SETTLES, MANY, LOST = 60.0, 50, 0.35
-#: The shortest `request_timeout` with which it learns that.
-ENOUGH = 10.0
+#: to tell; seconds in which an answer is in time; and the share of polls that may get none in time.
+QUEUE_SETTLES, MANY, IN_TIME, LATE = 60.0, 50, 5.0, 0.35
 #: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
 RAMP = 5.0
 #: Seconds of the longest usual answer: if there are more waits than slots, they take turns.
@@ -349,19 +347,15 @@ def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) ->
 
 
 def a_queue_stays_short(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
-    """Slots: of a service that answers so many requests a second, polls soon ask no more than it answers in time.
-
-    If that time is short, too few good answers show how many it answers.
-    """
-    capacities = [fault for fault in faults if isinstance(fault, Capacity)]
-    for capacity in capacities if evidence.client.request_timeout >= ENOUGH else []:
+    """Slots: of a service that answers so many requests a second, polls soon ask no more than it answers in time."""
+    for capacity in (fault for fault in faults if isinstance(fault, Capacity)):
         begins, ends = capacity.begins + QUEUE_SETTLES, capacity.ends - evidence.client.request_timeout
         polls = evidence.sent_between(begins, ends)
-        lost = [poll for poll in polls if evidence.read(poll).kind == "failed"]
+        late = [poll for poll in polls if poll.ended_at - poll.sent_at > IN_TIME]
         is_alone = not any(_concerns(f, capacity.begins, capacity.ends) for f in faults if f is not capacity)
-        if is_alone and len(polls) >= MANY and len(lost) > LOST * len(polls):
-            text = f"{len(lost)} of {len(polls)} polls were not answered in time"
-            yield evidence.violation("a queue stays short", lost[0], ends, text)
+        if is_alone and len(polls) >= MANY and len(late) > LATE * len(polls):
+            text = f"{len(late)} of {len(polls)} polls were not answered in time"
+            yield evidence.violation("a queue stays short", late[0], ends, text)
 
 
 def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
