@@ -278,6 +278,7 @@ ENDLESS: dict[str, Handler] = {
     "half of the headers": then_hang(b"HTTP/1.1 200 OK\r\nContent-Le"),
     "headers and no body": then_hang(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"),
     "half a body": then_hang(START),
+    "a body that is whole at the limit": then_hang(b"HTTP/1.1 200 OK\r\n\r\n" + operation().ljust(MIB)),
     "half a chunk": then_hang(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{"),
     "a body without end": drip(b"HTTP/1.1 200 OK\r\n\r\n", b" "),
     "chunks without end": drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
