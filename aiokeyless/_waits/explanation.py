@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiokeyless._http.transport import Transport
-    from aiokeyless.models import Authentication, Operation
+    from aiokeyless.models import Authentication
     from aiokeyless.reports import ApprovalUpdate
 
     from .state import Wait, WaitResult
@@ -69,11 +69,6 @@ class _Subject:
         self.request: asyncio.Task[None] | None = None
         self.waits = 0
 
-    def learn_user(self, operation: Operation | None) -> None:
-        """Take the user from an answer, if they are not known."""
-        if self.user_id is None and operation is not None:
-            self.user_id = operation.user_id
-
 
 class Explainer:
     """Explains the waits of one client, from `start` to `leave`.
@@ -107,7 +102,8 @@ class Explainer:
         Not if it is too early, or if too many requests are in flight.
         """
         subject, operation = self._subjects[wait.polled.operation_id], update.operation
-        subject.learn_user(operation)
+        if subject.user_id is None and operation is not None:
+            subject.user_id = operation.user_id
         if isinstance(update.error, NotFoundError) if operation is None else not operation.is_approved:
             since, now = subject.pending_since, self._loop.time()
             may = may_ask(now, asked_at=subject.asked_at, pending_since=since, deadline=wait.deadline)
@@ -124,7 +120,6 @@ class Explainer:
             return
         subject = self._subjects[wait.polled.operation_id]
         if not isinstance(outcome, ApprovalUnknownError):  # else the service does not answer
-            subject.learn_user(outcome.last_operation)
             now = self._loop.time()
             if may_ask(now, asked_at=subject.asked_at):
                 self._ask(subject)
