@@ -305,6 +305,12 @@ class TestTrouble:
         assert tasks_since(before) == set()
         assert armed_timers() == []
 
+    async def test_telemetry_that_hangs_is_not_asked_again_meanwhile(self, service: Service) -> None:
+        service.hangs()
+        async with service.client(schedule=wait_fixed(1), request_timeout=60) as client:
+            await timed_out(client, await created(client, expires_in=30))
+        assert len(service.asked()) == 1
+
     async def test_a_late_end_is_not_put_off_past_two_seconds(self, service: Service, client: KeylessClient) -> None:
         service.hangs()
         ticket = await created(client, expires_in=20)
