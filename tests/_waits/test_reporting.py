@@ -90,6 +90,12 @@ def test_polls_are_late_on_purpose_while_a_service_fails(reporter: Reporter, cap
     assert lines(caplog) == []
 
 
+def test_unexpected_failures_are_a_line_a_minute(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
+    for now in (1.0, 60.9, 61.0):
+        reporter.report_unexpected(FAILURE, now)
+    assert len(lines(caplog)) == 2
+
+
 @pytest.mark.looptime
 async def test_a_client_logs_an_outage_of_its_service(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "aiokeyless")
