@@ -310,7 +310,7 @@ def simulate_long(session: nox.Session) -> None:
 
 @nox.session(tags=NIGHTLY)
 def simulate_mutants(session: nox.Session) -> None:
-    """Break copies of the library in many ways, and demand of the simulator that it finds nearly all of them."""
+    """Break copies of the library in many ways, and demand of the simulators that they find all of them."""
     install(session, "-e", ".[test]")
     session.run("python", "-m", "tests.simulation.mutants", *session.posargs, env=environment(session))
     with session.chdir("tests"):

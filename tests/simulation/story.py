@@ -382,14 +382,14 @@ def _rush(seed: int, begins: float, processes: int) -> tuple[list[Actor], list[F
         return [], []
     process, crowd, every = rng.randrange(processes), rng.choice((60, 100)), rng.choice((None, 1.0))
     if kind == "capacity":
-        process, every = processes, 1.0
+        process, crowd, every = processes, 60, 1.0
     legs = (Leg(0.0, process, every=every),)
     actors = [
         Actor(begins + rng.uniform(0.0, 20.0), f"rush{number}", process, person=someone(rng, 120.0), legs=legs)
         for number in range(crowd)
     ]
     if kind == "capacity":
-        return actors, [Capacity(begins - 10.0, begins + 150.0, 5.0)]
+        return actors, [Capacity(begins + 20.0, begins + 120.0, 5.0)]
     failure = rng.choice((Failure("status", 503), Failure("lost"), Failure("lost answer"), Failure("hangs")))
     return actors, [Outage(begins - 10.0, begins + 40.0, failure)]
 

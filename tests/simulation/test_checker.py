@@ -214,7 +214,7 @@ def test_without_a_deadline_pages_for_a_minute_end_a_wait(history: History) -> N
 
 
 STANDSTILL = Standstill(508.0, 513.0)
-#: Ten waits of a service that answers three requests a second, and whose loop stands still across a deadline.
+#: Ten waits of a service that answers four requests a second, and whose loop stands still across a deadline.
 TROUBLED = Story(
     seed=1,
     processes=(Process(),),
@@ -222,7 +222,7 @@ TROUBLED = Story(
         *(Actor(20.0, f"queued {number}", 0, lifetime=300.0, legs=(Leg(0.0, 0, every=1.0),)) for number in range(10)),
         Actor(500.0, "unseen", 0, lifetime=10.0, person=Person(8.5), legs=(Leg(0.0, 0, every=8.0),)),
     ),
-    faults=(Capacity(10.0, 200.0, 3.0), STANDSTILL),
+    faults=(Capacity(10.0, 200.0, 4.0), STANDSTILL),
 )
 
 
@@ -244,7 +244,7 @@ def test_a_loop_that_stood_still_sends_its_final_poll_then(told_in_trouble: Hist
 
 def test_a_queue_whose_polls_are_cut_off_is_seen(told_in_trouble: History) -> None:
     history = copy.deepcopy(told_in_trouble)
-    for poll in [exchange for exchange in history.exchanges if exchange.is_poll and exchange.sent_at < 200.0][::2]:
+    for poll in [exchange for exchange in history.exchanges if exchange.is_poll and exchange.sent_at < 200.0]:
         poll.status, poll.ended_at = None, poll.sent_at + 10.0
     assert "a queue stays short" in {violation.promise for violation in check(history, TROUBLED.faults)}
 

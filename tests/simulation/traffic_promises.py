@@ -43,8 +43,8 @@ RARE = 50
 #: Failed probes after which the backoff has reached its last step.
 STEPS = 5
 #: Seconds from the beginning of a service's trouble, in which a client learns what it can answer; polls that are enough
-#: to tell; seconds in which an answer is in time; and the share of polls that may get none in time.
-QUEUE_SETTLES, MANY, IN_TIME, LATE = 60.0, 50, 5.0, 0.35
+#: to tell; and the share of them whose answer may come too late for a final poll.
+QUEUE_SETTLES, MANY, LATE = 30.0, 50, 0.8
 #: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
 RAMP = 5.0
 #: Seconds of the longest usual answer: if there are more waits than slots, they take turns.
@@ -351,7 +351,7 @@ def a_queue_stays_short(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
     for capacity in (fault for fault in faults if isinstance(fault, Capacity)):
         begins, ends = capacity.begins + QUEUE_SETTLES, capacity.ends - evidence.client.request_timeout
         polls = evidence.sent_between(begins, ends)
-        late = [poll for poll in polls if poll.ended_at - poll.sent_at > IN_TIME]
+        late = [poll for poll in polls if poll.ended_at - poll.sent_at > FINAL]
         is_alone = not any(_concerns(f, capacity.begins, capacity.ends) for f in faults if f is not capacity)
         if is_alone and len(polls) >= MANY and len(late) > LATE * len(polls):
             text = f"{len(late)} of {len(polls)} polls were not answered in time"
