@@ -10,7 +10,10 @@ import struct
 from typing import TYPE_CHECKING, Self
 
 import msgspec
+import pytest
 from ports import own_port
+
+from aiokeyless import KeylessError
 
 if TYPE_CHECKING:
     import ssl
@@ -180,3 +183,10 @@ def refused() -> str:
 def now() -> float:
     """Return the loop's time."""
     return asyncio.get_running_loop().time()
+
+
+async def failure(call: Awaitable[object]) -> KeylessError:
+    """Return the error with which a call fails."""
+    with pytest.raises(KeylessError) as caught:
+        await call
+    return caught.value

@@ -135,7 +135,7 @@ class TestOpeningAndClosing:
             async with client:
                 pass
 
-    async def test_everything_raises_once_it_is_closed(self, client: KeylessClient) -> None:
+    async def test_everything_raises_once_it_is_closed(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await client.aclose()
         for call in (
             client.create_operation(USER),
@@ -148,6 +148,7 @@ class TestOpeningAndClosing:
         ):
             with pytest.raises(ClientClosedError):
                 await call
+        assert sandbox.requests == []
 
     def test_it_belongs_to_the_loop_of_its_first_use(self) -> None:
         client = KeylessClient(KEY, base_url="http://127.0.0.1:9")
@@ -162,7 +163,10 @@ class TestOpeningAndClosing:
         first = asyncio.new_event_loop()
         try:
             first.run_until_complete(hold())
-            for coroutine in (client.get_operation("op"), client.wait_for_approval("op"), client.aclose(), use()):
+            for coroutine in (
+                *(client.get_operation("op"), client.create_operation(USER), client.wait_for_approval("op")),
+                *(client.aclose(), use()),
+            ):
                 with pytest.raises(ConfigurationError, match="event loop"):
                     asyncio.run(coroutine)
             first.run_until_complete(client.aclose())

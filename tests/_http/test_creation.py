@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from raw_server import RawServer, answer, hang, now, operation, refused, reset
+from raw_server import RawServer, answer, failure, hang, now, operation, refused, reset
 from waiting import spin_until
 
 from aiokeyless import (
@@ -47,12 +47,6 @@ CONFLICT = answer(b"taken", status=b"409 Conflict")
 MISSING = answer(b"", status=b"404 Not Found")
 BUSY = answer(b"", status=b"503 Busy")
 LIMITED = answer(b"", status=b"429 Slow")
-
-
-async def failure(call: Awaitable[object]) -> KeylessError:
-    with pytest.raises(KeylessError) as caught:
-        await call
-    return caught.value
 
 
 def sent(sandbox: Sandbox) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from raw_server import failure
 
 from aiokeyless import ConflictError, KeylessClient, KeylessError, NotFoundError, ServerError, TransportError
 from aiokeyless.events import RequestEnded
@@ -25,12 +26,6 @@ CALLS = 300
 BUSY = ServerError(status=503, method="GET", path="/")
 NOT_REPEATED = "; it was not repeated, as too many calls of this client fail"
 NOT_CHECKED = "; whether it took effect was not checked, as too many calls of this client fail"
-
-
-async def failure(call: Awaitable[object]) -> KeylessError:
-    with pytest.raises(KeylessError) as caught:
-        await call
-    return caught.value
 
 
 async def fail_all(call: Callable[[], Awaitable[object]]) -> list[KeylessError]:

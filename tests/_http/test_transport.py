@@ -22,28 +22,23 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from aiohttp_version import may_not_leak, needs_free_sessions, needs_middlewares
-from raw_server import RawServer, answer, drip, hang, now, operation, refused, reset, then_hang, unanswered
+from raw_server import RawServer, answer, drip, failure, hang, now, operation, refused, reset, then_hang, unanswered
 from waiting import spin_until
 
 from aiokeyless import (
     AuthenticationError,
-    BadRequestError,
     ClientClosedError,
     ConfigurationError,
-    ConflictError,
     DecodeError,
     KeylessClient,
     KeylessError,
-    NotAcceptableError,
     NotFoundError,
-    PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
     Secret,
     ServerError,
     StatusError,
     TransportError,
-    UnsupportedMediaTypeError,
     __version__,
 )
 from aiokeyless._http import protocol, transport
@@ -51,7 +46,7 @@ from aiokeyless._http.keys import ApiKeys
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
     from pathlib import Path
 
     from raw_server import Handler
@@ -88,12 +83,6 @@ def lent(request: pytest.FixtureRequest, session: aiohttp.ClientSession) -> aioh
 def once(url: str, **options: Any) -> KeylessClient:
     """Make a client that tries once."""
     return KeylessClient(KEY, base_url=url, max_attempts=1, **options)
-
-
-async def failure(call: Awaitable[object]) -> KeylessError:
-    with pytest.raises(KeylessError) as caught:
-        await call
-    return caught.value
 
 
 async def asked(*answers: bytes | Handler, **options: Any) -> object:
@@ -155,30 +144,6 @@ async def test_last_failure_is_raised_when_the_attempts_are_used_up(sandbox: San
     assert sandbox.request_count == attempts
 
 
-async def test_one_attempt_is_no_retry(sandbox: Sandbox) -> None:
-    sandbox.fail_next(503)
-    async with sandbox.client(max_attempts=1) as client:
-        assert isinstance(await failure(client.get_operation("a")), ServerError)
-    assert sandbox.request_count == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        *((400, BadRequestError), (401, AuthenticationError), (403, PermissionDeniedError), (404, NotFoundError)),
-        *((406, NotAcceptableError), (409, ConflictError), (415, UnsupportedMediaTypeError), (304, StatusError)),
-        (418, StatusError),
-    ],
-)
-async def test_other_status_is_raised_at_once(
-    sandbox: Sandbox, client: KeylessClient, status: int, kind: type[StatusError]
-) -> None:
-    sandbox.fail_next(status, times=None)
-    error = await failure(client.get_operation("a"))
-    assert type(error) is kind
-    assert sandbox.request_count == 1
-
-
 async def test_json_of_the_wrong_shape_is_raised_at_once(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.fail_next(200, body=b'{"id": 1}')
     assert type(await failure(client.get_operation("a"))) is DecodeError
@@ -190,13 +155,6 @@ async def test_lasting_failure_ends_the_attempts(sandbox: Sandbox, client: Keyle
     sandbox.fail_next(401)
     assert isinstance(await failure(client.get_operation("a")), AuthenticationError)
     assert sandbox.request_count == 2
-
-
-async def test_calls_at_the_same_time_have_attempts_of_their_own(sandbox: Sandbox, client: KeylessClient) -> None:
-    sandbox.fail_next(503, times=None)
-    errors = await asyncio.gather(*(failure(client.get_operation("a")) for _ in range(20)))
-    assert len({id(error) for error in errors}) == 20
-    assert sandbox.request_count == 60
 
 
 # When it is tried again
@@ -244,14 +202,6 @@ async def test_service_does_not_shorten_the_pause(sandbox: Sandbox, client: Keyl
     sandbox.fail_next(503, retry_after=0)
     await client.get_operation("a")
     assert pauses(sandbox) == pytest.approx([0.25], abs=1e-3)
-
-
-async def test_service_may_want_it_at_a_date(sandbox: Sandbox, client: KeylessClient) -> None:
-    sandbox.fail_next(
-        429, retry_after="Wed, 21 Oct 2015 07:28:20 GMT", headers={"Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
-    )
-    await client.get_operation("a")
-    assert pauses(sandbox) == pytest.approx([20], abs=1e-3)
 
 
 @pytest.mark.parametrize(("status", "earlier"), [(429, 0), (503, 0), (503, 1)])
@@ -337,12 +287,6 @@ async def test_each_of_two_calls_at_once_has_its_own_request_timeout() -> None:
         assert isinstance(error, RequestTimeoutError)
         assert isinstance(await creation, RequestTimeoutError)
         assert now() - started == pytest.approx(2 * 5, abs=1e-3)  # the create was checked
-
-
-async def test_slow_answer_in_time_is_an_answer(sandbox: Sandbox) -> None:
-    sandbox.latency = 9.9
-    async with sandbox.client(max_attempts=1) as client:
-        assert (await client.get_operation("a")).is_approved
 
 
 # No answer
@@ -853,13 +797,6 @@ async def test_failed_exchange_is_logged(caplog: pytest.LogCaptureFixture) -> No
     assert own(caplog) == ["GET /v2/operations/a failed: ClientPayloadError"]
 
 
-@pytest.mark.usefixtures("sandbox")
-async def test_log_is_silent_by_default(client: KeylessClient, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "aiokeyless")
-    await client.get_operation("a")
-    assert own(caplog) == []
-
-
 def test_log_without_handlers_prints_nothing() -> None:
     program = "import logging, aiokeyless; logging.getLogger('aiokeyless').warning('the circuit opens')"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
@@ -1180,16 +1117,6 @@ async def test_cancelled_call_leaves_nothing(phase: Phase, lent: aiohttp.ClientS
         assert len(server.heads) == heads
 
 
-async def test_callers_own_deadline_is_kept(sandbox: Sandbox, client: KeylessClient) -> None:
-    sandbox.latency = 5
-    started = now()
-    with pytest.raises(TimeoutError) as caught:
-        async with asyncio.timeout(2):
-            await client.get_operation("a")
-    assert not isinstance(caught.value, KeylessError)
-    assert now() - started == pytest.approx(2, abs=1e-3)
-
-
 # The transport itself
 
 
@@ -1211,21 +1138,6 @@ async def test_an_answer_is_received_whatever_it_is_and_nothing_is_tried_again(s
 # A closed client
 
 
-@pytest.mark.parametrize("name", CALLS)
-async def test_closed_client_sends_nothing(sandbox: Sandbox, name: str) -> None:
-    async with sandbox.client() as client:
-        await client.get_operation("a")
-    assert isinstance(await failure(CALLS[name](client)), ClientClosedError)
-    assert sandbox.request_count == 1
-
-
-async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
-    sender = make_transport(sandbox.url)
-    await sender.aclose()
-    assert isinstance(await failure(sender.poll("a")), ClientClosedError)
-    assert sandbox.requests == []
-
-
 async def test_a_transport_with_other_attempts_is_closed_with_the_one_it_is_of(sandbox: Sandbox) -> None:
     async with aiohttp.ClientSession() as session:
         sender = make_transport(sandbox.url, session=session)
@@ -1238,12 +1150,6 @@ async def test_a_transport_with_other_attempts_is_closed_with_the_one_it_is_of(s
         with pytest.raises(ClientClosedError):
             await once.fetch(protocol.get_operation("a"))
     assert len(sandbox.requests) == 1
-
-
-async def test_a_poll_returns_the_operation(sandbox: Sandbox) -> None:
-    sender = make_transport(sandbox.url, key=sandbox.api_key)
-    assert await sender.poll("a") == await sender.send(protocol.get_operation("a"))
-    await sender.aclose()
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -1265,48 +1171,6 @@ async def test_closing_twice_at_once_ends_all_calls(sandbox: Sandbox) -> None:
 
 
 # Loops and tasks
-
-
-@pytest.fixture
-def sandbox_elsewhere() -> Iterator[tuple[asyncio.Runner, Sandbox]]:
-    """A sandbox in a loop of its own, and what runs that loop."""
-    with asyncio.Runner() as runner:
-        sandbox = Sandbox()
-        runner.run(sandbox.start())
-        sandbox.approve("a", user_id=USER)
-        yield runner, sandbox
-        runner.run(sandbox.aclose())
-
-
-def test_client_made_without_a_loop_belongs_to_the_first(sandbox_elsewhere: tuple[asyncio.Runner, Sandbox]) -> None:
-    runner, sandbox = sandbox_elsewhere
-    client = sandbox.client()
-
-    async def use() -> None:
-        async with client:
-            assert (await client.get_operation("a")).is_approved
-
-    runner.run(use())
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_other_loop_is_refused(sandbox_elsewhere: tuple[asyncio.Runner, Sandbox], name: str) -> None:
-    runner, sandbox = sandbox_elsewhere
-    client = sandbox.client()
-    runner.run(client.get_operation("a"))
-
-    async def use_elsewhere() -> None:
-        async with asyncio.timeout(5):
-            error = await failure(CALLS[name](client))
-            assert type(error) is ConfigurationError
-            assert "loop" in str(error)
-            assert type(await failure(client.aclose())) is ConfigurationError
-
-    with asyncio.Runner() as other:
-        other.run(use_elsewhere())
-    assert runner.run(client.get_operation("a")).is_approved
-    runner.run(client.aclose())
-    assert sandbox.request_count == 2
 
 
 async def test_call_outside_a_task_is_refused(client: KeylessClient) -> None:
