@@ -240,7 +240,7 @@ PORTABLE_TESTS: Final = (
     *("tests/test_signatures.py", "tests/test_ticket.py", "tests/test_token.py", "tests/test_users.py"),
 )
 PORTABLE_NEEDS: Final = (
-    *("aioresponses", "hypothesis", "loguru", "looptime", "pytest", "pytest-asyncio", "pytest-xdist", "sentry-sdk"),
+    *("hypothesis", "loguru", "looptime", "pytest", "pytest-asyncio", "pytest-xdist", "sentry-sdk"),
     "structlog",
 )
 

@@ -237,12 +237,6 @@ async def test_each_exchange_carries_the_key_of_its_time(borrowed: bool) -> None
         assert sent_keys(server) == [FIRST, FIRST, SECOND]
 
 
-async def test_public_keys_are_fetched_without_it() -> None:
-    async with RawServer(answer(b"{}")) as server, KeylessClient(Rotation(), base_url=server.url) as client:
-        await client.get_key_set("acme")
-        assert sent_keys(server) == [""]
-
-
 # 401
 
 

@@ -163,14 +163,6 @@ async def test_both_requests_have_one_request_timeout() -> None:
         assert len(server.heads) == 2
 
 
-async def test_only_the_second_answer_counts() -> None:
-    async with (
-        RawServer(reset, answer(operation(nodeId="second"))) as server,
-        KeylessClient("key", base_url=server.url, max_attempts=1) as client,
-    ):
-        assert (await client.get_operation("a")).node_id == "second"
-
-
 async def test_new_connection_is_not_kept() -> None:
     async def answer_and_stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(operation()).replace(b"Connection: close", b"Connection: keep-alive"))

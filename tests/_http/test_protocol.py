@@ -986,9 +986,6 @@ def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
     [
         ("operation", b"{}", "Object missing required field `id`"),
         ("operation", b"[]", "Expected `object`, got `array`"),
-        ("operation", b"null", "Expected `object`, got `null`"),
-        ("operation", b'"text"', "Expected `object`, got `str`"),
-        ("operation", b"1", "Expected `object`, got `int`"),
         ("operation", b'{"error": "hunter2"}', "Object missing required field `id`"),
         ("operation", GOOD["operation"].replace(b"true", b'"hunter2"'), "Expected `bool`, got `str` - at `$.result`"),
         ("operation", GOOD["operation"].replace(b"true", b"null"), "Expected `bool`, got `null` - at `$.result`"),
@@ -1003,7 +1000,6 @@ def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
         ("pending", b'[{"operationId": "a"}, {}]', "Object missing required field `operationId` - at `$[1]`"),
         ("pending", b'[{"operationId": null}]', "Expected `str`, got `null` - at `$[0].operationId`"),
         ("attempts", b"[]", "Expected `object`, got `array`"),
-        ("attempts", b"{}", "Object missing required field `content`"),
         ("attempts", b'{"error": "hunter2"}', "Object missing required field `content`"),
         ("attempts", b'{"content": [{}]}', "Object missing required field `authentications` - at `$.content[0]`"),
         (

@@ -15,7 +15,6 @@ import ssl
 import subprocess
 import sys
 import tracemalloc
-import zlib
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -409,13 +408,9 @@ async def test_gzip_of_a_gateway_is_read(lent: aiohttp.ClientSession | None, enc
     ("body", "encoding", "words"),
     [
         (gzip.compress(operation())[:-9], b"gzip", "the gzip of the answer is truncated"),
-        (gzip.compress(operation()) * 2, b"gzip", "the gzip of the answer is followed by more data"),
-        (operation(), b"gzip", "the answer is not the gzip that its content encoding says"),
-        (zlib.compress(operation()), b"deflate", "the answer has the content encoding deflate, but none was accepted"),
-        (operation(), b"br", "the answer has the content encoding br, but none was accepted"),
         (operation(), b"gzip\r\nContent-Encoding: br", "the content encoding gzip, br, but none was accepted"),
     ],
-    ids=["truncated", "two members", "no gzip", "deflate", "br", "two headers"],
+    ids=["truncated", "two headers"],
 )
 @pytest.mark.parametrize("status", [b"200 OK", b"503 Busy"])
 async def test_any_other_encoding_is_a_transient_error_that_names_it(
