@@ -32,7 +32,6 @@ from aiokeyless import (
     StatusError,
     TransportError,
 )
-from aiokeyless.events import Event, RequestEnded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -566,16 +565,6 @@ async def test_an_answer_without_success_is_described() -> None:
     path = f"/v2/users/{USER}/operations"
     assert (error.status, error.method, error.path) == (200, "POST", path)
     assert str(error).startswith(f"POST {path} answered without success")
-
-
-async def test_listeners_are_told_the_attempt() -> None:
-    told: list[Event] = []
-    await Talk(BUSY, MISSING, CREATED, listeners=[told.append]).create()
-    assert [(event.method, event.attempt) for event in told if isinstance(event, RequestEnded)] == [
-        ("POST", 1),
-        ("GET", 1),
-        ("POST", 2),
-    ]
 
 
 async def test_error_of_another_call_names_none(client: KeylessClient) -> None:
