@@ -377,23 +377,6 @@ def test_it_can_be_added_to_other_strategies() -> None:
     assert delay_at(summed, 8.0) == exact + 1.0
 
 
-async def test_it_paces_a_plain_async_retrying() -> None:
-    slept: list[float] = []
-
-    async def sleep(delay: float) -> None:
-        slept.append(delay)
-
-    async def poll() -> str:
-        return "pending" if len(slept) < 4 else "approved"
-
-    retrying = tenacity.AsyncRetrying(
-        wait=wait_adaptive(), sleep=sleep, retry=tenacity.retry_if_result(lambda state: state == "pending")
-    )
-    assert await retrying(poll) == "approved"
-    assert len(slept) == 4
-    assert all(0.25 <= delay <= 20.0 for delay in slept)
-
-
 # --- asking a strategy
 
 
