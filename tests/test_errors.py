@@ -202,23 +202,6 @@ def test_a_docstring_says_what_the_caller_should_do(kind: type[KeylessError]) ->
     assert "What to do: " in doc
 
 
-@pytest.mark.parametrize(
-    ("kind", "builtin"),
-    [
-        (ConfigurationError, ValueError),
-        (InvalidIdentifierError, ValueError),
-        (ClientClosedError, RuntimeError),
-        (RequestTimeoutError, TimeoutError),
-        (ApprovalTimeoutError, TimeoutError),
-        (ApprovalUnknownError, TimeoutError),
-    ],
-    ids=lambda kind: kind.__name__,
-)
-def test_code_that_knows_only_the_builtin_catches_it(kind: type[KeylessError], builtin: type[Exception]) -> None:
-    with pytest.raises(builtin):
-        raise example(kind)
-
-
 # -- messages
 
 
