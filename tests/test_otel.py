@@ -257,19 +257,6 @@ class TestMetrics:
         found = {point.attributes["error.type"] for point in recorder.points["http.client.request.duration"]}
         assert found == {"NotJsonError", "TransportError"}
 
-    async def test_the_circuit_is_a_number(self, sandbox: Sandbox, recorder: Recorder) -> None:
-        assert recorder.circuit == 0  # before anything has happened
-        async with sandbox.client(listeners=[recorder.listener], schedule=wait_fixed(1)) as client:
-            sandbox.fail_next(503, times=None, method="GET")
-            tickets = [await client.create_operation(USER) for _ in range(20)]
-            waits = [asyncio.create_task(client.wait_for_approval(ticket)) for ticket in tickets]
-            await asyncio.sleep(20)
-            assert recorder.circuit == 2
-            sandbox.recover()
-            for ticket in tickets:
-                sandbox.approve(ticket.operation_id)
-            await asyncio.gather(*waits)
-
     async def test_of_the_circuits_of_several_clients_the_worst_counts_until_its_client_is_closed(
         self, sandbox: Sandbox, recorder: Recorder
     ) -> None:
@@ -287,6 +274,7 @@ class TestMetrics:
 
 
 def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) -> None:
+    assert recorder.circuit == 0  # before anything has happened
     for previous, state, number in (("closed", "open", 2), ("open", "half_open", 1), ("half_open", "closed", 0)):
         recorder.listener(CircuitChanged(state=state, previous=previous, cause=None, waiting=1, seconds=1.0))
         assert recorder.circuit == number
