@@ -23,7 +23,6 @@ from aiokeyless.models import (
     Device,
     ExternalUser,
     NewExternalUser,
-    NewOperation,
     Operation,
     OperationState,
     PendingOperation,
@@ -327,13 +326,6 @@ def test_another_timestamp_is_kept_and_is_no_datetime(text: str) -> None:
 def test_no_timestamp_raises(text: str) -> None:
     got = msgspec.structs.replace(operation(), timestamp=text).created_at
     assert got is None or got.tzinfo is None
-
-
-# -- NewOperation
-
-
-def test_the_body_of_a_create_leaves_out_what_is_absent() -> None:
-    assert msgspec.json.encode(NewOperation(operation_id="a")) == b'{"operationId":"a"}'
 
 
 # -- users and devices
