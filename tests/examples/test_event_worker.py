@@ -201,14 +201,13 @@ async def test_a_pin_pays_nothing_whoever_submitted_the_request(app: Streams) ->
 async def test_payment_that_nobody_approves_expires(app: Streams) -> None:
     await app.request(payment(seconds=1))
     assert await app.settled() == [Verdict("expired", "1")]
-    assert app.sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
 
 
 async def test_late_approval_revives_nothing_even_when_the_event_comes_again(app: Streams) -> None:
     event = payment(seconds=1)
     await app.request(event)
     await app.settled()
-    app.sandbox.approve("payment-1")
+    app.sandbox.approve("payment-1", user_id="C0FFEE")  # which a busy machine may have asked nobody about
     await app.request(event)
     assert await app.settled() == [Verdict("expired", "1")]
 
@@ -272,11 +271,12 @@ async def test_event_that_comes_twice_is_one_operation_and_has_one_verdict(app: 
 
 
 async def test_outcome_that_comes_twice_is_one_verdict(app: Streams) -> None:
-    await app.request(payment(seconds=0.5))
+    await app.request(payment())
+    await app.approve()
     await app.settled()
     event = await app.js.get_msg("KEYLESS_OUTCOMES", 1)
     await app.js.publish(event.subject or "", event.data or b"")
-    assert await app.settled() == [Verdict("expired", "1")]
+    assert await app.settled() == [Verdict("approved", "1")]
 
 
 async def test_another_payment_under_the_same_id_is_refused_and_takes_nothing_from_the_first(app: Streams) -> None:
