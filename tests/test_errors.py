@@ -433,13 +433,6 @@ def test_no_pickle_holds_the_key_of_the_last_operation(kind: type[ApprovalError]
     assert error.last_operation.api_key == Secret(KEY)  # the original keeps it
 
 
-def test_an_exception_raised_again_after_pickling_is_caught_as_what_it_was() -> None:
-    with pytest.raises(TimeoutError, match="no approval") as caught:
-        raise pickled(example(ApprovalUnknownError))
-    assert isinstance(caught.value, ApprovalUnknownError)
-    assert caught.value.last_error is not None
-
-
 def test_reprs_and_messages_show_neither_key_nor_payload() -> None:
     for kind in TREE:
         error = example(kind)
