@@ -324,15 +324,6 @@ class TestWaits:
             await client.wait_for_approval(ticket)
         assert told.of(WaitStarted)[0].timeout == 0
 
-    async def test_a_wait_for_a_ticket_tells_the_trace_that_created_it(self, sandbox: Sandbox) -> None:
-        told = Told()
-        parent = f"00-{1:032x}-{2:016x}-01"
-        async with sandbox.client(listeners=[told]) as client:
-            ticket = await client.create_operation(USER)
-            sandbox.approve(ticket.operation_id)
-            await client.wait_for_approval(msgspec.structs.replace(ticket, traceparent=parent))
-        assert told.of(WaitStarted)[0].traceparent == parent
-
 
 @pytest.mark.looptime
 async def test_a_circuit_that_is_open_when_its_client_is_closed_is_told_to_be_gone(sandbox: Sandbox) -> None:

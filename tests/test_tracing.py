@@ -15,7 +15,6 @@ trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from aiokeyless.sandbox import Sandbox
 
 LOADED = "import sys, aiokeyless, aiokeyless._tracing as t; t.context_without_traces(); assert t.current_traceparent() "
 LOADED += "is None; print([name for name in sys.modules if name.startswith('opentelemetry')])"
@@ -70,11 +69,3 @@ def test_polls_run_outside_of_any_trace_and_suppress_instrumentations() -> None:
         assert context.run(current_traceparent) is None
         assert not context.run(utils.is_http_instrumentation_enabled)
     assert utils.is_http_instrumentation_enabled()
-
-
-async def test_a_ticket_carries_the_trace_in_which_it_was_created(sandbox: Sandbox) -> None:
-    async with sandbox.client() as client:
-        with trace.use_span(trace.INVALID_SPAN):
-            assert (await client.create_operation("C0FFEE")).traceparent is None
-        with span():
-            assert (await client.create_operation("C0FFEE")).traceparent == f"00-{1:032x}-{2:016x}-01"
