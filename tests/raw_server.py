@@ -47,6 +47,11 @@ class RawServer:
         """How many connections are open now."""
         return len(self._tasks)
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods of the requests that came, in order."""
+        return [head.split()[0].decode() for head in self.heads]
+
     async def asked(self, times: int) -> None:
         """Wait until it was asked so many times, while the loop's clock goes on."""
         async with self._news:
