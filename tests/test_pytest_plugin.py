@@ -41,7 +41,7 @@ import pytest
 async def test_the_client_sees_what_the_sandbox_approved(keyless_sandbox, keyless_client):
     await keyless_client.create_operation("C0FFEE", operation_id="txn-1")
     keyless_sandbox.approve("txn-1")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await keyless_client.get_operation("txn-1")).is_approved
 """
 STRICT = ("-o", "asyncio_mode=strict", "-o", "asyncio_default_fixture_loop_scope=function")
