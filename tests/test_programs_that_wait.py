@@ -112,7 +112,7 @@ TABLE: Mapping[str, Row] = {
         "test_a_pin_transfers_nothing",
         "test_operation_of_another_under_the_commands_id_transfers_nothing",
         "test_late_approval_is_no_answer_to_the_next_question",
-        "test_approval_that_came_while_the_bot_was_down_transfers_once",
+        "test_question_that_outlived_the_bot_is_answered_once",
         "test_command_that_is_delivered_twice_at_once_transfers_once",
     ),
     "examples/login/login.py": asked_in(

@@ -284,17 +284,6 @@ async def test_approval_whose_outcome_was_never_learned_transfers_once(bots: Bot
     assert len(bots.sandbox.operations) == 1
 
 
-async def test_approval_that_came_while_the_bot_was_down_transfers_once(bots: Bots) -> None:
-    command = await ask_and_be_killed(bots)
-    await bots.approve()
-    async with bots.running():
-        await bots.telegram.deliver(command)
-        await bots.read("Approved and transferred.")
-        await bots.telegram.deliver(command)
-        await bots.read("This command was carried out before")
-        assert len(bots.transfers) == len(bots.sandbox.operations) == 1
-
-
 async def test_question_that_outlived_the_bot_is_answered_once(bots: Bots) -> None:
     command = await ask_and_be_killed(bots)
     async with bots.running():
