@@ -164,18 +164,18 @@ async def follow_into_the_unknown(sandbox: Sandbox, customer: Customer) -> None:
 
 
 class TestOverHttp:
-    async def test_an_approval_pays_the_order(self, keyless: Sandbox, hasty: Customer) -> None:
-        assert await hasty.pay() == 200
-        [operation] = asked(keyless, hasty.order["user_id"])
-        assert operation.operation_payload == hasty.order["payload"]
-        assert f"push to the phone of {operation.user_id}: {hasty.order_id}\n" in hasty.backend.log.read_text()
+    async def test_an_approval_pays_the_order(self, keyless: Sandbox, customer: Customer) -> None:
+        assert await customer.pay() == 200
+        [operation] = asked(keyless, customer.order["user_id"])
+        assert operation.operation_payload == customer.order["payload"]
+        assert f"push to the phone of {operation.user_id}: {customer.order_id}\n" in customer.backend.log.read_text()
         states = []
-        async for news in hasty.news():
+        async for news in customer.news():
             states.append(news["state"])
-            keyless.approve(hasty.order_id)
+            keyless.approve(customer.order_id)
         assert states[0] == "waiting"
         assert states[-1] == "paid"
-        assert (await hasty.open_shop()).order["state"] == "paid"
+        assert (await customer.open_shop()).order["state"] == "paid"
 
     async def test_what_the_customer_signed_is_kept_once_as_evidence(self, keyless: Sandbox, hasty: Customer) -> None:
         await hasty.pay()
@@ -292,7 +292,7 @@ class TestOverHttp:
     ) -> None:
         await follow_into_the_unknown(keyless, hasty)
         keyless.approve(hasty.order_id)
-        with slow(keyless, 0.4):
+        with slow(keyless, 1.2):
             stream = asyncio.create_task(hasty.outcome())
             await until(lambda: bool(keyless.requests))
             await hasty.post(f"/order?after={hasty.order_id}")

@@ -351,7 +351,7 @@ async def test_an_offer_links_once_and_not_after_its_time(
         sandbox.approve(used, user_id="B0B")
         twice = await asyncio.gather(*(phones.link(client, record, used) for _ in range(2)), return_exceptions=True)
         assert {type(each) for each in twice} == {str, PermissionError}
-        monkeypatch.setattr(phones, "OFFER", 0.2)
+        monkeypatch.setattr(phones, "OFFER", 2.0)
         late = phones.offer(record, "account-2")
         with pytest.raises(ApprovalTimeoutError):
             await phones.link(client, record, late)
