@@ -299,7 +299,9 @@ async def test_what_is_found_after_an_ambiguous_failure_is_ours_or_a_conflict(
     failures: list[Any], operation_id: str | None, found: bytes, outcome: type[KeylessError] | bool
 ) -> None:
     """An approval counts only under an id that this call made: under the caller's, it may be an earlier one."""
-    assert await outcome_of(Talk(*failures, found).create(operation_id=operation_id, **MINE)) == outcome
+    talk = Talk(*failures, found)
+    assert await outcome_of(talk.create(operation_id=operation_id, **MINE)) == outcome
+    assert talk.server.methods.count("POST") == len(failures) - failures.count(MISSING)
 
 
 @pytest.mark.parametrize(
