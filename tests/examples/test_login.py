@@ -377,9 +377,7 @@ async def test_after_enrolling_again_the_new_user_logs_in_and_the_old_one_does_n
 
 
 async def test_an_account_linked_again_ends_its_sessions(sandbox: Sandbox, record: Record, mallory: Browser) -> None:
-    await mallory.start()
-    mallory.approve()
-    assert await mallory.follow() == "approved"
+    await log_in(mallory)
     await link(sandbox, record, "account-1", "A11CE1")
     assert await mallory.who() is None
 
