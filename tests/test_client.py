@@ -480,10 +480,6 @@ class TestAttempts:
         attempts = await client.get_authentications(user_id=USER)
         assert (len(attempts), attempts.truncated) == (20, True)
 
-    async def test_an_unknown_user_is_not_found(self, client: KeylessClient) -> None:
-        with pytest.raises(NotFoundError):
-            await client.get_authentications(user_id=USER)
-
     async def test_they_are_tried_again_on_a_transient_failure(self, sandbox: Sandbox, client: KeylessClient) -> None:
         sandbox.fail_authentication("a", user_id=USER)
         sandbox.fail_next(500)
