@@ -81,16 +81,14 @@ def test_a_secret_formats_the_same_with_every_format_spec(spec: str) -> None:
     [
         (repr, "Secret('***')"),
         (str, "***"),
-        (lambda secret: f"<{secret}>", "<***>"),
         (lambda secret: f"{secret!r}", "Secret('***')"),
         (lambda secret: f"{secret!a}", "Secret('***')"),
         (lambda secret: "%s" % secret, "***"),  # noqa: UP031
         (lambda secret: "%r" % secret, "Secret('***')"),  # noqa: UP031
-        ("{:>9}".format, "***"),
         (lambda secret: str([secret]), "[Secret('***')]"),
         (pretty_repr, "Secret('***')"),
     ],
-    ids=["repr", "str", "f", "f!r", "f!a", "%s", "%r", "format", "in a list", "rich"],
+    ids=["repr", "str", "f!r", "f!a", "%s", "%r", "in a list", "rich"],
 )
 def test_a_secret_does_not_show_itself(show: Callable[[Secret], str], shown: str) -> None:
     assert show(Secret(KEY)) == shown

@@ -142,13 +142,10 @@ def test_a_ticket_of_an_unknown_version_is_refused(version: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"operation_id": None}, "operation_id"),
         ({"operation_id": ""}, "operation_id"),
-        ({"user_id": None}, "user_id"),
         ({"user_id": "ann"}, "user_id"),
         ({"external_user_id": 7}, "external_user_id"),
         ({"payload_sha256": None}, "^payload_sha256 of a ticket must be 64 lower-case hex digits$"),
-        ({"payload_sha256": "0" * 63}, "payload_sha256"),
         ({"created_at": "2026-11-24T12:00:00Z"}, "created_at of a ticket must be a datetime, not str"),
         ({"created_at": datetime(2026, 11, 24, tzinfo=None)}, "created_at"),  # noqa: DTZ001  # naive is what is refused
         ({"created_at": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))}, "created_at .* the years 1 to 9999"),
