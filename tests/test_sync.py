@@ -361,7 +361,8 @@ async def test_watching_yields_an_update_for_each_poll(sandbox: Sandbox, keyless
             sandbox.approve("op-1")
         return states
 
-    assert await asyncio.to_thread(program) == ["pending", "approved"]
+    *earlier, last = await asyncio.to_thread(program)
+    assert ({*earlier}, last) == ({"pending"}, "approved")  # on a busy machine a poll may come before the approval
 
 
 async def test_an_iteration_that_is_left_early_ends_its_wait(keyless: KeylessClient) -> None:
