@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import nats
+import nats.errors
 import pytest
+from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError
 from nats_server import CLAIMS, OUTCOMES, REQUESTS, NatsServer, jetstream
 from tenacity import wait_fixed
@@ -37,6 +39,9 @@ USER: Final = "C0"
 PAGE: Final = Path(__file__).parents[3] / "docs" / "howto" / "operating-workers.md"
 
 
+SHOP: Final = "shop"
+
+
 def new_worker(client: KeylessClient, broker: NatsServer) -> ApprovalWorker:
     return ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05))
 
@@ -47,7 +52,7 @@ async def ask(connection: Client, sandbox: Sandbox, operation_id: str) -> None:
     await until(lambda: operation_id in sandbox.operations)
 
 
-async def outcomes(connection: Client, count: int, reader: str = "shop") -> list[ApprovalEvent]:
+async def outcomes(connection: Client, count: int, reader: str = SHOP) -> list[ApprovalEvent]:
     async with asyncio.timeout(PATIENCE):
         return await read(connection, count, reader)
 
@@ -180,6 +185,32 @@ async def test_without_its_claim_an_approval_does_not_count(
         FailureReason.ALREADY_APPROVED,
     )
     assert (second.operation_id, second.outcome) == ("txn-2", Outcome.APPROVED)
+
+
+# -- edited
+
+
+async def test_an_outcome_beyond_a_limit_of_deliveries_is_read_under_another_name_only(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = jetstream(connection)
+    async with with_a_request_that_waits(client, broker, connection, sandbox):
+        limited = ConsumerConfig(durable_name=SHOP, max_deliver=1, ack_wait=6, max_ack_pending=-1)
+        await stream.add_consumer(OUTCOMES, limited)
+        sandbox.approve("txn-1")
+        other = await stream.pull_subscribe_bind(SHOP, OUTCOMES)
+        [lost] = await other.fetch(1, timeout=PATIENCE)
+        await lost.nak()
+        with pytest.raises(nats.errors.TimeoutError):  # JetStream gives it up when it would deliver it again
+            await other.fetch(1, timeout=0.5)
+        reading = asyncio.create_task(read(connection, reader=SHOP))
+        await until(lambda: "reader.corrected" in caplog.text)
+        place = await stream.consumer_info(OUTCOMES, SHOP)
+        assert (place.config.max_deliver, place.num_pending, place.num_ack_pending) == (-1, 0, 0)
+        [event] = await outcomes(connection, 1, "shop-again")
+        assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+        assert not reading.done()
+        reading.cancel()
 
 
 # -- purged
