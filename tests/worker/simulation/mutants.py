@@ -95,11 +95,6 @@ _BREAKAGES: Final = {
             "who has handled what a failover lost has handled another one",
         ),
         (
-            "WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries",
-            "WHERE w.deliveries",
-            "a put-off of what a failover lost is another's",
-        ),
-        (
             'SET asked = NULL WHERE id = ? AND name = ? AND asked = ?", (*row, number)',
             'SET asked = NULL WHERE id = ? AND name = ?", row',
             "a delivery that outlasted its lease gives back another one's claim",
