@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, Unpack
@@ -130,7 +130,7 @@ class Sandbox(Service):
         )
         try:
             await runner.setup()
-            await web.TCPSite(runner, self._host, self._port).start()
+            await _finish(web.TCPSite(runner, self._host, self._port).start())
         # After a cancellation, too, the sandbox can be started again.
         except BaseException:
             self._runner = None
@@ -277,6 +277,19 @@ class Sandbox(Service):
         except Exception:
             logger.exception("the sandbox failed in %s %s", request.method, request.raw_path)
             return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; see its log")
+
+
+async def _finish(starting: Coroutine[Any, Any, None]) -> None:
+    """Start a server, even if cancelled: asyncio would leave the socket of an interrupted start open."""
+    task = asyncio.ensure_future(starting)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        # Otherwise asyncio logs that the exception was never retrieved.
+        task.exception()
+        raise
+    task.result()
 
 
 def _drop(request: web.Request) -> NoReturn:

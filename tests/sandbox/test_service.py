@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+from aiohttp import web
 from aiohttp_version import takes_the_limit
 from ports import own_port
 from waiting import spin_until
@@ -632,15 +634,42 @@ async def test_taken_port_is_an_os_error_and_can_be_tried_again() -> None:
 
 
 @pytest.mark.platform
-async def test_start_that_is_cancelled_can_be_tried_again(sandbox: Sandbox) -> None:
-    second = Sandbox()
+@pytest.mark.parametrize("turns", range(8))
+async def test_start_that_is_cancelled_at_any_point_leaves_the_port_free(turns: int) -> None:
+    port = own_port()
+    second = Sandbox(port=port)
     starting = asyncio.create_task(second.start())
-    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     starting.cancel()
+    await asyncio.wait([starting])
+    if not starting.cancelled():
+        await second.aclose()
+    async with second:
+        assert second.url == f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.platform
+async def test_start_that_fails_while_it_is_cancelled_is_no_more_than_cancelled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, failing = asyncio.Event(), asyncio.Event()
+
+    async def start(_site: web.TCPSite) -> None:
+        begun.set()
+        await failing.wait()
+        raise OSError("address already in use")
+
+    monkeypatch.setattr(web.TCPSite, "start", start)
+    starting = asyncio.create_task(Sandbox().start())
+    await begun.wait()
+    starting.cancel()
+    asyncio.get_running_loop().call_soon(failing.set)
     with pytest.raises(asyncio.CancelledError):
         await starting
-    async with second:
-        assert second.url != sandbox.url
+    del starting
+    gc.collect()
+    assert not caplog.records
 
 
 @pytest.mark.platform
