@@ -90,7 +90,8 @@ class Window:
         return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE
 
     def _fall(self, now: float, started: Sequence[float]) -> None:
-        self.limit, self._since = max(_LEAST, _LEFT * self._count_recent(now, started)), now
+        in_flight = min(self.limit, self._count_recent(now, started))  # more than the limit, if it fell just now
+        self.limit, self._since = max(_LEAST, _LEFT * in_flight), now
 
     def _count_recent(self, now: float, started: Sequence[float]) -> int:
         return sum(at > now - self._hangs_after for at in started)

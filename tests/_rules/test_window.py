@@ -145,6 +145,17 @@ def test_each_fall_leaves_seven_tenths_of_the_polls_in_flight() -> None:
     assert window.opens_at(18.0, [16.0, *[17.0] * 6]) == 16.0 + 3 * 4.5
 
 
+def test_a_second_fall_is_from_the_limit_though_more_polls_than_that_are_still_in_flight() -> None:
+    window = Window()
+    for number in range(8):
+        assert not window.record_success(number + 0.05, started_at=float(number))
+    for begins, limit in ((10.0, 28.0), (20.0, 19.6)):
+        for number in range(8):  # 40 polls are in flight: those before the first fall have not ended
+            window.record_success(begins + 5.0 + number / 5, started_at=begins + number / 50)
+        window.adapt(begins + 6.4, [begins + 6.0] * 40)
+        assert window.limit == pytest.approx(limit)
+
+
 QUICK = [(float(number), number + 0.05) for number in range(10, 18)]  # when each poll started, and when its answer came
 PACED = [float(number) for number in range(20, 28)]
 
