@@ -346,7 +346,7 @@ async def test_a_put_off_that_a_dying_broker_swallowed_is_repeated(hand: Hand, b
     await broker.start()
     await until(lambda: hand.connection.is_connected)
     [again] = await hand.intake.take(1, PATIENCE, untried=None)
-    assert (again.body, again.number) == (b"a", 2)
+    assert again.body == b"a"  # as the first delivery or the second: a server that dies may not have counted the first
 
 
 async def test_a_put_off_on_a_connection_that_is_closed_is_unsettled(hand: Hand) -> None:
