@@ -138,7 +138,6 @@ _BREAKAGES: Final = {
             "        if False:  # nothing",
             "the worker creates what the phone is to start",
         ),
-        ("asked or delivery.is_started_by_phone", "asked", "the user whom the application asked was not asked"),
         (
             "return delivery.request if delivery.message.has_only_failed else None",
             "return None",
@@ -182,14 +181,6 @@ _BREAKAGES: Final = {
             " | ClientClosedError) and not error.is_transient:",
             " | ClientClosedError):",
             "the refusal of a key that was replaced holds all requests",
-        ),
-        (
-            "self._rate.record_failure(now, self._circuit,",
-            (
-                "if (pause := requested_pause(error)) and not self._circuit.record_pause(now, pause): "
-                "self._rate.record_failure(now, self._circuit,"
-            ),
-            "the pause that one request is asked for holds all",
         ),
         (
             "get_operation(operation_id), circuit=self._circuit.state)",
@@ -256,13 +247,6 @@ _BREAKAGES: Final = {
             "return 0 < self.number - 1 <= self.failures",
             "return 0 < self.failures",
             "the phone is told again after polls that failed",
-        ),
-    ),
-    "worker/batches.py": (
-        (
-            "        self._running = None\n        self._start()\n",
-            "        self._running = None\n        if not _running.cancelled():\n            self._start()\n",
-            "calls of a clean-up wait for a batch that was cancelled",
         ),
     ),
     "worker/applications.py": (
