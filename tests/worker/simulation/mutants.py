@@ -324,7 +324,6 @@ _BREAKAGES: Final = {
         ),
     ),
     "_http/transport.py": (
-        ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 1e9", "a host that the service has left is asked for ever"),
         (
             "if circuit is not CircuitState.CLOSED and response.status >= 500",
             "if False",
