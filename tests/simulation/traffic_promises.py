@@ -178,6 +178,9 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             if reading.kind in {"cut", "error"} or (reading.said is not None and not _is_pending(reading, earlier)):
                 continue
+            # A final poll that fails does not put off an ordinary one that is scheduled already.
+            if reading.kind == "failed" and evidence.is_final(earlier):
+                continue
             least = SHORTEST if reading.kind in {"failed", "missing"} else min(wait.delays[0] for wait in waits)
             if later.sent_at < earlier.ended_at + least - EPS and not _is_excused(evidence, earlier, later):
                 yield evidence.violation("not too soon", later, later.sent_at, f"{least:g} s had to pass")
