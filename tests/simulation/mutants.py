@@ -14,9 +14,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import aiokeyless
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 PACKAGE: Final = Path(aiokeyless.__file__).parent
 
@@ -37,18 +40,10 @@ class Mutant(NamedTuple):
     why: str
 
 
-def _break(file: str, *breakages: tuple[str, str, str]) -> list[Mutant]:
-    """Return breakages of one file: what takes the place of which text, and what is wrong then."""
-    return [Mutant(file, *breakage) for breakage in breakages]
-
-
-MUTANTS: Final = (
-    *_break(
-        "_rules/ambiguity.py",
-        ("return error.sent", "return False", "a lost answer is followed by the same request"),
-    ),
-    *_break(
-        "_rules/approval.py",
+#: Of each file: what takes the place of which text, and what is wrong then.
+_BREAKAGES: Final = {
+    "_rules/ambiguity.py": (("return error.sent", "return False", "a lost answer is followed by the same request"),),
+    "_rules/approval.py": (
         ("if operation.operation_id != operation_id:", "if False:", "the answer about another operation counts"),
         ("if not is_same_user(operation.user_id, ticket.user_id):", "if False:", "another user's approval counts"),
         ("if payload_digest(operation", "if False and (operation", "the approval of another payload counts"),
@@ -60,8 +55,7 @@ MUTANTS: Final = (
             "a pending operation whose result is true counts",
         ),
     ),
-    *_break(
-        "_rules/backoff.py",
+    "_rules/backoff.py": (
         ("return min(error.retry_after, MAX_PAUSE)", "return 0.0", "the pause that a 429 asks for is ignored"),
         ("if error.status == 503 else 0.0", "if False else 0.0", "the pause that a 503 asks for is ignored"),
         ("error_delay(_MANY)", "MAX_PAUSE", "a 503 holds its operation for as long as it asks for"),
@@ -73,8 +67,7 @@ MUTANTS: Final = (
         (" or since_good <= GOOD", "", "an operation backs off for long although answers fail at random"),
         ("(is_spared or since", "(since", "in a short outage the operations of a small application back off for long"),
     ),
-    *_break(
-        "_rules/circuit.py",
+    "_rules/circuit.py": (
         ("is_short = since - self._opened_at <= SHORT and", "is_short =", "in a long outage probes do not back off"),
         ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
         ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
@@ -84,12 +77,10 @@ MUTANTS: Final = (
         ("max(self._probe_at, since + delay)", "since", "probes follow each other without a pause"),
         ("self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
     ),
-    *_break(
-        "_rules/final.py",
+    "_rules/final.py": (
         ("_TOO_LATE: Final = 0.5", "_TOO_LATE: Final = 0.0", "a final poll starts when it can hardly be answered"),
     ),
-    *_break(
-        "_rules/outcome.py",
+    "_rules/outcome.py": (
         (
             "return evaluate(answer, operation_id, ticket)",
             (
@@ -114,44 +105,37 @@ MUTANTS: Final = (
         ("if may_be_missing and", "if False and", "an operation that the phone will create is not waited for"),
         ("YOUNG: Final = 5.0", "YOUNG: Final = 0.5", "a replica that lags ends the wait"),
     ),
-    *_break(
-        "_rules/quota.py",
+    "_rules/quota.py": (
         ("if self._tokens < cost:", "if False:", "single calls are repeated in an outage, however many fail"),
     ),
-    *_break(
-        "_rules/rate.py",
+    "_rules/rate.py": (
         (
             "self._tokens = max(self._tokens - 1.0",
             "_ = max(self._tokens - 1.0",
             "polls are not counted against the rate",
         ),
     ),
-    *_break(
-        "_rules/slots.py",
+    "_rules/slots.py": (
         ("SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
         ("return max(slots, min(4 * slots, 256))", "return slots", "final polls have to wait for each other"),
     ),
-    *_break(
-        "_http/creation.py",
+    "_http/creation.py": (
         ("APPROVED and not self._id_is_new:", "APPROVED and False:", "an approval from before the request counts"),
         ("if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
         ('== (self._operation.operation_payload or "")', "is not None", "another payload is taken for this one"),
         ("return not self._is_final and (", "return (", "what was not checked is sent again"),
     ),
-    *_break(
-        "_http/keys.py",
+    "_http/keys.py": (
         ("= self._current is not None", "= False", "a function for the key that fails once ends the waits"),
     ),
-    *_break(
-        "_http/protocol.py",
+    "_http/protocol.py": (
         (
             "_refuse_duplicate_keys(body)\n    return operation",
             "pass\n    return operation",
             "an approval that also says the opposite counts",
         ),
     ),
-    *_break(
-        "_http/transport.py",
+    "_http/transport.py": (
         ('if endpoint.method != "GET" or error.had_begun:', "if True:", "a poll on a dead connection fails"),
         (
             "self._session_of_new_connections = _make_session(headers, settings, force_close=True)",
@@ -164,8 +148,7 @@ MUTANTS: Final = (
         ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 6000.0", "connections are used for ever"),
         ("if self._api_keys.is_replaced(key):", "if False:", "the refusal of a key that was replaced ends the waits"),
     ),
-    *_break(
-        "_waits/dispatch.py",
+    "_waits/dispatch.py": (
         ("if not circuit.is_calm:", "if False:", "an open circuit lets polls through"),
         ("if self._circuit.state is CircuitState.OPEN:", "if True:", "final polls always go one at a time"),
         ("if polled.poll is None:", "if True:", "an operation is polled twice at once"),
@@ -179,8 +162,7 @@ MUTANTS: Final = (
         ),
         ("max(1, self._circuit.limit // 2)", "self._circuit.limit", "operations that fail take all slots"),
     ),
-    *_break(
-        "_waits/holds.py",
+    "_waits/holds.py": (
         ("call_later(LEASE, self._expire", "call_later(0.0, self._expire", "the end of a hold ends its wait"),
         ("lease = self._leases.get(target)\n", "lease = None\n", "each hold polls at once"),
         (
@@ -192,8 +174,7 @@ MUTANTS: Final = (
         ("ends_within = lease", "ends_within = False and lease", "a hold returns nothing although its ticket expires"),
         ("self._poller.stop(lease.wait)", "pass", "a wait that nobody holds goes on"),
     ),
-    *_break(
-        "_waits/machine.py",
+    "_waits/machine.py": (
         ("was_seen=poll.polled.was_seen):", "was_seen=False):", "a gateway's pages do not open the circuit"),
         ("if self._held:", "if False:", "what a 503 holds does not go on when another operation is answered well"),
         ("if is_refusal else 0.0)", ")", "a final poll is not repeated in its time if a 503 asks for a pause"),
@@ -249,20 +230,16 @@ MUTANTS: Final = (
             "a pending answer counts for waits that came after its poll",
         ),
     ),
-    *_break(
-        "_waits/poller.py",
+    "_waits/poller.py": (
         ("age=max(0.0, age or 0.0),", "age=age or 0.0,", "a clock that is behind makes tickets live longer"),
     ),
-    *_break(
-        "_waits/state.py",
+    "_waits/state.py": (
         ("-= wait.phase is WaitPhase.POLLING", "-= 1", "a wait that ends after its deadline stops the others' polls"),
     ),
-    *_break(
-        "_waits/timer_queue.py",
+    "_waits/timer_queue.py": (
         ("if heap[0].when > now or not", "if heap[0].when > now - 0.5 or not", "everything is half a second late"),
     ),
-    *_break(
-        "errors.py",
+    "errors.py": (
         ("frozenset({408, 425, 429})", "frozenset({425, 429})", "a 408 ends the wait"),
         (
             'and the proxies.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
@@ -270,8 +247,16 @@ MUTANTS: Final = (
             "the page of a gateway ends the wait",
         ),
     ),
-    *_break("models.py", (" and self.result is True", "", "an approval whose result is false counts")),
-)
+    "models.py": ((" and self.result is True", "", "an approval whose result is false counts"),),
+}
+
+
+def read_breakages(breakages: Mapping[str, Sequence[tuple[str, str, str]]]) -> tuple[Mutant, ...]:
+    """Return the breakages of a table."""
+    return tuple(Mutant(file, *breakage) for file, of_file in breakages.items() for breakage in of_file)
+
+
+MUTANTS: Final = read_breakages(_BREAKAGES)
 
 
 def apply(mutant: Mutant, package: Path) -> None:
@@ -300,33 +285,45 @@ class Search(NamedTuple):
     said: str
 
 
-def search(mutant: Mutant, seconds: float) -> Search:
-    """Search for a breakage, for so many seconds of computing at most."""
+def search(mutant: Mutant, seconds: float, *, simulator: str = "simulation") -> Search:
+    """Search for a breakage by a simulator, for so many seconds of computing at most."""
+    tests = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         shutil.copytree(PACKAGE, root / "aiokeyless", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(Path(__file__).parent, root / "tests" / "simulation")
+        for package in ("simulation", "worker/simulation"):
+            shutil.copytree(tests / package, root / "tests" / package)
+        shutil.copy(tests / "worker" / "__init__.py", root / "tests" / "worker")
         apply(mutant, root / "aiokeyless")
         # Not measured by a coverage run that this is part of: the copy is gone when that reports.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
         environment |= {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "tests.simulation", "--seconds", f"{seconds:g}", "--seed", "1", "--briefly"]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    stories = re.search(r"(\d+) stories", done.stdout)
+        command = [sys.executable, "-m", simulator, "--seconds", f"{seconds:g}", "--seed", "1", "--briefly"]
+        done = subprocess.run(command, cwd=root / "tests", env=environment, capture_output=True, text=True, check=False)
+    stories = re.search(r"stories (\d+)|(\d+) stories", done.stdout)
     said = (done.stdout + done.stderr).strip().splitlines()
-    return Search(done.returncode != 0, 1 if stories is None else int(stories[1]), said[-1] if said else "")
+    return Search(
+        done.returncode != 0, 1 if stories is None else int(stories[1] or stories[2]), said[-1] if said else ""
+    )
 
 
-def main() -> int:
+def main(
+    mutants: Sequence[Mutant] = MUTANTS,
+    seconds: float = 300.0,
+    *,
+    description: str | None = __doc__,
+    simulator: str = "simulation",
+) -> int:
     """Run the command; its exit code is 1 if one is not found."""
-    parser = argparse.ArgumentParser(prog="simulate_mutants", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of computing, for each breakage (default: 300)")
-    parser.add_argument("--only", help="those whose reason or file contains this text")
+    parser = argparse.ArgumentParser(description=description)
+    help_of_seconds = f"of computing, for each breakage (default: {seconds:g})"
+    parser.add_argument("--seconds", type=float, default=seconds, help=help_of_seconds)
+    parser.add_argument("--only", default="", help="those whose reason or file contains this text")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if options.only is None or options.only in f"{m.file} {m.why}"]
+    chosen = [mutant for mutant in mutants if options.only in f"{mutant.file} {mutant.why}"]
     missed = 0
     for mutant in chosen:
-        is_found, stories, said = search(mutant, options.seconds)
+        is_found, stories, said = search(mutant, options.seconds, simulator=simulator)
         missed += not is_found
         how = f"{stories} stories" if is_found else "MISSED"
         print(f"{how}: {mutant.file}: {mutant.why}\n       {said:.150}", flush=True)

@@ -6,16 +6,10 @@ simulator against it until a promise is broken.
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Final
 
-from simulation.mutants import PACKAGE, Mutant, apply
+from simulation.mutants import main, read_breakages
 
 #: Of each file: what takes the place of which text, and what is wrong then.
 _BREAKAGES: Final = {
@@ -331,46 +325,9 @@ _BREAKAGES: Final = {
         ),
     ),
 }
-MUTANTS: Final = tuple(Mutant(file, *breakage) for file, breakages in _BREAKAGES.items() for breakage in breakages)
-
-
-def is_found(mutant: Mutant, seconds: float) -> tuple[bool, str]:
-    """Return whether the simulator finds a breakage, and the last line of what it said.
-
-    Args:
-        mutant: The breakage.
-        seconds: Of computing, at most.
-    """
-    tests = Path(__file__).parents[2]
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        shutil.copytree(PACKAGE, root / "aiokeyless", ignore=shutil.ignore_patterns("__pycache__"))
-        for package in ("simulation", "worker/simulation"):
-            shutil.copytree(tests / package, root / "tests" / package)
-        shutil.copy(tests / "worker" / "__init__.py", root / "tests" / "worker")
-        apply(mutant, root / "aiokeyless")
-        # Not measured by a coverage run that this is part of: the copy is gone when that reports.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-        environment |= {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "worker.simulation", "--seconds", f"{seconds:g}", "--seed", "1", "--briefly"]
-        done = subprocess.run(command, cwd=root / "tests", env=environment, capture_output=True, text=True, check=False)
-    said = (done.stdout + done.stderr).strip().splitlines()
-    return done.returncode != 0, said[-1] if said else ""
-
-
-def main() -> int:
-    """Run the command; its exit code is 1 if one is not found."""
-    parser = argparse.ArgumentParser(prog="simulate_worker_mutants", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of computing, for each (default: 60)")
-    parser.add_argument("--only", default="", help="those whose reason or file contains this text")
-    options = parser.parse_args()
-    missed = 0
-    for mutant in (mutant for mutant in MUTANTS if options.only in f"{mutant.file} {mutant.why}"):
-        found, said = is_found(mutant, options.seconds)
-        missed += not found
-        print(f"{'found ' if found else 'MISSED'} {mutant.file}: {mutant.why}\n       {said:.150}", flush=True)
-    return 1 if missed else 0
+MUTANTS: Final = read_breakages(_BREAKAGES)
+SIMULATOR: Final = "worker.simulation"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(MUTANTS, 60.0, description=__doc__, simulator=SIMULATOR))

@@ -11,13 +11,13 @@ from math import inf
 
 import pytest
 from simulation.faults import RoundTrips
-from simulation.mutants import PACKAGE, Mutant
+from simulation.mutants import PACKAGE, Mutant, search
 from simulation.people import Person
 
 from aiokeyless.worker.sqlite import store
 
 from .__main__ import breaks, main, minimize, simulate
-from .mutants import MUTANTS, is_found
+from .mutants import MUTANTS, SIMULATOR
 from .promises import check
 from .story import MISHAPS, WEATHER, Ask, Reader, Story, make_up, run
 from .world import Life
@@ -136,6 +136,6 @@ def test_each_mutant_still_changes_the_library(mutant: Mutant) -> None:
 @pytest.mark.slow
 def test_a_mutant_is_found() -> None:
     mutant = next(m for m in MUTANTS if m.why == "an approval from before the request counts")
-    found, said = is_found(mutant, seconds=120.0)
-    assert found
+    is_found, _, said = search(mutant, 120.0, simulator=SIMULATOR)
+    assert is_found
     assert "no wrong approval" in said
