@@ -15,7 +15,9 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import aiohttp
 import msgspec
+from yarl import URL
 
 from aiokeyless import (
     AlreadyApprovedError,
@@ -26,18 +28,20 @@ from aiokeyless import (
     KeylessError,
     NotJsonError,
     OperationMismatchError,
+    OperationState,
     RateLimitError,
     ServerError,
     TransportError,
     wait_adaptive,
 )
 from aiokeyless._waits.holds import LEASE
+from benchmarks.baselines import BareClient, bare_session
 from benchmarks.process import loop_factory
-from benchmarks.server import API_KEY, allow_many_sockets
+from benchmarks.server import API_KEY, Server, allow_many_sockets
 
 from . import growth
 from .journal import Writer
-from .verdicts import HOLD, Ending, Outcome
+from .verdicts import BY_DEFAULT, HOLD, LOOP, Ending, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -47,7 +51,6 @@ if TYPE_CHECKING:
 
 _PAYLOAD: Final = "Approve wire transfer of $500 to account "
 _POLL_COST: Final = 3.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
-_IN_BATCHES: Final = 0.1  # of the waits
 _BATCH: Final = 10
 _IN_FLIGHT: Final = 256  # polls; three processes share two cores, so an answer can take long
 _ASKS_FOR: Final = 120.0  # seconds after its ticket's end for which an application asks again
@@ -57,6 +60,7 @@ class Plan(NamedTuple):
     """What the applications do."""
 
     applications: int  # each has one wait under way, nearly all of the time
+    in_batches: float  # of them, which wait by `wait_for_approvals`
     seconds: float
     ramp: float  # seconds within which the applications begin
     expires_in: float  # seconds
@@ -101,7 +105,7 @@ class Applications:
 
     async def run(self) -> None:
         """Run all applications for the planned time, then cancel them."""
-        batches = int(self._plan.applications * _IN_BATCHES / _BATCH)
+        batches = int(self._plan.applications * self._plan.in_batches / _BATCH)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._repeat(k, self._batch)) for k in range(batches)]
             tasks += [
@@ -241,6 +245,39 @@ class Applications:
         return told.ending
 
 
+class Beside(Applications):
+    """Waits of a client with its default settings, and loops of one poll a second, in equal parts."""
+
+    def __init__(
+        self, client: KeylessClient, bare: BareClient, plan: Plan, outcomes: Writer, source: random.Random
+    ) -> None:
+        super().__init__(client, plan, outcomes, source)
+        self._bare = bare
+        self._methods = {self._by_default: 1, self._loop: 1}
+
+    async def _by_default(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._until_known(BY_DEFAULT, ticket, self._client.wait_for_approval(ticket))
+
+    async def _loop(self, request: Request) -> None:
+        """Poll as a short program does that survives every error, and believes every answer."""
+        ticket = await self._create(request)
+        if ticket is None:
+            return
+        started, deadline = time.monotonic(), _deadline(ticket)
+        ending, approved = Ending.TIMED_OUT, None
+        while approved is None and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError, msgspec.MsgspecError, RuntimeError):
+                async with asyncio.timeout(self._client.request_timeout):
+                    told = await self._bare.get_operation(ticket.operation_id)
+                if told.state == OperationState.APPROVED and told.result:
+                    ending, approved = Ending.APPROVED, (told.operation_id, told.user_id, told.operation_payload or "")
+                    continue
+            await asyncio.sleep(1.0)
+        ended = time.monotonic()
+        self._outcomes.write(Outcome(ticket.operation_id, LOOP, ending, started, ended, deadline, approved))
+
+
 def _deadline(ticket: ApprovalTicket) -> float:
     """Return until when an approval must be found."""
     return time.monotonic() + max(ticket.remaining(), 0.0)
@@ -306,3 +343,17 @@ def run(base_url: str, plan: Plan, folder: Path) -> None:
     allow_many_sockets()
     with asyncio.Runner(loop_factory=loop_factory(uvloop=plan.uvloop)) as runner:
         runner.run(_run(base_url, plan, folder))
+
+
+async def _run_beside(base_url: str, plan: Plan, folder: Path) -> None:
+    source = random.Random(2)  # noqa: S311  # simulated applications, not keys
+    bare = BareClient(session := bare_session(), Server(URL(base_url).port or 0))
+    with Writer(folder / "outcomes") as outcomes:
+        async with session, KeylessClient(API_KEY, base_url=base_url) as client:
+            await Beside(client, bare, plan, outcomes, source).run()
+
+
+def run_beside(base_url: str, plan: Plan, folder: Path) -> None:
+    """Run what is compared with plain loops, and add to "outcomes"; the main function of their process."""
+    logging.getLogger("aiokeyless").setLevel(logging.ERROR)
+    asyncio.run(_run_beside(base_url, plan, folder))

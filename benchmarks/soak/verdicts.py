@@ -16,6 +16,9 @@ from benchmarks.report import Goal, Table, quantile
 
 #: The method that may return None.
 HOLD: Final = "hold_for_approval"
+#: Waits of a client with its default settings, and what runs beside them: loops of one poll a second.
+BY_DEFAULT: Final = "wait_for_approval, by default"
+LOOP: Final = "loop of one poll a second"
 #: What a worker told of a request that it had been given.
 WORKER: Final = "worker"
 #: Who creates operations, and may fail to.
@@ -152,15 +155,18 @@ class Verdicts:
         }
         return [Goal(what, 0, self.verdicts[verdict], required=True) for what, verdict in bad.items()]
 
-    def table(self) -> Table:
-        """Write what was found."""
-        figures = {
+    def figures(self) -> dict[str, object]:
+        """Return what was found, by name."""
+        return {
             **self.counts(),
             "told after the approval, median, s": f"{quantile(self.lateness, 0.5):.2f}",
             "the same, 99%": f"{quantile(self.lateness, 0.99):.2f}",
             "the same, the longest": f"{quantile(self.lateness, 1.0):.1f}",
         }
-        return Table.of_pairs("compared with the service's record", figures)
+
+    def table(self) -> Table:
+        """Write what was found."""
+        return Table.of_pairs("compared with the service's record", self.figures())
 
     def _verdict(self, outcome: Outcome, known: _Known | None) -> Verdict:
         match outcome.ending:

@@ -26,7 +26,7 @@ from benchmarks.soak.applications import Plan, Sample
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.proxy import FaultyProxy
 from benchmarks.soak.service import MEMORY, ServiceProcess
-from benchmarks.soak.verdicts import Ending, Entry, Outcome, Verdicts
+from benchmarks.soak.verdicts import BY_DEFAULT, LOOP, Ending, Entry, Outcome, Verdicts
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -61,6 +61,7 @@ class Soak:
         network = FaultyProxy(self._source, rate=weather.faults)
         self.service = ServiceProcess(folder / "record", approvals, network)
         self.verdicts = Verdicts(2 * MEMORY)
+        self.beside = {how: Verdicts(2 * MEMORY) for how in (BY_DEFAULT, LOOP)}
         self._record = Reader(folder / "record", Entry)
         self._outcomes = Reader(folder / "outcomes", Outcome)
         self._samples = Reader(folder / "samples", Sample)
@@ -73,6 +74,8 @@ class Soak:
         """Run until the applications are done."""
         async with self.service:
             client = spawn(applications.run, self.service.network.url, self.plan, self._folder)
+            plan = self.plan._replace(applications=self.plan.applications // 50, in_batches=0.0)
+            beside = spawn(applications.run_beside, self.service.network.url, plan, self._folder)
             every = self._weather.every
             try:
                 async with meanwhile(
@@ -82,8 +85,9 @@ class Soak:
                 ):
                     await self._observe(client)
             finally:
-                client.kill()
-                await asyncio.to_thread(client.join)
+                for process in (client, beside):
+                    process.kill()
+                    await asyncio.to_thread(process.join)
         self._compare()
         if not self.memory or len(self.samples) < 2 or self.samples[-1].waiting:
             raise CannotMeasureError(f"the client's process ended too early, with {client.exitcode}")
@@ -117,9 +121,13 @@ class Soak:
         """Compare the outcomes since the last time with the record."""
         outcomes = list(self._outcomes.read())
         for entry in self._record.read():  # later than the outcomes: what they depend on is there
-            self.verdicts.record(entry)
+            for verdicts in (self.verdicts, *self.beside.values()):
+                verdicts.record(entry)
         for outcome in outcomes:
-            self.verdicts.evaluate(outcome)
+            if outcome.how in self.beside:
+                self.beside[outcome.how].evaluate(outcome)
+            if outcome.how != LOOP:
+                self.verdicts.evaluate(outcome)
         self.samples += self._samples.read()
 
 
@@ -129,11 +137,11 @@ def run(bench: Bench) -> Report:
     seconds = 60 * bench.minutes
     plan, weather = bench.pick(
         full=(
-            Plan(10_700, seconds, min(60.0, seconds / 6), expires_in=180.0, sample=5.0, uvloop=bench.uvloop),
+            Plan(10_700, 0.1, seconds, min(60.0, seconds / 6), expires_in=180.0, sample=5.0, uvloop=bench.uvloop),
             Weather(0.002, 0.05, storm=30.0, every=300.0, down=20.0),
         ),
         smoke=(
-            Plan(100, seconds, 0.5, expires_in=2.0, sample=0.2, uvloop=bench.uvloop),
+            Plan(100, 0.1, seconds, 0.5, expires_in=2.0, sample=0.2, uvloop=bench.uvloop),
             Weather(0.02, 0.2, storm=0.5, every=2.0, down=0.5),
         ),
     )
@@ -150,7 +158,7 @@ def _report(soak: Soak) -> Report:
     report = Report(
         f"soak: {waiting:.0f} waits at a time for {soak.plan.seconds / 60:g} minutes, with faults at every layer"
     )
-    report.tables += [_endings(soak), soak.verdicts.table(), growth.table(series), _process(soak)]
+    report.tables += [_endings(soak), soak.verdicts.table(), _beside(soak), growth.table(series), _process(soak)]
     report.goals += [
         *soak.verdicts.goals(),
         Goal("growth of the resident memory, an hour", 1.0, growth.an_hour(series["resident memory, MB"]), " MB"),
@@ -164,6 +172,7 @@ def _report(soak: Soak) -> Report:
         "memory": soak.memory[:: 1 + len(soak.memory) // 240],
         "polls": [(sample.held.at - samples[0].held.at, sample.polls) for sample in samples],
         "verdicts": soak.verdicts.counts(),
+        "beside": {how: verdicts.counts() for how, verdicts in soak.beside.items()},
     }
     return report
 
@@ -185,6 +194,12 @@ def _endings(soak: Soak) -> Table:
     for how in sorted({how for how, _ in endings}):
         table.rows.append([how, *(f"{endings[how, ending]}" for ending in seen)])
     return table
+
+
+def _beside(soak: Soak) -> Table:
+    by_default, loops = (verdicts.figures() for verdicts in soak.beside.values())
+    rows = [[name, f"{figure}", f"{loops[name]}"] for name, figure in by_default.items()]
+    return Table("beside each other, compared with the service's record", ["", *soak.beside], rows)
 
 
 def _process(soak: Soak) -> Table:
