@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
-WITH_PICTURE = {"herd", "lateness", "limits", "soak", "soak_fleet"}
+WITH_PICTURE = {"herd", "lateness", "limits", "soak"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless.worker.postgres import PostgresBroker
-from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer
@@ -37,8 +36,6 @@ from benchmarks.soak.verdicts import Entry, Event, Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
-
-    from matplotlib.figure import Figure
 
     from benchmarks.bench import Bench
     from benchmarks.soak.growth import Points
@@ -345,7 +342,7 @@ def planned(bench: Bench) -> Plan:
 
 
 def _report(soak: Soak) -> Report:
-    series, start = _series(soak), soak.readings[0].at
+    series = _series(soak)
     report = soak.report("soak_fleet", growth.table(series))
     figures = {
         "worker's objects": (1.0, growth.percent_an_hour(series[_OBJECTS]), "%"),
@@ -353,7 +350,6 @@ def _report(soak: Soak) -> Report:
         "broker's tables after a vacuum": (5.0, growth.percent_an_hour(series[_TABLES]), "%"),
     }
     report.goals += [Goal(f"growth of the {what}, an hour", *figure) for what, figure in figures.items()]
-    report.raw["readings"] = [[each.at - start, each.resident, each.size] for each in soak.readings]
     return report
 
 
@@ -368,16 +364,3 @@ def _series(soak: Soak) -> dict[str, Points]:
         series |= growth.held(name, of, start)
     series[_TABLES] = [(reading.at - start, reading.size / _MB) for reading in readings]
     return {name: growth.warm(points, soak.plan.seconds) for name, points in series.items()}
-
-
-def draw(raw: dict[str, Any]) -> Figure:
-    """Draw the memory of the processes that nobody kills, and the size of the broker's tables, over time."""
-    figure, (memory, tables) = pictures.panels(2)
-    readings = raw["readings"]
-    series = {name: [(at, held[k] / _MB) for at, held, _ in readings] for k, name in enumerate(_PROGRAMS)}
-    growth.draw(memory, series, raw["seconds"])
-    memory.set_ylabel("resident memory, MB")
-    memory.legend()
-    growth.draw(tables, {"tables": [(at, size / _MB) for at, _, size in readings]}, raw["seconds"])
-    tables.set_ylabel("tables after a vacuum, MB")
-    return figure
