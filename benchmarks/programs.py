@@ -9,6 +9,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -33,7 +34,15 @@ def spawn(target: Callable[..., None], *arguments: object) -> SpawnProcess:
 
 def _run(target: Callable[..., None], arguments: tuple[object, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     target(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End at once if the parent does: one that was killed could not end this process."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def spawn_server(target: Callable[..., None], *arguments: object) -> tuple[SpawnProcess, Connection]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import multiprocessing
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from aiohttp import web
 
@@ -106,7 +105,7 @@ class Service:
         self._record.write(entry)
         self._remember(entry)
 
-    async def approve_when_due(self) -> None:
+    async def approve_when_due(self) -> NoReturn:
         """Let users approve, until cancelled; forget what is old."""
         while True:
             now = time.monotonic()
@@ -223,9 +222,4 @@ async def _listen(service: Service, started: Connection) -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     started.send(runner.addresses[0][1])
-    approving = asyncio.create_task(service.approve_when_due())
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a benchmark that was killed itself leaves no service behind
-        asyncio.get_running_loop().add_reader(parent.sentinel, approving.cancel)
-    await asyncio.wait([approving])
-    await runner.cleanup()
+    await service.approve_when_due()
