@@ -105,6 +105,7 @@ class Verdicts:
         verdicts: How many outcomes each verdict was given to.
         endings: How many outcomes there were of each method and ending.
         lateness: Seconds from the approval, or from the start of a later wait, until the application was told.
+        slowest: The longest of them, and when it ended.
         examples: The first findings, in words.
     """
 
@@ -115,6 +116,7 @@ class Verdicts:
         self.verdicts: Counter[Verdict] = Counter()
         self.endings: Counter[tuple[str, Ending]] = Counter()
         self.lateness: list[float] = []
+        self.slowest = 0.0, 0.0
         self.examples: list[str] = []
 
     def record(self, entry: Entry) -> None:
@@ -191,7 +193,9 @@ class Verdicts:
         if outcome.ending is Ending.APPROVED:
             if outcome.approved != (outcome.operation_id, created.user_id, created.payload):
                 return Verdict.WRONG
-            self.lateness.append(outcome.ended - max(known.approved_at, outcome.started))
+            seconds = outcome.ended - max(known.approved_at, outcome.started)
+            self.lateness.append(seconds)
+            self.slowest = max(self.slowest, (seconds, outcome.ended))
         return Verdict.RIGHT
 
     def _of_timeout(self, outcome: Outcome, known: _Known | None) -> Verdict:

@@ -107,7 +107,7 @@ class FailoverSoak(Soak):
             proxy.server = standby
             proxy.cut_all()
         await asyncio.to_thread(primary.close)
-        self.happened["primary killed, standby promoted"] += 1
+        self._happen("primary killed, standby promoted")
 
     async def _hold_snapshots(self) -> NoReturn:
         """Hold a snapshot for as long as the server lives."""
@@ -116,7 +116,7 @@ class FailoverSoak(Soak):
                 connection = await asyncpg.connect(self._server.url(self._database))
                 async with connection.transaction(isolation="repeatable_read"):
                     await connection.execute("SELECT count(*) FROM keyless.waiting")
-                    self.happened["snapshot held"] += 1
+                    self._happen("snapshot held")
                     while True:
                         await connection.execute("SELECT")
                         await asyncio.sleep(1.0)
@@ -125,7 +125,7 @@ class FailoverSoak(Soak):
     async def _fill(self, disk: Path) -> None:
         """Leave no room: in turn for tables, of which statements hear, and for the log, too, which ends the server."""
         async with self._one_at_a_time:
-            self.happened["disk full"] += 1
+            self._happen("disk full")
             try:
                 with full(disk):
                     if self.happened["disk full"] % 2 == 0:

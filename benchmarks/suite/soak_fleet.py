@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from benchmarks.soak.growth import Points
 
 _SETTLED_WITHIN: Final = 240.0  # seconds
+_LASTS: Final = 90.0  # seconds: what is done to a run lasts so long, or less
 _SELDOM: Final = 3.0  # seconds: a server starts in one or two
 _MB: Final = 1e6
 ROLES: Final = ("orders", "workers", "readers")
@@ -93,6 +94,7 @@ class Run:
         self.lasting_workers: list[Program] = []
         self.shop = Shop(self._source, plan.expires_in, plan.rate)
         self.happened: Counter[str] = Counter()
+        self._log: list[tuple[float, str]] = []  # when that was
         self.told: list[Told] = []
         self.paid: Counter[str] = Counter()
         self.verdicts = Verdicts(math.inf)
@@ -108,8 +110,13 @@ class Run:
         """Do something about so many times in the run."""
         await repeat(self.plan.every(count), self._source, do)
 
+    def _happen(self, what: str, times: int = 1) -> None:
+        """Count something that is done."""
+        self.happened[what] += times
+        self._log.append((time.monotonic(), what))
+
     async def _kill(self, what: str, program: Program) -> None:
-        self.happened[what] += program.kill()
+        self._happen(what, program.kill())
 
     def _judge(self) -> None:
         """Compare what the shop was told with what it ordered, and with the service's record."""
@@ -134,7 +141,10 @@ class Run:
         report = Report(f"{name}: {count} orders within {minutes:g} minutes, with faults everywhere")
         report.tables += [self._orders(), self.verdicts.table(), self._disturbed(), *tables]
         report.goals += self._promises()
-        report.notes += self.verdicts.examples
+        seconds, ended = self.verdicts.slowest
+        approved = ended - seconds
+        done = (f"{what} at {at - approved:.0f} s" for at, what in self._log if approved - _LASTS <= at <= ended)
+        report.notes += [f"the slowest, told after {seconds:.0f} s: {', '.join(done)}", *self.verdicts.examples]
         report.raw = {"seconds": self.plan.seconds, "orders": count, "verdicts": self.verdicts.counts()}
         report.raw["happened"] = dict(self.happened)
         return report
@@ -254,7 +264,7 @@ class Soak(Run):
     async def _restart(self) -> None:
         """Restart the server: in turn at once, as after a power cut, and in order."""
         is_at_once = self.happened["server stopped at once"] <= self.happened["server shut down"]
-        self.happened["server stopped at once" if is_at_once else "server shut down"] += 1
+        self._happen("server stopped at once" if is_at_once else "server shut down")
         await wholly(asyncio.to_thread(self._stop_and_start, at_once=is_at_once))
 
     def _stop_and_start(self, *, at_once: bool) -> None:
@@ -266,11 +276,11 @@ class Soak(Run):
         self._server.start()
 
     async def _hang(self) -> None:
-        self.happened["network of the database hung"] += 1
+        self._happen("network of the database hung")
         await asyncio.gather(*(proxy.hang(self.plan.hang) for proxy in self.proxies.values()))
 
     async def _interrupt_service(self) -> None:
-        self.happened["Keyless killed"] += 1
+        self._happen("Keyless killed")
         await self.service.interrupt(self.plan.down * self._source.uniform(0.2, 1.0))
 
     async def _cut_commits(self) -> None:
@@ -279,7 +289,7 @@ class Soak(Run):
 
     async def _cut_all(self) -> None:
         (of, _), proxy = self._source.choice([*self.proxies.items()])
-        self.happened[f"connections of {of} cut"] += proxy.cut_all()
+        self._happen(f"connections of {of} cut", proxy.cut_all())
 
     # -- what is seen of it
 

@@ -156,7 +156,7 @@ class NatsSoak(Run):
                     expires_in=self.plan.expires_in,
                 )
                 return
-            self.happened["submissions repeated"] += 1
+            self._happen("submissions repeated")
             await asyncio.sleep(AGAIN)
 
     async def _read(self, broker: NatsBroker) -> NoReturn:
@@ -164,7 +164,7 @@ class NatsSoak(Run):
             try:
                 async with next_outcome(broker, READER) as event:
                     if not self._note(event):
-                        self.happened["outcome read again"] += 1
+                        self._happen("outcome read again")
             except BrokerError:
                 await asyncio.sleep(AGAIN)
 
@@ -201,7 +201,7 @@ class NatsSoak(Run):
 
     async def _disturb(self, what: str, do: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         async with self._one_at_a_time:
-            self.happened[what] += 1
+            self._happen(what)
             await wholly(do(await self._leader()))
 
     async def _kill_and_start(self, *names: str) -> None:
@@ -242,12 +242,12 @@ class NatsSoak(Run):
             await self._connection.jetstream().add_consumer(stream, found, timeout=None, **settings)
 
     async def _renew_login(self) -> None:
-        self.happened["logins renewed"] += 1
+        self._happen("logins renewed")
         self._operator.write_login(self._login, lasts=self._login_lasts)
 
     async def _renew_late(self) -> None:
         """Leave a login that has expired, until the next is written."""
-        self.happened["logins renewed late"] += 1
+        self._happen("logins renewed late")
         self._operator.write_login(self._login, lasts=0.0)
 
     # -- what is seen of it

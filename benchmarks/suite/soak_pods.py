@@ -59,12 +59,12 @@ class PodsSoak(FailoverSoak):
         await asyncio.sleep(self.plan.down)
         for proxy in self.proxies.values():
             proxy.server = standby
-        self.happened["failover by DNS"] += 1
+        self._happen("failover by DNS")
 
     async def _stop_writes(self) -> None:
         """Let the server refuse all that writes, as a managed one does whose disk is full."""
         async with self._one_at_a_time:
-            self.happened["database read-only for a minute"] += 1
+            self._happen("database read-only for a minute")
             await wholly(self._be_read_only())
 
     async def _be_read_only(self) -> None:
@@ -76,13 +76,13 @@ class PodsSoak(FailoverSoak):
     async def _cut_off(self) -> None:
         """Let nothing through, in either direction, to or from all that have one role."""
         role = self._source.choice(ROLES)
-        self.happened[f"{role} cut off"] += 1
+        self._happen(f"{role} cut off")
         cut_off = (proxy.hang(3 * self.plan.hang) for (of, _), proxy in self.proxies.items() if of == role)
         await asyncio.gather(*cut_off)
 
     async def _deploy(self) -> None:
         """End each process by SIGTERM, one after the other."""
-        self.happened["all pods deployed"] += 1
+        self._happen("all pods deployed")
         for program in self._programs:
             if program.pid is not None:
                 os.kill(program.pid, signal.SIGTERM)
@@ -92,7 +92,7 @@ class PodsSoak(FailoverSoak):
         program = self._source.choice(self._programs)
         pid = program.pid
         if pid is not None:
-            self.happened["pod frozen"] += 1
+            self._happen("pod frozen")
             os.kill(pid, signal.SIGSTOP)
             try:
                 await asyncio.sleep(self._source.uniform(0.0, 6 * self.plan.hang))
