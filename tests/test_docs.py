@@ -1,4 +1,4 @@
-"""What the pages of docs/ say runs, runs, and prints what they show."""
+"""What the README and the pages of docs/ say runs, runs, and prints what they show."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ if TYPE_CHECKING:
 
     from benchmarks.approval_times import ApprovalTimes
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text()
 #: A program that stands in a page only: docs/pages.py writes the others below a comment that names their file.
 FENCE = re.compile(
     r"(?<! -->\n)^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE
@@ -91,7 +93,9 @@ def blocks(page: str) -> list[Block]:
 
 LOOP, *FAILURES = blocks("why-not-a-loop.md")
 #: tests/examples/test_tutorial.py follows the tutorial.
-OTHERS = [block for page in PAGES if page not in {LOOP.page, "tutorial.md"} for block in blocks(page)]
+OTHERS = [
+    block for page in ("../README.md", *PAGES) if page not in {LOOP.page, "tutorial.md"} for block in blocks(page)
+]
 TESTS = [block for block in OTHERS if "def test_" in block.code]
 #: Programs beside a worker, which need a broker.
 APPLICATIONS = [
@@ -99,9 +103,12 @@ APPLICATIONS = [
     for block in OTHERS
     if "next_outcome" in block.code and block.page in {"howto/running-workers.md", "howto/sync.md"}
 ]
+QUICKSTART = (ROOT / "examples" / "quickstart.py").read_text()
+PUSHED = "push to the phone of 0123456789ABCDEF\n"
 PROGRAMS = [
     *(block for block in OTHERS if block not in TESTS + APPLICATIONS),
-    Block("howto/paid-once.md", (DOCS.parent / "examples" / "paid_once.py").read_text(), "paid, once\n"),
+    Block("howto/paid-once.md", (ROOT / "examples" / "paid_once.py").read_text(), "paid, once\n"),
+    Block("quickstart", QUICKSTART, f"{PUSHED}Approved (biom): pay.\n"),
 ]
 #: Programs that do more with an approval than to show how one waits for it.
 PAYING = [block for block in PROGRAMS if re.search(r"\bpay\b|\bpaid\b|Delete", block.code, re.IGNORECASE)]
@@ -161,6 +168,12 @@ def test_no_program_of_the_docs_that_acts_on_an_approval_takes_a_pin(block: Bloc
         assert not re.search(r"^(.*: )?(pay|paid|approved|deleted|logged in)\b", output, re.IGNORECASE | re.MULTILINE)
 
 
+def test_the_quickstart_reports_a_timeout(outputs_of_two_runs: Run) -> None:
+    hasty = QUICKSTART.replace("expires_in=60", "expires_in=1")  # the same program, with less patience
+    not_paid = "Not paid, and a later approval pays for nothing.\n"
+    assert outputs_of_two_runs(hasty) == [f"{PUSHED}{not_paid}"] * 2
+
+
 @pytest.mark.parametrize("block", FAILURES, ids=range(len(FAILURES)))
 def test_loops_fail_and_waits_do_not(block: Block, monkeypatch: pytest.MonkeyPatch, outputs_of_two_runs: Run) -> None:
     loop = ModuleType("loop")
@@ -169,22 +182,16 @@ def test_loops_fail_and_waits_do_not(block: Block, monkeypatch: pytest.MonkeyPat
     assert outputs_of_two_runs(block.code) == [block.output] * 2
 
 
-def run_tests(folder: Path, mode: str = "strict") -> str:
-    """Run the tests in a folder as a user would, and return what pytest prints."""
-    (folder / "pytest.ini").touch()  # not our own configuration, if the folder is in this checkout, as in nox
-    options = ("-q", "-o", f"asyncio_mode={mode}", "-p", "no:cacheprovider", "-W", "error")
-    command = (sys.executable, "-m", "pytest", *options, "-o", "asyncio_default_fixture_loop_scope=function")
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["strict", "auto"])
-def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
+def test_the_tests_of_the_docs_pass(tmp_path: Path) -> None:
     for number, block in enumerate(TESTS):
         (tmp_path / f"test_{number}.py").write_text(block.code)
-    assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in run_tests(tmp_path, mode)
+    (tmp_path / "pytest.ini").touch()  # not our own configuration, if the folder is in this checkout, as in nox
+    options = ("-q", "-p", "no:cacheprovider", "-W", "error", "-o", "asyncio_default_fixture_loop_scope=function")
+    command = (sys.executable, "-m", "pytest", *options)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in ended.stdout, ended.stdout
+    assert ended.returncode == 0, ended.stdout
 
 
 @pytest.mark.slow
@@ -299,7 +306,7 @@ def test_the_costs_that_the_pages_name_were_measured() -> None:
     assert f"limit {connector:.0f} ms, unbounded {unbounded:.0f} ms" in page
     blocked = f"block the event loop for {round(ours)} ms"
     assert f"{blocked}, a hundred thousand for {round(hundred_thousand['aiokeyless'])}:" in page
-    assert blocked in (ROOT / "README.md").read_text()
+    assert blocked in README
     alone, together = (int(size) / 1000 for _, size in saved("waits")["tables"][0]["rows"])
     assert f"sleeping wait takes {alone:.1f} KB" in page
     assert f"so a wait takes {alone - together:.1f} KB less" in page
@@ -469,9 +476,20 @@ def test_each_line_of_the_threat_model_has_tests_and_they_exist() -> None:
     assert missing == []
 
 
+# The README
+
+
+def test_the_two_commands_stand_there_as_agreed() -> None:
+    assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cli]" && .venv/bin/aiokeyless demo\n' in README
+    assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest\n' in README
+
+
+def test_it_takes_two_minutes() -> None:
+    assert len(README.split()) <= 700
+
+
 # The command lines
 
-ROOT = DOCS.parent
 TEXTS = [ROOT / "README.md", *(DOCS / page for page in PAGES), *sorted((ROOT / "examples").rglob("README.md"))]
 SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
 OPERATORS = {"&&", "||", "|", ";", "&", ">", ">>", "<"}

@@ -53,7 +53,7 @@ PAGES = {PIN: "test_docs.py::test_no_program_of_the_docs_that_acts_on_an_approva
 NOTHING = dict.fromkeys(CASES, "nothing follows from what it shows")
 
 TABLE: Mapping[str, Row] = {
-    "README.md#1": {PIN: "test_readme.py::test_no_program_pays_for_a_pin"},
+    "README.md#1": PAGES,
     "examples/agent/gate.py": asked_in(
         "examples/test_agent.py",
         "test_request_that_nobody_approves_ends_and_a_late_approval_counts_for_nothing",
@@ -171,7 +171,7 @@ TABLE: Mapping[str, Row] = {
         PIN: "examples/test_postgres_shop.py::test_a_pin_pays_nothing_whoever_submitted_the_request",
         RESTART: "examples/test_postgres_shop.py::test_each_order_is_paid_once_whatever_is_killed",
     },
-    "examples/quickstart.py": {PIN: "examples/test_quickstart.py::test_a_pin_does_not_pay"},
+    "examples/quickstart.py": PAGES,
     "examples/shutdown/aiogram_bot.py": {
         PIN: "examples/test_shutdown_recipes.py::test_a_pin_is_no_approval_for_a_bot",
     },

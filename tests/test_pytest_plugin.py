@@ -49,7 +49,9 @@ AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=fun
 
 
 def run(pytester: pytest.Pytester, test: str, *options: str, conftest: str) -> pytest.RunResult:
-    pytester.makeini("[pytest]")  # else a settings file further up counts, as of the checkout that the folder is in
+    # Without settings, those further up count, as of the checkout that the folder is in. As there, no plugin of the
+    # examples' packages is loaded: each of these suites would import them anew.
+    pytester.makeini("[pytest]\naddopts = -p no:django -p no:faker -p no:langsmith_plugin")
     pytester.makeconftest(conftest)
     pytester.makepyfile(test)
     return pytester.runpytest_inprocess("-W", "error", *options)
