@@ -1,4 +1,4 @@
-"""The entry point: with its extra and without; importing the library does not import the command line."""
+"""The entry point: with its extra and without; and what importing the library imports."""
 
 from __future__ import annotations
 
@@ -93,11 +93,18 @@ def test_python_dash_m_is_the_same_command(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().out == f"aiokeyless {__version__}\n"
 
 
-def test_importing_the_library_imports_neither_the_command_line_nor_the_sandbox() -> None:
+def test_neither_the_library_nor_its_pytest_plugin_imports_what_it_does_not_need() -> None:
     program = """
 import sys, aiokeyless
+from aiokeyless._tracing import context_without_traces, current_traceparent
+context_without_traces()
+assert current_traceparent() is None
 ours = {"aiokeyless.cli", "aiokeyless.__main__", "aiokeyless.sandbox"}
-print({*ours, "aiohttp.web", "cyclopts", "rich"} & sys.modules.keys())
+print({*ours, "aiohttp.web", "cyclopts", "opentelemetry", "rich"} & sys.modules.keys())
+import pytest, pytest_asyncio
+before = {*sys.modules}
+import aiokeyless.pytest_plugin
+print({*sys.modules} - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout == "set()\n{'aiokeyless.pytest_plugin'}\n"

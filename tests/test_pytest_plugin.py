@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -404,17 +403,3 @@ def fresh_plugin() -> dict[str, object]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return vars(module)
-
-
-# -- what it costs
-
-
-def test_the_plugin_itself_imports_nothing_beyond_pytest_and_its_plugin() -> None:
-    program = """
-import sys, pytest, pytest_asyncio, aiokeyless
-before = set(sys.modules)
-import aiokeyless.pytest_plugin
-print(set(sys.modules) - before)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "{'aiokeyless.pytest_plugin'}\n"
