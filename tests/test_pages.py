@@ -52,14 +52,15 @@ async def pay(self) -> int:
 LAST = '#: The last.\nLAST = {\n    "a": B,\n}\n'
 
 
-@pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(scope="module")
+def pages() -> ModuleType:
+    """The script, which remembers what it has parsed."""
     spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "SOURCES", Path(aiokeyless.__file__).parents[1])  # elsewhere, if a wheel is tested
+    vars(module)["SOURCES"] = Path(aiokeyless.__file__).parents[1]  # elsewhere, if a wheel is tested
     return module
 
 
