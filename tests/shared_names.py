@@ -6,6 +6,7 @@ An attribute counts as used wherever one of its name is. So a name may be missed
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,8 +34,10 @@ class Module(NamedTuple):
     known: dict[str, str]
 
 
-def read_modules(package: Path) -> Iterator[Module]:
+@functools.cache
+def read_modules(package: Path) -> list[Module]:
     """Read all modules of the package."""
+    modules = []
     brokers = {path.parent.name for path in package.glob("worker/*/__init__.py")}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -46,7 +49,9 @@ def read_modules(package: Path) -> Iterator[Module]:
                 source = ".".join([*package_of, *filter(None, [node.module])])
                 known |= {alias.asname or alias.name: f"{source}.{alias.name}" for alias in node.names}
         broker = parts[2] if parts[1] == "worker" and parts[2] in brokers else None
-        yield Module(name, broker, broker is None and parts[1] in {"worker", "_rules"}, tree.body, known)
+        is_shared = broker is None and parts[1] in {"worker", "_rules"}
+        modules.append(Module(name, broker, is_shared, tree.body, known))
+    return modules
 
 
 def find_unshared(package: Path) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Pipe(io.StringIO):
 
     async def until(self, pattern: str) -> re.Match[str]:
         while not (match := re.search(pattern, self.getvalue())):  # noqa: ASYNC110  # a stream has no event for it
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
         return match
 
 

@@ -81,9 +81,8 @@ async def test_wait_shows_that_there_is_no_answer_or_no_operation(
 async def test_wait_can_have_no_time_limit(service: Sandbox) -> None:
     await create(service)
     later(130, service.approve, "txn-1")
-    text = await drawn_by("wait", "txn-1", "--timeout", "inf")
-    assert "no limit" in text
-    assert "left" not in text
+    assert "no limit" in await output_of("wait", "txn-1", "--timeout", "inf")
+    assert "left" not in await drawn_by("wait", "txn-1", "--timeout", "inf")
 
 
 @pytest.mark.parametrize("arguments", [["--timeout", "3"], ["--timeout", "3", "--json"]])
