@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import gc
-import inspect
 import json
 import math
 import pickle
@@ -27,7 +26,6 @@ from aiokeyless import (
     Approved,
     ClientClosedError,
     ConfigurationError,
-    DefaultTimeout,
     InvalidIdentifierError,
     KeylessClient,
     NotApproved,
@@ -664,34 +662,6 @@ async def test_wait_adaptive_works_in_a_plain_retry_loop(sandbox: Sandbox, clien
         wait=wait_adaptive(), retry=retry_if_result(lambda op: not op.is_approved), stop=stop_after_attempt(60)
     )
     assert (await retrying(client.get_operation, "op")).is_approved
-
-
-class TestPublicNames:
-    @pytest.mark.parametrize("method", ["wait_for_approval", "watch_approval", "wait_for_approvals"])
-    def test_the_default_of_a_timeout_has_a_name_that_help_shows(self, method: str) -> None:
-        signature = str(inspect.signature(getattr(KeylessClient, method)))
-        assert "timeout: 'WaitTimeout' = DefaultTimeout.FROM_TARGET" in signature
-
-    def test_the_signatures_are_those_of_the_design(self) -> None:
-        wait = inspect.signature(KeylessClient.wait_for_approval)
-        defaults = [p.default for p in wait.parameters.values()][2:]
-        assert defaults == [DefaultTimeout.FROM_TARGET, None, "raise", None, False]
-        create = inspect.signature(KeylessClient.create_operation)
-        assert create.parameters["expires_in"].default == 120.0
-        made = inspect.signature(KeylessClient)
-        assert {n: p.default for n, p in made.parameters.items()} == {
-            "api_key": None,
-            "region": None,
-            "base_url": None,
-            "session": None,
-            "trust_env": False,
-            "request_timeout": 10.0,
-            "max_attempts": 3,
-            "max_in_flight": 256,
-            "max_polls_per_second": 1000.0,
-            "schedule": None,
-            "listeners": (),
-        }
 
 
 @pytest.mark.real_clock

@@ -31,7 +31,7 @@ from aiokeyless.models import (
     User,
     decode_hook,
 )
-from aiokeyless.reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
+from aiokeyless.reports import ApprovalUpdate, Approved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,26 +161,6 @@ def test_a_repr_says_everything_else() -> None:
 def test_an_absent_payload_and_an_empty_one_are_shown_differently() -> None:
     assert "operation_payload=None" in repr(operation(operationPayload=None))
     assert "operation_payload=<0 characters>" in repr(operation(operationPayload=""))
-
-
-def test_a_model_without_a_payload_has_a_plain_repr() -> None:
-    statistics = ClientStatistics(
-        waiting=1,
-        in_flight=2,
-        polls=3,
-        approvals=4,
-        timeouts=5,
-        transient_failures=6,
-        lag=0.5,
-        rate_limit=9.5,
-        circuit="open",
-    )
-    assert repr(statistics) == (
-        "ClientStatistics(waiting=1, in_flight=2, polls=3, approvals=4, timeouts=5, transient_failures=6, lag=0.5, "
-        "rate_limit=9.5, circuit='open')"
-    )
-    error = ServerError(status=503, method="GET", path="/x", detail=PAYLOAD)
-    assert PAYLOAD not in repr(NotApproved(operation_id="txn-1", error=error))
 
 
 # -- the structs

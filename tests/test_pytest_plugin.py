@@ -69,11 +69,6 @@ def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str
 # -- in these tests themselves
 
 
-async def test_the_client_is_that_of_the_sandbox(keyless_sandbox: Sandbox, keyless_client: AsyncKeylessClient) -> None:
-    await keyless_client.get_pending_operations("C0FFEE")
-    assert keyless_sandbox.request_count == 1
-
-
 async def test_a_test_may_block_its_loop_while_the_sandbox_answers(keyless_sandbox: Sandbox) -> None:
     assert ask_and_block(keyless_sandbox) == b"[]"
 
@@ -250,10 +245,6 @@ def test_a_plain_test_whose_worker_cannot_start_is_told_why(pytester: pytest.Pyt
             return "sqlite:/nowhere/at/all.db"
     """
     fails_with(pytester, "nowhere", "def test_plain(keyless_worker): pass", *STRICT, conftest=url)
-
-
-def test_pytest_asyncio_in_strict_mode_runs_them(pytester: pytest.Pytester) -> None:
-    passes(pytester, APPROVED.format(mark="@pytest.mark.asyncio"), *STRICT)
 
 
 def test_they_live_in_the_loop_of_the_test_whatever_its_scope(pytester: pytest.Pytester) -> None:

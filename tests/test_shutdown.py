@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
-import textwrap
 import threading
 from typing import TYPE_CHECKING
 
@@ -201,14 +199,18 @@ async def test_a_client_of_another_loop_is_refused(sandbox: Sandbox) -> None:
 async def test_the_default_action_comes_last(
     client: KeylessClient, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[tuple[int, bool]] = []
+    taken: list[tuple[int, bool, object]] = []
+
+    def take(number: int) -> None:
+        taken.append((number, wait.done(), signal.getsignal(number)))
+
     install(signal.SIG_DFL)
     wait = await waiting(client)
-    monkeypatch.setattr(signal, "raise_signal", lambda number: taken.append((number, wait.done())))
+    monkeypatch.setattr(signal, "raise_signal", take)
     async with close_on_signals(client):
         os.kill(os.getpid(), signal.SIGTERM)
         await until(lambda: bool(taken))
-    assert taken == [(signal.SIGTERM, True)]
+    assert taken == [(signal.SIGTERM, True, signal.SIG_DFL)]
     assert wait.exception().__class__ is ClientClosedError
 
 
@@ -229,37 +231,3 @@ async def test_a_second_signal_has_the_default_action(install: Install, monkeypa
         await until(lambda: bool(taken))
         closed.set()
         await until(lambda: len(taken) > 1)  # the end of the first, which finds no handler to remove
-
-
-PROGRAM = """
-    import asyncio, signal, sys
-    from aiokeyless import KeylessClient
-    from aiokeyless.shutdown import close_on_signals
-
-    class Client(KeylessClient):
-        async def aclose(self):
-            print("closing", flush=True)
-            await asyncio.sleep(0.01)
-            print("closed", flush=True)
-
-    async def main():
-        async with close_on_signals(Client("key")):
-            print("ready", flush=True)
-            await asyncio.sleep(3600)
-
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    asyncio.run(main())
-"""
-
-
-async def test_the_default_action_comes_after_the_clients_are_closed() -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", textwrap.dedent(PROGRAM), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    assert process.stdout is not None
-    assert await process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(PATIENCE):
-        output, _ = await process.communicate()
-    assert output == b"closing\nclosed\n"
-    assert process.returncode == -signal.SIGTERM

@@ -43,11 +43,6 @@ def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str], monkeyp
     assert all(command in out for command in COMMANDS)
 
 
-def test_the_version_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--version"]) == 0
-    assert capsys.readouterr().out == f"aiokeyless {__version__}\n"
-
-
 def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stdout)

@@ -290,7 +290,7 @@ async def test_what_answers_everything_the_same_differs_and_nothing_is_created(
 
 
 @pytest.mark.usefixtures("person")
-@pytest.mark.parametrize("number", range(0, 45, 4))
+@pytest.mark.parametrize("number", range(0, 45, 8))
 async def test_a_service_that_hangs_from_any_request_on_ends_it(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, number: int
 ) -> None:

@@ -6,13 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from postgres_server import shared_server
 from worker.conformance.brokers import LEASE, decide, submit, take_n
 
 from aiokeyless.cli.app import CommandError, Exit, app
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import UnavailableError
-from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .terminal import json_of, output_of
@@ -40,18 +38,11 @@ async def leave_unread(broker: Broker) -> None:
     await submit(broker, "order-3")
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 async def test_it_says_what_waits_and_what_is_unread_and_consumes_nothing(
-    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    broker: Broker
-    if kind == "sqlite":
-        url, broker = f"sqlite:{tmp_path / 'keyless.db'}", SqliteBroker(tmp_path / "keyless.db")
-    else:
-        server = shared_server()
-        url = server.url(server.prepared_database())
-        broker = PostgresBroker(url)
-    async with broker:
+    url = f"sqlite:{tmp_path / 'keyless.db'}"
+    async with SqliteBroker(tmp_path / "keyless.db") as broker:
         await leave_unread(broker)
         found = await json_of("inspect", "--broker", url)
         monkeypatch.setenv("KEYLESS_BROKER", url)

@@ -51,18 +51,6 @@ def test_fields_that_the_service_does_not_know_are_passed_over(service: Service)
     assert create(service, operationId="txn-1", colour={"deep": [1]}).status == 200
 
 
-def test_operation_is_answered(service: Service) -> None:
-    create(service, operationId="txn-1")
-    answer = service.ask("GET", "/v2/operations/txn-1")
-    assert (answer.status, document(answer)["operationId"]) == (200, "txn-1")
-
-
-def test_pending_operations_are_answered(service: Service) -> None:
-    create(service, operationId="txn-1")
-    answer = service.ask("GET", PENDING)
-    assert (answer.status, document(answer)) == (200, [{"operationId": "txn-1"}])
-
-
 def test_query_is_passed_over(service: Service) -> None:
     create(service, operationId="txn-1")
     assert service.ask("GET", "/v2/operations/txn-1?verbose=1/2").status == 200

@@ -80,24 +80,6 @@ async def test_operation_is_approved_as_by_its_user(sandbox: Sandbox, http: aioh
     assert await done(http, "approve", operationId="a", authType="pin") == answer  # approving again has no effect
 
 
-async def test_operation_of_the_phone_is_approved_with_its_user(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    fields = {"userId": USER.lower(), "operationPayload": "Pay 5", "externalUserId": "ann", "authType": "pin"}
-    await done(http, "approve", operationId="p", **fields)
-    operation = sandbox.operations["p"]
-    assert (operation.user_id, operation.operation_payload, operation.auth_type) == (USER, "Pay 5", "pin")
-
-
-async def test_operation_is_declined_and_stays_pending(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    await create(http)
-    answer = await done(http, "decline", operationId="a")
-    assert (answer["operationId"], answer["errorCode"], answer["authType"]) == ("a", 30003, "biom")
-    assert (await done(http, "decline", operationId="a", errorCode=30004, authType="pin"))["errorCode"] == 30004
-    await done(http, "decline", operationId="p", userId=OTHER, errorCode=534)
-    assert "operationId" not in await done(http, "decline", userId=USER, errorCode=30008)
-    assert [each.error_code for each in sandbox.authentications] == [30003, 30004, 534, 30008]
-    assert not sandbox.operations["a"].is_approved
-
-
 async def test_operations_are_listed_and_selected(http: aiohttp.ClientSession) -> None:
     for operation_id, user in (("a", USER), ("b", OTHER), ("c", USER)):
         await create(http, operation_id, user)

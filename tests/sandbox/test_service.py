@@ -20,7 +20,6 @@ from aiohttp_version import takes_the_limit
 from ports import own_port
 from waiting import spin_until
 
-from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.sandbox import RequestRecord, Sandbox
 
@@ -123,15 +122,6 @@ async def test_other_paths_are_not_found_in_json(http: aiohttp.ClientSession, ra
     await create(http)
     status, body = await raw(target)
     assert (status, list(json.loads(body))) == (404, ["error"])
-
-
-async def test_key_is_the_one_that_was_asked_for() -> None:
-    async with Sandbox(api_key="other") as other, aiohttp.ClientSession(other.url) as http:
-        assert other.api_key == "other"
-        async with http.get(PENDING, headers={"X-Api-Key": "other"}) as response:
-            assert response.status == 200
-        async with http.get(PENDING, headers={"X-Api-Key": "sandbox-key"}) as response:
-            assert response.status == 401
 
 
 @pytest.mark.parametrize(
@@ -521,15 +511,6 @@ async def test_simulated_user_does_not_approve_what_was_forgotten() -> None:
         assert await state(http) == "approved"
 
 
-@pytest.mark.platform
-@pytest.mark.looptime
-async def test_closed_sandbox_approves_nothing() -> None:
-    async with Sandbox(auto_approve=5) as sandbox, session_for(sandbox) as http:
-        await create(http)
-    await asyncio.sleep(10)
-    assert not sandbox.operations["a"].is_approved
-
-
 # Attempts that fail
 
 
@@ -753,12 +734,3 @@ def test_wrong_argument_is_refused_at_once(argument: str, value: Any) -> None:
 
 
 # Its client
-
-
-async def test_client_is_made_for_this_sandbox(sandbox: Sandbox) -> None:
-    client = sandbox.client(max_attempts=1)
-    assert isinstance(client, KeylessClient)
-    try:
-        assert await client.get_pending_operations(USER) == []
-    finally:
-        await client.aclose()

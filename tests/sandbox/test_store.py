@@ -70,13 +70,6 @@ def test_empty_payload_is_kept_as_it_was_sent(store: OperationStore) -> None:
     ]
 
 
-def test_taken_id_is_refused_and_the_first_operation_stays(store: OperationStore) -> None:
-    first = store.create(USER, "txn-1", operation_payload="Pay 5")
-    assert store.create("BAD", "txn-1", operation_payload="Pay 9000") is None
-    assert store.operations == {"txn-1": first}
-    assert pending_ids(store, "BAD") == []
-
-
 def test_ids_count_up_and_are_not_used_twice(store: OperationStore) -> None:
     store.create(USER, "a")
     store.forget("a")
