@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from chromium import chromium, lose_answers
 from example_process import example_process
 from example_server import ExampleServer
@@ -21,6 +22,7 @@ from fastapi import HTTPException, Response
 from waiting import until
 
 from aiokeyless import ApprovalTimeoutError, KeylessClient, PendingOperation
+from aiokeyless.sandbox import Sandbox
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "login"
 sys.path.insert(0, str(EXAMPLE))
@@ -33,19 +35,47 @@ sys.path.remove(str(EXAMPLE))
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
-    from aiokeyless.sandbox import Sandbox
+    from playwright.async_api import Browser as Chromium
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ALICE = "A11CE0"
 Record = sqlite3.Connection
-LOGIN = EXAMPLE / "login.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the servers of these tests have their record and their log."""
+    folder = tmp_path_factory.mktemp("login")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGIN_DB", str(folder / "login.sqlite3"))
+        yield folder
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service() -> AsyncGenerator[Sandbox]:
+    async with Sandbox() as sandbox:
+        yield sandbox
 
 
 @pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
-    """The record of the site."""
-    monkeypatch.setenv("LOGIN_DB", str(tmp_path / "login.sqlite3"))
+def sandbox(service: Sandbox) -> Sandbox:
+    """The service, as if nothing had been asked."""
+    service.recover()
+    service.latency = 0
+    for operation_id in list(service.operations):
+        service.forget(operation_id)
+    service.requests.clear()
+    return service
+
+
+@pytest.fixture
+def record(folder: Path) -> Iterator[Record]:
+    """The record of the site, which is empty."""
+    assert folder.exists()
     with closing(phones.open_record()) as record:
+        for [table] in record.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            record.execute(f"DELETE FROM {table}")  # noqa: S608  # of the program
         yield record
 
 
@@ -58,12 +88,11 @@ async def link(sandbox: Sandbox, record: Record, account: str, user: str, **appr
 
 
 class Server(ExampleServer):
-    """The login, in whose record Alice has a phone and Bob has none."""
+    """The login."""
 
-    def __init__(self, sandbox: Sandbox, record: Record, folder: Path, **settings: str) -> None:
-        record.execute("INSERT OR IGNORE INTO users VALUES ('account-1', ?, NULL)", (ALICE,))
+    def __init__(self, sandbox: Sandbox, folder: Path, **settings: str) -> None:
         self.sandbox = sandbox
-        super().__init__(LOGIN, sandbox, folder, port="LOGIN_PORT", **settings)
+        super().__init__(EXAMPLE / "login.py", sandbox, folder, port="LOGIN_PORT", **settings)
 
 
 class Browser:
@@ -107,10 +136,25 @@ class Browser:
             return email
 
 
-@pytest.fixture
-async def server(sandbox: Sandbox, record: Record, tmp_path: Path) -> AsyncGenerator[Server]:
-    async with Server(sandbox, record, tmp_path) as server:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(service: Sandbox, folder: Path) -> AsyncGenerator[Server]:
+    async with Server(service, folder) as server:
         yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hasty(service: Sandbox, folder: Path) -> AsyncGenerator[Server]:
+    """One whose users have hardly any time."""
+    async with Server(service, folder, LOGIN_EXPIRES_IN="0.5") as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Server, sandbox: Sandbox, record: Record) -> Server:
+    """One in whose record Alice has a phone and Bob has none."""
+    assert not sandbox.operations
+    record.execute("INSERT INTO users VALUES ('account-1', ?, NULL)", (ALICE,))
+    return running
 
 
 async def browser(server: Server) -> AsyncGenerator[Browser]:
@@ -118,7 +162,7 @@ async def browser(server: Server) -> AsyncGenerator[Browser]:
         yield browser
 
 
-alice, bob, mallory = pytest.fixture(browser), pytest.fixture(browser), pytest.fixture(browser)
+alice, bob, mallory = (pytest_asyncio.fixture(browser, loop_scope="module") for _ in range(3))
 
 
 async def test_approval_logs_in_the_browser_that_asked_and_no_other(
@@ -184,14 +228,14 @@ async def test_a_pin_logs_nobody_in(alice: Browser) -> None:
     assert await alice.who() is None
 
 
-async def test_one_approval_counts_once_however_often_it_is_asked_about(tmp_path: Path, alice: Browser) -> None:
+async def test_one_approval_counts_once_however_often_it_is_asked_about(server: Server, alice: Browser) -> None:
     await alice.start()
     tabs = [asyncio.create_task(alice.follow()) for _ in range(5)]
     alice.approve()
     assert await asyncio.gather(*tabs) == ["approved"] * 5
     assert await alice.follow() == "approved"
     assert await alice.who() == "alice@example.com"
-    assert (tmp_path / "log").read_text().count(f"login {alice.login}: approved") == 1
+    assert server.log.read_text().count(f"login {alice.login}: approved") == 1
 
 
 async def test_lost_answer_does_not_lose_the_login(sandbox: Sandbox, alice: Browser) -> None:
@@ -204,16 +248,14 @@ async def test_lost_answer_does_not_lose_the_login(sandbox: Sandbox, alice: Brow
     assert await alice.who() == "alice@example.com"
 
 
-async def test_login_survives_a_server_that_is_killed(sandbox: Sandbox, record: Record, tmp_path: Path) -> None:
-    server = Server(sandbox, record, tmp_path)
-    async with Browser(server) as alice:
-        async with server:
-            await alice.start()
-            assert await alice.follow(wait=0.1) == "pending"
-        alice.approve()
-        async with server:
-            assert await alice.follow() == "approved"
-            assert await alice.who() == "alice@example.com"
+async def test_login_survives_a_server_that_is_killed(server: Server, alice: Browser) -> None:
+    await alice.start()
+    assert await alice.follow(wait=0.1) == "pending"
+    await server.end(signal.SIGKILL)
+    alice.approve()
+    await server.start()
+    assert await alice.follow() == "approved"
+    assert await alice.who() == "alice@example.com"
 
 
 async def test_server_that_is_stopped_answers_the_open_poll_with_pending(server: Server, alice: Browser) -> None:
@@ -223,10 +265,12 @@ async def test_server_that_is_stopped_answers_the_open_poll_with_pending(server:
     async with asyncio.timeout(45):  # less than the poll would last
         await server.end(signal.SIGTERM)
     assert await held == "pending"
+    await server.start()
 
 
-async def test_approval_after_the_end_logs_nobody_in(sandbox: Sandbox, record: Record, tmp_path: Path) -> None:
-    async with Server(sandbox, record, tmp_path, LOGIN_EXPIRES_IN="0.5") as server, Browser(server) as alice:
+@pytest.mark.usefixtures("server")
+async def test_approval_after_the_end_logs_nobody_in(hasty: Server) -> None:
+    async with Browser(hasty) as alice:
         await alice.start()
         assert await alice.follow() == "timed_out"
         alice.approve()
@@ -234,10 +278,11 @@ async def test_approval_after_the_end_logs_nobody_in(sandbox: Sandbox, record: R
         assert await alice.who() is None
 
 
-async def test_approval_found_after_the_end_logs_nobody_in(sandbox: Sandbox, record: Record, tmp_path: Path) -> None:
-    async with Server(sandbox, record, tmp_path, LOGIN_EXPIRES_IN="0.01") as server, Browser(server) as alice:
+@pytest.mark.usefixtures("server")
+async def test_approval_found_after_the_end_logs_nobody_in(hasty: Server) -> None:
+    async with Browser(hasty) as alice:
         await alice.start()
-        await asyncio.sleep(0.05)  # the time of the login, which is another process's
+        await asyncio.sleep(0.6)  # the time of the login, which is another process's
         alice.approve()
         assert await alice.follow() == "timed_out"
         assert await alice.who() is None
@@ -282,24 +327,21 @@ async def test_a_create_that_an_outage_interrupts_leaves_the_login_to_its_own_br
 
 
 async def test_a_create_that_the_end_of_the_server_interrupts_goes_on_at_the_next_one(
-    sandbox: Sandbox, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, server: Server, monkeypatch: pytest.MonkeyPatch, alice: Browser
 ) -> None:
-    server = Server(sandbox, record, tmp_path)
-    async with Browser(server) as alice:
-        async with server:
-            with monkeypatch.context() as slow:
-                # From the list of pending operations on: only the create hangs.
-                slow.setattr(sandbox, "_on_request", lambda _record: setattr(sandbox, "latency", 600))
-                interrupted = asyncio.create_task(alice.start())
-                await until(lambda: len(sandbox.operations) == 1)
-            await server.end(signal.SIGTERM)
-            assert await interrupted == 503
-        sandbox.latency = 0
-        async with server:
-            assert await alice.start() == 200
-            assert list(sandbox.operations) == [alice.login]
-            alice.approve()
-            assert await alice.follow() == "approved"
+    with monkeypatch.context() as slow:
+        # From the list of pending operations on: only the create hangs.
+        slow.setattr(sandbox, "_on_request", lambda _record: setattr(sandbox, "latency", 600))
+        interrupted = asyncio.create_task(alice.start())
+        await until(lambda: len(sandbox.operations) == 1)
+    await server.end(signal.SIGTERM)
+    assert await interrupted == 503
+    sandbox.latency = 0
+    await server.start()
+    assert await alice.start() == 200
+    assert list(sandbox.operations) == [alice.login]
+    alice.approve()
+    assert await alice.follow() == "approved"
 
 
 # -- linking
@@ -394,19 +436,17 @@ async def test_a_user_who_moved_to_another_account_approves_no_login_of_the_firs
 
 
 async def test_the_phone_is_known_if_it_is_the_users_only_device(sandbox: Sandbox, record: Record) -> None:
-    phone = sandbox.enroll("B0B").public_signing_key
-    await link(sandbox, record, "account-2", "B0B")
+    phone = sandbox.enroll("B0B1").public_signing_key
+    await link(sandbox, record, "account-2", "B0B1")
     assert record.execute("SELECT phone FROM users").fetchall() == [(phone,)]
-    sandbox.enroll("B0B")  # a backup, perhaps
-    await link(sandbox, record, "account-2", "B0B")
+    sandbox.enroll("B0B1")  # a backup, perhaps
+    await link(sandbox, record, "account-2", "B0B1")
     assert record.execute("SELECT phone FROM users").fetchall() == [(None,)]
 
 
-async def test_the_program_links_an_account(sandbox: Sandbox, tmp_path: Path) -> None:
-    environment = {"LOGIN_DB": str(tmp_path / "login.sqlite3")}
-    async with example_process(
-        "phones.py", "bob@example.com", folder=EXAMPLE, sandbox=sandbox, **environment
-    ) as process:
+@pytest.mark.usefixtures("record")
+async def test_the_program_links_an_account(sandbox: Sandbox) -> None:
+    async with example_process("phones.py", "bob@example.com", folder=EXAMPLE, sandbox=sandbox) as process:
         assert process.stdout is not None
         line = (await process.stdout.readline()).decode()
         sandbox.approve(line.split()[-1], user_id="B0B")
@@ -466,11 +506,12 @@ async def test_a_slow_list_of_pending_operations_brings_no_second_prompt(
     assert list(sandbox.operations) == [alice.login]
 
 
+@pytest.mark.usefixtures("server")
 async def test_a_prompt_that_is_being_created_brings_no_second_one(
-    sandbox: Sandbox, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site, "UNLISTED", 0.0)
-    async with Server(sandbox, record, tmp_path), sandbox.client() as client:
+    async with sandbox.client() as client:
         new = site.Prompt("first", "browser", "417", 0.0)
         site.reserve(record, new, ALICE, "alice@example.com", set(), listed_at=0.0)
         with pytest.raises(HTTPException, match="409"):
@@ -478,26 +519,31 @@ async def test_a_prompt_that_is_being_created_brings_no_second_one(
     assert not sandbox.operations
 
 
-async def test_a_login_that_has_ended_keeps_nobody_from_asking_though_the_phone_shows_it(
-    sandbox: Sandbox, record: Record, tmp_path: Path
-) -> None:
-    async with Server(sandbox, record, tmp_path, LOGIN_EXPIRES_IN="0.3") as server, Browser(server) as alice:
+@pytest.mark.usefixtures("server")
+async def test_a_login_that_has_ended_keeps_nobody_from_asking_though_the_phone_shows_it(hasty: Server) -> None:
+    async with Browser(hasty) as alice, Browser(hasty) as another:
         await alice.start()
         assert await alice.follow() == "timed_out"
-        async with Browser(server) as another:
-            await until(lambda: starts(another))
+        await until(lambda: starts(another))
 
 
 async def starts(browser: Browser) -> bool:
     return await browser.start() == 200
 
 
-@pytest.mark.browser
-async def test_page_logs_in_and_shows_the_number_of_the_phone(server: Server, sandbox: Sandbox) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chrome() -> AsyncGenerator[Chromium]:
     async with chromium() as browser:
-        from playwright.async_api import expect  # chromium() skips where it is missing
+        yield browser
 
-        page = await browser.new_page()
+
+@pytest.mark.browser
+async def test_page_logs_in_and_shows_the_number_of_the_phone(
+    server: Server, sandbox: Sandbox, chrome: Chromium
+) -> None:
+    from playwright.async_api import expect  # chromium() skips where it is missing
+
+    async with await chrome.new_page() as page:
         await page.goto(server.url)
         await page.get_by_role("button", name="Log in with your face").click()
         await expect(page.locator("#number")).to_have_text(re.compile("[0-9]{3}"))
@@ -519,18 +565,19 @@ async def test_page_logs_in_and_shows_the_number_of_the_phone(server: Server, sa
         await expect(page.get_by_role("status")).to_have_text("You are logged out.")
         await page.reload()
         await expect(page.get_by_role("button", name="Log in with your face")).to_be_visible()
-        async with await browser.new_context(java_script_enabled=False) as context:
+        async with await chrome.new_context(java_script_enabled=False) as context:
             plain = await context.new_page()
             await plain.goto(server.url)
             await expect(plain.locator("noscript p")).to_be_visible()
 
 
 @pytest.mark.browser
-async def test_page_asks_again_after_a_lost_answer_a_502_and_none(server: Server, sandbox: Sandbox) -> None:
-    async with chromium() as browser:
-        from playwright.async_api import expect  # chromium() skips where it is missing
+async def test_page_asks_again_after_a_lost_answer_a_502_and_none(
+    server: Server, sandbox: Sandbox, chrome: Chromium
+) -> None:
+    from playwright.async_api import expect  # chromium() skips where it is missing
 
-        page = await browser.new_page()
+    async with await chrome.new_page() as page:
         await lose_answers(page, "**/login/*")
         await page.goto(server.url)
         await page.get_by_role("button", name="Log in with your face").click()
