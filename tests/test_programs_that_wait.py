@@ -173,7 +173,8 @@ TABLE: Mapping[str, Row] = {
     },
     "examples/quickstart.py": PAGES,
     "examples/shutdown/aiogram_bot.py": {
-        PIN: "examples/test_shutdown_recipes.py::test_a_pin_is_no_approval_for_a_bot",
+        PIN: "examples/test_shutdown_recipes.py::"
+        "test_a_pin_is_no_approval_for_a_bot_and_a_bot_that_waits_stops_and_says_so",
     },
     "examples/shutdown/approvals.py": SITE | {USER: "it has one user"},
     "examples/sync/celery_tasks.py": asked_in(

@@ -10,6 +10,9 @@ from waiting import PATIENCE
 
 pytest_plugins = ["pytester"]
 
+#: Without plugins that take longer to import than pytest.
+INI = "asyncio_default_fixture_loop_scope = function\naddopts = -p no:faker -p no:langsmith_plugin"
+
 
 def test_litestars_test_client_which_blocks_the_loop_of_its_test_reaches_the_sandbox(pytester: pytest.Pytester) -> None:
     test = """
@@ -33,7 +36,7 @@ def test_litestars_test_client_which_blocks_the_loop_of_its_test_reaches_the_san
             async with AsyncTestClient(Litestar([login], lifespan=[lifespan])) as browser:
                 assert (await browser.post("/logins")).json() is True
     """
-    pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function")
+    pytester.makeini(f"[pytest]\nasyncio_mode = auto\n{INI}")
     pytester.makepyfile(test)
     pytester.runpytest_subprocess(timeout=PATIENCE).assert_outcomes(passed=1)
 
@@ -64,5 +67,5 @@ def test_the_tests_of_a_program_pass_as_they_stand_in_its_page(
 ) -> None:
     shutil.copytree(FOLDER / folder, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     pytester.makepyfile(settings=SETTINGS)
-    pytester.makeini("[pytest]\npythonpath = .\nasyncio_default_fixture_loop_scope = function")
+    pytester.makeini(f"[pytest]\npythonpath = .\n{INI}")
     pytester.runpytest_subprocess(tests, "-W", "error", *options, timeout=PATIENCE).assert_outcomes(passed=3)

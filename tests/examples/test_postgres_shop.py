@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "postgres_shop"
 WORKER = ROOT / "tests" / "worker" / "worker_process.py"
-ORDERS = 60
+ORDERS = 30
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ async def test_each_order_is_paid_once_whatever_is_killed(
         async with shop, aiohttp.ClientSession() as session:
             await until(lambda: count("SELECT count(*) FROM keyless.migration") > 0)
             placing = asyncio.gather(*(place_later(session, shop, number) for number in range(ORDERS)))
-            for turn in range(16):
+            for turn in range(8):
                 await asyncio.sleep(0.6)
                 random.choice([*workers, *readers]).kill()  # noqa: S311  # nothing secret
                 if turn % 6 == 3:

@@ -34,13 +34,15 @@ async def get(url: str) -> str:
         return await answer.text()
 
 
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["each for itself", "preload"])
-@pytest.mark.parametrize("threads", [["-k", "sync"], ["-k", "gthread", "--threads", "4"]], ids=["sync", "gthread"])
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [(["-k", "sync"], {}), (["-k", "gthread", "--threads", "4", "--preload"], {"CALL_AT_IMPORT": "1"})],
+    ids=["each for itself", "preload"],
+)
 async def test_gunicorn_asks_for_approvals_in_the_processes_that_it_forks(
-    approving: Sandbox, threads: list[str], preload: list[str]
+    approving: Sandbox, options: list[str], calls: dict[str, str]
 ) -> None:
-    command = ["-m", "gunicorn", "-w", "1", "-b", "127.0.0.1:0", *threads, *preload, "approving:wsgi"]
-    calls = {"CALL_AT_IMPORT": "1"} if preload else {}
+    command = ["-m", "gunicorn", "-w", "1", "-b", "127.0.0.1:0", *options, "approving:wsgi"]
     async with example_process(*command, folder=FOLDER, sandbox=approving, **calls) as process:
         url = (await printed(process, ADDRESS))[1]
         answers = await asyncio.gather(*(get(url) for _ in range(REQUESTS)))

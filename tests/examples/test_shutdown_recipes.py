@@ -6,7 +6,6 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
@@ -21,10 +20,6 @@ from aiokeyless.sandbox import Sandbox
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 
 from bot_api import TOKEN, BotApiServer  # examples are programs, not a package
-
-if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "shutdown"
@@ -126,23 +121,22 @@ async def test_a_lifespan_entered_twice_has_a_client_each_time(monkeypatch: pyte
                 assert await state(client, f"order-{number}") == {"state": "approved"}
 
 
-def running_bot(sandbox: Sandbox, telegram: BotApiServer) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
-    environment = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url}
-    return example_process("aiogram_bot.py", folder=FOLDER, sandbox=sandbox, **environment)
-
-
-async def test_a_pin_is_no_approval_for_a_bot() -> None:
-    async with ApprovingSandbox("pin") as sandbox, BotApiServer() as telegram, running_bot(sandbox, telegram):
+async def test_a_pin_is_no_approval_for_a_bot_and_a_bot_that_waits_stops_and_says_so() -> None:
+    async with (
+        Sandbox() as sandbox,
+        BotApiServer() as telegram,
+        example_process(
+            "aiogram_bot.py", folder=FOLDER, sandbox=sandbox, BOT_TOKEN=TOKEN, BOT_API_URL=telegram.url
+        ) as bot,
+    ):
         await telegram.say(7, "Pay 40 to Alice")
-        await telegram.read(7, "nothing is paid")
-
-
-async def test_a_bot_that_waits_stops_and_says_so() -> None:
-    async with Sandbox() as sandbox, BotApiServer() as telegram, running_bot(sandbox, telegram) as bot:
-        await telegram.say(7, "Pay 40 to Alice")
-        await until_polled(sandbox)
+        await until(lambda: len(sandbox.operations) == 1)
+        sandbox.approve(*sandbox.operations, auth_type="pin")
+        await telegram.read(7, "Not approved: nothing is paid.")
+        await telegram.say(7, "Pay 50 to Bob")
+        await until(lambda: len(sandbox.operations) == 2 and sandbox.requests[-1].method == "GET")
         output = await stopped(bot)
-        await telegram.read(7, "nothing is paid")
+        await telegram.read(7, "The bot was stopped: nothing is paid.")
     assert bot.returncode == 0, output
     assert "Traceback" not in output
 
