@@ -7,15 +7,12 @@ import contextlib
 import hashlib
 import json
 import socket
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 from waiting import PATIENCE
 
 from benchmarks.approval_times import seeded_random
-from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.report import quantile
 from benchmarks.soak.fleet import Told, payload_of
 from benchmarks.soak.journal import Reader, Writer
@@ -24,6 +21,7 @@ from benchmarks.soak.verdicts import HOLD, Ending, Entry, Event, Outcome, Verdic
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+    from pathlib import Path
 
 # -- verdicts
 
@@ -295,58 +293,3 @@ async def test_proxy_counts_the_faults_that_it_draws() -> None:
     assert 50 < proxy.counts.total() < 150
     assert proxy.counts.total() == sum(fault is not None for fault in drawn)
     assert Fault.GARBAGE not in drawn  # a request never arrives changed
-
-
-def test_closed_proxy_has_no_url() -> None:
-    with pytest.raises(RuntimeError):
-        _ = FaultyProxy(seeded_random(1)).url
-
-
-# -- the proxy in front of PostgreSQL
-
-
-@contextlib.asynccontextmanager
-async def cutting_proxy(
-    folder: Path,
-) -> AsyncGenerator[tuple[CuttingProxy, asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Yield a proxy in front of a server that sends back what it gets, and a connection to the proxy."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
-
-    server = SimpleNamespace(folder=folder)
-    async with (
-        asyncio.timeout(PATIENCE),
-        await asyncio.start_unix_server(serve, folder / ".s.PGSQL.5432"),
-        CuttingProxy(server, cut_after=False) as proxy,  # type: ignore[arg-type]  # a folder is all that it needs
-    ):
-        reader, writer = await asyncio.open_unix_connection(proxy.url("").partition("host=")[2] + "/.s.PGSQL.5432")
-        yield proxy, reader, writer
-        writer.close()
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns the current folder, an empty one: the name of a socket may have 107 bytes, too few for `tmp_path`."""
-    monkeypatch.chdir(tmp_path)
-    return Path()
-
-
-async def test_connection_is_cut_even_before_the_proxy_has_reached_the_server(here: Path) -> None:
-    async with cutting_proxy(here) as (proxy, reader, _):
-        while not proxy.cut_all():  # noqa: ASYNC110  # the very turn in which the proxy accepts it
-            await asyncio.sleep(0)
-        with contextlib.suppress(ConnectionError):
-            assert await reader.read() == b""
-
-
-async def test_network_that_hangs_no_more_because_the_run_has_ended_holds_nothing_back(here: Path) -> None:
-    async with cutting_proxy(here) as (proxy, reader, writer):
-        hanging = asyncio.create_task(proxy.hang(3600.0))
-        await asyncio.sleep(0)
-        hanging.cancel()
-        await asyncio.wait([hanging])
-        writer.write(b"question")
-        assert await reader.readexactly(8) == b"question"

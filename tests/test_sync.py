@@ -30,7 +30,6 @@ from waiting import PATIENCE, until
 
 import aiokeyless
 from aiokeyless import (
-    AlreadyApprovedError,
     ApprovalTicket,
     ApprovalTimeoutError,
     Approved,
@@ -38,7 +37,6 @@ from aiokeyless import (
     ConfigurationError,
     NotApproved,
     NotFoundError,
-    OperationMismatchError,
     sync,
     worker,
 )
@@ -140,39 +138,9 @@ async def test_operations_are_created_and_read(keyless: KeylessClient) -> None:
     assert await asyncio.to_thread(program) == ["op-1", "op-1"]
 
 
-async def test_users_and_devices_are_managed(sandbox: Sandbox, keyless: KeylessClient) -> None:
-    sandbox.enroll("C0FFEE")
-
-    def program() -> None:
-        keyless.create_external_user("C0FFEE", "account-1")
-        keyless.update_external_user("C0FFEE", "account-2")
-        assert [user.user_id for user in keyless.find_users("account-2")] == ["C0FFEE"]
-        assert keyless.get_user("account-2").user_id == "C0FFEE"
-        keyless.delete_external_user("account-2")
-        (device,) = keyless.get_devices("C0FFEE")
-        keyless.delete_device("C0FFEE", device.public_signing_key)
-        keyless.delete_user("C0FFEE")
-        assert b"keys" in keyless.get_key_set(sandbox.tenant)
-
-    await asyncio.to_thread(program)
-
-
 async def test_an_error_is_that_of_the_other_face(keyless: KeylessClient) -> None:
     with pytest.raises(NotFoundError):
         await asyncio.to_thread(keyless.get_operation, "none")
-
-
-async def test_a_found_approval_is_waited_for_with_its_factor(sandbox: Sandbox, keyless: KeylessClient) -> None:
-    await asyncio.to_thread(keyless.create_operation, "C0FFEE", operation_id="op-1")
-    sandbox.approve("op-1", auth_type="pin")
-
-    def program() -> None:
-        with pytest.raises(AlreadyApprovedError) as found:
-            keyless.create_operation("C0FFEE", operation_id="op-1", if_exists="resume", require_auth_type="biom")
-        keyless.wait_for_approval(found.value.ticket)
-
-    with pytest.raises(OperationMismatchError):
-        await asyncio.to_thread(program)
 
 
 def test_its_settings_are_those_of_the_client_in_the_loop() -> None:
@@ -320,19 +288,6 @@ async def test_the_phone_is_told_in_the_asking_thread_before_it_waits(sandbox: S
         assert keyless.get_operation("op-1").state == "pending"
 
     await asyncio.to_thread(program)
-
-
-async def test_the_phone_may_start_the_operation(sandbox: Sandbox, keyless: KeylessClient) -> None:
-    def authenticate(ticket: ApprovalTicket) -> None:
-        sandbox.approve(ticket.operation_id, user_id="C0FFEE")
-
-    def program() -> None:
-        assert keyless.request_approval("C0FFEE", started_by="phone", on_created=authenticate).is_approved
-        with pytest.raises(ConfigurationError, match="if_exists must be 'raise'"):
-            keyless.request_approval("C0FFEE", started_by="phone", if_exists="resume")
-
-    await asyncio.to_thread(program)
-    assert [record.method for record in sandbox.requests] == ["GET"]
 
 
 class AsyncObject:

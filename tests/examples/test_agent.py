@@ -226,12 +226,6 @@ async def call(caller: Client, **arguments: object) -> str:
     return content.text
 
 
-async def test_tool_transfers_what_the_phone_approved(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
-    async with bank(client, tmp_path) as caller:
-        text, _ = await asyncio.gather(call(caller, amount="40", recipient="Alice"), approve(sandbox))
-        assert text == "Pay 40.00 EUR to Alice: done."
-
-
 async def test_tool_answers_with_a_handle_and_goes_on(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
     async with bank(client, tmp_path) as caller:
         before = asyncio.get_running_loop().time()
@@ -272,13 +266,6 @@ def model_that_calls(*calls: dict[str, Any]) -> FunctionModel:
 
 ALICE = {"transfer": {"amount": "40", "recipient": "Alice"}}
 MALLORY = {"transfer": {"amount": "400", "recipient": "Mallory"}}
-
-
-async def test_agent_transfers_what_the_phone_approved(gate: Gate, sandbox: Sandbox) -> None:
-    transfers: list[str] = []
-    agent = make_agent(model_that_calls(ALICE), transfers)
-    await asyncio.gather(agent.run("Pay Alice", deps=gate), approve(sandbox))
-    assert transfers == ["Pay 40.00 EUR to Alice"]
 
 
 async def test_agent_that_says_approved_gets_nothing_done(client: KeylessClient, record: sqlite3.Connection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import assert_never, assert_type
 
 from tenacity import AsyncRetrying, wait_chain, wait_fixed
@@ -15,11 +14,7 @@ from aiokeyless import (
     ApprovalUpdate,
     Approved,
     Authentication,
-    Authentications,
-    ClientStatistics,
     DefaultTimeout,
-    Device,
-    ExternalUser,
     IfExists,
     IfMissing,
     KeylessClient,
@@ -28,39 +23,13 @@ from aiokeyless import (
     OnCreated,
     OnPoll,
     Operation,
-    PendingOperation,
     Region,
-    Secret,
-    SignatureError,
-    SignatureReason,
     StartedBy,
-    User,
     WaitTimeout,
     sync,
     wait_adaptive,
 )
-from aiokeyless.sandbox import Sandbox
-from aiokeyless.signatures import SignedTransaction, TransactionVerifier
 from aiokeyless.worker import ApprovalEvent, Submission
-
-
-async def calls(client: KeylessClient) -> None:
-    assert_type(await client.get_pending_operations("C0FFEE"), list[PendingOperation])
-    attempts = await client.get_authentications(user_id="C0FFEE", operation_id="op")
-    assert_type(attempts, Authentications)
-    assert_type(attempts.truncated, bool)
-    assert_type(attempts[0], Authentication)
-    assert_type(attempts[0].reason, str | None)
-    operation = await client.get_operation("op")
-    assert_type(operation, Operation)
-    assert_type(operation.is_approved, bool)
-    assert_type(operation.created_at, datetime | None)
-    assert_type(operation.api_key, Secret | None)
-    ticket = await client.create_operation("C0FFEE", operation_payload="Pay", expires_in=60)
-    assert_type(ticket, ApprovalTicket)
-    assert_type(ApprovalTicket.from_json(ticket.to_json()), ApprovalTicket)
-    assert_type(client.statistics, ClientStatistics)
-    assert_type(client.statistics.circuit, str)
 
 
 def without_an_event_loop(client: sync.KeylessClient) -> None:
@@ -83,32 +52,6 @@ def without_an_event_loop(client: sync.KeylessClient) -> None:
         assert_type(update, ApprovalUpdate)
     for outcome in client.wait_for_approvals(["op"], timeout=None):
         assert_type(outcome, ApprovalOutcome)
-
-
-async def users(client: KeylessClient) -> None:
-    link = await client.create_external_user("C0FFEE", "ann")
-    assert_type(link, ExternalUser)
-    assert_type(link.sdk_customer_id, int | None)
-    assert_type(await client.update_external_user("C0FFEE", "ann"), ExternalUser)
-    assert_type(await client.find_users("ann"), list[User])
-    assert_type(await client.get_user("ann"), User)
-    devices = await client.get_devices("C0FFEE")
-    assert_type(devices, list[Device])
-    await client.delete_device("C0FFEE", devices[0].public_signing_key)
-    await client.delete_external_user("ann")
-    await client.delete_user("C0FFEE")
-
-
-async def signatures(client: KeylessClient, token: str) -> None:
-    verifier = TransactionVerifier(client, tenant="acme", max_age=60, leeway=0, issuer="keyless", audience=None)
-    try:
-        signed = await verifier.verify(token, user_id="C0FFEE", transaction_data="Pay", external_user_id="ann")
-    except SignatureError as error:
-        assert_type(error.reason, SignatureReason)
-        return
-    assert_type(signed, SignedTransaction)
-    assert_type(signed.issued_at, datetime)
-    assert_type(signed.signed_sha256, str)
 
 
 async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
@@ -182,15 +125,6 @@ async def errors(client: KeylessClient) -> None:
         await client.create_operation("C0FFEE", operation_id="op")
     except AlreadyApprovedError as found:
         assert_type(await client.wait_for_approval(found.ticket), Operation)
-
-
-async def sandboxes() -> None:
-    async with Sandbox(auto_approve=lambda operation: 1.0 if operation.operation_payload else None) as sandbox:
-        assert_type(sandbox.client(), KeylessClient)
-        assert_type(sandbox.operations["op"], Operation)
-        assert_type(sandbox.enroll("C0FFEE", external_user_id="ann"), Device)
-        assert_type(sandbox.sign("op", tampered=True, claims={"exp": 0}), str)
-        assert_type(sandbox.rotate_keys(retire=True), str)
 
 
 KeylessClient("key", region=Region.EU, schedule=wait_adaptive(poll_cost=1))
