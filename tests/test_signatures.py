@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from raw_server import RawServer, answer, hang, reset
-from signing import DATA, USER, claims, ec_jwk, ec_key, header, key_set, rsa_jwk, sign_es256, token
+from signing import DATA, USER, claims, ec_jwk, ec_key, header, key_set, sign_es256, token
 from strict_service import KEY, TENANT, StrictService
 
 from aiokeyless import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.looptime
 
-KEYS = [ec_jwk(), rsa_jwk()]
+KEYS = [ec_jwk()]
 GOOD = answer(json.dumps(key_set(*KEYS)).encode())
 JWKS_PATH = f"/customers/{TENANT}/.well-known/jwks.json"
 

@@ -275,36 +275,36 @@ def test_the_second_form_of_a_signature_has_the_same_digest() -> None:
     assert first == again, "a unique index on the digest accepts it once"
 
 
-UNUSABLE: dict[str, dict[str, Any]] = {
-    "for encryption": ec_jwk(use="enc"),
-    "of no use that is known": ec_jwk(use=["sig"]),
-    "to sign with": ec_jwk(key_ops=["sign"]),
-    "to verify and to encrypt with": ec_jwk(key_ops=["verify", "encrypt"]),
-    "for no operation": ec_jwk(key_ops=[]),
-    "for operations that are no list": ec_jwk(key_ops="verify"),
-    "for another algorithm": ec_jwk(alg="ES384"),
-    "for no algorithm that is known": ec_jwk(alg=None),
-    "on another curve": ec_jwk(crv="P-384"),
-    "on a curve that is a list": ec_jwk(crv=["P-256"]),
-    "not on its curve": ec_jwk(x=number(1, 32)),
-    "without a half": ec_jwk(y=...),
-    "of a wrong type inside": ec_jwk(x=5),
-    "with a private part": ec_jwk(d=number(ec_key().private_numbers().private_value, 32)),
-    "symmetric": {"kty": "oct", "k": encoded(b"secret"), "kid": "k1"},
-    "of no type": ec_jwk(kty=...),
-    "of a type that is a list": ec_jwk(kty=["EC"]),
-    "RSA of 1024 bits": rsa_jwk(rsa_key(1024), kid="k1"),
-    "RSA of 2040 bits": rsa_jwk(rsa_key(2040), kid="k1"),
-    "RSA for another padding": rsa_jwk(kid="k1", alg="PS256"),
-    "RSA with a private part": rsa_jwk(kid="k1", p=number(rsa_key().private_numbers().p)),
-    "RSA with an even exponent": rsa_jwk(kid="k1", e=number(4)),
-    "RSA on a curve": rsa_jwk(kid="k1", crv="P-256"),
+UNUSABLE: dict[str, Callable[[], dict[str, Any]]] = {
+    "for encryption": lambda: ec_jwk(use="enc"),
+    "of no use that is known": lambda: ec_jwk(use=["sig"]),
+    "to sign with": lambda: ec_jwk(key_ops=["sign"]),
+    "to verify and to encrypt with": lambda: ec_jwk(key_ops=["verify", "encrypt"]),
+    "for no operation": lambda: ec_jwk(key_ops=[]),
+    "for operations that are no list": lambda: ec_jwk(key_ops="verify"),
+    "for another algorithm": lambda: ec_jwk(alg="ES384"),
+    "for no algorithm that is known": lambda: ec_jwk(alg=None),
+    "on another curve": lambda: ec_jwk(crv="P-384"),
+    "on a curve that is a list": lambda: ec_jwk(crv=["P-256"]),
+    "not on its curve": lambda: ec_jwk(x=number(1, 32)),
+    "without a half": lambda: ec_jwk(y=...),
+    "of a wrong type inside": lambda: ec_jwk(x=5),
+    "with a private part": lambda: ec_jwk(d=number(ec_key().private_numbers().private_value, 32)),
+    "symmetric": lambda: {"kty": "oct", "k": encoded(b"secret"), "kid": "k1"},
+    "of no type": lambda: ec_jwk(kty=...),
+    "of a type that is a list": lambda: ec_jwk(kty=["EC"]),
+    "RSA of 1024 bits": lambda: rsa_jwk(rsa_key(1024), kid="k1"),
+    "RSA of 2040 bits": lambda: rsa_jwk(rsa_key(2040), kid="k1"),
+    "RSA for another padding": lambda: rsa_jwk(kid="k1", alg="PS256"),
+    "RSA with a private part": lambda: rsa_jwk(kid="k1", p=number(rsa_key().private_numbers().p)),
+    "RSA with an even exponent": lambda: rsa_jwk(kid="k1", e=number(4)),
+    "RSA on a curve": lambda: rsa_jwk(kid="k1", crv="P-256"),
 }
 
 
-@pytest.mark.parametrize("key", UNUSABLE.values(), ids=UNUSABLE.keys())
-def test_a_key_that_must_not_verify_is_no_key(key: dict[str, Any]) -> None:
-    keys = [key, ec_jwk(ec_key("good"), kid="good")]
+@pytest.mark.parametrize("make", UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_a_key_that_must_not_verify_is_no_key(make: Callable[[], dict[str, Any]]) -> None:
+    keys = [make(), ec_jwk(ec_key("good"), kid="good")]
     rsa_token = token(head=header(alg="RS256"), sign=lambda message: sign_rs256(message, rsa_key(2048)))
     for text in (token(), rsa_token):
         assert reason_for(text, keys=keys) is SignatureReason.UNKNOWN_KEY
@@ -312,9 +312,9 @@ def test_a_key_that_must_not_verify_is_no_key(key: dict[str, Any]) -> None:
     accept(text, keys=keys)  # the others are still there
 
 
-@pytest.mark.parametrize("second", [ec_jwk(ec_key("another")), ec_jwk(), ec_jwk(use="enc"), rsa_jwk(kid="k1")])
-def test_two_keys_of_one_kid_are_none(second: dict[str, Any]) -> None:
-    assert reason_for(token(), keys=[ec_jwk(), second, ec_jwk()]) is SignatureReason.UNKNOWN_KEY
+def test_two_keys_of_one_kid_are_none() -> None:
+    for second in (ec_jwk(ec_key("another")), ec_jwk(), ec_jwk(use="enc"), rsa_jwk(kid="k1")):
+        assert reason_for(token(), keys=[ec_jwk(), second, ec_jwk()]) is SignatureReason.UNKNOWN_KEY
 
 
 @pytest.mark.parametrize(

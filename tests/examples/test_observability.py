@@ -62,18 +62,14 @@ def test_it_runs_and_draws(tmp_path: Path) -> None:
     assert "polls a second" in (tmp_path / "outage.svg").read_text()
 
 
-def test_the_metrics_have_the_names_that_it_reads(tmp_path: Path) -> None:
-    assert run(NAMES, tmp_path).split() == ["1.0", "1.0", "2.0", "1.0"]
-
-
-def test_a_quantile_is_that_of_prometheus(tmp_path: Path) -> None:
-    code = f"""
-import picture
+def test_the_metrics_have_the_names_that_it_reads_and_a_quantile_is_that_of_prometheus(tmp_path: Path) -> None:
+    quantiles = f"""
 now = 1.0, picture.read({TEXT!r})
 print(*(picture.quantile(q, (0.0, {{}}), now) for q in (0.25, 0.5, 0.95)), picture.quantile(0.5, now, now))
 """
-    *found, none = map(float, run(code, tmp_path).split())
-    assert found == pytest.approx([2.5, 5.0, 9.5])
+    *sums, low, median, high, none = map(float, run(NAMES + quantiles, tmp_path).split())
+    assert sums == [1.0, 1.0, 2.0, 1.0]
+    assert [low, median, high] == pytest.approx([2.5, 5.0, 9.5])
     assert math.isnan(none)
 
 
