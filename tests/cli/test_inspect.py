@@ -105,6 +105,10 @@ def test_a_file_that_is_not_there_is_not_made(fail: Fail, tmp_path: Path) -> Non
     assert not path.exists()
 
 
+def test_a_database_that_cannot_be_reached_is_one_line(fail: Fail) -> None:
+    assert fail("inspect", "--broker", "postgresql://127.0.0.1:1/shop").startswith("the database cannot be reached: ")
+
+
 def test_without_a_broker_it_is_one_line_and_exit_2(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KEYLESS_BROKER", raising=False)
     assert "--broker or KEYLESS_BROKER must name the broker" in fail("inspect", code=Exit.USAGE)
