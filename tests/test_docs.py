@@ -479,12 +479,12 @@ def test_each_line_of_the_threat_model_has_tests_and_they_exist() -> None:
 # The README
 
 
-def test_the_two_commands_stand_there_as_agreed() -> None:
+def test_the_readme_has_the_two_commands_that_were_agreed() -> None:
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cli]" && .venv/bin/aiokeyless demo\n' in README
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest\n' in README
 
 
-def test_it_takes_two_minutes() -> None:
+def test_the_readme_takes_two_minutes() -> None:
     assert len(README.split()) <= 700
 
 

@@ -45,7 +45,7 @@ Record = sqlite3.Connection
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the servers of these tests have their record and their log."""
+    """The folder of the record and of the log."""
     folder = tmp_path_factory.mktemp("login")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGIN_DB", str(folder / "login.sqlite3"))
