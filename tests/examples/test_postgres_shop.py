@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from example_server import ExampleServer
 from factors import ApprovingSandbox
-from postgres_server import PostgresServer
+from postgres_server import PostgresServer, shared_server
 from waiting import until
 
 from aiokeyless.sandbox import Sandbox
@@ -126,7 +126,8 @@ async def test_each_order_is_paid_once_whatever_is_killed(
             await program.end()
 
 
-async def test_a_pin_pays_nothing_whoever_submitted_the_request(server: PostgresServer, tmp_path: Path) -> None:
+async def test_a_pin_pays_nothing_whoever_submitted_the_request(tmp_path: Path) -> None:
+    server = shared_server()
     database = server.new_database()
     url = server.url(database)
     async with ApprovingSandbox("pin") as sandbox:
