@@ -681,8 +681,8 @@ BESIDE_TWENTY = f"""
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wait", "others"),
-    [(ONE, 0), (WITH_ON_POLL, 0), (IN_ON_POLL, 0), (MANY, 0), (BESIDE_TWENTY, 20)],
-    ids=["wait", "with on_poll", "in on_poll", "many", "beside twenty threads"],
+    [(WITH_ON_POLL, 0), (IN_ON_POLL, 0), (MANY, 0), (BESIDE_TWENTY, 20)],
+    ids=["with on_poll", "in on_poll", "many", "beside twenty threads"],
 )
 async def test_ctrl_c_ends_a_wait_at_once_and_cancels_it_and_no_other(sandbox: Sandbox, wait: str, others: int) -> None:
     async with program(INTERRUPTED.format(wait=wait, others=others), sandbox) as process:
