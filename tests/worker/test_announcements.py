@@ -214,21 +214,6 @@ async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_it_is_
         assert "txn-1" in sandbox.operations
 
 
-async def test_it_runs_in_the_context_of_the_worker_also_with_eager_tasks(sandbox: Sandbox) -> None:
-    """Deliveries run without traces; a push of the application may have one."""
-    if hasattr(asyncio, "eager_task_factory"):
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
-    told: list[str] = []
-
-    async def tell(request: ApprovalRequest) -> None:
-        await asyncio.sleep(0)
-        told.append(request.operation_id)
-
-    async with working(sandbox, on_created=tell) as (_, broker):
-        await submit(broker, "txn-1")
-        await until(lambda: told == ["txn-1"])
-
-
 async def test_calls_at_the_same_time_do_not_see_what_the_others_set_in_their_context(sandbox: Sandbox) -> None:
     """Otherwise a push would go to the phone of another user."""
     whose: ContextVar[str] = ContextVar("whose")

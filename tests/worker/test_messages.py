@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -173,45 +172,6 @@ def test_reasons_of_a_hostile_length_are_cut() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         read(request(**{"x" * 10_000: 1}))
     assert len(str(caught.value)) < 300
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
-FIELDS = [*ApprovalRequest.__struct_fields__, "payload", "userId"]
-nearly_requests = st.fixed_dictionaries(
-    {name: st.just(value) | json_values for name, value in json.loads(request()).items()},
-    optional={
-        **{name: json_values for name in FIELDS if name not in json.loads(request())},
-        "created_at": st.datetimes(timezones=st.timezones()).map(datetime.isoformat) | json_values,
-        "expires_in": st.floats() | json_values,
-    },
-)
-
-
-@given(data=st.binary() | json_values.map(lambda value: json.dumps(value).encode()) | st.builds(request))
-def test_whatever_the_bytes_they_are_a_request_or_refused(data: bytes) -> None:
-    read_or_refused(data)
-
-
-@given(fields=nearly_requests)
-def test_whatever_the_fields_they_are_a_request_or_refused(fields: dict[str, object]) -> None:
-    read_or_refused(json.dumps(fields).encode())
-
-
-def read_or_refused(data: bytes) -> None:
-    with suppress(InvalidRequestError):
-        ticket = read(data).ticket
-        assert ticket.created_at <= STORED_AT
-        assert ticket.created_at <= ticket.expires_at <= STORED_AT + timedelta(seconds=LONGEST)
-        assert ticket.operation_id.encode()
-
-
-@given(st.binary() | st.binary().map(with_context) | json_values.map(lambda value: json.dumps(value).encode()))
-def test_whatever_the_bytes_their_context_is_json(data: bytes) -> None:
-    json.loads(bytes(read_context(data)).decode())
 
 
 # -- what is read
@@ -454,12 +414,6 @@ def test_what_is_no_event_is_one_kind_of_error(data: bytes) -> None:
     with pytest.raises(msgspec.DecodeError) as caught:
         read_event(data)
     assert not isinstance(caught.value, NewerVersionError)
-
-
-@given(st.binary() | st.binary().map(event_with) | json_values.map(lambda value: json.dumps(value).encode()))
-def test_whatever_the_bytes_they_are_an_event_or_one_kind_of_error(data: bytes) -> None:
-    with suppress(msgspec.DecodeError):
-        read_event(data).read_context(object)
 
 
 def test_the_deepest_context_is_read_by_every_reader() -> None:

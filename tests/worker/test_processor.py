@@ -11,6 +11,7 @@ from tenacity import wait_fixed
 from waiting import PATIENCE, until
 
 from aiokeyless import BadRequestError, BrokerError, ClientClosedError, KeylessClient
+from aiokeyless._http.creation import OperationCreation
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, serving, submit_approval
 from aiokeyless.worker.broker import Claim
@@ -21,7 +22,6 @@ from .conformance.brokers import new_request
 from .reading import approve_all, ask, created, read, submit, working
 
 if TYPE_CHECKING:
-    from aiokeyless import ApprovalTicket
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
@@ -117,22 +117,19 @@ async def test_nobody_is_asked_under_an_id_that_another_request_has_claimed(
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, memory: SqliteBroker
+    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, memory: SqliteBroker
 ) -> None:
     """A broker may deliver a request again while its first delivery is in flight."""
-    create = KeylessClient.create_operation
-    first = True
+    run, is_overtaken = OperationCreation.run, asyncio.Event()
 
-    async def be_overtaken(one: KeylessClient, user_id: str, **options: Any) -> ApprovalTicket:
-        nonlocal first
-        if first:
-            first = False
-            later = a_later_delivery(memory)
-            await memory.claim(later)
-            await create(one, user_id, **options)
-        return await create(one, user_id, **options)
+    async def be_overtaken(creation: OperationCreation) -> object:
+        if not is_overtaken.is_set():
+            is_overtaken.set()
+            await memory.claim(a_later_delivery(memory))
+            await client.create_operation("C0FFEE", operation_id="txn-1")
+        return await run(creation)
 
-    monkeypatch.setattr(KeylessClient, "create_operation", be_overtaken)
+    monkeypatch.setattr(OperationCreation, "run", be_overtaken)
     async with working(sandbox, memory):
         await ask(sandbox, memory)
         await asyncio.sleep(3)

@@ -97,10 +97,13 @@ async def test_a_client_that_repeats_calls_sends_each_of_a_workers_once(sandbox:
         assert sum(record.method == "POST" for record in sandbox.requests) == 3
 
 
-async def test_keyless_that_is_down_at_the_start_is_waited_for(sandbox: Sandbox) -> None:
+async def test_keyless_that_is_down_at_the_start_is_waited_for(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
     sandbox.fail_next()
     async with working(sandbox) as (_, memory):
         await ask(sandbox, memory)
+    assert "keyless.unreachable" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -202,9 +205,12 @@ async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox) -> None:
         assert sandbox.requests[0].at > paused + 1.4
 
 
-async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
+    sandbox: Sandbox, method: str
+) -> None:
     async with working(sandbox, max_in_flight=8) as (worker, memory):
-        sandbox.fail_next(status=503, retry_after=2)
+        sandbox.fail_next(status=503, retry_after=2, method=method)
         first = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
         paused = now()
@@ -410,7 +416,7 @@ async def test_logs_hold_no_payload_no_context_and_no_key(
     async with working(sandbox) as (_, memory):
         sandbox.fail_next()
         for operation_id in ("approved", "lying", "unreadable"):
-            await publish(memory, {"operation_id": operation_id, **secrets})
+            await publish(memory, {"operation_id": operation_id, "expires_in": 2, **secrets})
         await publish(memory, {"operation_id": "late", "created_at": LONG_AGO, **secrets})
         await publish(memory, {"operation_id": "..", **secrets})
         await publish(memory, {"operation_id": "no JSON"}, b"hidden payload, and no JSON")
