@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tenacity import wait_fixed
-from waiting import PATIENCE, until
+from waiting import until
 
 from aiokeyless import BadRequestError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless._http.creation import OperationCreation
@@ -264,36 +264,31 @@ async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadl
     assert loop.time() - began < 30 + 5 + 20
 
 
-async def test_a_short_pause_costs_no_approval_past_its_grace(sandbox: Sandbox, memory: SqliteBroker) -> None:
-    await submit(memory, 4, expires_in=30)
-    async with working(sandbox, memory):
-        await created(sandbox, 4)
-    approve_all(sandbox)
-    await asyncio.sleep(100)  # no worker runs
-    sandbox.fail_next(status=429, retry_after=20)
-    async with working(sandbox, memory, grace=30):
-        assert {event.outcome for event in await read(memory, 4)} == {Outcome.APPROVED}
+async def test_a_short_pause_costs_no_approval_past_its_grace(sandbox: Sandbox) -> None:
+    async with working(sandbox, grace=30) as (worker, broker):
+        await ask(sandbox, broker, 4)
+        sandbox.fail_next(status=429, retry_after=20, times=14)  # so many that the limit is the tenant's
+        await until(lambda: worker.statistics.transient_failures == 14)
+        late: dict[str, Any] = {"created_at": broker.now() - timedelta(seconds=100), "expires_in": 20}
+        await submit_approval(broker, "C0FFEE", operation_id="late", started_by="phone", **late)
+        sandbox.approve("late", user_id="C0FFEE")
+        [event] = await read(broker)
+    assert (event.operation_id, event.outcome, event.deliveries) == ("late", Outcome.APPROVED, 1)
 
 
 async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
-    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+    sandbox: Sandbox, memory: SqliteBroker
 ) -> None:
-    pace = wait_fixed(1.0)
-    async with (
-        sandbox.client() as other,
-        ApprovalWorker(client, memory, schedule=pace),
-        ApprovalWorker(other, memory, schedule=pace),
-    ):
-        sandbox.fail_next(status=429, retry_after=120)  # one of them gets it
-        for number in range(20):
-            await submit_approval(memory, "C0FFEE", operation_id=f"txn-{number}", expires_in=600)
-            await asyncio.sleep(0.5)
-        await asyncio.sleep(50)
-        asked = len(sandbox.operations)
-        assert asked >= 19  # the one that was refused waits for the end of the pause
-        approve_all(sandbox)
-        events = await asyncio.wait_for(read(memory, asked), PATIENCE)
-        assert {event.outcome for event in events} == {Outcome.APPROVED}
+    async with working(sandbox, memory) as (paused, _):
+        await asyncio.sleep(0.5)  # so it waits for deliveries
+        assert paused._serving is not None
+        paused._serving._circuit.record_pause(asyncio.get_running_loop().time(), 120.0)
+        async with working(sandbox, memory):
+            await submit(memory, 20)
+            async with asyncio.timeout(5):
+                await created(sandbox, 20)
+        assert paused.statistics.deliveries >= 1
+        assert paused.statistics.polls == 0
 
 
 async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(sandbox: Sandbox) -> None:

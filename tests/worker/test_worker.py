@@ -60,6 +60,7 @@ async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(sandbox: 
         await broker.submit(new_request("txn-1", TRACEPARENT)._replace(body=b"no request"))
         [event] = await read(broker)
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
+    assert str(event.detail).startswith("the message is no request for an approval: ")
     assert event.traceparent == TRACEPARENT
 
 
