@@ -72,7 +72,7 @@ def test_a_broker_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("redis://127.0.0.1", "a URL of the scheme 'redis'"),
+        ("redis://127.0.0.1", r"a URL \(nats:, .*, sqlite:\), not a URL of the scheme 'redis'"),
         ("keyless.db", "not a text without a scheme: a SQLite file is sqlite:PATH"),
         ("C:\\keyless.db", "a SQLite file is sqlite:PATH"),
         (None, "not NoneType"),

@@ -120,6 +120,7 @@ async def test_stop_finishes_what_is_in_flight_and_leaves_the_rest_to_others_at_
     await until(lambda: worker.statistics.in_flight == 2)
     worker.stop()
     assert worker.statistics.is_draining
+    assert memory._lease > 3 * client.request_timeout + 5  # so no other worker gets them meanwhile
     async with asyncio.timeout(20):
         await run
     assert (worker.statistics.in_flight, worker.statistics.created) == (0, 2)
