@@ -187,7 +187,10 @@ async def test_without_an_answer_the_first_delivery_that_finds_it_tells_it_once(
         sandbox.fail_next(method="GET")  # a poll that fails later is no reason to tell it again
         await asyncio.sleep(3)
         sandbox.approve("txn-1")
-        await read(broker)
+        [event] = await read(broker)
+    assert event.outcome is Outcome.APPROVED
+    creates = sum(record.method == "POST" for record in sandbox.requests)
+    assert creates == (2 if fault == "lost, and a replica is late" else 1)
     assert [request.operation_id for request in told] == ["txn-1"]
     assert [event for event in events if isinstance(event, OperationCreated)] == [
         OperationCreated(operation_id="txn-1", user_id="C0FFEE")

@@ -136,7 +136,7 @@ TOO_EARLY = timezone(timedelta(hours=14))
         ({"operation_id": ApprovalTicket.for_operation("a", user_id="AB").to_json()}, "ApprovalTicket.from_json"),
         ({"operation_payload": 40}, "operation_payload"),
         ({"operation_payload": "\ud800"}, "operation_payload"),
-        ({"operation_payload": "x" * (1 << 20)}, "operation_payload"),
+        ({"operation_payload": "x" * (1 << 20)}, "shorten operation_payload"),
         ({"external_user_id": "\ud800"}, "external_user_id"),
         *(({"expires_in": value}, "expires_in") for value in (0, -1, float("nan"), float("inf"), True, "120", 10**400)),
         pytest.param({"context": object()}, "context", id="context"),
@@ -186,11 +186,6 @@ async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker)
     assert memory._store._one("SELECT body FROM request")[0] == text.encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
     assert (request.user_id, request.started_by) == ("C0FFEE", "phone")
-
-
-async def test_a_request_that_is_too_large_is_refused(memory: SqliteBroker) -> None:
-    with pytest.raises(ConfigurationError, match="shorten operation_payload"):
-        await submit_approval(memory, "c0ffee", operation_id="txn-1", operation_payload="x" * (1 << 20))
 
 
 class Away(ApplicationSide):

@@ -14,14 +14,10 @@ import pytest
 from aiohttp import web
 from waiting import PATIENCE, until
 
-from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health, submit_approval
+from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-
-    from aiokeyless import KeylessClient
-    from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker.sqlite import SqliteBroker
 
 STATISTICS = WorkerStatistics(
     in_flight=1, deliveries=20, polls=19, created=2, approved=1, transient_failures=3, circuit="open", is_ready=True
@@ -95,36 +91,6 @@ async def test_a_port_that_is_taken_is_one_line(worker: Worker) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(BrokerError, match=rf"^cannot serve the probes on 127\.0\.0\.1 port {port}: .*in use"):
             await serve_health(cast("ApprovalWorker", worker), port)
-
-
-# -- a worker
-
-
-async def until_it_answers(server: web.BaseRunner, start: str) -> None:
-    """Wait until the only line starts so."""
-
-    async def answers() -> bool:
-        status, _, text = await asked(server, "/readyz")
-        assert (status == 200) is (text == "ok\n")
-        return text.startswith(start) and text.count("\n") == 1
-
-    await until(answers)
-
-
-@pytest.mark.looptime
-async def test_while_the_key_is_refused_it_is_not_ready(
-    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (1.0,) * 1000)
-    async with ApprovalWorker(client, memory) as worker:
-        server = await serve_health(worker, 0)
-        sandbox.fail_next(status=401, times=None)
-        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
-        await until_it_answers(server, "Keyless refuses the key: GET /v2/operations/")
-        assert await asked(server, "/livez") == (200, "text/plain", "ok\n")
-        sandbox.recover()
-        await until_it_answers(server, "ok")
-        await server.cleanup()
 
 
 # -- clients that mean no good

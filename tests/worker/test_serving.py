@@ -141,8 +141,8 @@ async def test_failures_are_retried_with_a_separate_backoff(sandbox: Sandbox) ->
 async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(sandbox: Sandbox) -> None:
     random.seed(5)  # the backoff of the probes is random
     async with working(sandbox, max_in_flight=8, schedule=wait_fixed(0.5)) as (worker, memory):
-        ids = [await submit(memory, "C0FFEE") for _ in range(200)]
-        await until(lambda: len(sandbox.operations) == 200)
+        ids = [await submit(memory, "C0FFEE") for _ in range(100)]
+        await until(lambda: len(sandbox.operations) == 100)
         sandbox.fail_next(times=None)
         await until(lambda: worker.statistics.circuit == "open")
         sandbox.requests.clear()
@@ -153,7 +153,7 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
             sandbox.approve(operation_id)
         events = await all_outcomes(memory)
         assert worker.statistics.circuit == "closed"
-    assert 4 <= probes <= 8 + 20  # what was in flight, and few more; 200 waits would poll 8000 times in these seconds
+    assert 4 <= probes <= 8 + 20  # what was in flight, and few more; 100 waits would poll 4000 times in these seconds
     assert sorted((event.operation_id or "", event.outcome) for event in events) == sorted(
         (operation_id, Outcome.APPROVED) for operation_id in ids
     )
@@ -192,7 +192,7 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
 
 
 async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox) -> None:
-    async with working(sandbox, max_in_flight=4) as (worker, memory):
+    async with working(sandbox, max_in_flight=4, schedule=wait_fixed(0.5)) as (worker, memory):
         for _ in range(30):
             await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
@@ -274,26 +274,6 @@ async def test_nobody_is_asked_after_the_deadline(memory: SqliteBroker, sandbox:
         [event] = await all_outcomes(memory)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
     assert not sandbox.operations
-
-
-@pytest.mark.parametrize("poll_fails_too", [False, True])
-@pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
-async def test_create_whose_answer_was_lost_makes_no_second_operation(
-    sandbox: Sandbox, loses: str, *, poll_fails_too: bool
-) -> None:
-    async with working(sandbox) as (_, memory):
-        getattr(sandbox, loses)(stored=True, method="POST")
-        if poll_fails_too:
-            sandbox.fail_next(404, method="GET")  # the poll before the create
-            sandbox.fail_next(method="GET")
-        operation_id = await submit(memory, "C0FFEE")
-        # Before the create, and after it: what is approved by then was approved before this request asked.
-        await until(lambda: len(polls_of(sandbox, operation_id)) > 1)
-        sandbox.approve(operation_id)
-        [event] = await all_outcomes(memory)
-    assert event.outcome is Outcome.APPROVED
-    assert list(sandbox.operations) == [operation_id]
-    assert sum(record.method == "POST" for record in sandbox.requests) == 1
 
 
 #: What happens to the request besides, when the operation is there already.

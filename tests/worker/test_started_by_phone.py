@@ -60,15 +60,6 @@ async def test_nobody_who_authenticates_is_an_expired_request_whose_user_was_ask
     assert {record.method for record in sandbox.requests} == {"GET"}
 
 
-async def test_a_tap_before_a_request_delivered_too_late_counts(sandbox: Sandbox, memory: SqliteBroker) -> None:
-    await submit(memory, expires_in=20)
-    sandbox.approve("txn-1", user_id="C0FFEE")
-    await asyncio.sleep(60)
-    async with working(sandbox, memory):
-        [event] = await read(memory)
-    assert event.outcome is Outcome.APPROVED
-
-
 async def test_while_keyless_is_away_the_user_was_asked_nevertheless(sandbox: Sandbox) -> None:
     async with working(sandbox, grace=5) as (_, broker):
         sandbox.fail_next(503, times=None)
