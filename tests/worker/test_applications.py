@@ -85,7 +85,7 @@ async def test_one_whose_body_takes_too_long_is_delivered_again(decided: SqliteB
 async def test_what_is_no_event_is_logged_and_handled(decided: SqliteBroker, caplog: pytest.LogCaptureFixture) -> None:
     decided._store._connection.execute("UPDATE outcome SET body = x'7b'")
     assert await is_handled(decided)
-    assert caplog.text.count("outcome.unreadable") == 1
+    assert caplog.text.count("outcome.unreadable place=") == 1
 
 
 async def test_an_event_of_a_later_version_waits_for_a_reader_that_was_upgraded(
@@ -97,7 +97,7 @@ async def test_an_event_of_a_later_version_waits_for_a_reader_that_was_upgraded(
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(130), next_outcome(decided, "shop"):
             pass
-    assert caplog.text.count("outcome.newer") == 3
+    assert caplog.text.count("outcome.newer place=") == 3
     decided._store._connection.execute("UPDATE outcome SET body = ?", (body,))
     assert len(await read(decided, reader="shop")) == 1
 

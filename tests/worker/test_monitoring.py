@@ -78,6 +78,7 @@ async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(told:
         (1, False, True),
     ]
     assert {(event.system, event.destination) for event in inspections} == {("sqlite", DESTINATION)}
+    assert {(event.in_flight, event.duplicates, event.unsettled) for event in inspections} == {(0, 0, 0)}
     assert len({event.worker for event in inspections}) == 1
 
 
@@ -119,7 +120,10 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(told: To
     assert "Pay 40" not in repr(told.events)
 
 
-async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(told: Told, sandbox: Sandbox) -> None:
+async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(
+    told: Told, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless.worker")
     async with working(sandbox, listeners=[told]) as (_, broker):
         await broker.submit(new_request("txn-1", TRACEPARENT, expires_in=5.0))
         await read(broker)
@@ -127,6 +131,8 @@ async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(told: Told
     assert [poll.is_final for poll in told.of(PollEnded)][-2:] == [False, True]
     [outcome] = told.of(OutcomePublished)
     assert (outcome.outcome, outcome.reason, outcome.traceparent) == ("timed_out", None, TRACEPARENT)
+    facts = f'operation_id="txn-1" deliveries={outcome.deliveries} seconds={round(outcome.age, 3)}'
+    assert f"approval.expired {facts} answered=true asked=true" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -371,10 +377,10 @@ async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(broker:
 async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_inspections(broker: FakeBroker) -> None:
     async with reporting(broker) as reporter:
         assert reporter.statistics().lateness == 0
-        for message in (delivery(waited=3), delivery(waited=7), delivery(waited=4), delivery(number=2, waited=60)):
+        for message in (delivery(waited=3), delivery(waited=7.25), delivery(waited=4), delivery(number=2, waited=60)):
             reporter.report_delivery(message)
         await asyncio.sleep(5)
-        assert reporter.statistics().lateness == 7
+        assert reporter.statistics().lateness == 7.25
         await asyncio.sleep(5)
         assert reporter.statistics().lateness == 0
 

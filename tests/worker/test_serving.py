@@ -103,7 +103,7 @@ async def test_keyless_that_is_down_at_the_start_is_waited_for(
     sandbox.fail_next()
     async with working(sandbox) as (_, memory):
         await ask(sandbox, memory)
-    assert "keyless.unreachable" in caplog.text
+    assert 'keyless.unreachable error="' in caplog.text
 
 
 @pytest.mark.parametrize(
