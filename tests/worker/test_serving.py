@@ -201,7 +201,7 @@ async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox) -> None:
             await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
         sandbox.fail_next(status=429, times=14, retry_after=20)  # so many that it is the tenant's
-        await until(lambda: worker.statistics.transient_failures == 14)
+        await until(lambda: worker.statistics.transient_failures == 14, every=0.1)
         await until(lambda: worker.statistics.in_flight == 0)
         sandbox.requests.clear()
         await asyncio.sleep(19)
