@@ -95,9 +95,11 @@ class Failing(SqliteBroker):
     def __init__(self) -> None:
         super().__init__(":memory:")
         self.error: Exception | None = None
+        self.failures = 0
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
         if self.error is not None:
+            self.failures += 1
             raise self.error
         return await super().take(up_to, within, untried=untried)
 
@@ -111,6 +113,7 @@ async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_bei
         await asyncio.sleep(0)
         broker.error = UnavailableError("the cable is out")
         await asyncio.sleep(30)
+        assert broker.failures < 30  # the pauses between the takes grow
         await submit_approval(broker, "c0ffee", operation_id="txn-1")
         assert caplog.text.count('broker.unavailable error="the cable is out"') == 1
         await broker._do(lambda store: store.repair(1.0))
