@@ -326,7 +326,7 @@ async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
     assert event.read_context(dict[str, int]) == {"order": 7}
     [record] = [record for record in caplog.records if record.exc_info]
     assert "ZeroDivisionError" in caplog.text
-    assert record.levelno == logging.ERROR
+    assert (record.levelno, record.getMessage()) == (logging.ERROR, f'delivery.failed operation_id="{operation_id}"')
 
 
 async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(sandbox: Sandbox) -> None:
