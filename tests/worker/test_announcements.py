@@ -190,7 +190,8 @@ async def test_without_an_answer_the_first_delivery_that_finds_it_tells_it_once(
         sandbox.fail_next(method="GET")  # a poll that fails later is no reason to tell it again
         await asyncio.sleep(3)
         sandbox.approve("txn-1")
-        [event] = await read(broker)
+        async with asyncio.timeout(5):
+            [event] = await read(broker)
     assert event.outcome is Outcome.APPROVED
     creates = sum(record.method == "POST" for record in sandbox.requests)
     assert creates == (2 if fault == "lost, and a replica is late" else 1)
