@@ -312,6 +312,7 @@ def test_the_largest_context_is_handed_on() -> None:
         *(b"", b"\xff", b"[]", b"{}", with_context(b'"\xff"')),
         with_context(b'"' + b"x" * MAX_CONTEXT + b'"'),
         with_context(nested(MAX_DEPTH + 1)),
+        with_context(b"[" + b"[]," * MAX_DEPTH + nested(MAX_DEPTH) + b"]"),
         with_context(nested(100_000)),
     ],
 )
