@@ -201,7 +201,7 @@ async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
     run = asyncio.create_task(ApprovalWorker(client, memory).run())
     await ask(sandbox, memory)
     sandbox.fail_next(status=401, times=None)
-    await until(lambda: 'keyless.key_refused error="' in caplog.text)
+    await until(lambda: 'keyless.key_refused error="GET' in caplog.text)
     await client.aclose()
     with pytest.raises(ClientClosedError):
         await run
