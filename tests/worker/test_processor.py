@@ -146,7 +146,9 @@ def patient_key_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patient_key_checks")
-async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(sandbox: Sandbox) -> None:
+async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
     async with working(sandbox) as (worker, broker):
         await ask(sandbox, broker, 10)
         sandbox.latency = 0.5  # several are refused before the first check
@@ -159,6 +161,7 @@ async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(sandbox: Sandbo
         events = await read(broker, 10)
         assert worker.statistics.is_ready
     assert {event.outcome for event in events} == {Outcome.APPROVED}
+    assert caplog.text.count("keyless.key_refused") == 1
 
 
 async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the_key(
