@@ -397,12 +397,6 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
     assert "secret" not in (event.detail or "")
 
 
-def test_a_request_that_fails_says_why() -> None:
-    event, *_ = decided(fail(DELIVERY, FailureReason.CONFLICT, "it is another's", now=at(1)))
-    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.CONFLICT, "txn 1")
-    assert (event.detail, event.decided_at) == ("it is another's", at(1))
-
-
 def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
     event, polled_at = after_outage(DELIVERY, now=at(LATE))
     assert (event.outcome, event.answered, event.asked, event.reason) == (Outcome.EXPIRED, False, False, None)

@@ -217,10 +217,6 @@ def test_times_are_utc_whatever_the_zone_they_were_written_in() -> None:
     assert read(request(), stored_at=stored_at).ticket.created_at.utcoffset() == timedelta(0)
 
 
-def test_a_request_of_long_ago_is_read_so_that_it_can_expire() -> None:
-    assert read(request(created_at="0001-01-02T00:00:00Z")).ticket.expires_at.year == 1
-
-
 # -- names
 
 

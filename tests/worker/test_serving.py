@@ -332,7 +332,7 @@ async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
 
 
 async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(sandbox: Sandbox) -> None:
-    async with working(sandbox, max_in_flight=3) as (_, memory):
+    async with working(sandbox, max_in_flight=3, max_polls_per_second=None) as (_, memory):
         sandbox.requests.clear()
         sandbox.latency = 0.1
         for _ in range(12):
@@ -355,7 +355,7 @@ async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_a
 
 
 class Remembering(wait_adaptive):
-    """A schedule that remembers its observations."""
+    """A schedule that remembers its observations, and fails to learn from them."""
 
     def __init__(self) -> None:
         super().__init__(min_interval=0.05, poll_cost=0.001, jitter=0)
@@ -363,36 +363,23 @@ class Remembering(wait_adaptive):
 
     def observe(self, after: float, until: float | None) -> None:
         self.observations.append((after, until))
-        super().observe(after, until)
+        raise RuntimeError("not today")
 
 
-async def test_schedule_learns_when_people_approve(sandbox: Sandbox) -> None:
+async def test_schedule_learns_when_people_approve_and_its_failure_costs_no_outcome(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
     schedule = Remembering()
     async with working(sandbox, schedule=schedule) as (worker, memory):
         operation_id = await submit(memory, "C0FFEE")
         await until(lambda: worker.statistics.deliveries >= 3)  # the first creates it, and the second polls it
         sandbox.approve(operation_id)
         [event] = await all_outcomes(memory)
+        await until(lambda: "failed to learn" in caplog.text)
+        assert worker.statistics.is_ready
     age = (event.decided_at - event.requested_at).total_seconds()
     assert schedule.observations == [(schedule.observations[0][0], age)]
     assert 0 < schedule.observations[0][0] < age
-
-
-async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Failing(wait_adaptive):
-        def observe(self, after: float, until: float | None) -> None:
-            raise RuntimeError("not today")
-
-    async with working(sandbox, schedule=Failing()) as (worker, memory):
-        await submit(memory, "C0FFEE", expires_in=0.2)
-        [event] = await all_outcomes(memory)
-        await until(lambda: worker.statistics.expired == 1)
-        assert worker.statistics.is_ready
-    assert event.outcome is Outcome.EXPIRED
-    assert "failed to learn" in caplog.text
-    assert "not today" in caplog.text
 
 
 async def test_logs_hold_no_payload_no_context_and_no_key(

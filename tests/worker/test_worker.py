@@ -167,12 +167,3 @@ async def test_a_worker_that_was_stopped_lets_the_body_go_on(sandbox: Sandbox) -
         worker.stop()
         await asyncio.sleep(60)  # by then it has ended
         assert worker.statistics.problems == ("the worker is about to end",)
-
-
-@looptime
-async def test_polls_may_be_as_many_as_fit(sandbox: Sandbox) -> None:
-    async with working(sandbox, max_polls_per_second=None) as (_, broker):
-        await ask(sandbox, broker)
-        sandbox.approve("txn-1")
-        [event] = await read(broker)
-        assert event.outcome is Outcome.APPROVED
