@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import pytest
 from tenacity import wait_fixed
 from waiting import until
 
@@ -18,18 +17,16 @@ if TYPE_CHECKING:
     from .brokers import Storage
 
 
-@pytest.mark.parametrize("is_lost", [False, True], ids=["confirmed", "lost"])
 async def test_the_phone_is_told_once_by_the_delivery_that_first_knows_that_the_operation_is_there(
-    storage: Storage, client: KeylessClient, sandbox: Sandbox, *, is_lost: bool
+    storage: Storage, client: KeylessClient, sandbox: Sandbox
 ) -> None:
     told: list[ApprovalRequest] = []
     async with storage.broker() as broker:
         worker = ApprovalWorker(client, broker, schedule=wait_fixed(0.2), on_created=told.append)
         async with worker:
-            if is_lost:
-                sandbox.drop_next(stored=True, method="POST")
-                sandbox.fail_next(404, method="GET")  # the poll before the create
-                sandbox.fail_next(method="GET")  # the check whether the create took effect
+            sandbox.drop_next(stored=True, method="POST")
+            sandbox.fail_next(404, method="GET")  # the poll before the create
+            sandbox.fail_next(method="GET")  # the check whether the create took effect
             await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
             await until(lambda: bool(told))
             assert "txn-1" in sandbox.operations

@@ -13,7 +13,7 @@ from .brokers import SHORT_LEASE, decide, is_waiting, submit, take_n
 if TYPE_CHECKING:
     from aiokeyless.worker.broker import Broker
 
-    from .brokers import Opened, Storage
+    from .brokers import Opened
 
 
 async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(opened: Opened) -> None:
@@ -53,18 +53,6 @@ async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: B
     assert await broker.unclaim(again)
     assert not await broker.has_claim(message)
     assert await broker.claim(again) is Claim.NEW
-
-
-async def test_a_claim_outlives_the_process_that_made_it(storage: Storage, opened: Opened) -> None:
-    worker = await opened(SHORT_LEASE)
-    async with storage.broker() as killed:
-        await killed.prepare(lease=SHORT_LEASE, service="https://keyless.test")
-        await submit(killed, "a")
-        (message,) = await take_n(killed, 1)
-        await killed.claim(message)
-    (again,) = await take_n(worker, 1)
-    assert again.number > message.number
-    assert await worker.has_claim(again)
 
 
 async def test_many_decisions_at_once_are_each_stored_once(opened: Opened) -> None:
