@@ -6,6 +6,7 @@ import re
 import sqlite3
 import stat
 import sys
+import threading
 import time
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -27,7 +28,7 @@ from benchmarks.soak.disk import full
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator, Sequence
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -144,6 +145,32 @@ async def test_a_second_broker_of_a_process_ends_no_lock_of_the_first(path: Path
     assert b"database is locked" in errors
 
 
+async def test_a_promise_waits_for_the_disk_and_pacing_does_not(broker: SqliteBroker) -> None:
+    async def waits(call: Awaitable[object]) -> bool:
+        await call
+        found: tuple[int] = await broker._run(lambda: broker._store._one("PRAGMA synchronous"))
+        return found == (2,)  # FULL, and not NORMAL
+
+    def put_off() -> Awaitable[None]:
+        return broker.put_off(message, 9.0, ExchangeResult.NONE)
+
+    assert await waits(submit(broker, "a"))
+    (message,) = await broker.take(1, PATIENCE)
+    for call, promises in (
+        (put_off(), False),
+        (broker.claim(message), True),
+        (put_off(), False),
+        (broker.unclaim(message), True),
+        (put_off(), False),
+        (decide(broker, message), True),
+    ):
+        assert await waits(call) is promises, call
+    assert not await waits(broker.next_outcome("ledger"))
+    outcome = await broker.next_outcome("shop")
+    assert not await waits(outcome.put_off())
+    assert await waits(asyncio.gather(outcome.mark_handled(), put_off()))  # in one transaction
+
+
 async def test_the_log_shrinks_after_a_long_read_of_another_program(path: Path, broker: SqliteBroker) -> None:
     log = path.with_name("keyless.db-wal")
     large = new_request("a")._replace(body=b"x" * 500_000)
@@ -191,6 +218,7 @@ async def opening_fails(path: Path) -> str:
             pass
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    await until(lambda: not any("aiokeyless-sqlite" in thread.name for thread in threading.enumerate()))
     return str(caught.value)
 
 
@@ -219,8 +247,8 @@ async def test_a_file_that_is_no_database_is_refused_and_not_changed(path: Path)
 
 
 async def test_a_damaged_file_is_refused(path: Path) -> None:
-    async with SqliteBroker(path) as broker:
-        await submit(broker, *(f"payment-{number}" for number in range(200)))
+    async with SqliteBroker(path):
+        pass
     path.write_bytes(path.read_bytes()[:100] + b"\xff" * 3996 + path.read_bytes()[4096:])
     assert "damaged" in await opening_fails(path)
 
@@ -243,7 +271,9 @@ async def test_a_read_only_folder_is_named(path: Path) -> None:
 
 async def test_a_file_of_another_machine_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = path.parent / "mounts"
-    mounts.write_bytes(f"overlay / overlay rw 0 0\nnas:/export {path.parent} nfs4 rw 0 0\n".encode())
+    mounts.write_bytes(
+        b"overlay / overlay rw 0 0\n/dev/sr0 /\xff iso9660 ro 0 0\n" + f"nas {path.parent} nfs4 rw 0 0\n".encode()
+    )
     monkeypatch.setattr(schema, "_MOUNTS", mounts)
     assert "nfs4" in await opening_fails(path)
     assert path not in path.parent.iterdir()
@@ -450,6 +480,17 @@ async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) ->
     await memory.put_off(message, 3600.0, ExchangeResult.ANSWERED)
     assert not await memory.take(1, 199.0)
     assert await memory.take(1, 2.0)
+
+
+@pytest.mark.looptime
+async def test_housekeeping_repeats_no_outcome_early(memory: SqliteBroker) -> None:
+    await memory.prepare(lease=2.0, service="")
+    await submit(memory, "a")
+    await decide(memory, *await take_all(memory))
+    await (await memory.next_outcome("shop")).put_off(100.0)
+    began = asyncio.get_running_loop().time()
+    await memory.next_outcome("shop")
+    assert asyncio.get_running_loop().time() - began == pytest.approx(100.0, abs=1.0)
 
 
 @pytest.mark.looptime
