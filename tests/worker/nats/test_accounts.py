@@ -304,28 +304,6 @@ async def test_a_user_who_may_make_a_consumer_delivers_within_the_workers_accoun
 # -- what a user of the workers' account that lacks a permission is told
 
 
-async def test_a_reader_without_permission_is_told_what_to_permit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aiokeyless.worker.nats.readers._ANSWER_WITHIN", 0.2)
-    monkeypatch.setattr("aiokeyless.worker.nats.readers._ATTEMPTS", 2)
-    refused = list[Exception]()
-
-    async def on_error(error: Exception) -> None:
-        refused.append(error)
-
-    options = {"user": "shop", "password": PASSWORD, "inbox_prefix": "_INBOX_shop", "error_cb": on_error}
-    async with (
-        NatsServer(tmp_path, configuration=ONE_ACCOUNT) as server,
-        await nats.connect(server.url, **options) as reader,
-    ):
-        with pytest.raises(
-            BrokerError, match=r"may this user publish to \$JS\.API\.CONSUMER\.INFO\.KEYLESS_OUTCOMES\.bank "
-        ):
-            await read(reader, reader="bank")
-    assert refused
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "what"), [("_INBOX_shop", "keyless_requests"), ("_INBOX", r"subscription to \"_inbox\.")]

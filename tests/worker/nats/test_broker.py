@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import ExchangeResult, UnavailableError
+from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
@@ -72,6 +74,15 @@ async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadl
             await opened.put_off(message, delay, result)
     assert (delays[0], delays[2]) == (16.0, 1.0)
     assert 1800.0 < delays[1] <= 3600.0
+
+
+async def test_the_time_is_the_brokers(connection: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = BrokerClock(lambda: datetime.now(UTC) + timedelta(hours=1))
+    monkeypatch.setattr("aiokeyless.worker.nats.broker.BrokerClock", lambda: ahead)
+    async with NatsBroker(connection) as opened:
+        await opened.prepare(lease=30.0, service=SERVICE)
+        assert abs(opened.now() - datetime.now(UTC)) < timedelta(seconds=PATIENCE)
+        assert (await opened.inspect()).clock_ahead == pytest.approx(-3600.0, abs=PATIENCE)
 
 
 async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(connection: Client) -> None:

@@ -395,17 +395,13 @@ async def test_what_is_not_permitted_is_told_of_and_named_on_a_connection_that_s
     """The subject sounds like a refused login, after which the connection is made again."""
     permissions = 'permissions: { publish: { deny: "authentication.>" } }'
     users = f"authorization {{ users = [ {{ user: u, password: p, {permissions} }} ] }}"
-    server = NatsServer(tmp_path, configuration=users, jetstream=False)
-    await server.start()
     losses: list[BrokerError] = []
-    connection = await connect(server.url, {"user": "u", "password": "p"}, on_loss=losses.append)
-    try:
+    async with NatsServer(tmp_path, configuration=users, jetstream=False) as server:
+        connection = await connect(server.url, {"user": "u", "password": "p"}, on_loss=losses.append)
         await connection.publish("authentication.all", b"")
         await until(lambda: bool(losses))
         assert connection.is_connected
-    finally:
         await connection.close()
-        server.stop()
     assert "does not permit" in str(losses[0])
     assert "authentication.all" in str(losses[0])
 

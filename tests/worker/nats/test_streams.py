@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import nats
 import pytest
-from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
 from waiting import PATIENCE
@@ -229,12 +228,6 @@ async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContex
         await prepared(stream, replicas=3)
 
 
-async def test_a_subject_that_is_another_streams_is_refused_in_one_line(stream: JetStreamContext) -> None:
-    await stream.add_stream(StreamConfig(name="ALL", subjects=["keyless.>"]))
-    with pytest.raises(BrokerError, match=r"^the broker refused .*: subjects overlap with an existing stream$"):
-        await prepared(stream)
-
-
 async def test_replicas_that_the_broker_has_no_servers_for_are_refused_in_one_line(stream: JetStreamContext) -> None:
     with pytest.raises(BrokerError, match=r"^the broker refused .*: replicas > 1 not supported in non-clustered mode$"):
         await prepared(stream, replicas=3)
@@ -245,11 +238,8 @@ async def test_replicas_that_the_broker_has_no_servers_for_are_refused_in_one_li
 
 @pytest.fixture
 async def without_jetstream(tmp_path: Path) -> AsyncGenerator[Client]:
-    server = NatsServer(tmp_path, jetstream=False)
-    await server.start()
-    async with await nats.connect(server.url) as connection:
+    async with NatsServer(tmp_path, jetstream=False) as server, await nats.connect(server.url) as connection:
         yield connection
-    server.stop()
 
 
 async def test_a_broker_without_jetstream_is_one_line(without_jetstream: Client) -> None:
