@@ -14,7 +14,7 @@ from psycopg.rows import dict_row
 from waiting import until
 
 from aiokeyless import sync
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import ConfigurationError
 
 from .shop import decide_all, operations, payments, unread
 
@@ -76,18 +76,6 @@ async def test_a_new_reader_gets_all_outcomes(broker: PostgresBroker, admin: Con
     await until(is_added)
     await admin.execute("SELECT keyless.welcome_readers()")
     assert await reading == "a"
-
-
-async def test_a_backend_that_was_killed_before_is_an_error(admin: Connection, url: str) -> None:
-    def program() -> None:
-        with connected((url, True)) as connection:
-            ending = admin.execute("SELECT pg_terminate_backend($1, 60000)", connection.info.backend_pid)
-            asyncio.run_coroutine_threadsafe(ending, loop).result()
-            with pytest.raises(BrokerError, match="cannot be read"):
-                sync.next_outcome(connection, "shop").__enter__()
-
-    loop = asyncio.get_running_loop()
-    await asyncio.to_thread(program)
 
 
 async def test_an_interruption_while_it_waits_leaves_no_transaction_behind(

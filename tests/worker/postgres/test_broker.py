@@ -162,14 +162,6 @@ async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
         assert await pool.fetchval("SELECT 1") == 1
 
 
-async def test_a_connection_that_was_handed_back_in_a_transaction_is_of_use_again(url: str) -> None:
-    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, PostgresBroker(pool) as broker:
-        await broker.prepare(lease=LEASE, service="")
-        async with pool.acquire() as connection:
-            await connection.execute("BEGIN")
-        await decide_all(broker, "a")
-
-
 async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: str) -> None:
     async with asyncpg.create_pool(url, min_size=1, max_size=4) as pool, PostgresBroker(pool) as broker:
         await broker.prepare(lease=LEASE, service="")
@@ -423,23 +415,20 @@ async def test_an_outcome_that_commits_late_is_read_all_the_same(
     await outcome.mark_handled()
 
 
+PROMISES = "claim('{1}', '{1}', '{1}')", "unclaim(1, 1, 1)", "decide('{}', '{}', '{}', '{}')"
+PACING = "take(1, 1, NULL, NULL)", "take_overdue(1, 1, 1)", "put_off('{1}', '{1}', '{1}', '{1}', '{1}')"
+
+
 @pytest.mark.parametrize("setting", ["on", "off"])
 async def test_a_promise_waits_for_the_disk_and_pacing_does_not_whatever_the_database_says(
     admin: Connection, setting: str
 ) -> None:
     await admin.execute(f"SET synchronous_commit = {setting}")
-    for statement, waits in (
-        ("SELECT keyless.claim('{1}', '{1}', '{1}')", True),
-        ("SELECT keyless.unclaim(1, 1, 1)", True),
-        ("SELECT keyless.decide('{}', '{}', '{}', '{}')", True),
-        ("SELECT keyless.take(1, 1, NULL, NULL)", False),
-        ("SELECT keyless.take_overdue(1, 1, 1)", False),
-        ("SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}', '{1}')", False),
-        ("SELECT keyless.restore()", False),
-    ):
+    for statement in (*PROMISES, *PACING, "restore()"):
         async with admin.transaction():
-            await admin.execute(statement)
-            assert await admin.fetchval("SHOW synchronous_commit") == ("on" if waits else "off"), statement
+            await admin.execute(f"SELECT keyless.{statement}")
+            waits = await admin.fetchval("SHOW synchronous_commit")
+            assert waits == ("on" if statement in PROMISES else "off"), statement
 
 
 # -- transactions that meet
@@ -604,17 +593,7 @@ async def test_a_process_of_the_server_does_not_wait_for_a_lock_long_after_its_c
         assert seconds == (1 if name == "welcome_readers" else 1.5 * module._ANSWER_WITHIN), name
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "take(1, 1, NULL, NULL)",
-        "take_overdue(1, 1, 1)",
-        "put_off('{1}', '{1}', '{1}', '{1}', '{1}')",
-        "claim('{1}', '{1}', '{1}')",
-        "unclaim(1, 1, 1)",
-        "decide('{}', '{}', '{}', '{}')",
-    ],
-)
+@pytest.mark.parametrize("statement", [*PROMISES, *PACING])
 async def test_the_server_ends_a_transaction_whose_worker_lost_its_network(admin: Connection, statement: str) -> None:
     async with admin.transaction():
         await admin.execute(f"SELECT keyless.{statement}")

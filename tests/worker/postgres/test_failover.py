@@ -1,4 +1,4 @@
-"""A real standby that follows by streaming, and takes over; and a backup that is restored."""
+"""A real standby that follows by streaming, and takes over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aiokeyless.worker.messages import FailureReason
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
 from aiokeyless.worker.tables import row_of
-from worker.conformance.brokers import LEASE, SHORT_LEASE, decide, operation_of, submit, take_n
+from worker.conformance.brokers import LEASE, decide, operation_of, submit, take_n
 
 from .shop import decide_all
 
@@ -179,32 +179,3 @@ async def test_a_worker_that_is_led_to_a_standby_waits_and_says_so(primary: Post
             standby.promote()
             await broker.prepare(lease=LEASE, service="")
             assert [operation_of(message) for message in await take_n(broker, 1)] == ["a"]
-
-
-@pytest.mark.parametrize("option", [(), ("--no-unlogged-table-data",)])
-async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
-    server: PostgresServer, primary: PostgresServer, option: tuple[str, ...]
-) -> None:
-    database, restored = server.new_database(), primary.new_database()
-    async with PostgresBroker(server.url(database)) as broker:
-        await broker.prepare(lease=SHORT_LEASE, service="")
-        server.execute("SELECT keyless.add_reader('shop'); SELECT keyless.welcome_readers()", database)
-        await decide_all(broker, "decided")
-        await submit(broker, "asked", "new")
-        (asked,) = [message for message in await take_n(broker, 2) if operation_of(message) == "asked"]
-        await broker.claim(asked)
-        await broker.put_off(asked, 0.0, ExchangeResult.ANSWERED)
-        folder = server.new_folder("backup")
-        server.run("pg_dump", *option, "--format=custom", "--file", folder / "backup", server.url(database))
-        server.run("pg_dumpall", "--roles-only", "--file", folder / "roles", "--dbname", server.url("postgres"))
-    primary.run("psql", "--quiet", "--file", folder / "roles", primary.url("postgres"))
-    primary.run("pg_restore", "--exit-on-error", "--dbname", primary.url(restored), folder / "backup")
-    async with PostgresBroker(primary.url(restored)) as broker:
-        await broker.prepare(lease=LEASE, service="")
-        numbers = {operation_of(message): message for message in await take_n(broker, 2)}
-        assert numbers.keys() == {"asked", "new"}
-        assert numbers["asked"].number > asked.number
-        assert await broker.has_claim(numbers["asked"])
-        assert await decide(broker, numbers["asked"])
-        outcomes = await read(primary.url(restored), 2)
-        assert outcomes.keys() == {"decided", "asked"}

@@ -132,6 +132,11 @@ async def waiting(server: PostgresServer, database: str) -> set[str]:
 
 
 async def test_the_backup_of_the_page_is_restored_without_a_superuser(managed: PostgresServer) -> None:
+    async with PostgresBroker(managed.url("shop", "approvals")) as broker:
+        await broker.prepare(lease=LEASE, service="")
+        decided, asked = await take_n(broker, 2)
+        assert await decide(broker, decided)
+        await broker.claim(asked)
     folder = managed.new_folder("backup")
     _, backup = re.findall(r"^(pg_dump .*)$", TEXT, re.MULTILINE)
     run(backup, managed, folder)
@@ -142,7 +147,12 @@ async def test_the_backup_of_the_page_is_restored_without_a_superuser(managed: P
         (restore,) = re.findall(r"`(pg_restore .*?)`", TEXT)
         run(restore, restored, folder)
         assert await prepare(restored.url("shop", "admin")) == (0, "")
-        assert await waiting(restored, "shop") == {"a", "b"}
+        assert await waiting(restored, "shop") == {operation_of(asked)}
+        known = restored.execute(
+            "SELECT operation_id, asked IS NOT NULL, outcome FROM keyless.request LEFT JOIN keyless.outcome USING (id)",
+            "shop",
+        )
+        assert sorted(known) == sorted([[operation_of(asked), "t", ""], [operation_of(decided), "f", "approved"]])
         assert restored.execute("SELECT name, owner FROM keyless.reader", "shop") == [["shop", "shop"]]
         restored.execute("CREATE ROLE stranger")
         assert restored.execute("SELECT has_database_privilege('stranger', 'shop', 'CONNECT')") == [["f"]]

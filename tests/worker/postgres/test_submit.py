@@ -53,7 +53,7 @@ def text_of(**fields: Any) -> str:
 
 
 async def test_a_connection_in_no_transaction_is_refused(admin: Connection, connection: Connection) -> None:
-    with pytest.raises(ConfigurationError, match=r"async with connection\.transaction"):
+    with pytest.raises(ConfigurationError, match=r"connection\.transaction\(\).*pass the session itself"):
         await submit_approval(connection, "C0FFEE", operation_id="a")
     assert await waiting(admin) == []
 
