@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nats_server import CONSUMER, REQUESTS, NatsServer, change_consumer
+from nats_server import CONSUMER, OUTCOMES, REQUESTS, NatsServer, change_consumer, jetstream
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
@@ -18,7 +18,7 @@ from aiokeyless.worker.nats.failures import broker_errors
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
 from aiokeyless.worker.nats.load_shedding import LoadShedding
 
-from ..conformance.brokers import new_request, submit, take_n  # noqa: TID252
+from ..conformance.brokers import decide, new_request, submit, take_n  # noqa: TID252
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -53,6 +53,23 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         await broker.start()
         await until(lambda: connection.is_connected)
         assert (await opened.inspect()).waiting == 0
+
+
+async def test_a_stream_of_others_gets_neither_a_request_nor_an_outcome(
+    connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.nats.broker.error_delay", lambda _: 0.0)
+    stream = jetstream(connection)
+    async with NatsBroker(connection) as opened:
+        await opened.prepare(lease=30.0, service=SERVICE)
+        await submit(opened, "txn-1")
+        [message] = await take_n(opened, 1)
+        for name in (REQUESTS, OUTCOMES):
+            await stream.delete_stream(name)
+        await stream.add_stream(name="THEIRS", subjects=["keyless.approvals.*"])
+        for call in (opened.submit(new_request("txn-2")), decide(opened, message)):
+            with pytest.raises(UnavailableError, match="expected stream does not match"):
+                await call
 
 
 async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadline(

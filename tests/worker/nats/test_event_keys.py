@@ -102,8 +102,9 @@ def test_the_environment_holds_keys_too(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_no_key_is_refused_with_the_reason(
     tmp_path: Path, read: Callable[[Callable[[str], Path]], EventKeys], message: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
         read(partial(written, tmp_path))
+    assert caught.value.argument in {"keys", "paths"}
 
 
 def written(folder: Path, content: str) -> Path:

@@ -7,6 +7,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+import nats.errors
 import pytest
 from nats.aio.msg import Msg
 from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, change_consumer, jetstream, prepare
@@ -17,6 +18,7 @@ from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
+from aiokeyless.worker.nats.load_shedding import LoadShedding
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -134,9 +136,11 @@ async def test_while_a_pull_is_under_way_there_is_no_other_one(hand: Hand) -> No
 
 async def test_a_pull_waits_at_the_consumer_and_not_longer_than_it_says(hand: Hand) -> None:
     subscription = await hand.connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
-    await hand.intake.ask(7)
-    pull = await subscription.next_msg(PATIENCE)
-    assert json.loads(pull.data) == {"batch": 7, "expires": int(EXPIRES * 1e9)}
+    for wanted in (7, 3):
+        hand.intake.forget()
+        await hand.intake.take(wanted, 0.0, untried=None)
+        pull = await subscription.next_msg(PATIENCE)
+        assert json.loads(pull.data) == {"batch": wanted, "expires": int(EXPIRES * 1e9)}
     await until(hand.is_waited_for)
 
 
@@ -324,6 +328,7 @@ async def test_a_delivery_that_is_put_off_while_others_are_extended_is_not_exten
         for message in taken:
             if message.raw is not raw:
                 await hand.intake.put_off(message, 30.0)
+        raise nats.errors.ConnectionClosedError  # which ends no extensions
 
     monkeypatch.setattr(Msg, "in_progress", in_progress)
     extending = asyncio.create_task(hand.intake._extend())
@@ -431,6 +436,24 @@ async def test_only_what_is_a_request_and_past_its_deadline_is_overdue(hand: Han
     await hand.delivered(4)
     taken = await hand.intake.take_overdue(4, datetime.now(UTC) + timedelta(hours=1))
     assert [message.body.decode() for message in taken] == [request % 30]
+
+
+async def test_load_is_shed_by_what_comes_again_and_what_still_waits(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    def on_delivery(_: LoadShedding, *, redelivered: bool, backlog: int) -> None:
+        seen.append((redelivered, backlog))
+
+    monkeypatch.setattr(LoadShedding, "on_delivery", on_delivery)
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish("a", "b")
+    for _ in range(3):
+        [message] = await hand.intake.take(1, PATIENCE, untried=None)
+        await hand.intake.put_off(message, 0.0)
+    assert seen[0] == (False, 1)
+    assert {redelivered for redelivered, _ in seen} == {False, True}
 
 
 async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:
