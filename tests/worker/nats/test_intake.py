@@ -269,25 +269,17 @@ async def test_a_broker_that_refuses_each_pull_for_long_fills_no_log(
 # -- slow deliveries, and lost ones
 
 
-async def take_again(hand: Hand, ack_wait: float) -> tuple[NatsMessage, NatsMessage]:
-    """Take a delivery that is never settled, and the next one of the same request."""
-    hand.intake._now = asyncio.get_running_loop().time
-    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
-    await prepare(jetstream(hand.connection), ack_wait=ack_wait)
-    await hand.publish("a")
-    [first] = await hand.intake.take(1, PATIENCE, untried=None)
-    [again] = await hand.intake.take(1, PATIENCE, untried=None)
-    return first, again
-
-
 async def test_a_delivery_is_extended_for_as_long_as_one_may_take(
     connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "ACK_WAIT", 1.0)
     await prepare(jetstream(connection), ack_wait=1.0)
     hand = Hand(connection, lease=3.0)
+    hand.intake._now = asyncio.get_running_loop().time
     await hand.intake.open()
-    first, again = await take_again(hand, 1.0)
+    await hand.publish("a")
+    [first] = await hand.intake.take(1, PATIENCE, untried=None)
+    [again] = await hand.intake.take(1, PATIENCE, untried=None)
     assert again.arrived_at - first.arrived_at >= 2.0  # its last extension came after a second
     await hand.intake.close()
 
@@ -331,9 +323,8 @@ async def test_a_delivery_that_is_put_off_while_others_are_extended_is_not_exten
         raise nats.errors.ConnectionClosedError  # which ends no extensions
 
     monkeypatch.setattr(Msg, "in_progress", in_progress)
-    extending = asyncio.create_task(hand.intake._extend())
     await until(lambda: len(extended) > 1)
-    extending.cancel()
+    await hand.intake.close()
     assert len({*extended}) == 1
 
 
@@ -456,7 +447,14 @@ async def test_load_is_shed_by_what_comes_again_and_what_still_waits(
     assert {redelivered for redelivered, _ in seen} == {False, True}
 
 
-async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:
+async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_off, delays = hand.intake.put_off, dict[bytes, float]()
+
+    async def noted(message: NatsMessage, delay: float) -> None:
+        delays[message.body] = delay
+        await put_off(message, delay)
+
+    monkeypatch.setattr(hand.intake, "put_off", noted)
     await hand.publish("bad", "good")
     hand.intake.failures.record(1, ExchangeResult.FAILED)
     await hand.intake.ask(2)
@@ -471,6 +469,7 @@ async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> No
     while len(taken) < 2:
         taken += [message.body for message in await other.intake.take(2, 1.0, untried=None)]
     assert sorted(taken) == [b"bad", b"good"]
+    assert delays == {b"bad": pytest.approx(0.5, abs=0.5), b"good": 1.0}
 
 
 async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,10 +519,13 @@ async def test_closing_waits_for_the_pulls_to_end_and_hands_back_what_they_bring
 async def test_closing_does_not_wait_for_ever_for_a_broker_that_is_silent(
     hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intake, "_LATE", -EXPIRES + 0.2)
+    monkeypatch.setattr(intake, "EXPIRES", 0.1)
     await hand.intake.ask(5)
+    hand.intake._reply = ""  # its end is lost
     closing = asyncio.create_task(hand.intake.close())
-    hand.time = 1.0
+    await asyncio.sleep(0.3)
+    assert not closing.done()
+    hand.time = 2.2
     await asyncio.wait_for(closing, 60)
     assert hand.ends == 0
 

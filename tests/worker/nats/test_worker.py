@@ -38,7 +38,7 @@ from ..conformance.brokers import new_request  # noqa: TID252
 from ..reading import an_event, read  # noqa: TID252
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -392,34 +392,19 @@ async def test_consumer_that_is_deleted_is_made_again_without_haste(
     assert 0 < sum("broker.refused" in record.getMessage() for record in caplog.records) < 5
 
 
-def connection_of(worker: ApprovalWorker) -> Client:
-    assert isinstance(worker._broker, NatsBroker)
-    assert worker._broker._connection is not None
-    return worker._broker._connection
-
-
-async def end_after(worker: ApprovalWorker, trouble: Callable[[], Awaitable[object]]) -> str:
-    """Run a worker into trouble; return the error that it ends with."""
-    task = asyncio.create_task(worker.run())
-    await until(lambda: worker.statistics.is_ready)
-    await trouble()
-    with pytest.raises(BrokerError) as caught:
-        await asyncio.wait_for(task, PATIENCE)
-    return str(caught.value)
-
-
 async def test_connection_that_the_broker_ends_for_good_ends_the_worker(
     client: KeylessClient, broker: NatsServer
 ) -> None:
     worker = ApprovalWorker(client, broker.url)
-
-    async def say_nonsense() -> None:
-        transport = connection_of(worker)._transport
-        assert transport is not None
-        transport.write(b"NONSENSE\r\n")
-
-    error = await end_after(worker, say_nonsense)
-    assert error == "the broker ended the connection for good: nats: unknown protocol operation"
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    assert isinstance(worker._broker, NatsBroker)
+    assert worker._broker._connection is not None
+    transport = worker._broker._connection._transport
+    assert transport is not None
+    transport.write(b"NONSENSE\r\n")
+    with pytest.raises(BrokerError, match=r"^the broker ended the connection for good: nats: unknown protocol"):
+        await asyncio.wait_for(running, PATIENCE)
 
 
 async def test_stop_ends_a_worker_whose_broker_says_nothing(
