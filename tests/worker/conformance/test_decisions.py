@@ -4,11 +4,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import msgspec
+import pytest
 
 from aiokeyless.worker.broker import Claim, ExchangeResult
 from aiokeyless.worker.messages import ApprovalEvent, Outcome
 
-from .brokers import SHORT_LEASE, decide, is_waiting, submit, take_n
+from .brokers import FILE, MEMORY, POSTGRES, SHORT_LEASE, decide, is_waiting, submit, take_n
 
 if TYPE_CHECKING:
     from aiokeyless.worker.broker import Broker
@@ -39,6 +40,17 @@ async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
     await worker.put_off(message, 0.0, ExchangeResult.ANSWERED)
     (again,) = await take_n(other, 1)
     assert await other.claim(again) is Claim.HELD
+
+
+# NATS keeps claims on operation ids, for longer than their requests.
+@pytest.mark.parametrize("storage", [MEMORY, FILE, POSTGRES], indirect=True)
+async def test_nobody_is_asked_for_a_request_that_is_decided(broker: Broker) -> None:
+    await submit(broker, "a", "b")
+    decided, other = await take_n(broker, 2)
+    assert await decide(broker, decided)
+    claims = await asyncio.gather(broker.claim(decided), broker.claim(other))
+    assert [*claims] == [Claim.ANOTHERS, Claim.NEW]
+    assert not await broker.has_claim(decided)
 
 
 async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: Broker) -> None:

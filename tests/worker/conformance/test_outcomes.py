@@ -56,12 +56,6 @@ async def read(broker: Broker, reader: str, count: int) -> set[str | None]:
     return seen
 
 
-async def test_a_reader_that_is_new_gets_what_was_decided_before(broker: Broker) -> None:
-    await decide_all(broker, "a", "b")
-    assert await read(broker, "shop", 2) == {"a", "b"}
-    assert await none_comes(broker, "shop")
-
-
 async def test_a_reader_waits_for_what_is_decided_meanwhile(opened: Opened) -> None:
     worker, application = await opened(), await opened()
     reading = asyncio.create_task(application.next_outcome("shop"))
@@ -149,6 +143,7 @@ async def test_what_a_reader_has_not_handled_is_counted_with_its_age_and_stays_u
     told = await is_unread(broker, {"ledger": 0, "shop": 2})
     assert told.oldest_unread_age["ledger"] == 0 < told.oldest_unread_age["shop"]
     assert await read(broker, "shop", 1) == {"c"}
+    assert await none_comes(broker, "shop", 1.0)
     await is_unread(broker, {"ledger": 0, "shop": 1})
 
 

@@ -28,7 +28,6 @@ from .brokers import (
 
 if TYPE_CHECKING:
     from aiokeyless.worker.broker import Broker
-    from aiokeyless.worker.messages import Message
 
     from .brokers import Opened, Storage
 
@@ -36,10 +35,6 @@ if TYPE_CHECKING:
 ORDERING = pytest.mark.parametrize("storage", [MEMORY, FILE, POSTGRES], indirect=True)
 LASTING = pytest.mark.parametrize("storage", [FILE, NATS, POSTGRES], indirect=True)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-async def put_off_all(broker: Broker, messages: list[Message], delay: float, result: ExchangeResult) -> None:
-    await asyncio.gather(*(broker.put_off(message, delay, result) for message in messages))
 
 
 async def test_a_request_that_is_stored_is_delivered_as_it_was_submitted(broker: Broker) -> None:
@@ -142,7 +137,7 @@ async def test_a_take_that_is_cancelled_loses_nothing(broker: Broker) -> None:
         taking.cancel()
         outcome = (await asyncio.gather(taking, return_exceptions=True))[0]
         if not isinstance(outcome, BaseException):
-            await put_off_all(broker, list(outcome), 0.0, ExchangeResult.NONE)
+            await asyncio.gather(*(broker.put_off(message, 0.0, ExchangeResult.NONE) for message in outcome))
     taken = await take_n(broker, 20)
     assert {operation_of(message) for message in taken} == {f"payment-{number}" for number in range(20)}
 

@@ -7,7 +7,7 @@ from tenacity import wait_fixed
 from waiting import until
 
 from aiokeyless.errors import InvalidRequestError
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 
 from ..reading import read  # noqa: TID252
 
@@ -31,10 +31,6 @@ async def submit(broker: Broker, **changed: Any) -> None:
 
 def authenticate(sandbox: Sandbox) -> None:
     sandbox.approve("txn-1", user_id="C0FFEE", **CONTENT)
-
-
-def ends(events: list[ApprovalEvent]) -> list[tuple[Outcome, str | None]]:
-    return sorted((event.outcome, event.reason) for event in events)
 
 
 async def test_a_tap_before_the_first_delivery_counts_and_nothing_is_created(
@@ -64,7 +60,7 @@ async def test_one_tap_pays_for_one_of_two_orders_under_one_id(
             authenticate(sandbox)
             events = await read(broker, 2)
     others = [] if storage.refuses_conflicts else [(Outcome.FAILED, FailureReason.CONFLICT)]
-    assert ends(events) == [(Outcome.APPROVED, None), *others]
+    assert sorted((event.outcome, event.reason) for event in events) == [(Outcome.APPROVED, None), *others]
 
 
 @pytest.mark.parametrize("timestamp", ["2020-01-02T03:04:05.68", "yesterday"])
