@@ -17,11 +17,10 @@ from waiting import PATIENCE, until
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, tables
-from aiokeyless.worker.broker import Claim, ExchangeResult, RefusedError, UnavailableError
+from aiokeyless.worker.broker import ExchangeResult, RefusedError, UnavailableError
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
 from aiokeyless.worker.postgres import broker as module
-from aiokeyless.worker.tables import row_of
 from worker.conformance.brokers import LEASE, decide, new_request, operation_of, outcome_of, submit, take_all, take_n
 
 from .shop import decide_all, unread
@@ -150,16 +149,6 @@ async def test_a_connection_to_another_machine_without_tls_is_logged_once(
         await broker.prepare(lease=LEASE, service="")
     assert caplog.text.count("broker.plaintext") == warns
     assert (str(facts["peername"][0]) in caplog.text) == warns
-
-
-async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
-    async with asyncpg.create_pool(url, min_size=1, max_size=3) as pool:
-        async with PostgresBroker(pool) as broker:
-            await broker.prepare(lease=LEASE, service="")
-            await decide_all(broker, "a")
-            outcome = await broker.next_outcome("shop")
-            await outcome.mark_handled()
-        assert await pool.fetchval("SELECT 1") == 1
 
 
 async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: str) -> None:
@@ -736,12 +725,15 @@ async def test_after_a_failover_no_connection_leads_to_the_old_server_for_long(
         assert 0 < broker._expires_from - asyncio.get_running_loop().time() <= 5
 
 
-async def test_the_connections_of_an_applications_pool_are_its_own(admin: Connection, database: str, url: str) -> None:
+async def test_the_connections_of_an_applications_pool_stay_as_they_are(
+    admin: Connection, database: str, url: str
+) -> None:
     await admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
-    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, PostgresBroker(pool) as broker:
+    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool:
         pids = [await pool.fetchval("SELECT pg_backend_pid()")]
-        with pytest.raises(UnavailableError, match="read-only"):
-            await submit(broker, "a")
+        async with PostgresBroker(pool) as broker:
+            with pytest.raises(UnavailableError, match="read-only"):
+                await submit(broker, "a")
         pids.append(await pool.fetchval("SELECT pg_backend_pid()"))
     assert pids[0] == pids[1]
 
@@ -830,19 +822,6 @@ async def test_of_two_decisions_in_one_turn_the_first_is_stored(broker: Postgres
     )
     assert stored == [True, False]
     assert await admin.fetchval("SELECT outcome FROM keyless.outcome") == "expired"
-
-
-async def test_nobody_is_asked_for_a_request_that_is_decided_or_removed(
-    broker: PostgresBroker, admin: Connection
-) -> None:
-    await submit(broker, "a", "b", "c")
-    removed, decided, other = messages = await take_n(broker, 3)
-    await admin.execute("DELETE FROM keyless.request WHERE id = $1", row_of(removed).id)
-    assert await decide(broker, decided)
-    claims = await asyncio.gather(*(broker.claim(message) for message in messages))
-    assert claims == [Claim.ANOTHERS, Claim.ANOTHERS, Claim.NEW]
-    assert await admin.fetch("SELECT id FROM keyless.request WHERE asked IS NOT NULL") == [(row_of(other).id,)]
-    assert not await decide(broker, removed)
 
 
 # -- the clock

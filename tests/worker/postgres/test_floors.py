@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless.worker.postgres import floors
+from aiokeyless.worker.postgres import PostgresConnection, floors
 from aiokeyless.worker.postgres.adapters.driver import _floors_of as floors_of
 from aiokeyless.worker.postgres.floors import Floor
+from worker.conformance.brokers import submit, take_n
+
+from .shop import decide_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiokeyless.worker.postgres import PostgresBroker
+
+    from .shop import Connection
 
 
 class Clock:
@@ -73,3 +81,21 @@ def test_everything_is_searched_each_second_and_less_often_while_that_is_slow(
 def test_a_connection_keeps_its_floors_if_it_can_be_referred_to(made: Callable[[], object]) -> None:
     connection = made()
     assert (floors_of(connection) is floors_of(connection)) is (made is Floor)
+
+
+async def test_what_is_due_before_its_floor_is_found_by_the_next_search_of_everything(
+    broker: PostgresBroker, admin: Connection, connection: Connection, clock: Clock
+) -> None:
+    side = PostgresConnection(connection)
+    await decide_all(broker, "a")
+    await (await side.next_outcome("shop")).mark_handled()
+    await decide_all(broker, "b")
+    await submit(broker, "c")
+    for table in ("waiting", "unread"):
+        await admin.execute(f"UPDATE keyless.{table} SET due_at = due_at - interval '1 h'")  # noqa: S608  # names of ours
+    reading = asyncio.create_task(side.next_outcome("shop"))
+    assert not await broker.take(1, 1.0)
+    assert not reading.done()
+    clock.now += 1.0
+    assert len(await take_n(broker, 1)) == 1
+    await (await reading).mark_handled()

@@ -253,28 +253,24 @@ async def test_a_login_that_may_make_nothing_is_told_who_can(server: PostgresSer
 # -- hostile sessions
 
 
-async def make_trap(connection: Connection, schema: str) -> None:
-    """Make objects that shadow what the functions use, and that raise if they are used."""
-    await connection.execute(
-        f"""
-        CREATE FUNCTION {schema}.trap(anyelement, anyelement) RETURNS boolean LANGUAGE plpgsql AS
-            $$ BEGIN RAISE 'trapped'; END $$;
-        CREATE FUNCTION {schema}.clock_timestamp() RETURNS timestamptz LANGUAGE plpgsql AS
-            $$ BEGIN RAISE 'trapped'; END $$;
-        CREATE OPERATOR {schema}.= (LEFTARG = anyelement, RIGHTARG = anyelement, FUNCTION = {schema}.trap);
-        CREATE OPERATOR {schema}.<= (LEFTARG = anyelement, RIGHTARG = anyelement, FUNCTION = {schema}.trap);
-        CREATE TABLE {schema}.request (id bigint);
-        CREATE TABLE {schema}.waiting (id bigint);
-        CREATE TABLE {schema}.pg_roles (id bigint);
-        """
-    )
-
-
 async def test_no_search_path_and_no_temporary_object_changes_what_a_function_does(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
-    await admin.execute("CREATE SCHEMA hostile")
-    await make_trap(connection, "hostile")
+    # Objects that shadow what the functions use, and that raise if they are used.
+    await admin.execute(
+        """
+        CREATE SCHEMA hostile;
+        CREATE FUNCTION hostile.trap(anyelement, anyelement) RETURNS boolean LANGUAGE plpgsql AS
+            $$ BEGIN RAISE 'trapped'; END $$;
+        CREATE FUNCTION hostile.clock_timestamp() RETURNS timestamptz LANGUAGE plpgsql AS
+            $$ BEGIN RAISE 'trapped'; END $$;
+        CREATE OPERATOR hostile.= (LEFTARG = anyelement, RIGHTARG = anyelement, FUNCTION = hostile.trap);
+        CREATE OPERATOR hostile.<= (LEFTARG = anyelement, RIGHTARG = anyelement, FUNCTION = hostile.trap);
+        CREATE TABLE hostile.request (id bigint);
+        CREATE TABLE hostile.waiting (id bigint);
+        CREATE TABLE hostile.pg_roles (id bigint);
+        """
+    )
     await connection.execute(
         "CREATE TEMP TABLE request (id bigint); CREATE TEMP TABLE waiting (id bigint);"
         "CREATE TEMP TABLE unread (id bigint); CREATE TEMP TABLE pg_roles (id bigint);"

@@ -185,58 +185,65 @@ async def test_a_request_that_commits_late_is_taken_all_the_same(
 # -- texts
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "invalid input syntax"),
-        ("[]", "must be a JSON object"),
-        ("null", "must be a JSON object"),
-        (text_of(version=2), "version must be 1"),
-        (text_of(version="1"), "version must be 1"),
-        (text_of(version=1.0), "version must be 1"),
-        (text_of(version=1e30).replace("1e+30", "1e0"), "version must be 1"),
-        (text_of(operation_paylaod="Pay"), "unknown fields: operation_paylaod"),
-        (text_of(operation_id=7), "operation_id must be a text"),
-        (text_of(operation_id=None), "operation_id must be a text"),
-        (text_of(operation_id=""), "operation_id must be a text"),
-        (text_of(operation_id="x" * 513), "operation_id must be a text"),
-        (text_of(user_id=12), "user_id must be"),
-        (text_of(user_id="G"), "user_id must be"),
-        (text_of(user_id="AB\n"), "user_id must be"),
-        (text_of(operation_payload=40), "must be texts"),
-        (text_of(external_user_id=["a"]), "must be texts"),
-        (text_of(require_auth_type=["biom"]), "require_auth_type must be"),
-        (text_of(require_auth_type="face"), "require_auth_type must be biom, pin or null"),
-        (text_of(started_by="web"), "started_by must be backend or phone"),
-        (text_of(started_by=None), "started_by must be backend or phone"),
-        (text_of(expires_in="120"), "expires_in must be"),
-        (text_of(expires_in=0), "expires_in must be"),
-        (text_of(expires_in=-1), "expires_in must be"),
-        (text_of(expires_in=None), "expires_in must be"),
-        (text_of(expires_in=float("nan")), "invalid input syntax"),
-        (text_of(created_at="2027-01-31T12:00:00"), "with a zone"),
-        (text_of(created_at="tomorrow"), "with a zone"),
-        (text_of(created_at="infinity"), "with a zone"),
-        (text_of(created_at="2027-01-31T24:00:00Z"), "with a zone"),
-        (text_of(created_at="2027-01-31T23:59:60Z"), "with a zone"),
-        (text_of(created_at=1800000000), "must be texts"),
-        (text_of(created_at="2027-02-31T12:00:00Z"), "out of range"),
-        (text_of(context="\x00"), "Unicode"),
-        (text_of().replace('"a"', '"\\ud800"'), "surrogate|Unicode"),
-        (text_of().replace("}", ', "context": ' + "[" * 65 + "]" * 65 + "}"), "at most 64 deep"),
-        (text_of().replace("}", ', "context": ' + '{"a":' * 65 + "1" + "}" * 65 + "}"), "at most 64 deep"),
-        (text_of().replace("}", ', "context": ' + "[" * 7000 + "]" * 7000 + "}"), "deep|stack depth"),
-        (text_of(expires_in=120).replace("120", "1e131000"), "numbers must have"),
-        (text_of(expires_in=120).replace("120", f"120.{'0' * 400}"), "numbers must have"),
-        (text_of(context="x" * 65535), "context must have at most 65536 bytes"),
-        (text_of(operation_payload="x" * (1 << 20)), "at most 1048576 bytes"),
-    ],
-)
-async def test_a_text_that_is_no_request_is_an_error_for_its_sender(
-    admin: Connection, connection: Connection, text: str, reason: str
-) -> None:
-    with pytest.raises((asyncpg.DataError, asyncpg.StatementTooComplexError), match=reason):
+async def refusal(connection: Connection, text: str) -> str:
+    """Return why the server refuses a text; empty if it takes it."""
+    try:
         await submit_text(connection, text)
+    except (asyncpg.DataError, asyncpg.StatementTooComplexError) as error:
+        return str(error)
+    return ""
+
+
+# Each with a part of the error. One test has them all, since each test makes a database.
+NO_REQUESTS = [
+    ("", "invalid input syntax"),
+    ("[]", "must be a JSON object"),
+    ("null", "must be a JSON object"),
+    (text_of(version=2), "version must be 1"),
+    (text_of(version="1"), "version must be 1"),
+    (text_of(version=1.0), "version must be 1"),
+    (text_of(version=1e30).replace("1e+30", "1e0"), "version must be 1"),
+    (text_of(operation_paylaod="Pay"), "unknown fields: operation_paylaod"),
+    (text_of(operation_id=7), "operation_id must be a text"),
+    (text_of(operation_id=None), "operation_id must be a text"),
+    (text_of(operation_id=""), "operation_id must be a text"),
+    (text_of(operation_id="x" * 513), "operation_id must be a text"),
+    (text_of(user_id=12), "user_id must be"),
+    (text_of(user_id="G"), "user_id must be"),
+    (text_of(user_id="AB\n"), "user_id must be"),
+    (text_of(operation_payload=40), "must be texts"),
+    (text_of(external_user_id=["a"]), "must be texts"),
+    (text_of(require_auth_type=["biom"]), "require_auth_type must be"),
+    (text_of(require_auth_type="face"), "require_auth_type must be biom, pin or null"),
+    (text_of(started_by="web"), "started_by must be backend or phone"),
+    (text_of(started_by=None), "started_by must be backend or phone"),
+    (text_of(expires_in="120"), "expires_in must be"),
+    (text_of(expires_in=0), "expires_in must be"),
+    (text_of(expires_in=-1), "expires_in must be"),
+    (text_of(expires_in=None), "expires_in must be"),
+    (text_of(expires_in=float("nan")), "invalid input syntax"),
+    (text_of(created_at="2027-01-31T12:00:00"), "with a zone"),
+    (text_of(created_at="tomorrow"), "with a zone"),
+    (text_of(created_at="infinity"), "with a zone"),
+    (text_of(created_at="2027-01-31T24:00:00Z"), "with a zone"),
+    (text_of(created_at="2027-01-31T23:59:60Z"), "with a zone"),
+    (text_of(created_at=1800000000), "must be texts"),
+    (text_of(created_at="2027-02-31T12:00:00Z"), "out of range"),
+    (text_of(context="\x00"), "Unicode"),
+    (text_of().replace('"a"', '"\\ud800"'), "surrogate|Unicode"),
+    (text_of().replace("}", ', "context": ' + "[" * 65 + "]" * 65 + "}"), "at most 64 deep"),
+    (text_of().replace("}", ', "context": ' + '{"a":' * 65 + "1" + "}" * 65 + "}"), "at most 64 deep"),
+    (text_of().replace("}", ', "context": ' + "[" * 7000 + "]" * 7000 + "}"), "deep|stack depth"),
+    (text_of(expires_in=120).replace("120", "1e131000"), "numbers must have"),
+    (text_of(expires_in=120).replace("120", f"120.{'0' * 400}"), "numbers must have"),
+    (text_of(context="x" * 65535), "context must have at most 65536 bytes"),
+    (text_of(operation_payload="x" * (1 << 20)), "at most 1048576 bytes"),
+]
+
+
+async def test_a_text_that_is_no_request_is_an_error_for_its_sender(admin: Connection, connection: Connection) -> None:
+    for text, reason in NO_REQUESTS:
+        assert re.search(reason, await refusal(connection, text)), text[:100]
     assert await admin.fetchval("SELECT count(*) FROM keyless.request") == 0
 
 
@@ -256,15 +263,12 @@ async def test_a_setting_for_the_literals_of_an_application_changes_nothing(conn
         await submit_text(connection, text_of(created_at="dddd-dd-ddTdd:dd:ddZ"))
 
 
-@pytest.mark.parametrize("number", [*MODERATE_NUMBERS, *EXTREME_NUMBERS])
-async def test_the_server_refuses_the_numbers_that_the_library_refuses(connection: Connection, number: str) -> None:
-    context = msgspec.Raw(f'{{"a": [true, "e1000", {number}]}}'.encode())
-    text = text_of().replace("}", f', "context": {bytes(context).decode()}}}')
-    if context_refusal(context) is None:
-        assert not await submit_text(connection, text)
-    else:
-        with pytest.raises(asyncpg.InvalidParameterValueError, match="numbers must have"):
-            await submit_text(connection, text)
+async def test_the_server_refuses_the_numbers_that_the_library_refuses(connection: Connection) -> None:
+    for number in (*MODERATE_NUMBERS, *EXTREME_NUMBERS):
+        context = f'{{"a": [true, "e1000", {number}]}}'
+        text = text_of(operation_id=number[:80]).replace("}", f', "context": {context}}}')
+        reason = "^$" if context_refusal(msgspec.Raw(context.encode())) is None else "numbers must have"
+        assert re.search(reason, await refusal(connection, text)), number
 
 
 def in_context(item: str, size: int = MAX_CONTEXT) -> str:
