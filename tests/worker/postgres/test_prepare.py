@@ -85,6 +85,16 @@ async def test_a_view_in_place_of_the_table_of_versions_is_not_read(
 
 
 @pytest.mark.usefixtures("may_create")
+async def test_an_empty_schema_of_somebody_else_is_not_filled(
+    server: PostgresServer, database: str, thief: Thief
+) -> None:
+    thief.does("CREATE SCHEMA keyless")
+    with pytest.raises(BrokerError, match=f"belongs to {thief.name}"):
+        await prepare(server.url(database))
+    assert server.execute("SELECT FROM pg_class WHERE relnamespace = 'keyless'::regnamespace", database) == []
+
+
+@pytest.mark.usefixtures("may_create")
 async def test_an_installer_calls_no_function_of_a_schema_that_somebody_else_prepared(
     server: PostgresServer, database: str, thief: Thief
 ) -> None:
