@@ -149,14 +149,6 @@ async def test_long_pause_is_for_the_caller_to_decide(sandbox: Sandbox, client: 
 # What did not take effect
 
 
-async def test_429_is_sent_again_without_a_check(sandbox: Sandbox, client: KeylessClient) -> None:
-    sandbox.fail_next(429, retry_after=3)
-    started = now()
-    await client.create_operation(USER)
-    assert now() - started == pytest.approx(3, abs=1e-3)
-    assert sent(sandbox) == ["POST", "POST"]
-
-
 async def test_refused_connection_is_tried_again_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high)
     async with KeylessClient("key", base_url=refused()) as client:
@@ -381,18 +373,6 @@ async def test_a_wait_for_the_ticket_of_a_contradictory_approval_is_refused() ->
         assert isinstance(await failure(client.wait_for_approval(error.ticket)), InconsistentOperationError)
 
 
-async def test_what_a_pin_approved_pays_for_nobody_who_wants_a_face_and_lost_the_answer(
-    sandbox: Sandbox, client: KeylessClient
-) -> None:
-    await client.create_operation(USER, operation_id="a")
-    sandbox.approve("a", auth_type="pin")
-    sandbox.drop_next(stored=True)
-    error = await failure(client.request_approval(USER, operation_id="a", require_auth_type="biom"))
-    assert isinstance(error, AlreadyApprovedError)
-    assert isinstance(await failure(client.wait_for_approval(error.ticket)), OperationMismatchError)
-    assert (await client.wait_for_approval((await already_approved(client)).ticket)).auth_type == "pin"
-
-
 @pytest.mark.usefixtures("made")
 async def test_a_conflict_after_an_ambiguous_failure_is_this_calls_own_where_it_made_the_id() -> None:
     """Nobody else can have the id, so nothing is checked: a replica that lags would only confuse."""
@@ -478,19 +458,6 @@ async def test_resumed_request_waits_for_what_is_there(sandbox: Sandbox, client:
     await spin_until(lambda: sent(sandbox)[-1] == "GET")
     sandbox.approve("a")
     assert (await call).is_approved
-
-
-async def test_what_a_pin_approved_is_resumed_for_nobody_who_wants_a_face(
-    sandbox: Sandbox, client: KeylessClient
-) -> None:
-    face: dict[str, Any] = {"operation_id": "a", "if_exists": "resume", "require_auth_type": "biom"}
-    ticket = await client.create_operation(USER, operation_id="a")
-    resumed = await client.create_operation(USER, **face)
-    assert (ticket.require_auth_type, resumed.require_auth_type) == (None, "biom")
-    sandbox.approve("a", auth_type="pin")
-    assert (await client.wait_for_approval(ticket)).auth_type == "pin"
-    assert isinstance(await failure(client.wait_for_approval(resumed)), OperationMismatchError)
-    assert type(await failure(client.create_operation(USER, **face))) is AlreadyApprovedError
 
 
 @pytest.mark.parametrize("method", [KeylessClient.create_operation, KeylessClient.request_approval])

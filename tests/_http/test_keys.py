@@ -136,10 +136,9 @@ WRONG: dict[str, tuple[object, str]] = {
     "a blank": (" ", "api_key is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY"),
     "a line": (f"{FIRST}\n{SECOND}", "api_key must be printable ASCII; it contains control or non-ASCII characters"),
 }
-wrong = pytest.mark.parametrize(("key", "words"), WRONG.values(), ids=WRONG.keys())
 
 
-@wrong
+@pytest.mark.parametrize(("key", "words"), WRONG.values(), ids=WRONG.keys())
 async def test_wrong_key_ends_the_call_and_sends_nothing(key: object, words: str) -> None:
     async with RawServer(answer(operation())) as server, KeylessClient(Rotation(key), base_url=server.url) as client:
         error = await failure(client)
@@ -152,33 +151,31 @@ async def test_wrong_key_ends_the_call_and_sends_nothing(key: object, words: str
 
 
 @pytest.mark.looptime
-@wrong
 async def test_wrong_key_for_a_moment_is_a_failure_of_the_moment(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, key: object, words: str
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     rotation = Rotation(sandbox.api_key)
     async with KeylessClient(rotation, base_url=sandbox.url) as client:
         ticket = await client.create_operation(USER)
         loop = asyncio.get_running_loop()
-        loop.call_later(5, setattr, rotation, "key", key)
+        loop.call_later(5, setattr, rotation, "key", LookupError())
         loop.call_later(10, setattr, rotation, "key", sandbox.api_key)
         loop.call_later(10, sandbox.approve, ticket.operation_id)
         await client.wait_for_approval(ticket)
         assert loop.time() < 11.5
     [warning] = [record for record in caplog.records if "polls go on" in record.getMessage()]
-    assert words in warning.getMessage()
+    assert "it raised LookupError" in warning.getMessage()
 
 
 @pytest.mark.looptime
-@wrong
-async def test_wrong_key_at_the_deadline_leaves_the_outcome_unknown(sandbox: Sandbox, key: object, words: str) -> None:
+async def test_wrong_key_at_the_deadline_leaves_the_outcome_unknown(sandbox: Sandbox) -> None:
     rotation = Rotation(sandbox.api_key)
     async with KeylessClient(rotation, base_url=sandbox.url) as client:
         ticket = await client.create_operation(USER)
-        asyncio.get_running_loop().call_later(5, setattr, rotation, "key", key)
+        asyncio.get_running_loop().call_later(5, setattr, rotation, "key", " ")
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval(ticket)
-    assert words in str(caught.value)
+    assert "api_key is empty" in str(caught.value)
     assert type(caught.value.last_error) is ConfigurationError
 
 

@@ -197,13 +197,12 @@ async def after_failover(sandbox: Sandbox, client: KeylessClient, waits: int, **
     return late
 
 
-@pytest.mark.parametrize("waits", [20, 60, 100])
 async def test_waits_after_a_failover_are_no_later_than_before(
-    sandbox: Sandbox, client: KeylessClient, events: list[Event], waits: int
+    sandbox: Sandbox, client: KeylessClient, events: list[Event]
 ) -> None:
     sandbox.latency = 0.05
-    late = await after_failover(sandbox, client, waits)
-    assert len(late) == waits
+    late = await after_failover(sandbox, client, 60)
+    assert len(late) == 60
     assert statistics.mean(late) < 1.0
     assert {event.result for event in events if isinstance(event, PollEnded)} == {"pending", "approved"}
     assert client.statistics.transient_failures == 0

@@ -151,6 +151,7 @@ def undecoded(body: bytes, name: str = "operation", **headers: str) -> DecodeErr
         (299, "a success that the API does not document, so it does not count as one; check base_url and the proxies"),
         (300, "a redirect, not followed since that would send the API key to another host; check base_url"),
         (399, "a redirect, not followed since that would send the API key to another host; check base_url"),
+        (407, "from a proxy; check its URL, user name and password"),
         (408, "a temporary failure; try again later"),
         (425, "a temporary failure; try again later"),
     ],
@@ -269,12 +270,6 @@ def test_a_user_id_is_sent_in_upper_case(user_id: str) -> None:
 
 
 # -- requests
-
-
-def test_the_list_of_pending_operations_is_a_get_without_a_body() -> None:
-    request = get_pending_operations("ab")
-    assert request.endpoint.method == "GET"
-    assert request == Request(GET_PENDING, "/v2/users/AB/operations/pending", None)
 
 
 @pytest.mark.parametrize(
@@ -1088,10 +1083,3 @@ def test_neither_a_request_nor_an_answer_shows_its_body() -> None:
     assert pretty_repr(request) == "Request(path='/v2/users/C0FFEE/operations')"
     assert repr(answer) == f"<Answer 200, {len(answer.body)} bytes>"
     assert pretty_repr(answer) == f"Answer(status=200, size={len(answer.body)})"
-
-
-def test_an_endpoint_has_what_it_was_made_of() -> None:
-    endpoint = Endpoint("GET", "/v2/{it}", bytes.hex, success=frozenset({200}), max_body=7)
-    assert (endpoint.method, endpoint.route, endpoint.max_body) == ("GET", "/v2/{it}", 7)
-    assert endpoint.decode(b"\x01") == "01"
-    assert endpoint.success == {200}

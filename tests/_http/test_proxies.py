@@ -101,14 +101,11 @@ def test_url_of_a_proxy_is_shown_without_its_password() -> None:
     assert show_proxy(Secret(f"http://ann:{PASSWORD}@proxy.example:3128")) == PROXY
 
 
-def test_client_with_a_session_takes_no_proxy_from_the_environment() -> None:
-    async def make() -> None:
-        async with aiohttp.ClientSession() as session:
-            with pytest.raises(ConfigurationError, match="make the session with trust_env=True") as caught:
-                KeylessClient("key", session=session, trust_env=True)
-            assert caught.value.argument == "trust_env"
-
-    asyncio.run(make())
+async def test_client_with_a_session_takes_no_proxy_from_the_environment() -> None:
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(ConfigurationError, match="make the session with trust_env=True") as caught:
+            KeylessClient("key", session=session, trust_env=True)
+    assert caught.value.argument == "trust_env"
 
 
 @pytest.mark.parametrize("face", [KeylessClient, aiokeyless.sync.KeylessClient])

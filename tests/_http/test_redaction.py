@@ -141,29 +141,6 @@ async def test_no_report_of_a_refused_connection_shows_the_key(session: aiohttp.
         assert KEY not in text, name
 
 
-class ProxyError(Exception):
-    """What a connector of somebody else's raises: neither aiohttp's nor the operating system's."""
-
-
-class BrokenConnector(aiohttp.TCPConnector):
-    async def connect(self, req: Any, *_: Any, **__: Any) -> Any:
-        headers = dict(req.headers)
-        raise ProxyError(f"cannot reach the proxy for {headers}")
-
-
-@pytest.mark.looptime
-async def test_no_report_of_a_broken_connector_shows_the_key() -> None:
-    async with (
-        aiohttp.ClientSession(connector=BrokenConnector()) as session,
-        KeylessClient(KEY, base_url="http://127.0.0.1:1", session=session, max_attempts=2) as client,
-    ):
-        errors = [await failed(get, client), await failed(wait, client)]
-    for error in errors:
-        for name, text in reports(error).items():
-            assert KEY not in text, name
-    assert "got no answer (ProxyError)" in str(errors[0])
-
-
 LARGE = answer(b"x" * (2 << 20), f"X-Echo: {KEY}".encode())
 NOT_A_GZIP = answer(b"x", f"X-Echo: {KEY}".encode(), b"Content-Encoding: gzip")
 
