@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -234,7 +235,7 @@ async def test_exchange_ends_after_request_timeout(handler: Handler) -> None:
         assert now() - started == pytest.approx(7.3, abs=1e-3)
         assert isinstance(error, RequestTimeoutError)
         assert isinstance(error, TimeoutError)
-        assert error.sent
+        assert (error.method, error.path, error.sent) == ("GET", "/v2/operations/a", True)
         await asyncio.sleep(1)  # a server that drips notices with the next drop
         assert not server.connections
 
@@ -288,6 +289,19 @@ async def test_refused_connection_was_not_sent() -> None:
     assert not error.sent
     assert (error.method, error.path) == ("GET", "/v2/operations/a")
     assert "ClientConnectorError" in str(error)
+
+
+async def test_host_without_an_address_is_told_in_the_words_of_the_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    async with once("https://nowhere.example") as client:
+        error = await failure(client.get_operation("a"))
+    assert isinstance(error, TransportError)
+    assert "Error: Name or service not known); " in str(error)
+    assert repr(error.__cause__) == "gaierror(-2, 'Name or service not known')"
+    assert not error.sent
 
 
 async def test_failed_tls_was_not_sent() -> None:
@@ -994,14 +1008,22 @@ def make_transport(url: str, *, key: str = KEY, session: aiohttp.ClientSession |
 
 
 @pytest.mark.parametrize("sent", [NOTHING, BUSY, answer(b"<html>"), answer(b"", b"Location: /", status=b"302 Found")])
-async def test_an_answer_is_received_whatever_it_is_and_nothing_is_tried_again(sent: bytes) -> None:
+async def test_an_answer_is_received_whatever_it_is_and_nothing_is_tried_again(
+    sent: bytes, session: aiohttp.ClientSession
+) -> None:
     async with RawServer(sent) as server:
-        sender = make_transport(server.url)
+        sender = make_transport(server.url, session=session)
         received = await sender.receive(protocol.get_operation("a"))
         await sender.aclose()
     assert b" %d " % received.status in sent
     assert sent.endswith(received.body)
-    assert len(server.heads) == 1
+    assert [KEY.encode() in head for head in server.heads] == [True]
+
+
+async def test_host_is_named_without_a_final_dot_which_certificates_do_not_have() -> None:
+    sender = make_transport("https://gateway.example.:8443")
+    await sender.aclose()
+    assert sender._session.headers["Host"] == "gateway.example:8443"
 
 
 # A closed client
