@@ -135,15 +135,16 @@ async def test_no_other_method_is_asked_twice_in_one_attempt(name: str) -> None:
         assert [method for method in server.methods if method != "GET"] == server.methods[:1]
 
 
-async def test_borrowed_session_is_asked_once_more_as_it_is() -> None:
+async def test_borrowed_session_is_asked_once_more_in_each_attempt_as_it_is() -> None:
     async with (
         RawServer(reset) as server,
         aiohttp.ClientSession() as session,
-        KeylessClient("key", base_url=server.url, session=session, max_attempts=1) as client,
+        KeylessClient("key", base_url=server.url, session=session, max_attempts=2) as client,
     ):
         with pytest.raises(TransportError):
             await client.get_operation("a")
-        assert len(server.heads) == 2
+        assert len(server.heads) == 2 * 2
+        assert len(set(server.heads)) == 1
 
 
 async def test_both_requests_have_one_request_timeout() -> None:

@@ -692,6 +692,12 @@ def test_an_answer_that_repeats_the_key_is_refused_and_not_shown(name: str, form
             assert error.__context__ is error.__cause__ is None
 
 
+def test_an_answer_that_repeats_the_key_in_escapes_alone_is_refused() -> None:
+    body = with_texts("operation", WIRE | {"operationId": "?"})
+    escapes = "".join(f"\\u{ord(character):04x}" for character in KEY)
+    assert "it repeats the API key" in str(undecoded(body.replace(b"?", escapes.encode())))
+
+
 def test_the_sdk_key_may_be_the_same_key() -> None:
     assert answered(200, with_texts("operation", WIRE | {"apiKey": KEY})).api_key == Secret(KEY)
 
@@ -706,6 +712,10 @@ def test_a_key_that_is_a_placeholder_may_be_in_an_answer_by_chance() -> None:
 def test_a_key_with_blanks_is_struck_out_where_lines_were_folded() -> None:
     assert failed(401, b"bad key a \r\n b!", key="a  b").detail == "bad key ***!"
     assert failed(401, b"bad key a%20%20b!", key="a  b").detail == "bad key ***!"
+
+
+def test_a_key_without_letters_and_digits_is_struck_out() -> None:
+    assert failed(401, b"bad key +/+/+/+/!", key="+/+/+/+/").detail == "bad key ***!"
 
 
 def test_what_only_resembles_the_key_stays() -> None:

@@ -60,12 +60,13 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_proxy_is_the_one_that_the_environment_names(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: str | None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: dict[str, str], found: str | None
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     proxy = find_proxy(SERVICE)
     assert (None if proxy is None else proxy.reveal()) == found
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("base_url", ["http://127.0.0.1:3223", "https://localhost", "https://[::1]:8443"])

@@ -529,8 +529,9 @@ async def test_what_comes_without_end_beside_a_body_is_cut_off_and_takes_little_
     assert peak < 8 * MIB
 
 
-async def test_what_is_beside_a_body_is_bounded_by_bytes() -> None:
-    error = await failed(BESIDE_THE_BODY["interim answers, a few at a time"])
+@pytest.mark.parametrize("flood", ["interim answers, a few at a time", "framing of chunks"])
+async def test_what_is_beside_a_body_is_bounded_by_bytes(flood: str) -> None:
+    error = await failed(BESIDE_THE_BODY[flood])
     assert str(error) == "GET /v2/operations/a: the answer has over 65536 bytes beside its body; check base_url"
 
 
