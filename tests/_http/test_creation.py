@@ -452,14 +452,6 @@ async def test_taken_id_is_resumed(sandbox: Sandbox, client: KeylessClient) -> N
     assert sent(sandbox) == ["POST", "POST", "GET", "GET"]
 
 
-async def test_resumed_request_waits_for_what_is_there(sandbox: Sandbox, client: KeylessClient) -> None:
-    await client.create_operation(USER, operation_id="a")
-    call = asyncio.create_task(client.request_approval(USER, operation_id="a", if_exists="resume"))
-    await spin_until(lambda: sent(sandbox)[-1] == "GET")
-    sandbox.approve("a")
-    assert (await call).is_approved
-
-
 @pytest.mark.parametrize("method", [KeylessClient.create_operation, KeylessClient.request_approval])
 async def test_a_factor_that_cannot_be_is_refused_before_anything_is_sent(
     sandbox: Sandbox, client: KeylessClient, method: Callable[..., Awaitable[object]]

@@ -428,6 +428,10 @@ async def test_any_other_encoding_is_a_transient_error_that_names_it(
     assert error.sent
 
 
+async def test_empty_content_encoding_is_none() -> None:
+    assert await asked(answer(operation(), b"Content-Encoding: "))
+
+
 # Answers over the limit
 
 
@@ -567,13 +571,15 @@ async def test_headers_of_many_answers_on_one_connection_do_not_add_up() -> None
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirect_is_not_followed(sandbox: Sandbox, client: KeylessClient, status: int) -> None:
     async with Sandbox() as other:
-        sandbox.fail_next(status, headers={"Location": f"{other.url}/v2/operations/a"})
-        error = await failure(client.get_operation("a"))
-        assert type(error) is StatusError
-        assert error.status == status
-        assert "redirect" in str(error)
+        for statuses in ([status], [503, status]):
+            for answered in statuses:
+                sandbox.fail_next(answered, headers={"Location": f"{other.url}/v2/operations/a"})
+            error = await failure(client.get_operation("a"))
+            assert type(error) is StatusError
+            assert error.status == status
+            assert "redirect" in str(error)
         assert other.requests == []
-    assert sandbox.request_count == 1
+    assert sandbox.request_count == 3
 
 
 async def test_cookies_are_not_kept() -> None:
