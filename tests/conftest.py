@@ -65,10 +65,7 @@ EXAMPLES = Path(__file__).parent / "examples"
 
 #: Why a test may be skipped: with the extra "test" alone, and what a machine or a loop need not have.
 NEEDS_EXAMPLES = 'needs the extra "examples"'
-MAY_BE_MISSING = (
-    *("eager tasks need Python 3.12", "this machine has no IPv6 loopback", NOT_THERE),
-    "uvloop accepts by none of Python's sockets",
-)
+MAY_BE_MISSING = ("this machine has no IPv6 loopback", "uvloop accepts by none of Python's sockets", NOT_THERE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

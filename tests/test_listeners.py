@@ -110,6 +110,7 @@ def test_what_ends_the_process_ends_it(kind: type[BaseException]) -> None:
         raising(kind()).tell(EVENT)
 
 
+@pytest.mark.looptime
 async def test_a_broken_listener_costs_no_call(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     def fail(_event: Event) -> None:
         raise ValueError("broken")

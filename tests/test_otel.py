@@ -519,6 +519,7 @@ class TestPrivacyAndFailures:
 
 
 class TestInstrumentor:
+    @pytest.mark.looptime
     async def test_clients_are_instrumented_until_it_ends(self, sandbox: Sandbox, recorder: Recorder) -> None:
         instrumentor = KeylessInstrumentor()
         early = sandbox.client()
