@@ -10,12 +10,11 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import pytest
 from msgspec.structs import replace
 from tenacity.wait import wait_fixed
 
-from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError, otel
+from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, NotFoundError, otel
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.broker import NewRequest
@@ -567,16 +566,6 @@ async def instrumented(sandbox: Sandbox, *command: str) -> asyncio.subprocess.Pr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-
-
-async def test_a_session_that_is_traced_already_stays_so_for_single_calls(sandbox: Sandbox, recorder: Recorder) -> None:
-    with traced_aiohttp(recorder):
-        async with (
-            aiohttp.ClientSession() as session,
-            KeylessClient(sandbox.api_key, base_url=sandbox.url, session=session) as client,
-        ):
-            await client.get_pending_operations(USER)
-    assert [span.name for span in recorder.spans] == ["GET"]
 
 
 def test_without_opentelemetry_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

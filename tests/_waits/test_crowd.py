@@ -38,11 +38,8 @@ def alone() -> float:
 
 @pytest.mark.parametrize(
     ("bad", "answer"),
-    [(1, FAILS), (5, FAILS), (20, FAILS), (5, HANGING), (20, HANGING), (1, ASKS_FOR_A_PAUSE), (5, ASKS_FOR_A_PAUSE)],
-    ids=[
-        *("one fails", "five fail", "twenty fail", "five hang", "twenty hang"),
-        *("one asks for a pause", "five ask for a pause"),
-    ],
+    [(1, FAILS), (20, FAILS), (20, HANGING), (1, ASKS_FOR_A_PAUSE), (5, ASKS_FOR_A_PAUSE)],
+    ids=["one fails", "twenty fail", "twenty hang", "one asks for a pause", "five ask for a pause"],
 )
 def test_operations_that_are_bad_do_not_make_the_others_late(bad: int, answer: Answer, alone: float) -> None:
     late = beside(bad, answer, healthy=HEALTHY)
@@ -51,8 +48,7 @@ def test_operations_that_are_bad_do_not_make_the_others_late(bad: int, answer: A
 
 
 @pytest.mark.parametrize("good_answers", [0, 1], ids=["never answered", "answered once"])
-@pytest.mark.parametrize("seed", [1, 3])
-def test_many_that_start_at_once_and_fail_do_not_hold_up_later_ones(good_answers: int, seed: int) -> None:
+def test_many_that_start_at_once_and_fail_do_not_hold_up_later_ones(good_answers: int) -> None:
     polls: dict[str, int] = {}
     first: dict[str, float] = {}
 
@@ -69,7 +65,7 @@ def test_many_that_start_at_once_and_fail_do_not_hold_up_later_ones(good_answers
             simulation.start(f"good-{number}", approved_in=4.0, timeout=120.0)
         await simulation.sleep_until(40.0)
 
-    simulation = Simulation(service, wait_fixed(1.0), seed=seed)
+    simulation = Simulation(service, wait_fixed(1.0))
     simulation.run(scenario())
     good = [f"good-{number}" for number in range(100)]
     assert all(name in simulation.lateness for name in good)

@@ -423,18 +423,6 @@ class TestBetweenTwoHolds:
             assert client.statistics.in_flight == 0
             assert armed_timers() == []
 
-    async def test_closing_the_client_cuts_it_off(self, sandbox: Sandbox) -> None:
-        before = asyncio.all_tasks()
-        client = sandbox.client(request_timeout=100)
-        ticket = await old_ticket(client)
-        sandbox.latency = 600
-        assert await client.hold_for_approval(ticket, seconds=1) is None
-        start = now()
-        await client.aclose()
-        assert now() - start < 1
-        assert tasks_since(before) == set()
-        assert armed_timers() == []
-
     async def test_nothing_is_remembered_after_ten_seconds(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = wait_fixed(600)
         await old_ticket(client)

@@ -737,8 +737,8 @@ class TestCircuit:
         events: list[Event] = []
         machine = Calls(listeners=Listeners((events.append,)))
         opened(machine, 0.0)
-        machine.wait(at=1.0)
-        machine.answer(machine.one(5.0), 5.0)
+        machine.wait(at=1.0, may_be_missing=True)
+        machine.answer(machine.one(5.0), 5.0, error(404))  # good, and no cause
         changes = [(e.state, e.cause, e.waiting) for e in events if isinstance(e, CircuitChanged)]
         assert changes == [("open", "ServerError", 5), ("half_open", None, 1)]
 
@@ -1851,13 +1851,13 @@ def test_events_tell_of_waits_and_polls() -> None:
     started = [e for e in events if isinstance(e, WaitStarted)]
     assert [(e.wait, e.timeout) for e in started] == [(wait.number, 6.0), (wait.number + 1, None)]
     polls = [e for e in events if isinstance(e, PollEnded)]
-    assert [(e.waits, e.is_final, e.seconds, e.lag) for e in polls] == [
-        ((wait.number,), False, 0.5, 0.5),
-        ((wait.number + 1,), False, 0.5, 0.5),
-        ((wait.number,), True, 0.0, 0.0),
+    assert [(e.operation_id, e.waits, e.is_final, e.seconds, e.lag) for e in polls] == [
+        ("op", (wait.number,), False, 0.5, 0.5),
+        ("held", (wait.number + 1,), False, 0.5, 0.5),
+        ("op", (wait.number,), True, 0.0, 0.0),
     ]
     ended = [e for e in events if isinstance(e, WaitEnded)]
-    assert [(e.outcome, e.seconds, e.polls) for e in ended] == [
-        (WaitOutcome.HELD, 2.0, 1),
-        (WaitOutcome.TIMED_OUT, 6.0, 2),
+    assert [(e.outcome, e.seconds, e.polls, e.age) for e in ended] == [
+        (WaitOutcome.HELD, 2.0, 1, None),
+        (WaitOutcome.TIMED_OUT, 6.0, 2, None),
     ]

@@ -93,7 +93,7 @@ def test_polls_are_late_on_purpose_while_a_service_fails(reporter: Reporter, cap
 def test_unexpected_failures_are_a_line_a_minute(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     for now in (1.0, 60.9, 61.0):
         reporter.report_unexpected(FAILURE, now)
-    assert len(lines(caplog)) == 2
+    assert [(level, str(FAILURE) in message) for level, message in lines(caplog)] == [("WARNING", True)] * 2
 
 
 @pytest.mark.looptime
@@ -107,7 +107,7 @@ async def test_a_client_logs_an_outage_of_its_service(sandbox: Sandbox, caplog: 
         sandbox.fail_next(503, times=None)
         await asyncio.sleep(20)
         sandbox.recover()
-        await asyncio.sleep(60)
+        await asyncio.sleep(20)
         for number in range(20):
             sandbox.approve(f"op-{number}")
     opened, closed = lines(caplog)
