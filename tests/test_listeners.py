@@ -86,22 +86,24 @@ def test_what_a_listener_raises_is_logged_and_the_next_is_told(
     [record] = caplog.records
     assert record.exc_info is not None
     assert record.exc_info[0] is kind
-    assert "RequestEnded" in record.getMessage()
+    assert f"{fail!r} failed on RequestEnded" in record.getMessage()
 
 
 def test_a_listener_that_always_fails_is_logged_once_for_each_kind(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    errors = iter([ValueError(), ValueError(), KeyError(), ValueError(), KeyError()])
+    errors = iter([ValueError(), ValueError(), ValueError(), KeyError(), KeyError(), KeyError()])
 
     def fail(_event: Event) -> None:
         raise next(errors)
 
-    listeners = Listeners((fail,))
+    other = functools.partial(fail)
+    listeners = Listeners((fail, other))
     with caplog.at_level(logging.DEBUG, "aiokeyless"):
-        for _ in range(5):
+        for _ in range(3):
             listeners.tell(EVENT)
-    assert [record.levelname for record in caplog.records] == ["ERROR", "DEBUG", "ERROR", "DEBUG", "DEBUG"]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "DEBUG", "ERROR", "ERROR", "DEBUG"]
+    assert caplog.messages[-1] == f"listener {other!r} failed again: KeyError"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
