@@ -22,6 +22,7 @@ from aiokeyless import (
 from aiokeyless._rules import approval
 from aiokeyless._waits.poller import Poller
 from aiokeyless._waits.state import PolledOperation
+from aiokeyless.events import WaitEnded
 from aiokeyless.ticket import payload_digest
 from benchmarks.simulation import HANGING, SimulatedTransport
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from aiokeyless._waits.poller import FutureWait
     from aiokeyless._waits.state import Wait
+    from aiokeyless.events import Event
     from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
@@ -114,13 +116,19 @@ class TestLeaving:
             for _ in range(2):
                 await asyncio.sleep(0)
 
-    async def test_those_of_one_caller_leave_in_batches_too(self, poller: Poller) -> None:
-        waits = [start(poller, f"op{k}") for k in range(MANY)]
-        poller.leave_all(waits)
-        assert poller.statistics().waiting == MANY - MOST
-        assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
-        assert all(wait.cancelled() for wait in waits)
-        poller.leave_all(waits)  # they have left: harmless
+    async def test_those_of_one_caller_leave_in_batches_too(self, sandbox: Sandbox) -> None:
+        sandbox.latency = 60
+        events: list[Event] = []
+        async with sandbox.client(listeners=[events.append]) as client:
+            poller = client._open().poller
+            waits = [start(poller, f"op{k}") for k in range(MANY)]
+            await asyncio.sleep(1)
+            poller.leave_all(waits)
+            assert poller.statistics().waiting == MANY - MOST
+            assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
+            assert all(wait.cancelled() for wait in waits)
+            poller.leave_all(waits)  # they have left: harmless
+        assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [1.0] * MANY
 
     async def test_one_that_ends_before_its_turn_keeps_its_result(self, poller: Poller) -> None:
         waits = [start(poller, f"op{k}") for k in range(MOST + 2)]
@@ -135,13 +143,16 @@ class TestLeaving:
         await poller.aclose()
         assert poller.statistics().waiting == 0
 
-    async def test_a_wait_for_the_same_operation_goes_on(self, sandbox: Sandbox, poller: Poller) -> None:
+    async def test_a_wait_for_the_same_operation_goes_on(
+        self, sandbox: Sandbox, poller: Poller, caplog: pytest.LogCaptureFixture
+    ) -> None:
         waits = [start(poller, "op") for _ in range(MANY)]
         poller.leave_all(waits)
         another = start(poller, "op")
         sandbox.approve("op", user_id="AB")
         assert getattr(await another, "is_approved", False)
         assert poller.statistics().waiting == 0
+        assert caplog.records == []
 
 
 class TestOneAnswerForMany:

@@ -308,7 +308,9 @@ class TestTrouble:
         assert (await client.wait_for_approval(ticket, explain=True)).is_approved
         assert len(service.asked()) == 4
         logged = [
-            record for record in caplog.records if "the attempts at operation 'op' are not known" in record.message
+            record
+            for record in caplog.records
+            if "the attempts at operation 'op' are not known: GET /v2/users/" in record.message
         ]
         assert [record.levelname for record in logged] == ["DEBUG"] * 4
         assert client.statistics.transient_failures == 0

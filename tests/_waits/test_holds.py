@@ -412,16 +412,19 @@ class TestBetweenTwoHolds:
         assert await client.hold_for_approval(ticket, seconds=10) is not None
         assert len(polls(sandbox)) == 1
 
-    async def test_it_ends_with_the_lease(self, sandbox: Sandbox) -> None:
+    async def test_it_ends_with_the_lease(self, sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
         async with sandbox.client(request_timeout=600) as client:
             ticket = await old_ticket(client, expires_in=900)
             sandbox.latency = 600
+            other = asyncio.create_task(client.wait_for_approval("other"))
             assert await client.hold_for_approval(ticket, seconds=1) is None
             await asyncio.sleep(LEASE - 0.1)
-            assert client.statistics.in_flight == 1
+            assert client.statistics.in_flight == 2
             await asyncio.sleep(0.2)
-            assert client.statistics.in_flight == 0
+            assert client.statistics.in_flight == 1
+            await cut_off(other)
             assert armed_timers() == []
+        assert caplog.records == []
 
     async def test_nothing_is_remembered_after_ten_seconds(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = wait_fixed(600)
