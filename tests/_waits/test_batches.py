@@ -137,11 +137,14 @@ class TestLeaving:
         assert [type(wait.result()) for wait in waits[MOST:]] == [ClientClosedError] * 2
         await waiting_by_turn(poller)
 
-    async def test_closing_the_client_does_not_wait_for_callers_that_are_gone(self, poller: Poller) -> None:
-        waits = [start(poller, "op") for _ in range(3)]
-        waits[0].cancel()
-        await poller.aclose()
-        assert poller.statistics().waiting == 0
+    async def test_closing_the_client_does_not_wait_for_callers_that_are_gone(self, sandbox: Sandbox) -> None:
+        events: list[Event] = []
+        async with sandbox.client(listeners=[events.append]) as client:
+            waits = [start(client._open().poller, "op") for _ in range(3)]
+            waits[0].cancel()
+            await client.aclose()
+            assert client.statistics.waiting == 0
+        assert [event.outcome for event in events if isinstance(event, WaitEnded)] == ["cancelled", "closed", "closed"]
 
     async def test_a_wait_for_the_same_operation_goes_on(
         self, sandbox: Sandbox, poller: Poller, caplog: pytest.LogCaptureFixture

@@ -40,10 +40,13 @@ from aiokeyless import (
 )
 from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.poller import Poller
+from aiokeyless.events import WaitEnded
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
+
+    from aiokeyless.events import Event
 
 pytestmark = [pytest.mark.platform, pytest.mark.looptime]
 
@@ -244,7 +247,7 @@ class TestCancellation:
         with pytest.raises(asyncio.CancelledError):
             await wait
 
-    async def test_waits_do_not_inherit_the_context_of_the_first_caller(self, client: KeylessClient) -> None:
+    async def test_waits_do_not_inherit_the_context_of_the_first_caller(self, sandbox: Sandbox) -> None:
         variable = contextvars.ContextVar("variable", default="unset")
         seen: list[str] = []
 
@@ -253,11 +256,17 @@ class TestCancellation:
                 seen.append(variable.get())
                 return 1.0
 
-        await pending(client)
-        variable.set("of the first")
-        with pytest.raises(ApprovalTimeoutError):
-            await client.wait_for_approval("op", schedule=Spy(), timeout=5)
-        assert set(seen) == {"unset"}
+        def listen(event: Event) -> None:
+            if isinstance(event, WaitEnded):
+                seen.append(variable.get())
+
+        async with sandbox.client(listeners=[listen]) as client:
+            await pending(client)
+            asyncio.get_running_loop().call_later(3.5, setattr, sandbox, "latency", 60)
+            variable.set("of the first")
+            with pytest.raises(ApprovalUnknownError):  # which the timer ends, and no poll
+                await client.wait_for_approval("op", schedule=Spy(), timeout=5)
+        assert seen == ["unset"] * 5
 
 
 class TestOnPoll:
@@ -560,7 +569,7 @@ class TestClosing:
         await asyncio.sleep(0.5)
         assert client._opened is not None
         first = asyncio.create_task(client._opened.poller.aclose())
-        with pytest.raises(ClientClosedError):
+        with pytest.raises(ClientClosedError, match="operation 'op'"):
             await wait
         assert now() == 0.5
         await client._opened.poller.aclose()
