@@ -38,10 +38,13 @@ from aiokeyless import (
     Operation,
     TransportError,
 )
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.poller import Poller
-from aiokeyless.events import WaitEnded
+from aiokeyless.events import PollEnded, WaitEnded
 from aiokeyless.sandbox import Sandbox
+
+from .calls import operation
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -170,19 +173,23 @@ class TestCancellation:
         assert client.statistics.waiting == 0
         assert client.statistics.in_flight == 0
 
-    async def test_cancelling_at_any_turn_leaves_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        await pending(client)
-        before = asyncio.all_tasks()
-        for turns in range(40):
-            wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
-            for _ in range(turns):
+    async def test_cancelling_at_any_turn_leaves_nothing(self, sandbox: Sandbox) -> None:
+        events: list[Event] = []
+        async with sandbox.client(listeners=[events.append]) as client:
+            await pending(client)
+            before = asyncio.all_tasks()
+            for turns in range(40):
+                wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await cancel([wait])
                 await asyncio.sleep(0)
-            await cancel([wait])
-            await asyncio.sleep(0)
-            assert tasks_since(before) == set()
-            assert armed_timers() == []
-        sandbox.approve("op")
-        assert (await client.wait_for_approval("op")).is_approved
+                assert tasks_since(before) == set()
+                assert armed_timers() == []
+            sandbox.approve("op")
+            assert (await client.wait_for_approval("op")).is_approved
+        results = [event.result for event in events if isinstance(event, PollEnded)]
+        assert set(results[:-1]) <= {"cut_off", "pending"}
 
     async def test_cancelling_all_of_many_leaves_nothing_behind(self, sandbox: Sandbox, client: KeylessClient) -> None:
         for number in range(200):
@@ -374,6 +381,20 @@ async def test_no_task_of_a_wait_is_made_by_the_loops_task_factory(sandbox: Sand
         loop.set_task_factory(None)
 
 
+async def test_a_poll_is_sent_as_careful_as_the_circuit_is(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    circuits: list[CircuitState] = []
+
+    async def poll(_transport: object, operation_id: str, circuit: CircuitState) -> Operation:
+        circuits.append(circuit)
+        return operation(operation_id, approved=len(circuits) == 2)
+
+    monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", poll)
+    await client.wait_for_approval("op", schedule=EVERY_SECOND)
+    assert circuits == [CircuitState.HALF_OPEN, CircuitState.CLOSED]  # nothing was answered well before the first one
+
+
 class OddError(BaseException):
     """Neither an exception nor a cancellation."""
 
@@ -424,22 +445,31 @@ class TestBugs:
 
     @pytest.mark.parametrize(("name", "waits"), [("evaluate", 1), ("poll_verdict", 2), ("Machine.finish_poll", 2)])
     async def test_one_in_a_poll_ends_the_waits_that_it_concerns(
-        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str, waits: int
+        self,
+        client: KeylessClient,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+        waits: int,
     ) -> None:
         await pending(client)
         monkeypatch.setattr(f"aiokeyless._waits.machine.{name}", broken)
         outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(waits)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * waits
         assert armed_timers() == []
+        assert caplog.records == []
 
     async def test_what_no_exchange_should_raise_ends_the_waits(
-        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+        self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        await pending(client)
+        events: list[Event] = []
         monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", broken)
-        with pytest.raises(ZeroDivisionError):
-            await client.wait_for_approval("op")
-        assert client.statistics.polls == 1
+        async with sandbox.client(listeners=[events.append]) as client:
+            with pytest.raises(ZeroDivisionError):
+                await client.wait_for_approval("op")
+            assert client.statistics.polls == 1
+        [ended] = (event for event in events if isinstance(event, WaitEnded))
+        assert (ended.error, ended.seconds) == ("ZeroDivisionError", 0.0)
 
     async def test_an_exchange_that_is_cancelled_from_inside_is_a_transient_failure(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
