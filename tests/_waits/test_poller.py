@@ -417,7 +417,8 @@ class TestHooks:
         unknown = [outcome for outcome in outcomes if isinstance(outcome, ApprovalUnknownError)]
         assert len(unknown) == len(waits)
         assert {isinstance(outcome.last_error, TransportError) for outcome in unknown} == {True}
-        assert max(outcome.polls for outcome in unknown) < 60
+        assert all(10 < outcome.polls < 60 for outcome in unknown)
+        assert kind is not GeneratorExit or str(unknown[0].last_error).endswith("no answer within 0 s")
         assert len(caplog.records) < 60
 
 
