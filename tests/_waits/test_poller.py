@@ -483,7 +483,10 @@ class TestBugs:
         monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", cancelled)
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval("op", timeout=60)
-        assert isinstance(caught.value.last_error, TransportError)
+        error = caught.value.last_error
+        assert isinstance(error, TransportError)
+        assert (error.method, error.path) == ("GET", "/v2/operations/op")
+        assert str(error) == "GET /v2/operations/op: the exchange was cancelled inside the session"
         assert client.statistics.polls <= 60
 
 
@@ -614,8 +617,10 @@ class TestClosing:
         sandbox.latency = 1
         waits = await many(client, timeout=1)
         await asyncio.sleep(1)
+        sent = client.statistics.polls
         await client.aclose()
         assert await ends(waits) == {ClientClosedError}
+        assert client.statistics.polls == sent
         assert armed_timers() == []
 
     async def test_a_wait_that_is_cancelled_as_the_client_closes_is_cancelled(self, sandbox: Sandbox) -> None:
