@@ -159,12 +159,15 @@ class TestLeaving:
 
 
 class TestOneAnswerForMany:
-    async def test_an_approval_ends_them_in_batches(self, sandbox: Sandbox, poller: Poller) -> None:
+    async def test_an_approval_ends_them_in_batches(
+        self, sandbox: Sandbox, poller: Poller, caplog: pytest.LogCaptureFixture
+    ) -> None:
         waits = [start(poller, "op") for _ in range(MANY)]
         sandbox.approve("op", user_id="AB")
         assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
         assert {getattr(wait.result(), "is_approved", False) for wait in waits} == {True}
         assert len(sandbox.requests) == 1
+        assert caplog.records == []
 
     async def test_a_pending_answer_asks_their_schedule_once(self, poller: Poller) -> None:
         asked: list[object] = []
