@@ -137,6 +137,13 @@ class TestLeaving:
         assert [type(wait.result()) for wait in waits[MOST:]] == [ClientClosedError] * 2
         await waiting_by_turn(poller)
 
+    async def test_closing_the_client_ends_them_in_batches(self, poller: Poller) -> None:
+        for k in range(MANY):
+            start(poller, f"op{k}")
+        closing = asyncio.create_task(poller.aclose())
+        assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
+        await closing
+
     async def test_closing_the_client_does_not_wait_for_callers_that_are_gone(self, sandbox: Sandbox) -> None:
         events: list[Event] = []
         async with sandbox.client(listeners=[events.append]) as client:
