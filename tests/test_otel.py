@@ -156,7 +156,7 @@ class TestSpans:
             with pytest.raises(ApprovalUnknownError):
                 await client.wait_for_approval(ticket, timeout=10)
         span = recorder.span("aiokeyless.wait")
-        assert span.status.status_code is StatusCode.ERROR
+        assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "ApprovalUnknownError")
         assert (span.attributes or {})["error.type"] == "ApprovalUnknownError"
         assert (span.attributes or {})["aiokeyless.wait.outcome"] == "unknown"
         assert {event.name for event in span.events} == {"aiokeyless.poll.failed"}
@@ -372,7 +372,7 @@ class TestWorker:
                 await asyncio.sleep(1)
         span = recorder.span("aiokeyless.wait")
         assert span.parent is None
-        assert span.status.status_code is StatusCode.ERROR
+        assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "invalid_request")
         assert (span.attributes or {})["aiokeyless.wait.outcome"] == "failed"
         assert (span.attributes or {})["error.type"] == "invalid_request"
 
