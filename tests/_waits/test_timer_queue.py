@@ -66,22 +66,6 @@ class Naive:
         return first <= now and self.entries.pop(taken) == first
 
 
-def test_an_empty_queue_has_nothing() -> None:
-    queue: TimerQueue[Item] = TimerQueue()
-    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, math.inf, None)
-    queue.remove(Item(1))
-    assert len(queue) == 0
-
-
-def test_what_is_not_due_is_not_taken() -> None:
-    queue: TimerQueue[Item] = TimerQueue()
-    queue.schedule(item := Item(1), 5.0)
-    assert queue.pop_due(4.999) is None
-    assert (len(queue), queue.next_due(), item.scheduled_at) == (1, 5.0, 5.0)
-    assert queue.pop_due(5.0) is item
-    assert (len(queue), queue.next_due(), item.scheduled_at) == (0, math.inf, None)
-
-
 def test_of_equal_times_the_items_decide() -> None:
     queue: TimerQueue[Item] = TimerQueue()
     for name in reversed(range(500)):
