@@ -139,7 +139,7 @@ async def test_it_runs_until_it_is_stopped_and_exits_0(
 ) -> None:
     worker = await start("--broker", nats_url)
     await worker.logged("worker.ready")
-    await submit_approval(connection, "c0ffee", operation_id="txn-1", expires_in=0.5)  # the final poll comes soon
+    await submit_approval(connection, "c0ffee", operation_id="txn-1")
     await until(lambda: "txn-1" in sandbox.operations)
     sandbox.approve("txn-1")
     async with asyncio.timeout(PATIENCE), next_outcome(connection, "test") as event:
@@ -225,7 +225,7 @@ async def test_no_line_holds_a_secret_or_a_payload(
     await worker.logged("worker.ready")
     for operation_id in ("txn-1", "txn-2"):
         texts: Any = {"operation_payload": "Pay 40", "context": "confidential"}
-        await submit_approval(connection, "c0ffee", operation_id=operation_id, expires_in=0.5, **texts)
+        await submit_approval(connection, "c0ffee", operation_id=operation_id, **texts)
         await until(lambda name=operation_id: name in sandbox.operations)  # type: ignore[misc]
     sandbox.tamper("txn-1", operation_payload="Pay 4000")
     sandbox.approve("txn-2")

@@ -213,12 +213,13 @@ async def test_a_reader_that_is_deleted_in_use_gets_all_outcomes_again(broker: S
 
 
 async def opening_fails(path: Path) -> str:
+    before = set(threading.enumerate())
     with pytest.raises(BrokerError) as caught:
         async with SqliteBroker(path):
             pass
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    await until(lambda: not any("aiokeyless-sqlite" in thread.name for thread in threading.enumerate()))
+    await until(lambda: not {each for each in threading.enumerate() if "aiokeyless-sqlite" in each.name} - before)
     return str(caught.value)
 
 
