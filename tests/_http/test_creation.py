@@ -373,6 +373,18 @@ async def test_a_wait_for_the_ticket_of_a_contradictory_approval_is_refused() ->
         assert isinstance(await failure(client.wait_for_approval(error.ticket)), InconsistentOperationError)
 
 
+async def test_what_a_pin_approved_pays_for_nobody_who_wants_a_face_and_lost_the_answer(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    await client.create_operation(USER, operation_id="a")
+    sandbox.approve("a", auth_type="pin")
+    sandbox.drop_next(stored=True)
+    error = await failure(client.request_approval(USER, operation_id="a", require_auth_type="biom"))
+    assert isinstance(error, AlreadyApprovedError)
+    assert isinstance(await failure(client.wait_for_approval(error.ticket)), OperationMismatchError)
+    assert (await client.wait_for_approval((await already_approved(client)).ticket)).auth_type == "pin"
+
+
 @pytest.mark.usefixtures("made")
 async def test_a_conflict_after_an_ambiguous_failure_is_this_calls_own_where_it_made_the_id() -> None:
     """Nobody else can have the id, so nothing is checked: a replica that lags would only confuse."""
@@ -450,6 +462,27 @@ async def test_taken_id_is_resumed(sandbox: Sandbox, client: KeylessClient) -> N
     sandbox.approve("a")
     assert (await client.wait_for_approval(ticket)).is_approved
     assert sent(sandbox) == ["POST", "POST", "GET", "GET"]
+
+
+async def test_resumed_request_waits_for_what_is_there(sandbox: Sandbox, client: KeylessClient) -> None:
+    await client.create_operation(USER, operation_id="a")
+    call = asyncio.create_task(client.request_approval(USER, operation_id="a", if_exists="resume"))
+    await spin_until(lambda: sent(sandbox)[-1] == "GET")
+    sandbox.approve("a")
+    assert (await call).is_approved
+
+
+async def test_what_a_pin_approved_is_resumed_for_nobody_who_wants_a_face(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    face: dict[str, Any] = {"operation_id": "a", "if_exists": "resume", "require_auth_type": "biom"}
+    ticket = await client.create_operation(USER, operation_id="a")
+    resumed = await client.create_operation(USER, **face)
+    assert (ticket.require_auth_type, resumed.require_auth_type) == (None, "biom")
+    sandbox.approve("a", auth_type="pin")
+    assert (await client.wait_for_approval(ticket)).auth_type == "pin"
+    assert isinstance(await failure(client.wait_for_approval(resumed)), OperationMismatchError)
+    assert type(await failure(client.create_operation(USER, **face))) is AlreadyApprovedError
 
 
 @pytest.mark.parametrize("method", [KeylessClient.create_operation, KeylessClient.request_approval])
