@@ -265,16 +265,16 @@ class Beside(Applications):
         if ticket is None:
             return
         started, deadline = time.monotonic(), _deadline(ticket)
-        ending, approved = Ending.TIMED_OUT, None
-        while approved is None and time.monotonic() < deadline:
+        approved = None
+        while time.monotonic() < deadline:
             with contextlib.suppress(TimeoutError, aiohttp.ClientError, msgspec.MsgspecError, RuntimeError):
                 async with asyncio.timeout(self._client.request_timeout):
                     told = await self._bare.get_operation(ticket.operation_id)
                 if told.state == OperationState.APPROVED and told.result:
-                    ending, approved = Ending.APPROVED, (told.operation_id, told.user_id, told.operation_payload or "")
-                    continue
+                    approved = told.operation_id, told.user_id, told.operation_payload or ""
+                    break
             await asyncio.sleep(1.0)
-        ended = time.monotonic()
+        ending, ended = Ending.APPROVED if approved else Ending.TIMED_OUT, time.monotonic()
         self._outcomes.write(Outcome(ticket.operation_id, LOOP, ending, started, ended, deadline, approved))
 
 

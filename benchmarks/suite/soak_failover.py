@@ -138,7 +138,7 @@ class FailoverSoak(Soak):
 
     def _is_up(self) -> bool:
         """Return whether the server answers; if it has ended, start it again, as a supervisor does."""
-        self.happened["server that a full disk ended"] += self._server.start_again()
+        self._happen("server that a full disk ended", self._server.start_again())
         with suppress(RuntimeError):
             return self._ask("SELECT 1") == [["1"]]
         return False

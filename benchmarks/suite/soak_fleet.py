@@ -111,9 +111,10 @@ class Run:
         await repeat(self.plan.every(count), self._source, do)
 
     def _happen(self, what: str, times: int = 1) -> None:
-        """Count something that is done."""
+        """Count something that is done, and note when, unless it found nothing to do."""
         self.happened[what] += times
-        self._log.append((time.monotonic(), what))
+        if times:
+            self._log.append((time.monotonic(), what))
 
     async def _kill(self, what: str, program: Program) -> None:
         self._happen(what, program.kill())

@@ -172,7 +172,7 @@ class NatsSoak(Run):
         """Read all once under another name, as the runbook says: edits have limited the deliveries under the first."""
         for _ in range((await self._connection.jetstream().stream_info(Fleet().outcomes)).state.messages):
             async with next_outcome(broker, f"{READER}-again") as event:
-                self.happened["outcome read under another name only"] += self._note(event)
+                self._happen("outcome read under another name only", self._note(event))
 
     def _note(self, event: ApprovalEvent) -> bool:
         """Note an outcome, and pay if it is an approval. Return whether it is new."""
