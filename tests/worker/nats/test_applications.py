@@ -6,6 +6,7 @@ import asyncio
 import logging
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import msgspec
 import nats
@@ -104,15 +105,10 @@ async def test_a_stream_that_has_no_leader_yet_is_waited_for(
     connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To one who publishes, it is as if there were no stream."""
-    refusals: list[int] = []
-
-    def pause(failures: int) -> float:
-        refusals.append(failures)
-        return 0.01
-
+    pause = Mock(return_value=0.01)
     monkeypatch.setattr(nats_broker, "error_delay", pause)
     submitting = asyncio.create_task(submit_approval(connection, "c0ffee", operation_id="txn-1"))
-    await until(lambda: len(refusals) > 1)
+    await until(lambda: pause.call_count > 1)
     stream = jetstream(connection)
     await prepare(stream, StreamSettings(), ack_wait=30)
     assert not (await submitting).duplicate

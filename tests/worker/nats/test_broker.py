@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from nats_server import CONSUMER, OUTCOMES, REQUESTS, NatsServer, change_consumer, jetstream
@@ -58,12 +59,7 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
 async def test_a_stream_of_others_gets_neither_a_request_nor_an_outcome(
     connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures: list[int] = []
-
-    def pause(failed: int) -> float:
-        failures.append(failed)
-        return 0.0
-
+    pause = Mock(return_value=0.0)
     monkeypatch.setattr("aiokeyless.worker.nats.broker.error_delay", pause)
     stream = jetstream(connection)
     async with NatsBroker(connection) as opened:
@@ -76,7 +72,7 @@ async def test_a_stream_of_others_gets_neither_a_request_nor_an_outcome(
         for call in (opened.submit(new_request("txn-2")), decide(opened, message)):
             with pytest.raises(UnavailableError, match="expected stream does not match"):
                 await call
-    assert failures == [1, 2]  # of a submission
+    assert [each.args for each in pause.mock_calls] == [(1,), (2,)]  # of a submission
 
 
 async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadline(
