@@ -483,6 +483,12 @@ def test_the_readme_has_the_two_commands_that_were_agreed() -> None:
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest\n' in README
 
 
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
+def test_a_link_of_the_readme_leads_somewhere(link: str) -> None:
+    if not link.startswith("https://"):
+        assert (ROOT / link).exists()
+
+
 def test_the_readme_takes_two_minutes() -> None:
     assert len(README.split()) <= 700
 
