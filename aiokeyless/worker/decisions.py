@@ -68,6 +68,27 @@ class Next(Enum):
     """The operation id is taken, perhaps by an earlier delivery of this request: poll the operation."""
 
 
+class Grace:
+    """For how long past its deadline a request's final poll is repeated if it got no answer.
+
+    A worker that was away, or whose broker was, finds requests long after their deadlines. Keyless may be back a moment
+    later than they are, so the grace does not begin before the worker takes requests.
+    """
+
+    def __init__(self, seconds: float, *, since: datetime) -> None:
+        self.seconds = seconds
+        self.since = since
+        """When the worker began to take requests, or the broker came back; by the broker's clock."""
+
+    def left(self, delivery: Delivery, at: datetime) -> float:
+        """Return the seconds until a request is past its deadline and the grace; negative if it is."""
+        return (max(delivery.ticket.expires_at, self.since) - at).total_seconds() + self.seconds
+
+    def may_be_over(self, at: datetime) -> bool:
+        """Return whether it can be over for any request."""
+        return (at - self.since).total_seconds() > self.seconds
+
+
 class Pacing(NamedTuple):
     """What sets the delays of redeliveries."""
 
@@ -75,7 +96,7 @@ class Pacing(NamedTuple):
     failures: int  # of the request in a row, this one included
     paused_for: float  # seconds for which the answer asked the request to pause; 0 or less for none
     closed_for: float  # seconds until the circuit lets polls start; 0 or less if it does
-    grace: float  # seconds past the deadline for which a final poll that got no answer is repeated
+    grace: Grace
 
     def after_failure(self, most: float = math.inf) -> float:
         """Return a random number of seconds to wait after a failure. `most` limits all but the backoff."""
@@ -125,16 +146,11 @@ def after_poll(
     if verdict is Verdict.TRANSIENT:
         if not was_final:
             return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), ExchangeResult.FAILED)
-        left = left_of_grace(delivery, polled_at, pacing.grace)
+        left = pacing.grace.left(delivery, polled_at)
         # If the circuit stays open for longer than that, the application still gets an outcome in time.
         if left > 0.0:  # no caller waits for the outcome, so the repetition may be later than that
             return Redeliver(pacing.after_failure(left), ExchangeResult.FAILED)
     return _end(delivery, answer, verdict, now)._replace(polled_at=polled_at)
-
-
-def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
-    """Return the seconds until a request is past its deadline and the grace; negative if it is."""
-    return (delivery.ticket.expires_at - at).total_seconds() + grace
 
 
 def _end(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict, now: datetime) -> Decided:

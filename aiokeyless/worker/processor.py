@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from aiokeyless._rules.slots import Slots
 
     from .broker import Broker
-    from .decisions import Decision
+    from .decisions import Decision, Grace
     from .messages import Delivery, Message
     from .monitoring import Reporter
 
@@ -92,7 +92,7 @@ class DeliveryProcessor:
         circuit: Circuit,
         slots: Slots[Message],
         rate: PollRate,
-        grace: float,
+        grace: Grace,
         reporter: Reporter,
     ) -> None:
         self._transport = transport

@@ -31,7 +31,7 @@ from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .announcements import Announcements
 from .broker import ExchangeResult, RefusedError, UnavailableError
-from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, left_of_grace, observation
+from .decisions import Grace, Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
 from .logs import RateLimitedLog, log
 from .messages import FailureReason, read_request
 from .monitoring import Reporter, WorkerStatistics
@@ -96,6 +96,7 @@ class Serving:
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._schedule = schedule
         self._limits = limits
+        self._grace = Grace(limits.grace, since=broker.now())
         self._longest_wait = longest_wait
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight)
@@ -113,7 +114,7 @@ class Serving:
             circuit=self._circuit,
             slots=self._slots,
             rate=self._rate,
-            grace=limits.grace,
+            grace=self._grace,
             reporter=self._reporter,
         )
         self._announcements = Announcements(on_created, at_once=limits.max_in_flight)
@@ -164,8 +165,9 @@ class Serving:
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
                 free = self._most_in_flight(now) - len(self._deliveries)
-                if self._is_away(now) and self._key_check is None and free > 0:
-                    await self._receive(self._broker.take_overdue(free, self._limits.grace))
+                may_be_over = free > 0 and self._grace.may_be_over(self._broker.now())
+                if may_be_over and self._is_away(now) and self._key_check is None:
+                    await self._receive(self._broker.take_overdue(free, self._grace.seconds))
                 now = self._loop.time()
                 ready_at = max(self._circuit.retry_at(), self._rate.ready_at(now))
                 if ready_at <= now:  # the slots are held
@@ -189,6 +191,7 @@ class Serving:
         messages = taken.result()
         if self._silences:
             log(logging.INFO, "broker.available")
+            self._grace.since = self._broker.now()
         self._silences, self._reporter.take_failure = 0, None
         new = sum(message.is_untried for message in messages)
         self._alternation.record(untried=new, others=len(messages) - new)
@@ -197,7 +200,7 @@ class Serving:
 
     def _is_away(self, now: float) -> bool:
         """Return whether the service is down, or asked for a pause that is longer than the grace."""
-        return self._circuit.is_probed or self._circuit.retry_at() - now > self._limits.grace
+        return self._circuit.is_probed or self._circuit.retry_at() - now > self._grace.seconds
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative if there are too many."""
@@ -315,7 +318,7 @@ class Serving:
         moment = self._broker.now()
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            is_over = delivery.refusal is None and left_of_grace(delivery, moment, self._limits.grace) < 0
+            is_over = delivery.refusal is None and self._grace.left(delivery, moment) < 0
             if is_over and self._is_away(now):
                 return after_outage(delivery, now=moment)
         pause = max(0.0, self._circuit.retry_at() - now)

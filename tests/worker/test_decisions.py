@@ -31,6 +31,7 @@ from aiokeyless.worker.broker import ExchangeResult
 from aiokeyless.worker.decisions import (
     Decided,
     Decision,
+    Grace,
     Next,
     Pacing,
     Redeliver,
@@ -116,8 +117,9 @@ def pacing(
     paused_for: float = 0.0,
     closed_for: float = 0.0,
     grace: float = 0.0,
+    since: float = 0.0,
 ) -> Pacing:
-    return Pacing(schedule, failures, paused_for, closed_for, grace)
+    return Pacing(schedule, failures, paused_for, closed_for, Grace(grace, since=at(since)))
 
 
 def polled(
@@ -453,6 +455,9 @@ def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_i
         assert delay_after_failure(polled(error, FINAL + 10, paused_for=pause, grace=30)) == delay_in_grace
         assert delay_after_failure(polled(error, FINAL + 10, closed_for=pause, grace=30)) == delay_in_grace
     assert decided(polled(error, FINAL + 30, grace=30)).event.answered is False
+    # A worker that was away begins later.
+    assert delay_after_failure(polled(error, FINAL + 70, closed_for=60, grace=30, since=FINAL + 60)) == 20
+    assert decided(polled(error, FINAL + 90, grace=30, since=FINAL + 60)).event.answered is False
 
 
 @pytest.mark.parametrize("age", [1.0, IN_TIME, FINAL, LATE])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import pytest
 from tenacity import wait_fixed
@@ -14,7 +15,7 @@ from aiokeyless import BadRequestError, BrokerError, ClientClosedError, KeylessC
 from aiokeyless._http.creation import OperationCreation
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, serving, submit_approval
-from aiokeyless.worker.broker import Claim
+from aiokeyless.worker.broker import Claim, UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
 
@@ -268,6 +269,27 @@ async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadl
         events = await read(broker, count)
     assert {(event.outcome, event.answered, event.asked) for event in events} == {(Outcome.EXPIRED, False, True)}
     assert loop.time() - began < 30 + 5 + 20
+
+
+@pytest.mark.parametrize("who", ["the worker", "its broker"])
+async def test_what_was_away_past_the_grace_and_is_back_before_keyless_is_costs_no_approval(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    async with working(sandbox, grace=5) as (worker, broker):
+        if who == "its broker":
+            await asyncio.sleep(60)
+            monkeypatch.setattr(broker, "take", AsyncMock(side_effect=UnavailableError("away")))
+            await until(lambda: bool(worker.statistics.problems))
+        sandbox.fail_next(times=None)
+        late: dict[str, Any] = {"created_at": broker.now() - timedelta(seconds=100), "expires_in": 20}
+        for number in range(100):
+            await submit_approval(broker, "C0FFEE", operation_id=f"late-{number}", started_by="phone", **late)
+            sandbox.approve(f"late-{number}", user_id="C0FFEE")
+        monkeypatch.undo()
+        await asyncio.sleep(3)
+        sandbox.recover()
+        events = await read(broker, 100)
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
 async def test_a_short_pause_costs_no_approval_past_its_grace(sandbox: Sandbox) -> None:

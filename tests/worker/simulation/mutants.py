@@ -120,6 +120,11 @@ _BREAKAGES: Final = {
     "worker/decisions.py": (
         ("        if left > 0.0:", "        if left > 1e9:", "an unanswered final poll is not repeated"),
         (
+            "max(delivery.ticket.expires_at, self.since)",
+            "delivery.ticket.expires_at",
+            "the grace ends before workers begin",
+        ),
+        (
             "FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED",
             "FailureReason.REJECTED",
             "an operation that may exist counts as rejected",

@@ -139,7 +139,7 @@ class Evidence:
         It may have mishaps of the kinds in `but`.
         """
         own = [f for f in self.story.faults if getattr(f, "payload", None) in {None, ask.payload}]
-        has_room = self.story.max_in_flight >= 8 and self.story.rate >= 1000.0
+        has_room = self.story.max_in_flight >= 8 and self.story.rate >= 1000.0 and not self.story.workers_begin
         return self.story.is_steady_but(*but) and has_room and all(isinstance(f, RoundTrips) for f in own)
 
     @cached_property
@@ -230,7 +230,8 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
         heard = any(_says(e, b'"state"') for e in polls if (e.client, e.sent_at) not in checked)
         if not each.event.answered and seen.story.is_steady and heard and not seen.is_lied_about(ask):
             yield ask, each.at, "not answered, and a poll after the deadline was"
-        gave_up = deadline + seen.story.grace - seen.wall(each.at)
+        begins = max(deadline, seen.wall(seen.story.workers_begin))
+        gave_up = begins + seen.story.grace - seen.wall(each.at)
         if not each.event.answered and not seen.story.steps and gave_up > EPS:
             yield ask, each.at, f"not answered, and given up {gave_up:.3f} s before the end of the grace"
         if not each.event.answered and seen.story.is_steady and not seen.may_be_away and len(polls) < REPEATED:
@@ -319,6 +320,7 @@ def ends_in_time(seen: Evidence) -> Iterator[Broken]:
     """A request ends at its deadline; later if nobody answers, or if workers die or the clock is set."""
     story = seen.story
     trouble = sum(life.after + seen.lease for lives in story.workers for life in lives) + 2 * seen.lease + 60.0
+    trouble += story.workers_begin
     trouble += sum(abs(seconds) + 210.0 for _, seconds in story.steps)
     trouble += sum(mishap.ends - mishap.begins + seen.lease for mishap in story.mishaps)
     for ask, each in seen.decided:

@@ -89,6 +89,8 @@ class Story:
     asks: tuple[Ask, ...]
     workers: tuple[tuple[Life, ...], ...] = ((), ())
     """How the processes of each worker fare; after the last one, others live to the end."""
+    workers_begin: float = 0.0
+    """When the first processes of the workers start."""
     readers: tuple[Reader, ...] = (Reader("shop"),)
     faults: tuple[Fault, ...] = ()
     steps: tuple[tuple[float, float], ...] = ()
@@ -147,7 +149,8 @@ async def _main(story: Story, history: WorkerHistory) -> None:
         world.loop.call_at(at, world.set_clock, seconds)
     for at in story.duplicates:
         world.loop.call_at(at, world.deliver_twice)
-    lives = [_live(world, f"worker {n}", each, partial(_work, story)) for n, each in enumerate(story.workers)]
+    begins, work = story.workers_begin, partial(_work, story)
+    lives = [_live(world, f"worker {n}", each, work, begins=begins) for n, each in enumerate(story.workers)]
     lives += [_live(world, f"reader {n}", r.lives, partial(_read, story, r)) for n, r in enumerate(story.readers)]
     living = [asyncio.create_task(life) for life in lives]
     await asyncio.gather(*(_submit(world, ask) for ask in story.asks))
@@ -190,9 +193,9 @@ async def _clean(process: Process) -> None:
     await process.broker._clean()
 
 
-async def _live(world: World, name: str, lives: Iterable[Life], main: Main) -> None:
+async def _live(world: World, name: str, lives: Iterable[Life], main: Main, *, begins: float = 0.0) -> None:
     for number, life in enumerate(chain(lives, repeat(Life(after=2.0)))):
-        await asyncio.sleep(life.after if number else 0.0)
+        await asyncio.sleep(life.after if number else begins)
         await Process(world, f"{name}.{number}", life).run(main)
 
 
@@ -348,8 +351,9 @@ async def _have_trouble(process: Process, trouble: str) -> None:
 
 def make_up(seed: int) -> Story:
     """Return the story of a seed."""
-    if (rush := random.Random(f"{seed} crowd")).random() < 0.01:  # noqa: S311
-        return _rush(seed, rush)
+    crowd = random.Random(f"{seed} crowd")  # noqa: S311
+    if (drawn := crowd.random()) < 0.03:
+        return _rush(seed, crowd) if drawn < 0.01 else _late_workers(seed, crowd)
     rng = random.Random(seed)  # noqa: S311
     asks = _crowd(rng) if rng.random() < 0.1 else _asks(rng)
     is_calm = rng.random() < 0.25
@@ -394,6 +398,25 @@ def _rush(seed: int, rng: random.Random) -> Story:
         ),
         grace=0.0,
         every=rng.choice((None, None, 5.0)),
+    )
+
+
+def _late_workers(seed: int, rng: random.Random) -> Story:
+    """Return a story of workers that start after the grace of all requests, in a shorter outage."""
+    grace = rng.choice((5.0, 30.0))
+    begins = 25.0 + grace + rng.uniform(1.0, 30.0)
+    asks = [
+        Ask(n, rng.uniform(0.0, 5.0), f"op-{n}", f"Pay {n}", 20.0, Person(rng.uniform(1.0, 10.0)), phone="before")
+        for n in range(rng.randint(5, 30))
+    ]
+    failure = rng.choice((Failure("status", 500), Failure("status", 503), Failure("status", 429), Failure("refused")))
+    return Story(
+        seed,
+        tuple(asks),
+        workers=((),) * rng.choice((1, 2)),
+        workers_begin=begins,
+        faults=(Outage(0.0, begins + rng.uniform(0.5, grace / 2), failure), RoundTrips(0.1, 0.3)),
+        grace=grace,
     )
 
 

@@ -96,6 +96,7 @@ def test_stories_try_everything() -> None:
     assert any(reader.trouble for story in stories for reader in story.readers)
     assert any(story.is_steady for story in stories)
     assert any(len(story.asks) > 100 for story in stories)
+    assert any(story.workers_begin for story in stories)
 
 
 def test_a_failure_is_shown_by_the_shortest_story_that_has_it(
