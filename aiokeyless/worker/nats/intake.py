@@ -51,14 +51,14 @@ _LATE: Final = 2.0  # seconds after which the end of a pull is no longer expecte
 _NOTICED_WITHIN: Final = 0.25  # seconds after which a take notices that the connection was made again
 _SIZE: Final = "Nats-Msg-Size"  # the header of a delivery whose body the broker left out
 _EXPIRED: Final = "408"  # the pull has expired as requested
-_CHOICE: Final = 512  # deliveries to choose probes from
+_CHOICE: Final = 512  # deliveries to choose probes from, beside those that are here
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
 _BETTER_WITHIN: Final = 0.1  # seconds to wait for a better probe than a failed request
 _REMEMBERED: Final = 10_000  # recently polled requests
 _UNKNOWN: Final = (0, Standing.UNTRIED)
 _MANY: Final = 15  # failures after which the backoff no longer grows
 _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
-_LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer
+_LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer, and to choose from in all
 _NO_REASON: Final = "the consumer has no leader, or is gone"  # if the broker names none
 _TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
 _REFUSALS: Final = 5  # of pulls in a row that are a problem
@@ -176,7 +176,9 @@ class Intake:
 
     async def take(self, up_to: int, within: float, *, untried: int | None) -> list[NatsMessage]:
         """See `Broker.take`."""
-        until, wanted = self._now() + within, up_to if untried is None else max(up_to, _CHOICE)
+        until, wanted = self._now() + within, up_to
+        if untried is not None:  # beyond those that are here: a better one may come behind any number of them
+            wanted = max(up_to, min(len(self._arrived) + _CHOICE, _LARGEST))
         self._wanted += wanted
         try:
             while True:
@@ -304,8 +306,8 @@ class Intake:
         return taken
 
     def _take(self, messages: list[NatsMessage]) -> None:
-        self._arrived = [message for message in self._arrived if message not in messages]
         self._taken.update(messages)
+        self._arrived = [message for message in self._arrived if message not in self._taken]
         if self._taken and (self._extending is None or self._extending.done()):
             self._extending = asyncio.create_task(self._extend())
 

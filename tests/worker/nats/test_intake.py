@@ -409,6 +409,19 @@ async def test_a_new_one_is_found_behind_more_bad_ones_than_are_pulled_at_once(
     assert message.body == b"answered"
 
 
+async def test_new_ones_come_while_others_are_here_that_are_good_enough(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_CHOICE", 2)
+    await hand.publish(*"abcd")
+    await hand.intake.ask(2)
+    await hand.delivered(2)
+    taken = await hand.intake.take(1, PATIENCE, untried=1)
+    await hand.delivered(3)
+    taken += await hand.intake.take(1, PATIENCE, untried=1)
+    assert [message.body for message in taken] == [b"b", b"d"]
+
+
 async def test_without_a_new_one_in_time_the_best_of_the_others_is_taken(hand: Hand) -> None:
     hand.intake._now = asyncio.get_running_loop().time
     await hand.publish("created")
