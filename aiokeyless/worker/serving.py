@@ -61,6 +61,8 @@ TAKES_FOR: Final = 1.0
 _HANDED_BACK_FOR: Final = 1.5
 #: Seconds after which a request is delivered again whose outcome the broker refused: much less than the lease.
 _REFUSED_FOR: Final = 2.0
+#: Repetitions of a put-off while the broker is away: for about half a minute. A lease is 40 s by default.
+_REPETITIONS: Final = 10
 
 
 class Limits(NamedTuple):
@@ -285,6 +287,7 @@ class Serving:
 
     async def _process(self, message: Message) -> Exception | None:
         """Decide a delivery's request, or have it delivered again. Return what kept it from being settled, if any."""
+        decision: Decision = Redeliver(0.0)  # if the broker is away before there is one
         try:
             now = self._loop.time()
             self._slots.release_slow(now)
@@ -296,7 +299,8 @@ class Serving:
             await self._give_back(message, _REFUSED_FOR)
             return error
         except UnavailableError as error:
-            return error  # so the broker delivers it again; an event that was stored is kept once
+            await self._put_off_once_back(message, decision)
+            return error
         except KeylessError as error:  # the worker's or the broker's, and not the request's
             if isinstance(error, AuthenticationError):
                 self._suspect_key(error)
@@ -305,6 +309,20 @@ class Serving:
             await self._give_back(message, error_delay(1))
             return error
         return None
+
+    async def _put_off_once_back(self, message: Message, decision: Decision) -> None:
+        """Put a delivery off as soon as the broker is back, rather than leave its request to the end of the lease."""
+        if not isinstance(decision, Redeliver):
+            decision = Redeliver(0.0)  # an event that was stored is kept once
+        if decision.result in {ExchangeResult.FAILED, ExchangeResult.NONE}:
+            return  # perhaps the broker took it, and would count it twice
+        for failures in range(1, _REPETITIONS + 1):
+            await asyncio.sleep(error_delay(failures))
+            with suppress(UnavailableError, BrokerError):
+                await self._broker.put_off(message, decision.delay, decision.result)
+                return
+            if self._reporter.is_draining:
+                return
 
     async def _give_back(self, message: Message, delay: float) -> None:
         with suppress(UnavailableError, BrokerError):  # otherwise it is delivered again by itself, a little later

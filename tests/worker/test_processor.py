@@ -15,7 +15,7 @@ from aiokeyless import BadRequestError, BrokerError, ClientClosedError, KeylessC
 from aiokeyless._http.creation import OperationCreation
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, serving, submit_approval
-from aiokeyless.worker.broker import Claim, UnavailableError
+from aiokeyless.worker.broker import Claim, ExchangeResult, UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
 
@@ -290,6 +290,42 @@ async def test_what_was_away_past_the_grace_and_is_back_before_keyless_is_costs_
         sandbox.recover()
         events = await read(broker, 100)
     assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
+@pytest.mark.parametrize(("call", "seconds"), [("has_claim", 2), ("put_off", 2), ("decide", 2), ("put_off", 60)])
+async def test_no_request_waits_for_a_lease_once_a_broker_that_was_away_is_back(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, call: str, seconds: int
+) -> None:
+    async with working(sandbox) as (_, broker):
+        await ask(sandbox, broker, 2)
+        monkeypatch.setattr(broker, call, AsyncMock(side_effect=UnavailableError("away")))
+        sandbox.approve("txn-1")
+        await asyncio.sleep(seconds)
+        monkeypatch.undo()
+        sandbox.approve("txn-2")
+        async with asyncio.timeout(7):  # a lease is 40 s
+            events = await read(broker, 2)
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
+async def test_a_failure_that_the_broker_counted_but_did_not_confirm_counts_once(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_off, told = SqliteBroker.put_off, []
+
+    async def put_off_in_doubt(broker: SqliteBroker, message: Message, delay: float, result: ExchangeResult) -> None:
+        await put_off(broker, message, delay, result)
+        if result is ExchangeResult.FAILED:
+            raise UnavailableError("no answer")
+
+    async with working(sandbox, on_created=told.append) as (_, broker):
+        await ask(sandbox, broker)
+        monkeypatch.setattr(SqliteBroker, "put_off", put_off_in_doubt)
+        sandbox.fail_next()
+        await asyncio.sleep(5)
+        sandbox.approve("txn-1")
+        await read(broker)
+    assert len(told) == 1  # with only failures before, an operation that is found counts as one that nobody was told of
 
 
 async def test_a_short_pause_costs_no_approval_past_its_grace(sandbox: Sandbox) -> None:
