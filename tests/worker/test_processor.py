@@ -14,7 +14,7 @@ from waiting import until
 from aiokeyless import BadRequestError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless._http.creation import OperationCreation
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, serving, submit_approval
+from aiokeyless.worker import ApprovalRequest, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
 from aiokeyless.worker.broker import Claim, ExchangeResult, UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
@@ -311,7 +311,7 @@ async def test_no_request_waits_for_a_lease_once_a_broker_that_was_away_is_back(
 async def test_a_failure_that_the_broker_counted_but_did_not_confirm_counts_once(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_off, told = SqliteBroker.put_off, []
+    put_off, told = SqliteBroker.put_off, list[ApprovalRequest]()
 
     async def put_off_in_doubt(broker: SqliteBroker, message: Message, delay: float, result: ExchangeResult) -> None:
         await put_off(broker, message, delay, result)
