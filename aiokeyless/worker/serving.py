@@ -167,8 +167,8 @@ class Serving:
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
                 free = self._most_in_flight(now) - len(self._deliveries)
-                may_be_over = free > 0 and self._grace.may_be_over(self._broker.now())
-                if may_be_over and self._is_away(now) and self._key_check is None:
+                may_be_over = self._grace.may_be_over(self._broker.now())
+                if free > 0 and may_be_over and self._is_away(now) and self._key_check is None:
                     await self._receive(self._broker.take_overdue(free, self._grace.seconds))
                 now = self._loop.time()
                 ready_at = max(self._circuit.retry_at(), self._rate.ready_at(now))
