@@ -254,7 +254,7 @@ async def test_a_worker_of_another_service_is_refused_and_asks_nobody(storage: S
 
 async def test_the_fleet_is_told_how_it_fares(broker: Broker, storage: Storage) -> None:
     nothing = await broker.inspect()
-    assert (nothing.waiting, nothing.backlog, nothing.problems) == (0, 0, ())
+    assert (nothing.waiting, nothing.backlog, nothing.oldest_age, nothing.problems) == (0, 0, 0, ())
     await submit(broker, "a", "b")
     (message,) = await take_n(broker, 1)
     await asyncio.sleep(0.3)
