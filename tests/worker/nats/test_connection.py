@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 from nats_server import NatsServer
+from ports import own_port
 from waiting import PATIENCE, until
 
 from aiokeyless import ConfigurationError
@@ -133,6 +134,19 @@ async def test_a_broker_without_tls_is_sent_no_password_where_tls_was_asked_for(
     assert set(sent) == {b""}
 
 
+@pytest.mark.filterwarnings("ignore:parameter 'timeout':DeprecationWarning")  # of nats-py's call of aiohttp
+async def test_a_websocket_with_tls_is_a_connection_although_the_broker_does_not_ask_for_it(
+    tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    port = own_port()
+    files = 'cert_file: "{}", key_file: "{}"'.format(*certificate)
+    websocket = f"websocket {{ port: {port}, tls: {{ {files} }} }}"
+    async with NatsServer(tmp_path, configuration=websocket, jetstream=False):
+        client = await connected(f"wss://127.0.0.1:{port}", tls=ssl.create_default_context(cafile=certificate[0]))
+        assert client.is_connected
+        await disconnect(client)
+
+
 async def test_a_websocket_without_tls_is_no_connection_where_tls_was_asked_for() -> None:
     message = await refusal("ws://127.0.0.1:1", tls=ssl.create_default_context())
     assert message == "no connection to the broker at 127.0.0.1:1: ws:// is without TLS, use wss://"
@@ -190,9 +204,13 @@ async def test_a_broker_that_has_no_room_for_a_request_is_one_line() -> None:
                 NatsBroker(connection)
 
 
-@pytest.mark.parametrize("answer", [b"", b"-ERR 'maximum connections exceeded'\r\n"], ids=["silent", "refusing"])
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(b"", "TimeoutError"), (b"-ERR 'maximum connections exceeded'\r\n", "nats: 'maximum connections exceeded'")],
+    ids=["silent", "refusing"],
+)
 async def test_a_broker_that_goes_away_while_the_worker_starts_is_one_line_and_hangs_nothing(
-    monkeypatch: pytest.MonkeyPatch, answer: bytes
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, reason: str
 ) -> None:
     monkeypatch.setattr(connection, "_CONNECT_WITHIN", 0.5)
 
@@ -207,7 +225,7 @@ async def test_a_broker_that_goes_away_while_the_worker_starts_is_one_line_and_h
     tasks, losses = asyncio.all_tasks(), list[BrokerError]()
     async with await asyncio.start_server(answer_no_ping, "127.0.0.1", 0) as server:
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        with pytest.raises(BrokerError, match=f"^no connection to the broker at {address}: "):
+        with pytest.raises(BrokerError, match=f"^no connection to the broker at {address}: {reason}$"):
             async with asyncio.timeout(PATIENCE):
                 await connect(f"nats://{address}", {}, on_loss=losses.append)
     assert losses == []
