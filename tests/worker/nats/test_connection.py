@@ -374,6 +374,7 @@ async def test_a_mistake_in_the_configuration_ends_a_connection_until_it_is_corr
         client = await connect(server.url, options, on_loss=losses.append)
         server.configure(configuration)
         await until(lambda: reason in caplog.text.lower())
+        assert "broker.error error=\"Error: nats: '" in caplog.text
         server.configure(right)
         await is_back(client)
         await client.flush(int(PATIENCE))
