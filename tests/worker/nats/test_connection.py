@@ -12,9 +12,11 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 import nats
 import pytest
+from nats.aio.client import Server
 from nats_server import NatsServer
 from ports import own_port
 from waiting import PATIENCE, until
@@ -202,6 +204,8 @@ async def test_a_broker_that_has_no_room_for_a_request_is_one_line() -> None:
         async with await nats.connect(f"nats://{address}") as connection:
             with pytest.raises(BrokerError, match=f"^{line}$"):
                 NatsBroker(connection)
+    async with server_of_version("2.15.1", max_payload=9216) as address:
+        await (await connected(f"nats://{address}")).close()
 
 
 @pytest.mark.parametrize(
@@ -317,6 +321,15 @@ async def test_a_broker_that_is_killed_and_started_again_is_found_again(
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
+def test_of_several_servers_the_least_tried_one_is_next_after_a_pause_that_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "error_delay", float)
+    for tries, pause in ((0, 1), (1, 2), (4, 5), (9, 5)):
+        servers = [Server(urlparse(f"nats://{tried}"), tried) for tried in (tries + 1, tries, tries + 2)]
+        assert connection._next_server(servers, {}) == (servers[1], pause)
+
+
 async def test_a_connection_that_the_worker_closes_is_not_reported_as_lost(
     guarded: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -382,9 +395,9 @@ async def test_a_mistake_in_the_configuration_ends_a_connection_until_it_is_corr
         await disconnect(client)
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("told", "hangs"), [(True, False), (False, False), (True, True)])
 async def test_an_end_with_something_unsent_is_told_of_too(
-    guarded: NatsServer, monkeypatch: pytest.MonkeyPatch, *, told: bool
+    guarded: NatsServer, monkeypatch: pytest.MonkeyPatch, *, told: bool, hangs: bool
 ) -> None:
     losses: list[BrokerError] = []
     tasks = asyncio.all_tasks()
@@ -398,14 +411,19 @@ async def test_an_end_with_something_unsent_is_told_of_too(
     async def is_reset() -> None:
         client._pending = []
         transport.close()  # type: ignore[no-untyped-call]  # nats-py has no types here
+        if hangs:
+            await asyncio.Event().wait()
         raise ConnectionResetError
 
     async def keep() -> None:
         client._pending, client._pending_data_size = [b"PING\r\n"], 1
 
+    if hangs:
+        monkeypatch.setattr(connection, "_CLOSE_WITHIN", 0.05)
     monkeypatch.setattr(transport, "drain", is_reset)
     monkeypatch.setattr(client, "_flush_pending", keep)
-    await client._close(client.CLOSED, do_cbs=told)
+    async with asyncio.timeout(PATIENCE):
+        await client._close(client.CLOSED, do_cbs=told)
     assert [str(loss) for loss in losses] == ["the broker ended the connection for good: it did not say why"] * told
     await until(lambda: asyncio.all_tasks() == tasks)
 
