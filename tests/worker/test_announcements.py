@@ -223,17 +223,19 @@ async def test_the_phone_is_told_although_the_broker_did_not_confirm_that_it_is_
         assert "txn-1" in sandbox.operations
 
 
-async def test_calls_at_the_same_time_do_not_see_what_the_others_set_in_their_context(sandbox: Sandbox) -> None:
+async def test_calls_see_what_the_application_set_in_its_context_and_not_what_the_others_did(sandbox: Sandbox) -> None:
     """Otherwise a push would go to the phone of another user."""
     whose: ContextVar[str] = ContextVar("whose")
-    told: list[tuple[str, str]] = []
+    whose.set("the shop's")
+    told: list[tuple[str, str, str]] = []
 
     async def tell(request: ApprovalRequest) -> None:
+        before = whose.get()
         whose.set(request.operation_id)
         await asyncio.sleep(1)
-        told.append((request.operation_id, whose.get()))
+        told.append((request.operation_id, before, whose.get()))
 
     async with working(sandbox, on_created=tell) as (_, broker):
         await submit(broker, "txn-1", "txn-2")
         await until(lambda: len(told) == 2)
-    assert sorted(told) == [("txn-1", "txn-1"), ("txn-2", "txn-2")]
+    assert sorted(told) == [("txn-1", "the shop's", "txn-1"), ("txn-2", "the shop's", "txn-2")]
