@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -168,8 +168,10 @@ async def test_a_url_and_what_is_no_broker_are_refused() -> None:
         ("postgresql://a:pw@127.0.0.1/shop", "PostgresBroker"),
         ("tls://127.0.0.1", "NatsBroker"),
     ):
-        with pytest.raises(ConfigurationError, match=rf"not a URL; .*: async with {kind}\(\.\.\.\) as broker$"):
+        match = rf"not a URL; .*: async with {kind}\(\.\.\.\) as broker$"
+        with pytest.raises(ConfigurationError, match=match) as caught:
             await submit_approval(url, "C0FFEE", operation_id="txn-1")
+        assert caught.value.argument == "broker"
     with pytest.raises(ConfigurationError, match="not int"):
         await submit_approval(7, "C0FFEE", operation_id="txn-1")
 
@@ -179,6 +181,7 @@ async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker)
         "operation_id": "txn-1",
         "operation_payload": "Pay 40",
         "context": {"order": 7},
+        "created_at": datetime(2026, 11, 24, 9, tzinfo=timezone(timedelta(hours=2))),
         "started_by": "phone",
     }
     await submit_approval(memory, "c0ffee", **arguments)
@@ -186,6 +189,9 @@ async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker)
     assert memory._store._one("SELECT body FROM request")[0] == text.encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
     assert (request.user_id, request.started_by) == ("C0FFEE", "phone")
+    assert request.created_at == datetime(2026, 11, 24, 7, tzinfo=UTC)
+    shortest = msgspec.json.decode(approval_request("C0FFEE", operation_id="txn-1"), type=ApprovalRequest)
+    assert (shortest.started_by, shortest.created_at) == ("backend", None)
 
 
 class Away(ApplicationSide):

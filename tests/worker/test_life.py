@@ -52,8 +52,9 @@ class NoSchedule(wait_base):
     ],
 )
 async def test_an_argument_that_is_wrong_is_refused_by_name(client: KeylessClient, argument: str, wrong: Any) -> None:
-    with pytest.raises(ConfigurationError, match=argument):
+    with pytest.raises(ConfigurationError, match=argument) as caught:
         ApprovalWorker(client, MEMORY, **{argument: wrong})
+    assert caught.value.argument == argument
 
 
 async def test_worker_runs_once(client: KeylessClient) -> None:

@@ -146,8 +146,9 @@ async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessCli
         async def next_outcome(self, reader: str) -> OutcomeDelivery:
             raise NotImplementedError
 
-    with pytest.raises(ConfigurationError, match="not a driver's connection"):
+    with pytest.raises(ConfigurationError, match="not a driver's connection") as caught:
         ApprovalWorker(client, cast("Any", Connection()))
+    assert caught.value.argument == "broker"
 
 
 @looptime
