@@ -32,6 +32,7 @@ TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
 async def test_a_preparation_is_for_workers_of_any_region(client: KeylessClient, memory: SqliteBroker) -> None:
     async with KeylessClient("a-key", region="sg") as unused:
         await ApprovalWorker(unused, memory).prepare()
+        await ApprovalWorker(unused, "sqlite::memory:").prepare()  # which it opens and closes itself
     async with ApprovalWorker(client, memory) as worker:
         assert not worker.statistics.problems
     with pytest.raises(BrokerError, match="belongs to"):
@@ -152,7 +153,9 @@ async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessCli
 
 
 @looptime
-async def test_a_worker_that_fails_twice_raises_its_first_failure(client: KeylessClient, memory: SqliteBroker) -> None:
+async def test_a_worker_that_fails_twice_raises_and_logs_its_first_failure(
+    client: KeylessClient, memory: SqliteBroker, caplog: pytest.LogCaptureFixture
+) -> None:
     worker = ApprovalWorker(client, memory)
     running = asyncio.create_task(worker.run())
     await asyncio.sleep(1)
@@ -160,6 +163,7 @@ async def test_a_worker_that_fails_twice_raises_its_first_failure(client: Keyles
     worker._fail(BrokerError("second"))
     with pytest.raises(BrokerError, match="first"):
         await running
+    assert caplog.messages == ['worker.unfit error="first"']
 
 
 @looptime
