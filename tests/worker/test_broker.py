@@ -81,8 +81,9 @@ def test_a_broker_is_taken_as_it_is() -> None:
     ],
 )
 def test_what_is_for_no_broker_is_refused_with_what_would_be(target: object, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
         broker_for(target)
+    assert caught.value.argument == "broker"
 
 
 def test_an_applications_own_sqlite_connection_is_refused() -> None:
@@ -109,8 +110,10 @@ def test_a_broker_whose_library_is_missing_says_what_to_install(
 ) -> None:
     package = import_module(f"aiokeyless.worker.{folder}")
     remove(monkeypatch, library, package)
-    with pytest.raises(ConfigurationError, match=rf"^broker needs {library}, which is not .*: {package.HINT}$"):
+    message = rf"^broker needs {library}, which is not .*: {package.HINT}$"
+    with pytest.raises(ConfigurationError, match=message) as caught:
         broker_for(f"{package.SCHEMES[0]}:somewhere")
+    assert caught.value.argument == "broker"
 
 
 @pytest.mark.parametrize(
