@@ -65,6 +65,6 @@ def test_a_slow_answer_moves_no_deadline_by_its_slowness(machine: Machine, takes
 
 def test_a_difference_is_logged_once_and_again_on_change(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    for hours in (0, 1, 1, 1, -1, -1, 0, 0):
-        machine.ask(ahead=3600.0 * hours)
+    for ahead in (-0.5, 3600.0, 3600.0, 3600.0, -3600.0, -3600.0, 0.0, 0.5):
+        machine.ask(ahead=ahead)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]

@@ -50,6 +50,7 @@ async def asked(server: web.BaseRunner, path: str = "/healthz", method: str = "G
     host, port = server.addresses[0]
     url = f"http://{host}:{port}{path}"
     async with aiohttp.ClientSession() as session, session.request(method, url) as response:
+        assert response.headers.get("Allow") == ("GET, HEAD" if response.status == 405 else None)
         return response.status, response.content_type, await response.text()
 
 
@@ -86,9 +87,15 @@ async def test_it_listens_on_this_machine_only(served: web.BaseRunner) -> None:
     assert [address[0] for address in served.addresses] == ["127.0.0.1"]
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("POST", "/healthz", 405)])
-async def test_there_is_nothing_else(served: web.BaseRunner, method: str, path: str, status: int) -> None:
-    assert (await asked(served, path, method))[0] == status
+@pytest.mark.parametrize(
+    ("method", "path", "told"),
+    [("GET", "/", (404, "not found\n")), ("POST", "/healthz", (405, "use GET\n")), ("HEAD", "/readyz", (200, ""))],
+)
+async def test_one_may_ask_by_get_and_head_and_there_is_nothing_else(
+    served: web.BaseRunner, method: str, path: str, told: tuple[int, str]
+) -> None:
+    status, _, text = await asked(served, path, method)
+    assert (status, text) == told
 
 
 async def test_a_port_that_is_taken_is_one_line(worker: Worker) -> None:

@@ -297,7 +297,7 @@ async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeed
         assert problems(reporter) == []
     [record] = caplog.records
     assert (record.levelname, record.message) == ("ERROR", "inspection.failed")
-    assert record.exc_info is not None
+    assert record.exc_info
 
 
 def delivery(*, number: int = 1, waited: float = 0.0) -> Message:
@@ -372,6 +372,7 @@ async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(broker:
             await asyncio.sleep(5)
         wrong = ["the circuit is open, and 7 new requests wait"] if reason == "Keyless fares badly" else []
         assert problems(reporter) == wrong
+        assert reporter.statistics().circuit == ("open" if wrong else "closed")
 
 
 async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_inspections(broker: FakeBroker) -> None:
