@@ -593,20 +593,23 @@ async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_whe
         await broker.prepare(lease=60.0, service="")
         await submit(broker, "a")
         broker._take_from = 0.0
-        asking = asyncio.Event()
-        taken = broker._take_or_give_back
+        is_taken, is_cancelled = asyncio.Event(), asyncio.Event()
+        take = broker._take_or_give_back
 
-        async def asked(taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
-            asking.set()
-            return await taken(taking)
+        async def hold(taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
+            messages = await taking
+            is_taken.set()
+            await is_cancelled.wait()
+            return messages
 
-        broker._take_or_give_back = asked  # type: ignore[method-assign]  # to know when it asks
+        broker._take_or_give_back = lambda taking: take(hold(taking))  # type: ignore[method-assign]  # to hold it
         taking = asyncio.create_task(broker.take(1, 5.0))
-        await asking.wait()
+        await is_taken.wait()
         taking.cancel()
+        is_cancelled.set()
     async with SqliteBroker(path) as broker:
         await broker.prepare(lease=60.0, service="")
-        (message,) = await broker.take(1, 1.0)
+        (message,) = await broker.take(1, 0.0)
         assert message.number == 1
 
 
