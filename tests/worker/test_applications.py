@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from aiokeyless import ApprovalTicket, BrokerError, ConfigurationError
-from aiokeyless.worker import approval_request, next_outcome, submit_approval
+from aiokeyless.worker import Submission, approval_request, next_outcome, submit_approval
 from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.messages import MAX_CONTEXT, MAX_DEPTH, ApprovalRequest
 
@@ -85,7 +85,7 @@ async def test_one_whose_body_takes_too_long_is_delivered_again(decided: SqliteB
 async def test_what_is_no_event_is_logged_and_handled(decided: SqliteBroker, caplog: pytest.LogCaptureFixture) -> None:
     decided._store._connection.execute("UPDATE outcome SET body = x'7b'")
     assert await is_handled(decided)
-    assert caplog.text.count("outcome.unreadable place=") == 1
+    assert caplog.messages == ['outcome.unreadable place="request-1" error="Input data was truncated"']
 
 
 async def test_an_event_of_a_later_version_waits_for_a_reader_that_was_upgraded(
@@ -97,7 +97,8 @@ async def test_an_event_of_a_later_version_waits_for_a_reader_that_was_upgraded(
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(130), next_outcome(decided, "shop"):
             pass
-    assert caplog.text.count("outcome.newer place=") == 3
+    told = 'outcome.newer place="request-1" error="version 2 is not known here, only 1: upgrade"'
+    assert caplog.messages == [told] * 3
     decided._store._connection.execute("UPDATE outcome SET body = ?", (body,))
     assert len(await read(decided, reader="shop")) == 1
 
@@ -155,8 +156,9 @@ TOO_EARLY = timezone(timedelta(hours=14))
 async def test_a_wrong_argument_is_refused_by_name_and_nothing_is_stored(
     memory: SqliteBroker, wrong: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=named):
+    with pytest.raises(ConfigurationError, match=named) as caught:
         await submit_approval(memory, **{"user_id": "c0ffee", "operation_id": "txn-1", **wrong})
+    assert caught.value.argument in {None, *wrong}
     assert (await memory.inspect()).waiting == 0
 
 
@@ -184,7 +186,9 @@ async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker)
         "created_at": datetime(2026, 11, 24, 9, tzinfo=timezone(timedelta(hours=2))),
         "started_by": "phone",
     }
-    await submit_approval(memory, "c0ffee", **arguments)
+    for is_duplicate in (False, True):
+        submission = await submit_approval(memory, "c0ffee", **arguments)
+        assert submission == Submission(operation_id="txn-1", duplicate=is_duplicate)
     text = approval_request("c0ffee", **arguments)
     assert memory._store._one("SELECT body FROM request")[0] == text.encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
