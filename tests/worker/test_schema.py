@@ -38,9 +38,9 @@ def read(request: dict[str, Any]) -> None:
 
 
 def test_they_are_schemas() -> None:
-    for validator in (REQUEST, EVENT):
-        Draft202012Validator.check_schema(validator.schema)
-        assert validator.schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    for schema in (message_schema(ApprovalRequest), message_schema(ApprovalEvent)):
+        Draft202012Validator.check_schema(schema)
+        assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
 
 
 @pytest.mark.parametrize("message", [ApprovalRequest, ApprovalEvent])
