@@ -21,7 +21,7 @@ class Machine:
         self.clock = BrokerClock(self.wall, self.monotonic)
 
     def monotonic(self) -> float:
-        return self.elapsed
+        return 1000.0 + self.elapsed
 
     def wall(self) -> datetime:
         return MIDNIGHT + timedelta(seconds=self.elapsed + self.set_by)
