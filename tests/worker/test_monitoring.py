@@ -80,6 +80,7 @@ async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(told:
     ]
     assert {(event.system, event.destination) for event in inspections} == {("sqlite", DESTINATION)}
     assert {(event.in_flight, event.duplicates, event.unsettled) for event in inspections} == {(0, 0, 0)}
+    assert all(0 <= event.lateness < 1 for event in inspections)
     assert len({event.worker for event in inspections}) == 1
 
 
