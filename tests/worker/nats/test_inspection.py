@@ -122,9 +122,12 @@ async def test_each_reader_of_many_is_counted_and_no_consumer_that_an_operator_l
     assert told.oldest_unread_age.keys() == {*names}
 
 
-async def test_an_outcome_that_is_removed_meanwhile_has_no_age(connection: Client, stream: JetStreamContext) -> None:
+async def test_an_outcome_that_is_removed_has_no_age(connection: Client, stream: JetStreamContext) -> None:
     await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
-    await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b"")
+    for _ in range(2):
+        await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b"")
+    await stream.delete_msg(OUTCOMES, 1)
+    assert (await inspected(connection)).oldest_unread_age["shop"] > 0  # that of the other one
 
     async def hand_on(message: Msg) -> None:
         subject = message.subject.removeprefix("another.account.")
