@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy
-from nats_server import CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, change_consumer
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, change_consumer
 from waiting import PATIENCE
 
 from aiokeyless.worker.broker import UnavailableError
@@ -141,7 +141,11 @@ async def test_an_outcome_that_is_removed_has_no_age(connection: Client, stream:
     assert (told.unread, told.oldest_unread_age) == ({"shop": 1}, {"shop": 0})
 
 
-async def test_without_a_stream_of_outcomes_nothing_is_unread(connection: Client, stream: JetStreamContext) -> None:
-    await stream.delete_stream(OUTCOMES)
+async def test_without_the_streams_that_workers_fill_nothing_is_unread(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    for name in (OUTCOMES, CLAIMS):
+        await stream.delete_stream(name)
     told = await inspected(connection)
-    assert (told.unread, told.problems) == ({}, (f"the stream {OUTCOMES} is gone",))
+    assert told.unread == {}
+    assert told.problems == (f"the stream {OUTCOMES} is gone", f"the stream {CLAIMS} is gone")
