@@ -16,9 +16,9 @@ from urllib.parse import urlparse
 
 import nats
 import pytest
+from aiohttp import web
 from nats.aio.client import Server
 from nats_server import NatsServer
-from ports import own_port
 from waiting import PATIENCE, until
 
 from aiokeyless import ConfigurationError
@@ -137,16 +137,27 @@ async def test_a_broker_without_tls_is_sent_no_password_where_tls_was_asked_for(
 
 
 @pytest.mark.filterwarnings("ignore:parameter 'timeout':DeprecationWarning")  # of nats-py's call of aiohttp
-async def test_a_websocket_with_tls_is_a_connection_although_the_broker_does_not_ask_for_it(
-    tmp_path: Path, certificate: tuple[Path, Path]
+async def test_a_websocket_with_tls_is_a_connection_although_the_broker_behind_it_does_not_ask_for_tls(
+    certificate: tuple[Path, Path],
 ) -> None:
-    port = own_port()
-    files = 'cert_file: "{}", key_file: "{}"'.format(*certificate)
-    websocket = f"websocket {{ port: {port}, tls: {{ {files} }} }}"
-    async with NatsServer(tmp_path, configuration=websocket, jetstream=False):
-        client = await connected(f"wss://127.0.0.1:{port}", tls=ssl.create_default_context(cafile=certificate[0]))
-        assert client.is_connected
-        await disconnect(client)
+    async def answer_pings(request: web.BaseRequest) -> web.WebSocketResponse:
+        await (socket := web.WebSocketResponse()).prepare(request)
+        await socket.send_bytes(INFO)
+        async for message in socket:
+            if message.data == b"PING\r\n":
+                await socket.send_bytes(b"PONG\r\n")
+        return socket
+
+    proxy = web.ServerRunner(web.Server(answer_pings))
+    await proxy.setup()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+    await web.TCPSite(proxy, "127.0.0.1", 0, ssl_context=context).start()
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    client = await connected(f"wss://127.0.0.1:{proxy.addresses[0][1]}", tls=trusting)
+    assert client.is_connected
+    await disconnect(client)
+    await proxy.cleanup()
 
 
 async def test_a_websocket_without_tls_is_no_connection_where_tls_was_asked_for() -> None:
