@@ -164,6 +164,7 @@ class Psycopg2(Family):
 
     @contextlib.contextmanager
     def transaction(self) -> Any:
+        assert self.target.autocommit == self.autocommit
         with self.target:
             yield
 
@@ -393,7 +394,6 @@ async def handle_one(shop: Family, met: dict[str, str]) -> None:
             name = str(event.operation_id)
             met[name] = "nothing"
             await (raises if name in seen else globals()[name])(shop, name)  # it comes again, if it was not handled
-            return
     except Exception as error:  # noqa: BLE001  # the table has them all
         met[name] = type(error).__name__
         met.update(seen)
