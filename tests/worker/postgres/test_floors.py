@@ -7,8 +7,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
 from aiokeyless.worker.postgres import PostgresConnection, floors
+from aiokeyless.worker.postgres.adapters import adapter_for
 from aiokeyless.worker.postgres.adapters.driver import _floors_of as floors_of
 from aiokeyless.worker.postgres.floors import Floor
 from worker.conformance.brokers import submit, take_n
@@ -83,17 +86,24 @@ def test_a_connection_keeps_its_floors_if_it_can_be_referred_to(made: Callable[[
     assert (floors_of(connection) is floors_of(connection)) is (made is Floor)
 
 
+def test_sessions_of_one_engine_share_their_floors() -> None:
+    engine = create_engine("postgresql+psycopg2://")
+    first, second = (adapter_for(Session(engine), "keyless") for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert first.floors is second.floors
+
+
 async def test_what_is_due_before_its_floor_is_found_by_the_next_search_of_everything(
     broker: PostgresBroker, admin: Connection, connection: Connection, clock: Clock
 ) -> None:
-    side = PostgresConnection(connection)
     await decide_all(broker, "a")
-    await (await side.next_outcome("shop")).mark_handled()
+    await (await PostgresConnection(connection).next_outcome("shop")).mark_handled()
     await decide_all(broker, "b")
     await submit(broker, "c")
     for table in ("waiting", "unread"):
         await admin.execute(f"UPDATE keyless.{table} SET due_at = due_at - interval '1 h'")  # noqa: S608  # names of ours
-    reading = asyncio.create_task(side.next_outcome("shop"))
+    reading = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
     assert not await broker.take(1, 1.0)
     assert not reading.done()
     clock.now += 1.0
