@@ -238,7 +238,9 @@ async def test_the_examples_reader_of_sessions_says_once_that_the_schema_is_miss
     monkeypatch.setattr(session_orders, "asyncio", SimpleNamespace(sleep=sleep_async))
     with pytest.raises(RefusalError):
         await (read(async_engine) if inspect.iscoroutinefunction(read) else blocking(lambda: read(engine)))
-    assert [record.levelname for record in caplog.records if record.name == "settle"] == ["WARNING"]
+    (said,) = [record for record in caplog.records if record.name == "settle"]
+    assert said.levelname == "WARNING"
+    assert "run aiokeyless worker --prepare" in said.getMessage()
 
 
 @pytest.mark.parametrize("shop", ["Psycopg", "PsycopgAsync", "Psycopg2", "Psycopg2Dict"], indirect=True)
