@@ -84,6 +84,7 @@ def test_everything_is_searched_each_second_and_less_often_while_that_is_slow(
 def test_a_connection_keeps_its_floors_if_it_can_be_referred_to(made: Callable[[], object]) -> None:
     connection = made()
     assert (floors_of(connection) is floors_of(connection)) is (made is Floor)
+    assert floors_of(connection)["keyless", "shop"] is not None
 
 
 def test_sessions_of_one_engine_share_their_floors() -> None:
