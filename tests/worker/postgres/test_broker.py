@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import asyncpg
 import msgspec
@@ -71,7 +72,7 @@ def test_what_is_neither_a_url_nor_a_pool_is_refused() -> None:
 
 
 async def test_a_database_that_is_not_there_is_named(server: PostgresServer) -> None:
-    with pytest.raises(BrokerError, match='database "nowhere" does not exist'):
+    with pytest.raises(BrokerError, match=r'^database "nowhere" does not exist$'):
         await PostgresBroker(server.url("nowhere")).open()
     with pytest.raises(BrokerError, match=r"cannot be reached: .*(Connect|Multiple exceptions)"):
         await PostgresBroker("postgresql://localhost:1/shop").open()
@@ -229,7 +230,8 @@ async def test_a_connection_is_closed_before_a_network_forgets_it(
 ) -> None:
     monkeypatch.setattr(module, "_IDLE_FOR", 0.2)  # of 30 seconds
     async with PostgresBroker(url) as broker:
-        ((pid,),) = await broker._fetch("SELECT pg_backend_pid()")
+        named = "SELECT pid FROM pg_stat_activity WHERE pid = pg_backend_pid() AND application_name = 'aiokeyless'"
+        ((pid,),) = await broker._fetch(named)
 
         async def is_gone() -> bool:
             return not await admin.fetch("SELECT FROM pg_stat_activity WHERE pid = $1", pid)
@@ -384,6 +386,14 @@ async def test_a_reader_does_not_get_slower_while_a_transaction_elsewhere_is_lon
             return int(found[1])
 
         assert await pages(row["oldest"] - 1.0) < await pages("NULL") / 3
+
+
+async def test_an_idle_worker_asks_the_database_ten_times_a_second_at_most(
+    broker: PostgresBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker, "_fetch", asked := Mock(wraps=broker._fetch))
+    assert not await broker.take(1, 1.0)
+    assert asked.call_count <= 11
 
 
 async def test_an_outcome_that_commits_late_is_read_all_the_same(
@@ -700,11 +710,11 @@ async def test_an_error_says_whether_it_may_pass(
     await admin.execute(
         "CREATE OR REPLACE FUNCTION keyless.decide(ids bigint[], names bigint[], outcomes text[], bodies text[])"
         " RETURNS TABLE (id bigint, name bigint) LANGUAGE plpgsql"
-        f" AS $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$"
+        f" AS $$ BEGIN RAISE 'no' USING ERRCODE = '{code}', DETAIL = 'a value'; END $$"
     )
     await submit(broker, "a")
     (message,) = await take_n(broker, 1)
-    with pytest.raises((UnavailableError, BrokerError), match="no") as caught:
+    with pytest.raises((UnavailableError, BrokerError), match=r"^no(;|$)") as caught:
         await decide(broker, message)
     assert type(caught.value).__name__ == error
 
@@ -717,7 +727,7 @@ async def test_after_a_failover_no_connection_leads_to_the_old_server_for_long(
     await admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
     async with PostgresBroker(url) as broker:
         await admin.execute(f"ALTER DATABASE {database} RESET default_transaction_read_only")
-        for expires_from in (math.inf, 0.0):  # the first as if all had been replaced just now
+        for expires_from in (math.inf, broker._expires_from):  # the first as if all had been replaced just now
             broker._expires_from = expires_from
             with pytest.raises(UnavailableError, match="read-only"):
                 await (broker.next_outcome("shop") if is_reading else submit(broker, "a"))
@@ -851,6 +861,7 @@ async def test_the_time_is_the_databases(broker: PostgresBroker, admin: Connecti
     assert abs(broker.now() - await admin.fetchval("SELECT clock_timestamp()")) < timedelta(seconds=1)
     inspection = await broker.inspect()
     assert abs(inspection.clock_ahead) < 1
+    assert isinstance(inspection.clock_ahead, float)
 
 
 async def test_an_inspection_reads_so_many_rows_of_a_dead_reader_and_no_more(
@@ -890,11 +901,10 @@ async def grow_older(admin: Connection, days: int) -> None:
         await admin.execute(f"UPDATE keyless.{table} SET decided_at = decided_at - interval '{days} days'")  # noqa: S608
 
 
-async def clean(admin: Connection) -> int:
-    pages, after = 0, 0
+async def clean(admin: Connection) -> None:
+    after = 0
     while after is not None:
-        pages, after = pages + 1, await admin.fetchval("SELECT keyless.clean($1)", after)
-    return pages
+        after = await admin.fetchval("SELECT keyless.clean($1)", after)
 
 
 async def counts(admin: Connection) -> dict[str, int]:
@@ -926,7 +936,9 @@ async def test_a_body_goes_after_a_week_and_an_outcome_too_if_each_reader_has_ha
     assert await counts(admin) == {"request": 1, "outcome": 0, "unread": 0}
 
 
-async def test_cleaning_goes_page_by_page_and_ends(broker: PostgresBroker, admin: Connection) -> None:
+async def test_cleaning_goes_page_by_page_and_ends(
+    broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await admin.execute(
         """
         INSERT INTO keyless.request
@@ -938,7 +950,9 @@ async def test_cleaning_goes_page_by_page_and_ends(broker: PostgresBroker, admin
     await decide_all(broker, "young")
     await admin.execute("UPDATE keyless.request SET decided_at = decided_at - interval '401 days' WHERE body = '{}'")
     await admin.execute("UPDATE keyless.outcome SET decided_at = decided_at - interval '401 days' WHERE body = '{}'")
-    assert await clean(admin) > 2
+    monkeypatch.setattr(broker, "_clean_page", clean_page := Mock(wraps=broker._clean_page))
+    await broker._clean()
+    assert clean_page.call_count > 2
     assert (await counts(admin))["outcome"] == 1
     assert (await counts(admin))["request"] == 1
 
