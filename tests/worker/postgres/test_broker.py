@@ -845,10 +845,13 @@ async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer_than_200_sec
     messages = await take_n(broker, 2)
     await broker.put_off(messages[0], 1e9, ExchangeResult.ANSWERED)
     await broker.put_off(messages[1], 150.0, ExchangeResult.ANSWERED)
+    await (await broker.next_outcome("shop")).put_off(150.0)
     due_in = await admin.fetchval(
         "SELECT max(extract(epoch FROM due_at - clock_timestamp()))::float FROM keyless.waiting"
     )
     assert 190 < due_in <= 200
+    unread_from = await admin.fetchval("SELECT due_at FROM keyless.unread")
+    assert timedelta(seconds=100) < unread_from - broker.now() <= timedelta(seconds=150)
     assert not await take_all(broker, 1.5)
     # An hour back is as if everything were due an hour later.
     await admin.execute("UPDATE keyless.waiting SET due_at = due_at + interval '1 h'")

@@ -64,6 +64,7 @@ async def test_a_schema_of_another_name_is_read_by_naming_it(url: str, connectio
         await broker.prepare(lease=LEASE, service="")
         side = PostgresConnection(connection, schema="approvals")
         assert repr(side) == "<PostgresConnection, schema 'approvals'>"
+        assert (broker.system, broker.destination) == ("postgresql", "approvals")
         await decide_all(broker, "a")
         async with next_outcome(side, "shop") as event:
             assert event.operation_id == "a"
