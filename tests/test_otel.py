@@ -225,7 +225,10 @@ class TestMetrics:
         [duration] = points["aiokeyless.wait.duration"]
         assert dict(duration.attributes) == {"aiokeyless.wait.outcome": "approved"}
         assert 20 <= duration.sum <= 60
-        assert sum(point.count for point in points["aiokeyless.poll.lag"]) == polls
+        [lag] = points["aiokeyless.poll.lag"]
+        assert lag.count == polls
+        for histogram, seconds in (duration, 600), (lag, 60), (points["http.client.request.duration"][0], 10):
+            assert histogram.explicit_bounds[-1] == seconds
         requests = {
             (point.attributes["http.request.method"], point.attributes["http.response.status_code"]): point
             for point in points["http.client.request.duration"]
@@ -339,6 +342,7 @@ class TestWorker:
         [deliveries] = points["messaging.client.consumed.messages"]
         [processing] = points["messaging.process.duration"]
         assert deliveries.value == processing.count == statistics.deliveries >= 10
+        assert processing.explicit_bounds[-1] == 10
         assert dict(deliveries.attributes) == {
             "messaging.system": "sqlite",
             "messaging.destination.name": ":memory:",
@@ -522,6 +526,7 @@ class TestInstrumentor:
                 sandbox.approve(ticket.operation_id)
                 await used.wait_for_approval(ticket)
         assert [span.name for span in recorder.spans] == ["aiokeyless.wait"]
+        assert [point.count for point in recorder.points["aiokeyless.wait.duration"]] == [1]
 
     @pytest.mark.slow
     async def test_opentelemetry_instrument_traces_a_worker(self, tmp_path: Path) -> None:
