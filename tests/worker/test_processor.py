@@ -293,7 +293,7 @@ async def test_what_was_away_past_the_grace_and_is_back_before_keyless_is_costs_
     assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
-@pytest.mark.parametrize(("call", "seconds"), [("has_claim", 2), ("put_off", 2), ("decide", 2), ("put_off", 60)])
+@pytest.mark.parametrize(("call", "seconds"), [("has_claim", 2), ("put_off", 2), ("decide", 2), ("put_off", 50)])
 async def test_no_request_waits_for_a_lease_once_a_broker_that_was_away_is_back(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, call: str, seconds: int
 ) -> None:
