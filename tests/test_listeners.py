@@ -84,7 +84,7 @@ def test_what_a_listener_raises_is_logged_and_the_next_is_told(
         Listeners((fail, told.append)).tell(EVENT)
     assert told == [EVENT]
     [record] = caplog.records
-    assert record.exc_info is not None
+    assert record.exc_info
     assert record.exc_info[0] is kind
     assert f"{fail!r} failed on RequestEnded" in record.getMessage()
 
