@@ -14,11 +14,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    import msgspec
 
     from aiokeyless.models import Authentication, Operation
 
-    from .service import RequestRecord
     from .store import OperationStore
 
 _MOST_PHONES: Final = 24
@@ -47,7 +48,7 @@ class PhoneBook:
     """
 
     def __init__(
-        self, store: OperationStore, requests: Callable[[], list[RequestRecord]], fault: Callable[[], Fault]
+        self, store: OperationStore, requests: Callable[[], Sequence[msgspec.Struct]], fault: Callable[[], Fault]
     ) -> None:
         self._store = store
         self._requests = requests
