@@ -158,10 +158,11 @@ def _is_clock_moved(request: pytest.FixtureRequest) -> bool:
 @asynccontextmanager
 async def _run_worker(client: KeylessClient, url: str | None) -> AsyncGenerator[tuple[ApprovalWorker, Broker]]:
     """Run a worker on a broker that has no request and no outcome yet."""
-    from aiokeyless.worker import ApprovalWorker, broker  # noqa: PLC0415  # only when used
+    from aiokeyless.worker import ApprovalWorker  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.brokers import broker_for, hide_url  # noqa: PLC0415
     from aiokeyless.worker.sqlite import SqliteBroker  # noqa: PLC0415
 
-    opened: Any = SqliteBroker(":memory:") if url is None else broker.broker_for(broker.hide_url(url))
+    opened: Any = SqliteBroker(":memory:") if url is None else broker_for(hide_url(url))
     async with opened:
         if opened.system == "postgresql":
             await opened.empty_for_tests()

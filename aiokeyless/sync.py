@@ -51,7 +51,8 @@ from .models import Region, Secret
 from .reports import ApprovalUpdate, ClientStatistics
 from .ticket import ApprovalTicket
 from .worker import ApprovalEvent, Broker, Submission, applications
-from .worker.broker import ApplicationSide, broker_for, hide_url
+from .worker.broker import ApplicationSide
+from .worker.brokers import broker_for, hide_url
 
 __all__ = ["KeylessClient", "OnCreated", "OnPoll", "next_outcome", "submit_approval"]
 

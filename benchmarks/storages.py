@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless.worker import BrokerError
-from aiokeyless.worker.broker import Broker, broker_for
+from aiokeyless.worker.broker import Broker
+from aiokeyless.worker.brokers import broker_for
 from aiokeyless.worker.nats import NatsBroker, StreamSettings
 from aiokeyless.worker.nats.streams import ACK_WAIT
 

@@ -41,7 +41,7 @@ def read_modules(package: Path) -> list[Module]:
     brokers = {path.parent.name for path in package.glob("worker/*/__init__.py")}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        name, tree = ".".join(parts), _parse(path)
+        name, tree = ".".join(parts), parse(path)
         known = {own: f"{name}.{own}" for own in _definitions(tree.body)}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
@@ -102,7 +102,8 @@ def find_overridden(package: Path) -> dict[str, set[str]]:
     return overridden
 
 
-def _parse(path: Path) -> ast.Module:
+def parse(path: Path) -> ast.Module:
+    """Parse a file."""
     # If garbage is collected meanwhile, its finalizers run, and CPython 3.11 may lose count of its own recursion.
     gc.disable()
     try:

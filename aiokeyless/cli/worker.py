@@ -139,7 +139,8 @@ def open_broker(url: str | None, schema: str | None, options: NatsOptions | None
         UsageError: There is no URL, or the options do not fit it.
         CommandError: An option's value is wrong, or a library is missing.
     """
-    from aiokeyless.worker.broker import Broker, broker_for  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.broker import Broker  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.brokers import broker_for  # noqa: PLC0415  # as above
     from aiokeyless.worker.nats import SCHEMES  # noqa: PLC0415  # this needs no nats-py
     from aiokeyless.worker.postgres import SCHEMES as POSTGRES  # noqa: PLC0415  # this needs no asyncpg
 

@@ -24,7 +24,8 @@ from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.models import Secret, StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
-from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError, broker_for, hide_url
+from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
+from .brokers import broker_for, hide_url
 from .logs import log
 from .messages import (
     VERSION,

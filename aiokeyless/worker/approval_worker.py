@@ -22,7 +22,8 @@ from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 
-from .broker import Broker, broker_for, hide_url
+from .broker import Broker
+from .brokers import broker_for, hide_url
 from .logs import log
 from .messages import ApprovalRequest
 from .monitoring import WorkerStatistics

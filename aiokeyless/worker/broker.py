@@ -1,30 +1,25 @@
 """The interface of a broker, for workers and for the applications on both sides of them.
 
 A broker stores a request until it is decided, and delivers it again each time it is put off. It keeps one outcome of
-each request, and delivers that to each reader until the reader has handled it. Each broker is a folder of this package,
-which names the URLs and the connections that it is for. `tests/worker/conformance` tests these promises.
+each request, and delivers that to each reader until the reader has handled it. Each broker is a folder of this package.
+`tests/worker/conformance` tests these promises.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from datetime import datetime
 from enum import Enum, IntEnum, auto
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
-from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Inspection
-from aiokeyless.models import Secret
 
 from .messages import ApprovalEvent, ApprovalRequest, Message
 
 T = TypeVar("T")
 
-#: The scheme of a URL, of which one for SQLAlchemy also names a driver. A drive of Windows is none.
-_SCHEME: Final = re.compile(r"([a-z][a-z0-9.-]+)(\+\w+)?:", re.IGNORECASE)
 #: Most seconds for which an unhandled outcome is put off.
 LONGEST_PAUSE: Final = 300.0
 #: Unread outcomes of each reader that an inspection looks at. A dead reader must not make it slow.
@@ -300,31 +295,6 @@ class Broker(ApplicationSide):
         return ()
 
 
-def broker_for(target: object) -> ApplicationSide:
-    """Return the broker of a URL, the application's side for a driver's connection, or the given broker itself.
-
-    The ``__init__`` of a broker's folder has ``SCHEMES``, ``DRIVERS``, ``HINT``, ``from_url(url)`` and
-    ``from_connection(connection)``. ``DRIVERS`` are top-level modules of its drivers' types. Importing the folder must
-    not need a driver.
-
-    Raises:
-        ConfigurationError: No broker is for it, or a broker's library is not installed.
-    """
-    found = _find_side(target)
-    del target  # before anything is raised: see `hide_url`
-    if isinstance(found, ConfigurationError):
-        raise found
-    return found
-
-
-def hide_url(broker: object) -> object:
-    """Return a broker's URL as a secret, and anything else unchanged.
-
-    A URL may hold a password, and error reporters print local variables.
-    """
-    return Secret(broker) if isinstance(broker, str) else broker
-
-
 async def without_frames(connecting: Awaitable[T]) -> T:
     """Raise an error, or a cancellation, without the driver's frames, which hold the password."""
     try:
@@ -332,45 +302,3 @@ async def without_frames(connecting: Awaitable[T]) -> T:
     except BaseException as error:  # noqa: BLE001  # see above
         error.__context__ = None
         raise error.with_traceback(None) from None
-
-
-def _find_side(target: object) -> ApplicationSide | ConfigurationError:
-    """Return the side, or the error. It is not raised here, where the URL is a local variable."""
-    if isinstance(target, ApplicationSide):
-        return target
-    if isinstance(target, Secret):
-        target = target.reveal()
-    modules = {base.__module__.partition(".")[0] for base in type(target).__mro__}
-    found = _SCHEME.match(target) if isinstance(target, str) else None
-    known: list[str] = []
-    side: ApplicationSide  # a type checker does not know it
-    for package in _brokers():
-        known += [f"{scheme}:" for scheme in package.SCHEMES]
-        try:
-            if isinstance(target, str):
-                if found is not None and found[1].lower() in package.SCHEMES:
-                    side = package.from_url(target)
-                    return side
-            elif not modules.isdisjoint(package.DRIVERS):
-                side = package.from_connection(target)
-                return side
-        except ModuleNotFoundError as error:
-            return ConfigurationError(
-                f"broker needs {error.name}, which is not installed: {package.HINT}", argument="broker"
-            )
-        except ConfigurationError as error:
-            return error.with_traceback(None)
-    required, shown = f"a URL ({', '.join(known)})", "a text without a scheme: a SQLite file is sqlite:PATH"
-    if not isinstance(target, str):
-        required, shown = f"a broker, {required} or a driver's connection", type(target).__name__
-    return ConfigurationError(
-        f"broker must be {required}, not {f'a URL of the scheme {found[1]!r:.40}' if found else shown}",
-        argument="broker",
-    )
-
-
-def _brokers() -> Sequence[ModuleType]:
-    # By their names: a packer of frozen programs, such as PyInstaller, sees no others.
-    from . import nats, postgres, sqlite  # noqa: PLC0415  # they import this module
-
-    return nats, postgres, sqlite

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import subprocess
 import sys
 from contextlib import closing
 from importlib import import_module
@@ -133,6 +134,15 @@ def test_importing_a_broker_whose_library_is_missing_names_the_extra(
 def test_the_package_of_a_broker_has_no_other_names(package: ModuleType) -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         getattr(package, "Nothing")  # noqa: B009  # what a user writes who errs
+
+
+def test_importing_the_package_loads_no_driver() -> None:
+    program = """
+import sys, aiokeyless.sync, aiokeyless.worker
+print({"asyncpg", "django", "nats", "nkeys", "psycopg", "psycopg2", "sqlalchemy", "sqlite3"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_looking_up_a_broker_needs_no_other_brokers_library(monkeypatch: pytest.MonkeyPatch) -> None:
