@@ -217,7 +217,9 @@ class Transport:
         failure: str | None = None
         try:
             key = self._api_keys.current()
-            answer = await self._receive(request, key, attempt == 1, circuit, has_deadline)
+            answer = await self._receive(
+                request, key, is_first=attempt == 1, circuit=circuit, has_deadline=has_deadline
+            )
             if listeners is not None:
                 status = answer.status
                 request_id = protocol.request_id(answer, key.redaction)
@@ -308,6 +310,7 @@ class Transport:
         self,
         request: protocol.Request[Any],
         key: ApiKey,
+        *,
         is_first: bool = True,
         circuit: CircuitState = CircuitState.CLOSED,
         has_deadline: bool = True,
