@@ -301,6 +301,7 @@ class Poller:
                 is_failure = not isinstance(error, asyncio.CancelledError)
                 seconds = clock() - poll.started_at
                 self._finish(poll, self._no_answer(poll.polled.operation_id, seconds) if is_failure else None)
+                del worker  # it keeps the error, which keeps this frame: asyncio reports it when nothing keeps it
                 raise
             if more is not None:
                 self._loop.call_soon(self._apply_more, more, context=self._context)
