@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
-from aiokeyless.worker import ApprovalWorker, approval_request, submit_approval
+from aiokeyless.worker import ApprovalWorker, request_to_json, submit_approval
 
 from .programs import spawn_server, until
 from .report import CannotMeasureError
@@ -99,8 +99,8 @@ async def submit_to(broker: Broker, count: int) -> None:
 
 
 def new_request() -> str:
-    """Return one more request, as text."""
-    return approval_request(**_request(str(uuid.uuid4())))
+    """Return one more request, as JSON."""
+    return request_to_json(**_request(str(uuid.uuid4())))
 
 
 async def submit(broker: Broker, operation_id: str) -> None:

@@ -97,9 +97,9 @@ def test_whatever_asks_for_an_approval_has_and_describes_the_arguments_of_create
 
 
 def test_a_request_at_a_broker_has_the_arguments_of_submit_approval() -> None:
-    """Its docstrings are tried above: `approval_request` refers to those of `submit_approval`."""
+    """Its docstrings are tried above: `request_to_json` refers to those of `submit_approval`."""
     _, *arguments = inspect.signature(worker.submit_approval).parameters.values()
-    assert [*inspect.signature(worker.approval_request).parameters.values()] == arguments
+    assert [*inspect.signature(worker.request_to_json).parameters.values()] == arguments
     assert worker.ApprovalRequest.__struct_fields__ == ("version", *(argument.name for argument in arguments))
 
 

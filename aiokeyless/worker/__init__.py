@@ -8,7 +8,7 @@ number of workers process the request. They poll once for each delivery, and kee
 from aiokeyless.errors import BrokerError, InvalidRequestError
 from aiokeyless.events import Inspection
 
-from .applications import Submission, approval_request, next_outcome, submit_approval
+from .applications import Submission, next_outcome, request_to_json, submit_approval
 from .approval_worker import ApprovalWorker
 from .broker import Broker
 from .healthz import serve_health
@@ -27,9 +27,9 @@ __all__ = [
     "Outcome",
     "Submission",
     "WorkerStatistics",
-    "approval_request",
     "next_outcome",
     "read_event",
+    "request_to_json",
     "serve_health",
     "submit_approval",
 ]

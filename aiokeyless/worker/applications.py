@@ -53,7 +53,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     duplicate: bool
 
 
-def approval_request(
+def request_to_json(
     user_id: str,
     *,
     operation_id: str,
@@ -65,7 +65,7 @@ def approval_request(
     require_auth_type: str | None = None,
     started_by: StartedBy = "backend",
 ) -> str:
-    """Return a request for an approval as text, for a broker that takes it by other means than `submit_approval`.
+    """Return a request for an approval as JSON, for a broker that takes it by other means than `submit_approval`.
 
     The arguments are those of `submit_approval`.
 
@@ -138,7 +138,7 @@ async def submit_approval(
             error's `operation_id`.
     """
     broker = hide_url(broker)
-    text = approval_request(
+    text = request_to_json(
         user_id,
         operation_id=operation_id,
         operation_payload=operation_payload,

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from aiokeyless import ApprovalTicket, BrokerError, ConfigurationError
-from aiokeyless.worker import Submission, approval_request, next_outcome, submit_approval
+from aiokeyless.worker import Submission, next_outcome, request_to_json, submit_approval
 from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.messages import MAX_CONTEXT, MAX_DEPTH, ApprovalRequest
 
@@ -189,12 +189,12 @@ async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker)
     for is_duplicate in (False, True):
         submission = await submit_approval(memory, "c0ffee", **arguments)
         assert submission == Submission(operation_id="txn-1", duplicate=is_duplicate)
-    text = approval_request("c0ffee", **arguments)
+    text = request_to_json("c0ffee", **arguments)
     assert memory._store._one("SELECT body FROM request")[0] == text.encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
     assert (request.user_id, request.started_by) == ("C0FFEE", "phone")
     assert request.created_at == datetime(2026, 11, 24, 7, tzinfo=UTC)
-    shortest = msgspec.json.decode(approval_request("C0FFEE", operation_id="txn-1"), type=ApprovalRequest)
+    shortest = msgspec.json.decode(request_to_json("C0FFEE", operation_id="txn-1"), type=ApprovalRequest)
     assert (shortest.started_by, shortest.created_at) == ("backend", None)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 
-from aiokeyless.worker import approval_request
+from aiokeyless.worker import request_to_json
 
 from .shop import RefusalError, decide_all, operations, unread
 
@@ -24,7 +24,7 @@ NEXT = "SELECT operation_id, outcome, event FROM keyless.next_outcome('shop')"
 
 
 def request(operation_id: str) -> str:
-    return approval_request("C0FFEE", operation_id=operation_id, operation_payload="Pay 40 EUR", context={"order": 7})
+    return request_to_json("C0FFEE", operation_id=operation_id, operation_payload="Pay 40 EUR", context={"order": 7})
 
 
 async def test_psycopg_with_autocommit_stores_at_once(broker: PostgresBroker, admin: Connection, url: str) -> None:

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
-from aiokeyless.worker import approval_request, submit_approval
+from aiokeyless.worker import request_to_json, submit_approval
 from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, ApprovalRequest, context_refusal, request_name
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
@@ -100,7 +100,7 @@ async def test_two_transactions_at_once_with_the_same_request_store_one(
     other = await asyncpg.connect(url)
     async with connection.transaction():
         await submit_approval(connection, "C0FFEE", operation_id="a")
-        second = asyncio.create_task(submit_text(other, approval_request("C0FFEE", operation_id="a")))
+        second = asyncio.create_task(submit_text(other, request_to_json("C0FFEE", operation_id="a")))
         await asyncio.sleep(0.3)
         assert not second.done()
     assert await second
@@ -167,7 +167,7 @@ async def test_a_request_whose_commit_was_cut_is_submitted_again(
                 await submit_approval(connection, "C0FFEE", operation_id="a")
                 proxy.arm()
     assert await waiting(admin) == (["a"] if is_committed else [])
-    assert await submit_text(admin, approval_request("C0FFEE", operation_id="a")) is is_committed
+    assert await submit_text(admin, request_to_json("C0FFEE", operation_id="a")) is is_committed
     assert await waiting(admin) == ["a"]
 
 
@@ -257,7 +257,7 @@ async def test_an_error_about_a_text_does_not_quote_it(connection: Connection, b
 async def test_a_setting_for_the_literals_of_an_application_changes_nothing(connection: Connection) -> None:
     await connection.execute("SET standard_conforming_strings = off")
     await submit_text(
-        connection, approval_request("C0FFEE", operation_id="a", created_at=datetime.now(UTC), context='\\"e1000')
+        connection, request_to_json("C0FFEE", operation_id="a", created_at=datetime.now(UTC), context='\\"e1000')
     )
     with pytest.raises(asyncpg.InvalidParameterValueError, match="with a zone"):
         await submit_text(connection, text_of(created_at="dddd-dd-ddTdd:dd:ddZ"))
@@ -373,7 +373,7 @@ async def test_times_do_not_depend_on_the_settings_of_a_session(admin: Connectio
         "SET timezone = 'Asia/Kathmandu'; SET datestyle = 'SQL, DMY'; SET intervalstyle = 'sql_standard'"
     )
     created_at = datetime.now(UTC) - timedelta(seconds=10)
-    await submit_text(connection, approval_request("C0FFEE", operation_id="a", created_at=created_at, expires_in=90.5))
+    await submit_text(connection, request_to_json("C0FFEE", operation_id="a", created_at=created_at, expires_in=90.5))
     row: Any = await admin.fetchrow("SELECT requested_at, expires_at FROM keyless.request")
     assert row["requested_at"] == created_at
     assert row["expires_at"] == created_at + timedelta(seconds=90.5)
@@ -381,7 +381,7 @@ async def test_times_do_not_depend_on_the_settings_of_a_session(admin: Connectio
 
 async def test_a_time_in_the_future_counts_as_now_and_a_wait_ends_after_400_days(connection: Connection) -> None:
     created_at = datetime.now(UTC) + timedelta(days=1)
-    await submit_text(connection, approval_request("C0FFEE", operation_id="a", created_at=created_at, expires_in=1e9))
+    await submit_text(connection, request_to_json("C0FFEE", operation_id="a", created_at=created_at, expires_in=1e9))
     row: Any = await connection.fetchrow("SELECT * FROM keyless.request")
     assert row["requested_at"] == row["stored_at"] < created_at
     assert row["expires_at"] == row["stored_at"] + timedelta(days=400)
