@@ -1,9 +1,11 @@
-"""What docs/architecture.md says to look at is there, no imports are circular, and only its folder knows a broker."""
+"""What docs/architecture.md names is there, no imports are circular, and no two classes share a name."""
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
@@ -132,3 +134,16 @@ def test_each_link_of_the_pages_leads_somewhere() -> None:
             file = page.parent / target if target else page
             assert file.exists(), f"{page.relative_to(ROOT)}: {target}"
             assert not anchor or anchor in anchors(file.read_text()), f"{page.relative_to(ROOT)}: {target}#{anchor}"
+
+
+def test_no_two_classes_share_a_name_and_no_type_variable_has_that_of_a_class() -> None:
+    nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    classes = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "TypeVar"]
+    variables = {ast.literal_eval(call.args[0]) for call in calls}
+    assert {name for name, count in classes.items() if count > 1} == {
+        "Adapter",  # each family of drivers has one, under the name by which it is imported
+        "KeylessClient",  # the async one, and its twin in `aiokeyless.sync`
+    }
+    assert len(variables) > 5
+    assert classes.keys().isdisjoint(variables)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .transport import Transport
 
 T = TypeVar("T")
-Answer = TypeVar("Answer")
-Result = TypeVar("Result")
+AnswerT = TypeVar("AnswerT")
+ResultT = TypeVar("ResultT")
 
 #: Seconds between searches after a 409, while a lagging replica does not have the object yet: 5 in all.
 _LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
@@ -42,14 +42,14 @@ _OTHER_CONTENT: Final = (
 )
 
 
-class Creation(ABC, Generic[Answer, Result]):
+class Creation(ABC, Generic[AnswerT, ResultT]):
     """A POST that is repeated only if it had no effect.
 
     After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
     again only if there is none. If it resumes, it also searches after a 409 on the first attempt.
     """
 
-    def __init__(self, transport: Transport, post: protocol.Request[Answer], *, resumes: bool = False) -> None:
+    def __init__(self, transport: Transport, post: protocol.Request[AnswerT], *, resumes: bool = False) -> None:
         self._transport = transport
         self._post = post
         self._resumes = resumes
@@ -58,17 +58,17 @@ class Creation(ABC, Generic[Answer, Result]):
         self._is_final = False
 
     @abstractmethod
-    def _read(self, answer: Answer) -> Result:
+    def _read(self, answer: AnswerT) -> ResultT:
         """Return the result for an answer to the POST. Raise a `DecodeError` if that proves nothing."""
 
     @abstractmethod
-    async def _search(self) -> Result | None:
+    async def _search(self) -> ResultT | None:
         """Return the result for the object that exists; None if there is none.
 
         Raise if it is not what this call was to create, or is approved already.
         """
 
-    async def run(self) -> Result:
+    async def run(self) -> ResultT:
         """Create the object, in at most `max_attempts` attempts."""
         try:
             with self._transport.call():
@@ -83,7 +83,7 @@ class Creation(ABC, Generic[Answer, Result]):
         finally:
             self._ambiguous = None
 
-    async def _attempt(self, number: int) -> Result:
+    async def _attempt(self, number: int) -> ResultT:
         try:
             result = self._read(await self._transport.send(self._post, attempt=number))
         except KeylessError as error:
@@ -102,7 +102,7 @@ class Creation(ABC, Generic[Answer, Result]):
             raise failure
         return found
 
-    async def _resolve(self, *, conflicts: bool) -> Result | None:
+    async def _resolve(self, *, conflicts: bool) -> ResultT | None:
         """Return the result for the object that exists; None if there is none.
 
         If the search may not be made, or fails, the ambiguous failure is final.

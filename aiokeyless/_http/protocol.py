@@ -75,8 +75,8 @@ MAX_BODY: Final = 1 << 20
 MAX_LIST_BODY: Final = 16 << 20
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """An HTTP answer. The names in `headers` are case-insensitive.
+class RawAnswer(msgspec.Struct, frozen=True):
+    """An HTTP answer, not decoded yet. The names in `headers` are case-insensitive.
 
     Its repr does not show the body, since error reporters print local variables: a body contains the SDK key and the
     payload.
@@ -91,7 +91,7 @@ class Answer(msgspec.Struct, frozen=True):
         yield "size", len(self.body)
 
     def __repr__(self) -> str:
-        return f"<Answer {self.status}, {len(self.body)} bytes>"
+        return f"<RawAnswer {self.status}, {len(self.body)} bytes>"
 
 
 class Endpoint(msgspec.Struct, Generic[T], frozen=True):
@@ -336,7 +336,7 @@ _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
 }
 
 
-def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction) -> T:
+def read(endpoint: Endpoint[T], path: str, answer: RawAnswer, redaction: Redaction) -> T:
     """Turn an answer into the endpoint's struct. Messages show the path, and no API key that the answer echoes.
 
     Raises:
@@ -364,7 +364,9 @@ def _decode(endpoint: Endpoint[T], body: bytes, redaction: Redaction) -> T:
     return decoded
 
 
-def _make_decode_error(method: str, path: str, answer: Answer, reason: Exception, redaction: Redaction) -> DecodeError:
+def _make_decode_error(
+    method: str, path: str, answer: RawAnswer, reason: Exception, redaction: Redaction
+) -> DecodeError:
     facts: dict[str, Any] = {
         "status": answer.status,
         "method": method,
@@ -387,7 +389,7 @@ def _is_json(body: bytes) -> bool:
     return True
 
 
-def _make_status_error(method: str, path: str, answer: Answer, redaction: Redaction) -> StatusError:
+def _make_status_error(method: str, path: str, answer: RawAnswer, redaction: Redaction) -> StatusError:
     status = answer.status
     kind = _STATUS_ERRORS.get(status, ServerError if 500 <= status < 600 else StatusError)
     return kind(
@@ -420,7 +422,7 @@ _REQUEST_ID_HEADERS: Final = tuple(
 )
 
 
-def request_id(answer: Answer, redaction: Redaction) -> str | None:
+def request_id(answer: RawAnswer, redaction: Redaction) -> str | None:
     """Return the service's id of the exchange; None if the answer has none."""
     for name in _REQUEST_ID_HEADERS:
         value = answer.headers.get(name)

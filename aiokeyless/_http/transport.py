@@ -181,7 +181,7 @@ class Transport:
         """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
         return Call(self._calls)
 
-    async def receive(self, request: protocol.Request[Any]) -> protocol.Answer:
+    async def receive(self, request: protocol.Request[Any]) -> protocol.RawAnswer:
         """Send a request once, and return its answer whatever the status; no listener is called."""
         return await self._receive(request, self._api_keys.current())
 
@@ -314,7 +314,7 @@ class Transport:
         is_first: bool = True,
         circuit: CircuitState = CircuitState.CLOSED,
         has_deadline: bool = True,
-    ) -> protocol.Answer:
+    ) -> protocol.RawAnswer:
         """Send a request and return its answer. What goes wrong becomes a `KeylessError` without aiohttp's frames."""
         if self._calls.are_closed:
             raise ClientClosedError("the client is closed; nothing was sent")
@@ -354,7 +354,7 @@ class Transport:
 
     async def _request(
         self, request: protocol.Request[Any], key: ApiKey, is_first: bool, circuit: CircuitState
-    ) -> protocol.Answer:
+    ) -> protocol.RawAnswer:
         """Send a request and return its answer.
 
         A GET that loses its connection is sent once more, on a new one: a balancer that fails over resets each old
@@ -397,7 +397,7 @@ class Transport:
         if _CONTENT_ENCODING in response.headers:
             encoding = key.redaction.redact(", ".join(response.headers.getall(_CONTENT_ENCODING)))
             content = decode_content(content, encoding or "", endpoint.max_body)
-        return protocol.Answer(response.status, response.headers, content)
+        return protocol.RawAnswer(response.status, response.headers, content)
 
     def _url_of(self, request: protocol.Request[Any]) -> URL:
         url = self._base.with_path(self._base_path + request.path, encoded=True)

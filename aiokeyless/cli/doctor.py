@@ -343,7 +343,7 @@ class Examination:
         changed = [created.operation_id for created in self.earlier if not await self._is_unchanged(created)]
         return not changed, f"changed or missing: {', '.join(changed)}" if changed else f"all {len(self.earlier)}"
 
-    async def _get_plainly(self, key: Secret | None) -> protocol.Answer:
+    async def _get_plainly(self, key: Secret | None) -> protocol.RawAnswer:
         return await self.plain.send(protocol.get_operation(self._unknown_id), key)
 
     async def _expect_nothing(self, operation_id: str) -> Finding:
@@ -357,7 +357,7 @@ class Examination:
         self.notebook.created[operation_id] = CreatedOperation(operation_id, payload_digest(payload))
         return await self.client.create_operation(self.user_id, operation_id=operation_id, operation_payload=payload)
 
-    async def _create_plainly(self, operation_id: str, payload: str) -> protocol.Answer:
+    async def _create_plainly(self, operation_id: str, payload: str) -> protocol.RawAnswer:
         operation = NewOperation(operation_id=operation_id, operation_payload=payload)
         return await self.plain.send(protocol.create_operation(self.user_id, operation))
 
@@ -405,7 +405,7 @@ def _judge(good: str, bad: str, *, holds: bool) -> Finding:
     return holds, good if holds else bad
 
 
-def _judge_status(expected: int, answer: protocol.Answer) -> Finding:
+def _judge_status(expected: int, answer: protocol.RawAnswer) -> Finding:
     return answer.status == expected, f"answered with {answer.status}"
 
 
@@ -425,7 +425,7 @@ class PlainRequests:
         self._base_url, timeout = client.base_url, client.request_timeout
         self._options: Any = {"session": self.session, "request_timeout": timeout, "max_attempts": 1, "proxy": proxy}
 
-    async def send(self, request: protocol.Request[Any], key: Secret | None = None) -> protocol.Answer:
+    async def send(self, request: protocol.Request[Any], key: Secret | None = None) -> protocol.RawAnswer:
         """Send a request, by default with the server key."""
         return await Transport(self._base_url, ApiKeys(key or self._key), **self._options).receive(request)
 

@@ -94,13 +94,13 @@ class Nothing(Body):
     """A body without fields."""
 
 
-class User(Body):
-    """A user."""
+class NamedUser(Body):
+    """A user that a request names."""
 
     user_id: UserId
 
 
-class Enrolment(User):
+class Enrolment(NamedUser):
     """The arguments of `Sandbox.enroll`."""
 
     external_user_id: _ExternalUserId | None = None
@@ -166,7 +166,7 @@ def _rotate(sandbox: Service, *, retire: bool) -> object:
     return {"keyId": sandbox.rotate_keys(retire=retire)}
 
 
-class Endpoint(NamedTuple):
+class ControlEndpoint(NamedTuple):
     """What one path does.
 
     Attributes:
@@ -181,17 +181,17 @@ class Endpoint(NamedTuple):
     act: Callable[..., object]
 
 
-ENDPOINTS: Final[Mapping[str, Endpoint]] = {
-    "list": Endpoint("GET", Selection, _list),
-    "approve": Endpoint("POST", Approval, _approve),
-    "decline": Endpoint("POST", Refusal, _decline),
-    "fail": Endpoint("POST", Failure, Service.fail_next),
-    "drop": Endpoint("POST", Drop, Service.drop_next),
-    "recover": Endpoint("POST", Nothing, Service.recover),
-    "unlock": Endpoint("POST", User, Service.unlock),
-    "enroll": Endpoint("POST", Enrolment, _enroll),
-    "sign": Endpoint("POST", Signature, _sign),
-    "rotate": Endpoint("POST", Rotation, _rotate),
+ENDPOINTS: Final[Mapping[str, ControlEndpoint]] = {
+    "list": ControlEndpoint("GET", Selection, _list),
+    "approve": ControlEndpoint("POST", Approval, _approve),
+    "decline": ControlEndpoint("POST", Refusal, _decline),
+    "fail": ControlEndpoint("POST", Failure, Service.fail_next),
+    "drop": ControlEndpoint("POST", Drop, Service.drop_next),
+    "recover": ControlEndpoint("POST", Nothing, Service.recover),
+    "unlock": ControlEndpoint("POST", NamedUser, Service.unlock),
+    "enroll": ControlEndpoint("POST", Enrolment, _enroll),
+    "sign": ControlEndpoint("POST", Signature, _sign),
+    "rotate": ControlEndpoint("POST", Rotation, _rotate),
 }
 """The endpoints, by the last segment of their paths."""
 
@@ -218,7 +218,7 @@ class Control:
         return web.Response(status=answer.status, body=answer.body, headers={**_HEADERS, **answer.headers})
 
 
-async def apply(request: web.Request, name: str, endpoints: Mapping[str, Endpoint], sandbox: Service) -> Answer:
+async def apply(request: web.Request, name: str, endpoints: Mapping[str, ControlEndpoint], sandbox: Service) -> Answer:
     """Apply a request to the sandbox, and return the answer."""
     endpoint = endpoints.get(name)
     if endpoint is None:
@@ -238,7 +238,7 @@ async def apply(request: web.Request, name: str, endpoints: Mapping[str, Endpoin
         return error_answer(HTTPStatus.CONFLICT, str(error))
 
 
-async def _read(request: web.Request, endpoint: Endpoint) -> Body:
+async def _read(request: web.Request, endpoint: ControlEndpoint) -> Body:
     if endpoint.method == "GET":
         return msgspec.convert(dict(request.query), endpoint.body)
     return msgspec.json.decode(await request.read(), type=endpoint.body)

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from .api import Answer, error_answer
-from .control import ENDPOINTS, Body, Endpoint, UserId, apply
+from .control import ENDPOINTS, Body, ControlEndpoint, UserId, apply
 from .fields import is_user_id
 from .guard import refuse_foreign_origin, refuse_host
 from .page import HEADERS, load_page
@@ -36,7 +36,7 @@ _CLOSE_TIMEOUT: Final = 1.0
 _EVENT_HEADERS: Final = {**HEADERS, "Content-Type": "text/event-stream"}
 
 
-class _Creation(Body):
+class _PageCreation(Body):
     """The body of ``POST /sandbox/page/create``."""
 
     user_id: UserId
@@ -80,10 +80,10 @@ class Phones:
         self._streams: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._buttons = {name: ENDPOINTS[name] for name in _SHARED} | {
-            "create": Endpoint(
-                "POST", _Creation, lambda _, user_id, operation_payload: create(user_id.upper(), operation_payload)
+            "create": ControlEndpoint(
+                "POST", _PageCreation, lambda _, user_id, operation_payload: create(user_id.upper(), operation_payload)
             ),
-            "fault": Endpoint("POST", _FaultChoice, _choose_fault),
+            "fault": ControlEndpoint("POST", _FaultChoice, _choose_fault),
         }
 
     async def close(self) -> None:

@@ -11,25 +11,25 @@ if TYPE_CHECKING:
 #: Most calls in one batch, since others wait for it.
 LARGEST: Final = 500
 
-Call = TypeVar("Call")
-Result = TypeVar("Result")
+CallT = TypeVar("CallT")
+ResultT = TypeVar("ResultT")
 
 
-class Batches(Generic[Call, Result]):
+class Batches(Generic[CallT, ResultT]):
     """Gathers calls, and executes them in batches, one batch at a time.
 
     While a batch is executed, the next calls gather. If a caller is cancelled, its call is executed all the same, and
     the other calls are not affected. If `execute` raises, all callers of the batch get the error.
     """
 
-    def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result]]]) -> None:
+    def __init__(self, execute: Callable[[list[CallT]], Awaitable[Sequence[ResultT]]]) -> None:
         self._execute = execute
-        self._pending: list[tuple[Call, asyncio.Future[Result]]] = []
+        self._pending: list[tuple[CallT, asyncio.Future[ResultT]]] = []
         self._running: asyncio.Task[None] | None = None
 
-    async def call(self, call: Call) -> Result:
+    async def call(self, call: CallT) -> ResultT:
         """Have a call executed with others, and return its result."""
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
         self._pending.append((call, future))
         self._start()
         return await future
@@ -60,7 +60,7 @@ class Batches(Generic[Call, Result]):
             batch, self._pending = self._pending[:LARGEST], self._pending[LARGEST:]
             await self._settle(batch)
 
-    async def _settle(self, batch: list[tuple[Call, asyncio.Future[Result]]]) -> None:
+    async def _settle(self, batch: list[tuple[CallT, asyncio.Future[ResultT]]]) -> None:
         try:
             results = await self._execute([call for call, _ in batch])
         except Exception as error:  # noqa: BLE001  # each caller gets it

@@ -86,7 +86,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     is_draining: bool = False
 
 
-class Reporter:
+class WorkerReporter:
     """Counts for one worker, inspects its fleet every few seconds, and knows what keeps it from being ready.
 
     If the broker will not come back, it calls `on_loss`.

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .broker import Broker
     from .decisions import Decision, Grace
     from .messages import Delivery, Message
-    from .monitoring import Reporter
+    from .monitoring import WorkerReporter
 
 #: No operation has this id. If Keyless reports it missing, it has accepted the key.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
@@ -93,7 +93,7 @@ class DeliveryProcessor:
         slots: Slots[Message],
         rate: PollRate,
         grace: Grace,
-        reporter: Reporter,
+        reporter: WorkerReporter,
     ) -> None:
         self._transport = transport
         self._broker = broker

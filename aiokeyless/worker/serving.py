@@ -34,7 +34,7 @@ from .broker import ExchangeResult, RefusedError, UnavailableError
 from .decisions import Grace, Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
 from .logs import RateLimitedLog, log
 from .messages import FailureReason, read_request
-from .monitoring import Reporter, WorkerStatistics
+from .monitoring import WorkerReporter, WorkerStatistics
 from .processor import DeliveryProcessor, check_key
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Serving:
         self._deliveries: dict[asyncio.Task[None], Message] = {}  # in flight
         # A request belongs to the trace of its submitter, and its polls have no spans.
         self._context = context_without_traces()
-        self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, on_loss=on_fatal)
+        self._reporter = WorkerReporter(broker, self._circuit, self._deliveries, listeners=listeners, on_loss=on_fatal)
         self._processor = DeliveryProcessor(
             transport,
             broker,

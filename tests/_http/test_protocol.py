@@ -29,8 +29,8 @@ from aiokeyless._http.protocol import (
     GET_PENDING,
     POST_EXTERNAL_USER,
     POST_OPERATION,
-    Answer,
     Endpoint,
+    RawAnswer,
     Request,
     create_operation,
     get_authentications,
@@ -129,7 +129,7 @@ every_endpoint = pytest.mark.parametrize("name", list(ENDPOINTS))
 def answered(
     status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, name: str = "operation", key: str = KEY
 ) -> Any:
-    return read(ENDPOINTS[name], PATH, Answer(status, headers or {}, body), Redaction(Secret(key)))
+    return read(ENDPOINTS[name], PATH, RawAnswer(status, headers or {}, body), Redaction(Secret(key)))
 
 
 def failed(status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, key: str = KEY) -> StatusError:
@@ -1091,8 +1091,8 @@ def test_no_answer_raises_anything_but_the_two_documented_roots(
 
 def test_neither_a_request_nor_an_answer_shows_its_body() -> None:
     request = create_operation("c0ffee", NewOperation(operation_id="txn-1", operation_payload="Pay 40"))
-    answer = Answer(200, {}, GOOD["operation"])
+    answer = RawAnswer(200, {}, GOOD["operation"])
     assert repr(request) == "<Request POST /v2/users/C0FFEE/operations>"
     assert pretty_repr(request) == "Request(path='/v2/users/C0FFEE/operations')"
-    assert repr(answer) == f"<Answer 200, {len(answer.body)} bytes>"
-    assert pretty_repr(answer) == f"Answer(status=200, size={len(answer.body)})"
+    assert repr(answer) == f"<RawAnswer 200, {len(answer.body)} bytes>"
+    assert pretty_repr(answer) == f"RawAnswer(status=200, size={len(answer.body)})"

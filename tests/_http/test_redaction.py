@@ -19,7 +19,7 @@ from error_reports import reports
 from raw_server import RawServer, answer, hang, operation, refused, reset
 
 from aiokeyless import ApprovalTicket, ConfigurationError, KeylessClient
-from aiokeyless._http.protocol import Answer
+from aiokeyless._http.protocol import RawAnswer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -250,7 +250,7 @@ async def test_no_frame_keeps_an_answer_alive_once_its_error_was_handled() -> No
                 with contextlib.suppress(Exception):
                     await client.get_operation("a")
             await asyncio.sleep(0)
-        answers = [thing for thing in gc.get_objects() if type(thing) is Answer]  # isinstance() asks lazy ones
+        answers = [thing for thing in gc.get_objects() if type(thing) is RawAnswer]  # isinstance() asks lazy ones
         assert answers == []
     finally:
         gc.enable()

@@ -128,7 +128,10 @@ def test_no_mutated_answer_is_an_approval_unless_all_in_it_says_so() -> None:
         status = source.choice((200, 200, 200, 201, 202, 204, 302, 400, 403, 404, 410, 503))
         try:
             answer: Operation | KeylessError = protocol.read(
-                protocol.GET_OPERATION, "/", protocol.Answer(status, CIMultiDict(), body), Redaction(Secret("k" * 36))
+                protocol.GET_OPERATION,
+                "/",
+                protocol.RawAnswer(status, CIMultiDict(), body),
+                Redaction(Secret("k" * 36)),
             )
         except KeylessError as error:
             answer = error

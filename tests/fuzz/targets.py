@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from multidict import CIMultiDict
 
 from aiokeyless._http import protocol
-from aiokeyless._http.protocol import Answer
+from aiokeyless._http.protocol import RawAnswer
 from aiokeyless._http.redaction import Redaction
 from aiokeyless._rules.approval import Verdict, evaluate
 from aiokeyless._rules.backoff import requested_pause
@@ -79,8 +79,8 @@ def digest(payload: str | None) -> str:
 # -- answers
 
 
-def answered(data: bytes) -> Answer:
-    return Answer(200, {}, data)
+def answered(data: bytes) -> RawAnswer:
+    return RawAnswer(200, {}, data)
 
 
 def operation(data: bytes) -> None:
@@ -171,7 +171,7 @@ def refusal(data: bytes) -> None:
         if status in endpoint.success:
             continue
         try:
-            protocol.read(endpoint, "/v2/operations", Answer(status, headers, body), REDACTION)
+            protocol.read(endpoint, "/v2/operations", RawAnswer(status, headers, body), REDACTION)
         except StatusError as error:
             check_refusal(error, status)
         else:

@@ -29,7 +29,7 @@ from aiokeyless.events import (
 )
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import Broker, RefusedError, UnavailableError
-from aiokeyless.worker.monitoring import Reporter
+from aiokeyless.worker.monitoring import WorkerReporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
@@ -155,7 +155,7 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
     kind: Outcome, answered: bool | None, reason: FailureReason | None, outcome: WaitOutcome, memory: SqliteBroker
 ) -> None:
     told = Told()
-    reporter = Reporter(memory, Circuit(64), (), listeners=Listeners((told,)), on_loss=print)
+    reporter = WorkerReporter(memory, Circuit(64), (), listeners=Listeners((told,)), on_loss=print)
     reporter.report_outcome(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
@@ -184,7 +184,7 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
 async def test_a_thousand_deliveries_that_the_broker_does_not_settle_are_one_line_of_the_log(
     memory: SqliteBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporter = Reporter(memory, Circuit(64), (), listeners=Listeners(()), on_loss=print)
+    reporter = WorkerReporter(memory, Circuit(64), (), listeners=Listeners(()), on_loss=print)
     for _ in range(1000):
         reporter.report_settlement(2, RefusedError("the disk is full"), started_at=0.0)
     assert [record.getMessage() for record in caplog.records] == ['delivery.unsettled error="the disk is full" count=1']
@@ -270,9 +270,9 @@ def broker() -> FakeBroker:
 
 
 @asynccontextmanager
-async def reporting(broker: FakeBroker, circuit: Circuit | None = None) -> AsyncGenerator[Reporter]:
+async def reporting(broker: FakeBroker, circuit: Circuit | None = None) -> AsyncGenerator[WorkerReporter]:
     """Run a reporter; the body starts between two inspections."""
-    reporter = Reporter(
+    reporter = WorkerReporter(
         cast("Broker", broker), circuit or Circuit(64), (), listeners=Listeners(()), on_loss=broker.losses.append
     )
     watching = asyncio.create_task(reporter.watch())
@@ -281,7 +281,7 @@ async def reporting(broker: FakeBroker, circuit: Circuit | None = None) -> Async
     watching.cancel()
 
 
-def problems(reporter: Reporter) -> list[str]:
+def problems(reporter: WorkerReporter) -> list[str]:
     return list(reporter.statistics().problems)
 
 

@@ -35,7 +35,7 @@ async def store_request(driver: Driver, new: NewRequest) -> bool:
     return bool(row[0])
 
 
-async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
+async def take_outcome(driver: Driver, reader: str) -> PostgresOutcome | None:
     """Begin a transaction, and take an outcome in it. If there is none, end the transaction and return None."""
     floor = driver.floors[driver.schema, reader]
     with broker_errors(driver.schema, driver.errors), driver.limit(driver.answers_within):
@@ -64,10 +64,10 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
                     await driver.complete(driver.roll_back())
         if is_new_reader:
             await driver.complete(driver.execute_alone("SELECT {}.add_reader($1)", reader))
-    return None if row is None else Outcome(driver, reader, row)
+    return None if row is None else PostgresOutcome(driver, reader, row)
 
 
-class Outcome(OutcomeDelivery):
+class PostgresOutcome(OutcomeDelivery):
     """An outcome in the transaction that handles it."""
 
     __slots__ = ("_driver", "_number", "_reader", "_row")

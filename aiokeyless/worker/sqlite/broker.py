@@ -21,7 +21,7 @@ from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Chore, TableBroker, check_service, row_of
 
 from .schema import MEMORY
-from .store import Call, PutOff, Store, Unread
+from .store import PutOff, Store, StoreCall, Unread
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class SqliteBroker(TableBroker):
         self._store: Store
         self._clock: Callable[[], datetime]
         self._thread: ThreadPoolExecutor | None = None  # none for a broker in memory
-        self._batches: Batches[Call | PutOff, Any] = Batches(self._execute)
+        self._batches: Batches[StoreCall | PutOff, Any] = Batches(self._execute)
         self._due = _Changes()  # of requests
         self._decided = _Changes()  # of outcomes
         self._take_from = 0.0
@@ -211,7 +211,7 @@ class SqliteBroker(TableBroker):
             return do()
         return await asyncio.get_running_loop().run_in_executor(self._thread, do)
 
-    async def _execute(self, calls: list[Call | PutOff]) -> list[Any]:
+    async def _execute(self, calls: list[StoreCall | PutOff]) -> list[Any]:
         return await self._run(lambda: self._store.execute(calls))
 
     async def _read(self, do: Callable[[Store], T]) -> T:
@@ -222,7 +222,7 @@ class SqliteBroker(TableBroker):
     async def _do(self, do: Callable[[Store], T], *, lasting: bool = False) -> T:
         """Do something with the file, in one transaction with the other calls of this turn."""
         self._check_open()
-        result: T = await self._batches.call(Call(do, lasting))
+        result: T = await self._batches.call(StoreCall(do, lasting))
         return result
 
     async def _wait_for(self, changed: asyncio.Event, most: float | None) -> None:
@@ -244,13 +244,13 @@ class SqliteBroker(TableBroker):
     # Each in a transaction of its own, so that a chore that fails is no failure of another one, or of a delivery.
 
     async def _repair(self) -> None:
-        await self._execute([Call(lambda store: store.repair(self._lease))])
+        await self._execute([StoreCall(lambda store: store.repair(self._lease))])
         self._due.notify()
         self._decided.notify()
 
     async def _clean_page(self, after: int) -> int | None:
         last: int | None
-        [last] = await self._execute([Call(lambda store: store.clean(after))])
+        [last] = await self._execute([StoreCall(lambda store: store.clean(after))])
         return last
 
 

@@ -85,7 +85,7 @@ class Unread(NamedTuple):
     data: bytes
 
 
-class Call(NamedTuple):
+class StoreCall(NamedTuple):
     """A call to execute in a transaction."""
 
     do: Callable[[Store], object]
@@ -106,15 +106,15 @@ class Store:
         """Close the file."""
         self._connection.close()
 
-    def execute(self, calls: Sequence[Call | PutOff]) -> list[Any]:
+    def execute(self, calls: Sequence[StoreCall | PutOff]) -> list[Any]:
         """Execute calls in one transaction; return the result of each. If it raises, none of them was done."""
         with broker_errors(self._path):
-            is_lasting = any(isinstance(call, Call) and call.lasting for call in calls)
+            is_lasting = any(isinstance(call, StoreCall) and call.lasting for call in calls)
             self._set_synchronous("FULL" if is_lasting else "NORMAL")
             retry_while_busy(lambda: self._connection.execute("BEGIN IMMEDIATE"))
             with committing(self._connection):
                 self._put_off([call for call in calls if isinstance(call, PutOff)])
-                return [call.do(self) if isinstance(call, Call) else None for call in calls]
+                return [call.do(self) if isinstance(call, StoreCall) else None for call in calls]
 
     def _set_synchronous(self, mode: str) -> None:
         if mode != self._synchronous:
