@@ -25,6 +25,7 @@ __all__ = [
     "ClientClosedError",
     "ConfigurationError",
     "ConflictError",
+    "ConflictStatusError",
     "DecodeError",
     "InconsistentOperationError",
     "InvalidIdentifierError",
@@ -255,7 +256,22 @@ class NotAcceptableError(StatusError):
     advice = "the Accept header did not arrive as sent; check the proxies in between"
 
 
-class ConflictError(StatusError):
+class ConflictError(KeylessError):
+    """The operation id is taken by something else, at Keyless or at a broker.
+
+    The client raises a `ConflictStatusError`, which is one of these. `aiokeyless.worker.submit_approval` raises it as
+    it is: the broker has another request under the id, and stored nothing.
+
+    What to do: use a new id. An approval of what has the id is not for this request.
+
+    Attributes:
+        operation_id: The id that is taken. None if the conflict is about an external user id.
+    """
+
+    operation_id: str | None = None
+
+
+class ConflictStatusError(ConflictError, StatusError):
     """409: another operation has the operation id, or the user or the external user id is linked already.
 
     If the client found an operation of another user, or with another payload or external user id, the message says so.
@@ -273,7 +289,7 @@ class ConflictError(StatusError):
         return linked if path.endswith("/external-user") else self.advice
 
 
-class AlreadyApprovedError(ConflictError):
+class AlreadyApprovedError(ConflictStatusError):
     """The operation id belongs to an operation with the same content that is approved already.
 
     The approval may belong to an earlier request that you have acted on. One approval must not count twice.
@@ -478,7 +494,7 @@ class BrokerError(KeylessError):
 
 
 class InvalidRequestError(KeylessError):
-    """A message is not a request for an approval. Delivering it again does not help.
+    """A message is no request for an approval, or one that the broker cannot store. Repeating it does not help.
 
     What to do: fix the application that publishes it, or let it use `aiokeyless.worker.submit_approval`.
     """

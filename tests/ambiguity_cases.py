@@ -15,7 +15,7 @@ from aiokeyless.errors import (
     BadRequestError,
     ClientClosedError,
     ConfigurationError,
-    ConflictError,
+    ConflictStatusError,
     DecodeError,
     KeylessError,
     NotAcceptableError,
@@ -45,7 +45,7 @@ _CLASSES: Final[dict[int, type[StatusError]]] = {
     403: PermissionDeniedError,
     404: NotFoundError,
     406: NotAcceptableError,
-    409: ConflictError,
+    409: ConflictStatusError,
     415: UnsupportedMediaTypeError,
     429: RateLimitError,
 }

@@ -27,6 +27,7 @@ from aiokeyless.errors import (
     ClientClosedError,
     ConfigurationError,
     ConflictError,
+    ConflictStatusError,
     DecodeError,
     InconsistentOperationError,
     InvalidIdentifierError,
@@ -74,9 +75,10 @@ TREE: dict[type[KeylessError], tuple[type[BaseException], ...]] = {
     PermissionDeniedError: (StatusError,),
     NotFoundError: (StatusError,),
     NotAcceptableError: (StatusError,),
-    ConflictError: (StatusError,),
+    ConflictError: (KeylessError,),
+    ConflictStatusError: (ConflictError, StatusError),
     UnsupportedMediaTypeError: (StatusError,),
-    AlreadyApprovedError: (ConflictError,),
+    AlreadyApprovedError: (ConflictStatusError,),
     RateLimitError: (StatusError,),
     ServerError: (StatusError,),
     ApprovalError: (KeylessError,),
@@ -238,7 +240,7 @@ def test_advice_for_this_one_status_wins_over_the_class_own() -> None:
 def test_a_request_about_users_gets_no_advice_about_operations() -> None:
     missing = NotFoundError(status=404, method="GET", path="/v2/external-users/a/users")
     assert str(missing).endswith("answered 404: no such user, external user id or device; check the id")
-    taken = ConflictError(status=409, method="POST", path="/v2/users/AB/external-user")
+    taken = ConflictStatusError(status=409, method="POST", path="/v2/users/AB/external-user")
     assert str(taken).endswith("linked already; to change the link: update_external_user")
 
 

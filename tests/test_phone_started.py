@@ -16,6 +16,7 @@ from aiokeyless import (
     ApprovalTimeoutError,
     ConfigurationError,
     ConflictError,
+    ConflictStatusError,
     OperationMismatchError,
     ServerError,
 )
@@ -108,7 +109,7 @@ async def test_an_id_of_other_content_is_no_id(sandbox: Sandbox, client: Keyless
     handed: list[ApprovalTicket] = []
     with pytest.raises(ConflictError, match="of another user, or with another payload or external user id") as refused:
         await request(client, on_created=handed.append)
-    assert type(refused.value) is ConflictError
+    assert type(refused.value) is ConflictStatusError
     assert not handed
 
 

@@ -16,6 +16,7 @@ from aiokeyless._rules.approval import is_same_user
 from aiokeyless.errors import (
     AlreadyApprovedError,
     ConflictError,
+    ConflictStatusError,
     DecodeError,
     KeylessError,
     NotFoundError,
@@ -203,7 +204,7 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
         return True
 
     def _check(self, found: Operation, request: protocol.Request[Any]) -> None:
-        refuse = partial(ConflictError, status=409, method=request.endpoint.method, path=request.path)
+        refuse = partial(ConflictStatusError, status=409, method=request.endpoint.method, path=request.path)
         if found.operation_id != self._operation.operation_id:
             raise refuse()
         if not self._is_ours(found):

@@ -29,7 +29,7 @@ from aiokeyless.errors import (
     TRANSIENT_STATUSES,
     AuthenticationError,
     BadRequestError,
-    ConflictError,
+    ConflictStatusError,
     DecodeError,
     NotAcceptableError,
     NotFoundError,
@@ -330,7 +330,7 @@ _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
     403: PermissionDeniedError,
     404: NotFoundError,
     406: NotAcceptableError,
-    409: ConflictError,
+    409: ConflictStatusError,
     415: UnsupportedMediaTypeError,
     429: RateLimitError,
 }

@@ -21,7 +21,7 @@ from aiokeyless.errors import (
     ApprovalUnknownError,
     BadRequestError,
     ConfigurationError,
-    ConflictError,
+    ConflictStatusError,
     DecodeError,
     KeylessError,
     NotFoundError,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _ADVICE: Final[dict[type[KeylessError], str]] = {
     BadRequestError: "the service rejects the request as malformed",
     NotFoundError: "no such operation; check the id (one that the phone will create: wait --if-missing wait)",
-    ConflictError: "the operation id is taken; use a new one or, if you tried the same before, --if-exists resume",
+    ConflictStatusError: "the operation id is taken; use a new one or, if you tried this before, --if-exists resume",
     RateLimitError: "too many requests; try again later",
 }
 

@@ -5,7 +5,7 @@ number of workers process the request. They poll once for each delivery, and kee
 `aiokeyless.worker.sqlite` and its siblings. If one process is enough, `aiokeyless.KeylessClient` is simpler.
 """
 
-from aiokeyless.errors import BrokerError, InvalidRequestError
+from aiokeyless.errors import BrokerError, ConflictError, InvalidRequestError
 from aiokeyless.events import Inspection
 
 from .applications import Submission, next_outcome, request_to_json, submit_approval
@@ -21,6 +21,7 @@ __all__ = [
     "ApprovalWorker",
     "Broker",
     "BrokerError",
+    "ConflictError",
     "FailureReason",
     "Inspection",
     "InvalidRequestError",

@@ -20,7 +20,7 @@ from aiokeyless._validation import (
     check_user_id,
     finite_seconds,
 )
-from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
+from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError, KeylessError
 from aiokeyless.models import Secret, StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
@@ -133,7 +133,9 @@ async def submit_approval(
 
     Raises:
         ConfigurationError: An argument is wrong; nothing was stored.
-        InvalidRequestError: The operation id belongs to a different request; nothing was stored.
+        ConflictError: The operation id belongs to a different request; nothing was stored. The client raises it too if
+            a different operation has the id.
+        InvalidRequestError: PostgreSQL cannot store the request, such as one with a NUL; nothing was stored.
         BrokerError: The broker did not confirm that it stored the request. It is safe to submit it again under the
             error's `operation_id`.
     """
@@ -157,6 +159,9 @@ async def submit_approval(
         )
     try:
         duplicate = await side.submit(NewRequest(request, text, request_name(request), current_traceparent()))
+    except ConflictError as error:
+        error.operation_id = operation_id
+        raise
     except (UnavailableError, BrokerError) as error:
         unknown = BrokerError(
             f"the request for an approval was not stored, as far as is known ({error}); submit it again under the same "

@@ -112,8 +112,9 @@ class ApplicationSide(ABC):
             Whether the same request was stored already.
 
         Raises:
-            InvalidRequestError: A different request has this operation id, which the message names. If the broker
-                cannot tell, it stores the request, and the worker decides it as a conflict.
+            ConflictError: A different request has this operation id, which the message names. If the broker cannot
+                tell, it stores the request, and the worker decides it as a conflict.
+            InvalidRequestError: The broker cannot store such a request.
             UnavailableError: The broker did not confirm that it stored the request, which can be submitted again.
             BrokerError: Requests cannot be stored, and that does not change by itself.
         """

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from aiokeyless._rules.quota import RepetitionQuota
-from aiokeyless.errors import ConflictError, NotFoundError, RateLimitError, RequestTimeoutError, ServerError
+from aiokeyless.errors import ConflictStatusError, NotFoundError, RateLimitError, RequestTimeoutError, ServerError
 from aiokeyless.models import SuccessAnswer
 from aiokeyless.worker import ApprovalWorker, submit_approval
 from benchmarks.report import Goal, Report, Table
@@ -128,7 +128,7 @@ class _PartlyFailing:
             raise RequestTimeoutError("no answer", method=method, path=path)
         if method == "POST":
             if operation_id in self.created:
-                raise ConflictError(status=409, method=method, path=path)
+                raise ConflictStatusError(status=409, method=method, path=path)
             self.created[operation_id] = now, body.get("operationPayload", "")
             return SuccessAnswer(success=True)
         if operation_id not in self.created:

@@ -20,6 +20,7 @@ from aiokeyless import (
     AuthenticationError,
     ClientClosedError,
     ConflictError,
+    ConflictStatusError,
     DecodeError,
     InconsistentOperationError,
     KeylessClient,
@@ -177,18 +178,18 @@ FOUND = answer(operation())
 TALKS: dict[str, tuple[list[bytes], type[KeylessError] | bool, str]] = {
     "a confirmation": ([CREATED], False, "POST"),
     "a confirmation of the second attempt": ([BUSY, MISSING, CREATED], False, "POST GET POST"),
-    "a conflict of the first attempt": ([CONFLICT], ConflictError, "POST"),
+    "a conflict of the first attempt": ([CONFLICT], ConflictStatusError, "POST"),
     "a refusal": ([NO], AuthenticationError, "POST"),
     "a refusal after a failure that was resolved": ([BUSY, MISSING, NO], AuthenticationError, "POST GET POST"),
     "a status above the successes, which has no effect": ([answer(b"", status=b"300 Choose")], StatusError, "POST"),
     "a 429 of the last attempt": ([LIMITED], RateLimitError, "POST POST POST"),
     "a 503 of the last attempt": ([BUSY, MISSING] * 3, ServerError, "POST GET POST GET POST GET"),
-    "a conflict after a 429, which had no effect": ([LIMITED, CONFLICT], ConflictError, "POST POST"),
-    "and after a 425": ([answer(b"", status=b"425 Early"), CONFLICT], ConflictError, "POST POST"),
+    "a conflict after a 429, which had no effect": ([LIMITED, CONFLICT], ConflictStatusError, "POST POST"),
+    "and after a 425": ([answer(b"", status=b"425 Early"), CONFLICT], ConflictStatusError, "POST POST"),
     "a conflict with our own lost creation": ([BUSY, MISSING, CONFLICT, FOUND], True, "POST GET POST GET"),
     "and long after it": ([BUSY, MISSING, LIMITED, CONFLICT, FOUND], True, "POST GET POST POST GET"),
     "a conflict with the operation of another caller after an ambiguous failure": (
-        *([BUSY, MISSING, CONFLICT, answer(operation(userId="BAD"))], ConflictError, "POST GET POST GET"),
+        *([BUSY, MISSING, CONFLICT, answer(operation(userId="BAD"))], ConflictStatusError, "POST GET POST GET"),
     ),
     "a conflict with what a replica does not know yet": (
         *([BUSY, MISSING, CONFLICT, MISSING, MISSING, FOUND], True, "POST GET POST GET GET GET"),
@@ -207,7 +208,7 @@ async def test_creation_succeeds_or_fails_after(
 
 async def test_conflict_with_nothing_is_raised_when_the_attempts_are_used_up() -> None:
     talk = Talk(BUSY, MISSING, CONFLICT, MISSING, max_attempts=2)
-    assert type(await failure(talk.create())) is ConflictError
+    assert type(await failure(talk.create())) is ConflictStatusError
     assert talk.server.methods == ["POST", "GET", "POST", *["GET"] * 7]
 
 
@@ -225,7 +226,7 @@ MINE = {"operation_payload": "Pay 5", "external_user_id": "ann"}
 async def test_operation_that_is_not_ours_conflicts(other: dict[str, object], attempts: int) -> None:
     there = operation(**({"operationPayload": "Pay 5", "externalUserId": "ann"} | other))
     talk = Talk(BUSY, answer(there), max_attempts=attempts)
-    assert type(await failure(talk.create(**MINE))) is ConflictError
+    assert type(await failure(talk.create(**MINE))) is ConflictStatusError
     assert talk.server.methods == ["POST", "GET"]
 
 
@@ -237,7 +238,7 @@ async def test_texts_that_only_unicode_calls_equal_conflict(there: str, mine: st
         ({"externalUserId": there}, {"external_user_id": mine}),
     ):
         talk = Talk(CONFLICT, answer(operation(**fields)))
-        assert type(await failure(talk.create(**created, if_exists="resume"))) is ConflictError
+        assert type(await failure(talk.create(**created, if_exists="resume"))) is ConflictStatusError
 
 
 # One approval must not count twice
@@ -281,7 +282,7 @@ ambiguous_failures = pytest.mark.parametrize("failures", AMBIGUOUS_ATTEMPTS.valu
 @pytest.mark.parametrize(
     ("operation_id", "found", "outcome"),
     [
-        *(("a", PENDING, True), ("a", APPROVED, AlreadyApprovedError), ("a", OTHER, ConflictError)),
+        *(("a", PENDING, True), ("a", APPROVED, AlreadyApprovedError), ("a", OTHER, ConflictStatusError)),
         *((None, PENDING, True), (None, APPROVED, True)),
     ],
     ids=["the caller's, pending", "approved", "with other content", "this call's, pending", "approved"],
@@ -396,7 +397,7 @@ async def test_a_conflict_after_an_ambiguous_failure_is_this_calls_own_where_it_
 @pytest.mark.usefixtures("made")
 async def test_a_conflict_without_an_ambiguous_failure_is_raised_for_an_id_of_this_call_too() -> None:
     error = await failure(Talk(CONFLICT).create(operation_id=None))
-    assert type(error) is ConflictError
+    assert type(error) is ConflictStatusError
     assert error.operation_id == "a"
 
 
@@ -437,7 +438,7 @@ async def test_an_answer_out_of_a_cache_makes_an_old_approval_under_a_reused_id_
 async def test_two_at_once_under_one_id_are_one_and_a_conflict(sandbox: Sandbox, client: KeylessClient) -> None:
     calls = [client.create_operation(USER, operation_id="a") for _ in range(2)]
     got = await asyncio.gather(*calls, return_exceptions=True)
-    assert sorted(type(each).__name__ for each in got) == ["ApprovalTicket", "ConflictError"]
+    assert sorted(type(each).__name__ for each in got) == ["ApprovalTicket", "ConflictStatusError"]
     assert list(sandbox.operations) == ["a"]
 
 
@@ -500,12 +501,16 @@ async def test_new_id_is_created_where_it_might_have_been_resumed(client: Keyles
 
 @pytest.mark.parametrize(
     ("found", "kind"),
-    [(APPROVED, AlreadyApprovedError), (OTHER, ConflictError), (answer(operation(operationId="b")), ConflictError)],
+    [
+        (APPROVED, AlreadyApprovedError),
+        (OTHER, ConflictStatusError),
+        (answer(operation(operationId="b")), ConflictStatusError),
+    ],
     ids=["approved", "other content", "another operation"],
 )
 async def test_taken_id_is_not_resumed(found: bytes, kind: type[KeylessError]) -> None:
     error = await failure(Talk(CONFLICT, found).create(if_exists="resume", **MINE))
-    assert isinstance(error, ConflictError)
+    assert isinstance(error, ConflictStatusError)
     assert type(error) is kind
     assert (error.status, error.method, error.path) == (409, "POST", f"/v2/users/{USER}/operations")
     assert error.operation_id == "a"

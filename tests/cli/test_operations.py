@@ -98,7 +98,7 @@ async def test_creating_the_same_again_takes_what_is_pending_if_that_is_wanted(s
     await output_of(*command)
     with pytest.raises(ConflictError) as caught:
         await app.run_async(command)
-    assert "if you tried the same before, --if-exists resume" in describe(caught.value)
+    assert "if you tried this before, --if-exists resume" in describe(caught.value)
     text = await output_of(*command, "--if-exists", "resume")
     assert re.search(r"Pending +txn-1\n", text)
     assert printed_ticket(text).operation_id == "txn-1"

@@ -107,7 +107,7 @@ def _wrong_end(create: ObservedCreate, exchanges: list[Exchange], true: Stored |
             return f"the truth is {true}"
         if not create.id_is_new and true.approved_at < create.started_at:
             return "it was approved before it was asked for"
-    if create.outcome == "ConflictError" and is_own:
+    if create.outcome == "ConflictStatusError" and is_own:
         return "it is its own operation"
     if is_own and not create.was_sent:
         return "it says that nothing was sent"
@@ -124,7 +124,7 @@ def _expected(create: ObservedCreate, last: Exchange) -> str | None:
     if said is None:
         return None
     if not _is_same(create, said.get("operationPayload"), said.get("externalUserId")):
-        return "ConflictError"
+        return "ConflictStatusError"
     is_earlier = said["state"] == "approved" and not create.id_is_new
     return "AlreadyApprovedError" if is_earlier else "reconciled"
 

@@ -49,7 +49,7 @@ _ERRORS: Final = {
     400: "BadRequestError",
     403: "PermissionDeniedError",
     406: "NotAcceptableError",
-    409: "ConflictError",
+    409: "ConflictStatusError",
     415: "UnsupportedMediaTypeError",
 }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from aiokeyless import ApprovalTicket, BrokerError, ConfigurationError
+from aiokeyless import ApprovalTicket, BrokerError, ConfigurationError, ConflictError
 from aiokeyless.worker import Submission, next_outcome, request_to_json, submit_approval
 from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.messages import MAX_CONTEXT, MAX_DEPTH, ApprovalRequest
@@ -18,6 +19,7 @@ from .conformance.brokers import decide, submit, take_all
 from .reading import read
 
 if TYPE_CHECKING:
+    from aiokeyless import KeylessClient
     from aiokeyless.worker.broker import NewRequest
     from aiokeyless.worker.sqlite import SqliteBroker
 
@@ -178,7 +180,17 @@ async def test_a_url_and_what_is_no_broker_are_refused() -> None:
         await submit_approval(7, "C0FFEE", operation_id="txn-1")
 
 
-async def test_a_request_as_text_is_what_submitting_stores(memory: SqliteBroker) -> None:
+async def test_one_except_clause_is_for_a_used_operation_id_at_a_broker_and_at_the_client(
+    memory: SqliteBroker, client: KeylessClient
+) -> None:
+    for ask in (partial(submit_approval, memory), client.create_operation):
+        await ask("C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
+        with pytest.raises(ConflictError) as caught:
+            await ask("C0FFEE", operation_id="txn-1", operation_payload="Pay 4000")
+        assert caught.value.operation_id == "txn-1"
+
+
+async def test_a_request_as_json_is_what_submitting_stores(memory: SqliteBroker) -> None:
     arguments: dict[str, Any] = {
         "operation_id": "txn-1",
         "operation_payload": "Pay 40",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError, InvalidRequestError
 from aiokeyless.worker.broker import NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.tables import Row
 
@@ -14,9 +14,10 @@ from .failures import broker_errors, first_line, lasting_error, state_of
 if TYPE_CHECKING:
     from .adapters.driver import Driver
 
-#: SQL states of `submit` about the request: its text is no JSON, a value is wrong, another request has its operation
-#: id, or it is nested too deep.
-_WRONG: Final = ("22", "23505", "54001")
+#: SQL states of `submit` about the request: its text is no JSON, a value is wrong, or it is nested too deep.
+_WRONG: Final = ("22", "54001")
+#: The SQL state of `submit` if another request has the operation id.
+_TAKEN: Final = "23505"
 #: The SQL state of a reader that is not added yet.
 _NEW_READER: Final = "42704"
 
@@ -26,6 +27,8 @@ async def store_request(driver: Driver, new: NewRequest) -> bool:
     try:
         row = await driver.execute("SELECT {}.submit($1, $2)", new.body.decode(), new.traceparent)
     except driver.errors as error:
+        if state_of(error) == _TAKEN:
+            raise ConflictError(first_line(error)) from None
         if state_of(error).startswith(_WRONG):
             raise InvalidRequestError(first_line(error)) from None
         if (lasting := lasting_error(driver.schema, error)) is not None:

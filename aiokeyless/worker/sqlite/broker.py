@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError, UnreadOutcome
@@ -109,7 +109,7 @@ class SqliteBroker(TableBroker):
     async def submit(self, new: NewRequest) -> bool:
         is_duplicate = await self._do(lambda store: store.submit(new), lasting=True)
         if is_duplicate is None:
-            raise InvalidRequestError(
+            raise ConflictError(
                 f"operation_id {new.request.operation_id!r} belongs to a different request: choose a new one"
             )
         self._due.notify()

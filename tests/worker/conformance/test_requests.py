@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from waiting import PATIENCE
 
-from aiokeyless.errors import BrokerError, InvalidRequestError
+from aiokeyless.errors import BrokerError, ConflictError
 from aiokeyless.worker.broker import Claim, ExchangeResult
 
 from .brokers import (
@@ -67,7 +67,7 @@ async def test_a_different_request_under_a_used_operation_id_is_refused_or_left_
     await broker.submit(new_request("payment-1", **fields))
     other = new_request("payment-1", **fields | changed)
     if storage.refuses_conflicts:
-        with pytest.raises(InvalidRequestError, match="payment-1"):
+        with pytest.raises(ConflictError, match="payment-1"):
             await broker.submit(other)
     else:
         assert not await broker.submit(other)

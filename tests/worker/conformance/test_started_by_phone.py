@@ -6,7 +6,7 @@ import pytest
 from tenacity import wait_fixed
 from waiting import until
 
-from aiokeyless.errors import InvalidRequestError
+from aiokeyless.errors import ConflictError
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 
 from ..reading import read  # noqa: TID252
@@ -51,7 +51,7 @@ async def test_one_tap_pays_for_one_of_two_orders_under_one_id(
         await submit(broker, context={"order": 1})
         await until(lambda: worker.statistics.polls >= 1)
         if storage.refuses_conflicts:
-            with pytest.raises(InvalidRequestError):
+            with pytest.raises(ConflictError):
                 await submit(broker, context={"order": 2})
             authenticate(sandbox)
             events = await read(broker)

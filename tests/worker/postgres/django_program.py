@@ -15,7 +15,7 @@ import pytest
 from django.conf import settings
 from django.db import connection, connections, transaction
 
-from aiokeyless import BrokerError, ConfigurationError, InvalidRequestError, sync
+from aiokeyless import BrokerError, ConfigurationError, ConflictError, sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +105,7 @@ def blocking() -> None:
         Order("of a new connection").save()
         try:
             sync.submit_approval(connection, "BEEF", operation_id="committed")
-        except InvalidRequestError:
+        except ConflictError:
             transaction.set_rollback(True)
 
 

@@ -18,7 +18,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError, InvalidRequestError
 from aiokeyless.worker import request_to_json, submit_approval
 from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, ApprovalRequest, context_refusal, request_name
 from aiokeyless.worker.postgres import PostgresBroker
@@ -73,7 +73,7 @@ async def test_a_different_request_under_a_used_operation_id_ends_its_senders_tr
 ) -> None:
     async with connection.transaction():
         await submit_approval(connection, "C0FFEE", operation_id="a", operation_payload="Pay 40 EUR")
-    with pytest.raises(InvalidRequestError, match='"a" belongs to a different request: choose a new one'):
+    with pytest.raises(ConflictError, match='"a" belongs to a different request: choose a new one'):
         async with connection.transaction():
             await connection.execute("INSERT INTO payment VALUES ('a')")
             await submit_approval(connection, "C0FFEE", operation_id="a", operation_payload="Pay 4000 EUR")

@@ -20,7 +20,7 @@ from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient, wait_adaptive
 from aiokeyless._http import transport
-from aiokeyless.errors import AuthenticationError, BrokerError, InvalidRequestError, KeylessError
+from aiokeyless.errors import AuthenticationError, BrokerError, ConflictError, KeylessError
 from aiokeyless.worker import ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 
 from .world import Delivered, Life, Mishap, Process, Session, Task, Told, WorkerHistory, World
@@ -213,7 +213,7 @@ async def _submit(world: World, ask: Ask) -> None:
                 started_by="phone" if ask.phone else "backend",
             )
             results.append("duplicate" if submission.duplicate else "stored")
-        except InvalidRequestError:
+        except ConflictError:
             results.append("refused")
         except BrokerError:
             results.append("unknown")
