@@ -359,8 +359,8 @@ class KeylessClient:
                 Default: all.
 
         Returns:
-            The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
-            there are more pages; the API does not document how to get them.
+            The ``attempts`` on the first page, in the service's order, which is not documented. ``truncated`` is true
+            if there are more pages; the API does not document how to get them.
 
         Raises:
             ConfigurationError: Neither or both of the two ids are given.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, Literal, TypeAlias
@@ -299,21 +299,17 @@ class Authentication(Model, frozen=True, kw_only=True):
         return {**super().to_dict(), "reason": self.reason}
 
 
-class Authentications(list[Authentication]):
+class Authentications(Model, frozen=True, kw_only=True):
     """The attempts of the last ten minutes on Telemetry's first page.
 
-    Args:
+    Attributes:
         attempts: The attempts, in the service's order, which is not documented.
         truncated: Whether there are more pages. How to request them is not documented. To get fewer attempts, request
             those of one operation.
-
-    Attributes:
-        truncated: As above.
     """
 
-    def __init__(self, attempts: Iterable[Authentication] = (), *, truncated: bool = False) -> None:
-        super().__init__(attempts)
-        self.truncated = truncated
+    attempts: tuple[Authentication, ...] = ()
+    truncated: bool = False
 
 
 class TelemetryPage(msgspec.Struct, frozen=True, rename="camel"):
@@ -336,11 +332,11 @@ class TelemetryAnswer(msgspec.Struct, frozen=True):
     page: TelemetryPage | None = None
 
     @property
-    def attempts(self) -> Authentications:
-        """The attempts, in the order of the answer."""
+    def first_page(self) -> Authentications:
+        """The attempts, in the order of the answer, and whether there are more pages."""
         page = self.page or TelemetryPage()
         return Authentications(
-            (attempt for user in self.content for attempt in user.authentications),
+            attempts=tuple(attempt for user in self.content for attempt in user.authentications),
             truncated=(page.number or 0) + 1 < (page.total_pages or 0),
         )
 

@@ -24,6 +24,7 @@ from aiokeyless import (
     ApprovalTimeoutError,
     ApprovalUpdate,
     Approved,
+    Authentications,
     ClientClosedError,
     ConfigurationError,
     InvalidIdentifierError,
@@ -468,20 +469,22 @@ class TestAttempts:
         cancelled = sandbox.fail_authentication("a", 30003)
         failed = sandbox.fail_authentication("b")
         for user in ({"user_id": USER.lower()}, {"external_user_id": "ann@example.com"}):
-            assert sorted(await client.get_authentications(**user), key=repr) == sorted([cancelled, failed], key=repr)
-            assert await client.get_authentications(**user, operation_id="a") == [cancelled]
+            answered = await client.get_authentications(**user)
+            assert sorted(answered.attempts, key=repr) == sorted([cancelled, failed], key=repr)
+            answered = await client.get_authentications(**user, operation_id="a")
+            assert answered == Authentications(attempts=(cancelled,))
         assert not (await client.get_authentications(user_id=USER)).truncated
 
     async def test_more_than_a_page_says_so(self, sandbox: Sandbox, client: KeylessClient) -> None:
         for _ in range(21):
             sandbox.fail_authentication("a", 30003, user_id=USER)
-        attempts = await client.get_authentications(user_id=USER)
-        assert (len(attempts), attempts.truncated) == (20, True)
+        answered = await client.get_authentications(user_id=USER)
+        assert (len(answered.attempts), answered.truncated) == (20, True)
 
     async def test_they_are_tried_again_on_a_transient_failure(self, sandbox: Sandbox, client: KeylessClient) -> None:
         sandbox.fail_authentication("a", user_id=USER)
         sandbox.fail_next(500)
-        assert len(await client.get_authentications(user_id=USER)) == 1
+        assert len((await client.get_authentications(user_id=USER)).attempts) == 1
 
 
 @pytest.mark.looptime

@@ -411,12 +411,12 @@ def test_an_attempt_failed_if_anything_says_so(fields: dict[str, Any], failed: b
     assert Authentication(**fields).failed is failed
 
 
-def test_attempts_are_a_list_that_tells_whether_there_are_more() -> None:
-    attempts = Authentications([Authentication(error_code=30003)], truncated=True)
-    for same in (attempts, copy.copy(attempts), pickle.loads(pickle.dumps(attempts))):  # noqa: S301
-        assert same == [Authentication(error_code=30003)]
-        assert same.truncated
-    assert not Authentications().truncated
+def test_attempts_differ_if_only_one_of_them_has_more_pages() -> None:
+    attempts = Authentications(attempts=(Authentication(error_code=30003),), truncated=True)
+    for same in (copy.copy(attempts), pickle.loads(pickle.dumps(attempts))):  # noqa: S301
+        assert same == attempts
+    assert attempts != Authentications(attempts=attempts.attempts)
+    assert attempts.to_dict() == {"attempts": [attempts.attempts[0].to_dict()], "truncated": True}
 
 
 def test_a_report_is_plain_data_to_its_innermost_part() -> None:

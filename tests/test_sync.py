@@ -132,7 +132,7 @@ async def test_operations_are_created_and_read(keyless: KeylessClient) -> None:
         with keyless as client:
             ticket = client.create_operation("C0FFEE", operation_id="op-1", operation_payload="Pay 40 to Alice")
             assert client.get_operation("op-1").operation_payload == "Pay 40 to Alice"
-            assert client.get_authentications(user_id="C0FFEE") == []
+            assert client.get_authentications(user_id="C0FFEE").attempts == ()
             return [ticket.operation_id, *(found.operation_id for found in client.get_pending_operations("C0FFEE"))]
 
     assert await asyncio.to_thread(program) == ["op-1", "op-1"]

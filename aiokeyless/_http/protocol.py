@@ -154,7 +154,7 @@ def _decode_nothing(_body: bytes) -> None:
 
 
 def _decode_authentications(body: bytes) -> Authentications:
-    return _read_telemetry(body).attempts
+    return _read_telemetry(body).first_page
 
 
 def _refuse_duplicate_keys(body: bytes) -> None:

@@ -85,7 +85,7 @@ def _searched(api_keys: tuple[Secret, ...]) -> list[str]:
 
 
 def _is_in(answer: object, pattern: re.Pattern[str]) -> bool:
-    if isinstance(answer, list):
+    if isinstance(answer, list | tuple):
         return any(_is_in(item, pattern) for item in answer)
     if isinstance(answer, msgspec.Struct):
         return any(_is_in(field, pattern) for field in msgspec.structs.astuple(answer))

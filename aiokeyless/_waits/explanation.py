@@ -171,7 +171,7 @@ class Explainer:
             pause = _REFUSED_FOR if was_refused else requested_pause(error)
             self._not_before = max(self._not_before, self._loop.time() + pause)
         else:
-            subject.attempts = merge_attempts(subject.attempts, answer, subject.operation_id)
+            subject.attempts = merge_attempts(subject.attempts, answer.attempts, subject.operation_id)
 
 
 def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, deadline: float = math.inf) -> bool:

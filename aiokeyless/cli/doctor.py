@@ -330,8 +330,8 @@ class Examination:
     async def _ask_attempt_told(self) -> Finding:
         for pause in (0, _LAG):
             await asyncio.sleep(pause)
-            attempts = await self.client.get_authentications(user_id=self.user_id, operation_id=self._id)
-            if count := sum(attempt.operation_id == self._id for attempt in attempts):
+            answered = await self.client.get_authentications(user_id=self.user_id, operation_id=self._id)
+            if count := sum(attempt.operation_id == self._id for attempt in answered.attempts):
                 return True, f"attempts: {count}"
         return False, "attempts: 0"
 

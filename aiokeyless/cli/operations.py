@@ -165,7 +165,7 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
         # Telemetry needs the operation's user.
         operation = await _get(client, operation_id)
         answered = await client.get_authentications(user_id=operation.user_id, operation_id=operation_id)
-    made = merge_attempts((), answered, operation_id)
+    made = merge_attempts((), answered.attempts, operation_id)
     console = new_console()
     if as_json:
         print_json(

@@ -69,6 +69,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import (
     Authentication,
+    Authentications,
     ExternalUser,
     NewOperation,
     Operation,
@@ -828,7 +829,7 @@ def test_the_good_answers_are_decoded() -> None:
     ]
     assert answered(200, b"[]", name="pending") == []
     assert answered(200, GOOD["create"], name="create") == SuccessAnswer(success=True)
-    [attempt] = answered(200, GOOD["attempts"], name="attempts")
+    [attempt] = answered(200, GOOD["attempts"], name="attempts").attempts
     assert attempt == Authentication(
         created_at="2025-05-21T10:34:00.000",
         result="APPROVED",
@@ -852,7 +853,7 @@ def test_the_good_answers_are_decoded() -> None:
 )
 def test_any_field_of_an_attempt_may_be_missing(attempt: str, expected: Authentication) -> None:
     body = f'{{"content": [{{"authentications": [{attempt}]}}]}}'.encode()
-    assert answered(200, body, name="attempts") == [expected]
+    assert answered(200, body, name="attempts").attempts == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -866,12 +867,12 @@ def test_any_field_of_an_attempt_may_be_missing(attempt: str, expected: Authenti
 )
 def test_attempts_are_truncated_where_there_are_more_pages(page: str, truncated: bool) -> None:
     got = answered(200, f'{{"content": []{page}}}'.encode(), name="attempts")
-    assert (got, got.truncated) == ([], truncated)
+    assert got == Authentications(truncated=truncated)
 
 
-def test_attempts_of_several_entries_are_one_list() -> None:
+def test_attempts_of_several_entries_are_joined() -> None:
     body = b'{"content": [{"authentications": [{"errorCode": 1}]}, {"authentications": [{"errorCode": 2}]}]}'
-    assert [attempt.error_code for attempt in answered(200, body, name="attempts")] == [1, 2]
+    assert [attempt.error_code for attempt in answered(200, body, name="attempts").attempts] == [1, 2]
 
 
 @every_endpoint

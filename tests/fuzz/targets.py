@@ -152,8 +152,8 @@ def authentications(data: bytes) -> None:
     except DecodeError:
         return
     attempts = [attempt for user in plain(data)["content"] for attempt in user["authentications"]]
-    assert len(found) == len(attempts)
-    for attempt in found:
+    assert len(found.attempts) == len(attempts)
+    for attempt in found.attempts:
         assert attempt.failed or attempt.result in {None, "APPROVED"}
         assert json.dumps(attempt.to_dict())
 
