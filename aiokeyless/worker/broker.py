@@ -137,7 +137,7 @@ class ApplicationSide(ABC):
 
 
 class ExchangeResult(IntEnum):
-    """How a delivery's exchange with Keyless ended. The SQL of brokers has the same numbers."""
+    """How a delivery's exchange with Keyless ended. The functions of PostgreSQL have these numbers, too."""
 
     ANSWERED = 0
     """Keyless answered a poll well, which resets the request's failures."""

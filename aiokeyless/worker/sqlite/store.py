@@ -52,7 +52,8 @@ _CLEANING: Final = (
     ("DELETE FROM outcome WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
     ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
 )
-#: Failures are counted up to this. Beyond it the backoff no longer grows, and the order of probes needs few numbers.
+#: Failures are counted up to this, on PostgreSQL too. Beyond it the backoff no longer grows, and the order of probes
+#: needs few numbers.
 _MOST_FAILURES: Final = 15
 #: The requests of one number of failures and one `Standing`, by the index.
 _RANKED: Final = (
@@ -272,12 +273,19 @@ class Store:
         rows = [(*row, number, now + min(delay, MOST_PUT_OFF), result) for row, number, delay, result in calls]
         self._connection.execute(
             "REPLACE INTO waiting SELECT w.id, w.name, json_extract(j.value, '$[3]'),"
-            " w.deliveries - (json_extract(j.value, '$[4]') = 2),"
-            " CASE json_extract(j.value, '$[4]') WHEN 1 THEN min(w.failures + 1, ?) WHEN 2 THEN w.failures ELSE 0 END,"
-            " w.answered OR json_extract(j.value, '$[4]') = 0"
-            " FROM json_each(?) j JOIN waiting w ON w.id = json_extract(j.value, '$[0]')"
+            " w.deliveries - (json_extract(j.value, '$[4]') = :none),"
+            " CASE json_extract(j.value, '$[4]')"
+            " WHEN :failed THEN min(w.failures + 1, :most_failures) WHEN :none THEN w.failures ELSE 0 END,"
+            " w.answered OR json_extract(j.value, '$[4]') = :answered"
+            " FROM json_each(:rows) j JOIN waiting w ON w.id = json_extract(j.value, '$[0]')"
             " WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries = json_extract(j.value, '$[2]')",
-            (_MOST_FAILURES, json.dumps(rows)),
+            {
+                "answered": ExchangeResult.ANSWERED,
+                "failed": ExchangeResult.FAILED,
+                "none": ExchangeResult.NONE,
+                "most_failures": _MOST_FAILURES,
+                "rows": json.dumps(rows),
+            },
         )
 
     def decide(self, row: Row, outcome: str, data: bytes) -> bool:

@@ -50,8 +50,8 @@ _BREAKAGES: Final = {
             "bad requests go first",
         ),
         (
-            "w.answered OR json_extract(j.value, '$[4]') = 0",
-            "w.answered OR json_extract(j.value, '$[4]') IN (0, 3)",
+            "w.answered OR json_extract(j.value, '$[4]') = :answered",
+            "w.answered OR json_extract(j.value, '$[4]') IN (:answered, 3)",
             "a create counts as a good answer",
         ),
         (

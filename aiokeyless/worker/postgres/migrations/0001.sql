@@ -307,10 +307,12 @@ CREATE FUNCTION {schema}.put_off_outcome(reader text, outcome bigint, name bigin
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
+DECLARE
+    most_failures constant integer := 15;
 BEGIN
     PERFORM {schema}.check_reader(reader);
     UPDATE {schema}.unread u
-    SET failures = least(u.failures + 1, 15),
+    SET failures = least(u.failures + 1, most_failures),
         due_at = clock_timestamp() + least(coalesce(delay, power(2, u.failures)), 300) * interval '1 s'
     FROM (
         SELECT l.id FROM {schema}.unread l JOIN {schema}.request r ON r.id = l.id
@@ -344,6 +346,7 @@ RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 DECLARE
+    most_failures constant integer := 15;
     moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
     newest bigint[];
@@ -359,7 +362,7 @@ BEGIN
             ORDER BY w.due_at DESC LIMIT up_to FOR UPDATE SKIP LOCKED
         );
         chosen := newest[:untried];
-        FOR failed IN 0 .. 15 LOOP
+        FOR failed IN 0 .. most_failures LOOP
             EXIT WHEN cardinality(chosen) >= up_to;
             chosen := chosen || ARRAY(
                 SELECT w.id FROM {schema}.waiting w
@@ -438,13 +441,17 @@ BEGIN
 END
 $function$;
 
--- result: 0 a poll was answered well, 1 failed, 2 none, so the delivery does not count, 3 created and no more.
+-- The results are those of Python's `ExchangeResult`. Any other than these three resets the failures, and no more.
 CREATE FUNCTION {schema}.put_off(
     ids bigint[], names bigint[], numbers integer[], delays double precision[], results integer[]
 ) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 DECLARE
+    result_answered constant integer := 0;
+    result_failed constant integer := 1;
+    result_none constant integer := 2;
+    most_failures constant integer := 15;
     moment constant timestamptz := clock_timestamp();
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true), set_config('idle_in_transaction_session_timeout', '30s', true);
@@ -457,9 +464,11 @@ BEGIN
     )
     UPDATE {schema}.waiting w
     SET due_at = moment + least(mine.delay, 200) * interval '1 s',
-        deliveries = w.deliveries - (mine.result = 2)::integer,
-        failures = CASE mine.result WHEN 1 THEN least(w.failures + 1, 15) WHEN 2 THEN w.failures ELSE 0 END,
-        answered = w.answered OR mine.result = 0
+        deliveries = w.deliveries - (mine.result = result_none)::integer,
+        failures = CASE mine.result
+            WHEN result_failed THEN least(w.failures + 1, most_failures) WHEN result_none THEN w.failures ELSE 0
+        END,
+        answered = w.answered OR mine.result = result_answered
     FROM mine WHERE w.id = mine.id;
 END
 $function$;
