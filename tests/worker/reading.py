@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from aiokeyless import KeylessClient
     from aiokeyless.events import Listener
-    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.sandbox import RequestRecord, Sandbox
     from aiokeyless.worker import Broker
 
 #: JSON numbers that a context may have, and some that it may not.
@@ -53,6 +54,14 @@ async def ask(sandbox: Sandbox, broker: Broker, count: int = 1, **options: Any) 
     """Submit txn-1, txn-2 and so on, and wait until their users are asked."""
     await submit(broker, count, **options)
     await created(sandbox, count)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def polls_of(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
+    return [record for record in sandbox.requests if record.method == "GET" and record.path.endswith(operation_id)]
 
 
 def approve_all(sandbox: Sandbox) -> None:

@@ -21,7 +21,7 @@ from aiokeyless.worker.brokers import broker_for
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
-from .conformance.brokers import BROKERS
+from .conformance.brokers import STORAGES
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -38,7 +38,7 @@ def test_each_broker_keeps_the_promises_of_all_and_has_its_place_in_the_pages(fo
     guide = (DOCS / "howto" / "running-workers.md").read_text()
     reference = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     places = {
-        "the conformance suite": folder in {str(broker.id).partition(" ")[0] for broker in BROKERS},
+        "the conformance suite": folder in {storage.name.partition(" ")[0] for storage in STORAGES},
         "the reference": f"aiokeyless.worker.{folder}" in reference,
         "the table of the guide": re.search(rf"^\| .*`{package.SCHEMES[0]}:", guide, re.MULTILINE) is not None,
     }

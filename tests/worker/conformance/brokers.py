@@ -6,7 +6,7 @@ import asyncio
 from abc import abstractmethod
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import msgspec
 import pytest
@@ -15,17 +15,19 @@ from postgres_server import shared_server
 from waiting import PATIENCE, until
 
 from aiokeyless.worker.broker import NewRequest
-from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, request_name
+from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, read_event, request_name
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
-    from aiokeyless.worker.broker import Broker
+    from aiokeyless.worker.broker import Broker, OutcomeDelivery
     from aiokeyless.worker.messages import Message
+
+    Opened = Callable[..., Awaitable[Broker]]  # opens a broker as one more process would, with a lease
 
 #: Seconds of a lease: longer than a test takes on a busy machine. Over 200 s a broker takes it for a clock set back.
 LEASE: Final = 150.0
@@ -33,28 +35,28 @@ LEASE: Final = 150.0
 SHORT_LEASE: Final = 1.0
 
 
-class Opened(Protocol):
-    """Opens a broker as one more process would."""
-
-    def __call__(self, lease: float = LEASE) -> Awaitable[Broker]: ...
-
-
 class Storage(AbstractAsyncContextManager["Storage"]):
-    """Where a broker stores what the objects of several processes share.
+    """Where a broker stores what the objects of several processes share. Cases choose storages by these facts alone.
 
     Args:
         folder: A folder of the test's own.
     """
 
-    #: Whether it counts the failures of each request, and orders probes by them.
-    orders_probes = True
-    #: Seconds by which a busy machine may be late; none on a clock that moves.
-    slack = 30.0
-    #: Whether a different request under a used operation id is refused when it is submitted.
-    refuses_conflicts = True
+    #: How tests name it; the name begins with that of the broker's folder.
+    name: ClassVar[str]
+    #: Whether what is stored outlives its process.
+    lasts = True
+    #: Whether there is a row for each request, for as long as its operation id is used. Then failures are counted for
+    #: ever and order the probes, a different request under the id is refused, and so is a claim after the decision.
+    has_rows = True
+    #: Whether its clock is the loop's, which moves.
+    moves_clock = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Seconds by which a busy machine may be late, and those within which what must not come would come: on a moved
+        # clock, after each lease and pause.
+        self.slack, self.quiet = (0.0, 1000.0) if self.moves_clock else (30.0, 0.4)
 
     async def __aexit__(self, *_error: object) -> None:
         """Nothing is left."""
@@ -65,7 +67,9 @@ class Storage(AbstractAsyncContextManager["Storage"]):
 
 
 class Memory(Storage):
-    slack = 0.0
+    name = "sqlite in memory"
+    lasts = False
+    moves_clock = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -84,13 +88,15 @@ class Memory(Storage):
 
 
 class File(Storage):
+    name = "sqlite in a file"
+
     def broker(self) -> SqliteBroker:
         return SqliteBroker(self.folder / "keyless.db")
 
 
 class Nats(Storage):
-    orders_probes = False
-    refuses_conflicts = False
+    name = "nats"
+    has_rows = False
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -108,6 +114,8 @@ class Nats(Storage):
 
 
 class Postgres(Storage):
+    name = "postgres"
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         server = shared_server()
@@ -117,13 +125,21 @@ class Postgres(Storage):
         return PostgresBroker(self._url)
 
 
-# An id begins with the name of the broker's folder.
-MEMORY = pytest.param(Memory, id="sqlite in memory", marks=pytest.mark.looptime)
-FILE = pytest.param(File, id="sqlite in a file")
-NATS = pytest.param(Nats, id="nats")
-POSTGRES = pytest.param(Postgres, id="postgres")
-#: What stores requests and outcomes, opened anew for each test.
-BROKERS = [MEMORY, FILE, NATS, POSTGRES]
+#: What stores requests and outcomes, opened anew for each test. A fourth broker joins by one entry.
+STORAGES: Final[tuple[type[Storage], ...]] = (Memory, File, Nats, Postgres)
+
+
+def those(
+    *, which: Callable[[type[Storage]], bool] = lambda _: True, slow: Callable[[type[Storage]], bool] = lambda _: False
+) -> pytest.MarkDecorator:
+    """Run a case on the storages of a fact only, and in the second tier on those where it is slow."""
+    marks = ((pytest.mark.looptime, lambda each: each.moves_clock), (pytest.mark.slow, slow))
+    chosen = [
+        pytest.param(each, id=each.name, marks=[mark for mark, is_marked in marks if is_marked(each)])
+        for each in STORAGES
+        if which(each)
+    ]
+    return pytest.mark.parametrize("storage", chosen, indirect=True)
 
 
 def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:
@@ -157,7 +173,8 @@ async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100) -> 
     until = loop.time() + within
     taken: list[Message] = []
     while (left := until - loop.time()) > 0 and len(taken) < up_to:
-        taken += await broker.take(up_to - len(taken), left)
+        taken += (found := await broker.take(up_to - len(taken), left))
+        await asyncio.sleep(0.0 if found else 0.05)  # a take that does not wait must not hold up the clock
     return taken
 
 
@@ -175,5 +192,33 @@ async def is_waiting(broker: Broker, count: int) -> None:
     await until(is_counted)
 
 
+def operation_decided(outcome: OutcomeDelivery) -> str | None:
+    return read_event(outcome.data).operation_id
+
+
 async def decide(broker: Broker, message: Message, outcome: Outcome = Outcome.APPROVED) -> bool:
     return await broker.decide(message, outcome_of(message, outcome))
+
+
+async def decide_all(broker: Broker, *operation_ids: str) -> None:
+    """Submit requests, and decide them."""
+    await submit(broker, *operation_ids)
+    for message in await take_n(broker, len(operation_ids)):
+        assert await decide(broker, message)
+
+
+async def none_comes(broker: Broker, reader: str, within: float) -> bool:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(within):
+            await broker.next_outcome(reader)
+    return True
+
+
+async def read(broker: Broker, reader: str, count: int) -> set[str | None]:
+    """Read and handle so many outcomes, however long a busy machine takes; return their operation ids."""
+    seen = set()
+    for _ in range(count):
+        outcome = await broker.next_outcome(reader)
+        seen.add(operation_decided(outcome))
+        await outcome.mark_handled()
+    return seen

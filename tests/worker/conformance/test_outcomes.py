@@ -3,29 +3,18 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import msgspec
-import pytest
 from waiting import until
 
-from aiokeyless.worker.messages import ApprovalEvent
+from aiokeyless.worker.broker import outcome_pause
 
-from .brokers import MEMORY, NATS, POSTGRES, decide, submit, take_n
+from ..reading import now  # noqa: TID252
+from .brokers import decide_all, none_comes, operation_decided, read, those
 
 if TYPE_CHECKING:
     from aiokeyless.events import Inspection
-    from aiokeyless.worker.broker import Broker, OutcomeDelivery
+    from aiokeyless.worker.broker import Broker
 
     from .brokers import Opened, Storage
-
-
-def operation_of(outcome: OutcomeDelivery) -> str | None:
-    return msgspec.json.decode(outcome.data, type=ApprovalEvent).operation_id
-
-
-async def decide_all(broker: Broker, *operation_ids: str) -> None:
-    await submit(broker, *operation_ids)
-    for message in await take_n(broker, len(operation_ids)):
-        assert await decide(broker, message)
 
 
 async def is_unread(broker: Broker, counts: dict[str, int]) -> Inspection:
@@ -40,22 +29,6 @@ async def is_unread(broker: Broker, counts: dict[str, int]) -> Inspection:
     return found[-1]
 
 
-async def none_comes(broker: Broker, reader: str, within: float = 0.4) -> bool:
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(within):
-            await broker.next_outcome(reader)
-    return True
-
-
-async def read(broker: Broker, reader: str, count: int) -> set[str | None]:
-    seen = set()
-    for _ in range(count):
-        outcome = await broker.next_outcome(reader)
-        seen.add(operation_of(outcome))
-        await outcome.mark_handled()
-    return seen
-
-
 async def test_a_reader_waits_for_what_is_decided_meanwhile(opened: Opened) -> None:
     worker, application = await opened(), await opened()
     reading = asyncio.create_task(application.next_outcome("shop"))
@@ -63,60 +36,79 @@ async def test_a_reader_waits_for_what_is_decided_meanwhile(opened: Opened) -> N
     assert not reading.done()
     await decide_all(worker, "a")
     outcome = await reading
-    assert operation_of(outcome) == "a"
+    assert operation_decided(outcome) == "a"
     await outcome.mark_handled()
 
 
-async def test_each_reader_gets_each_outcome(broker: Broker) -> None:
+async def test_each_reader_gets_each_outcome(broker: Broker, storage: Storage) -> None:
     await decide_all(broker, "a")
     assert await read(broker, "shop", 1) == {"a"}
     assert await read(broker, "ledger", 1) == {"a"}
     await decide_all(broker, "b")
     assert await read(broker, "shop", 1) == await read(broker, "ledger", 1) == {"b"}
+    assert await none_comes(broker, "shop", storage.quiet)
 
 
-async def test_processes_of_one_reader_share_the_outcomes(opened: Opened) -> None:
+async def test_processes_of_one_reader_share_the_outcomes(opened: Opened, storage: Storage) -> None:
     first, second = await opened(), await opened()
     expected = {f"payment-{number}" for number in range(10)}
     await decide_all(first, *expected)
     one, other = await asyncio.gather(read(first, "shop", 5), read(second, "shop", 5))
     assert one | other == expected
-    assert await none_comes(first, "shop")
+    assert await none_comes(first, "shop", storage.quiet)
 
 
 async def test_an_outcome_that_is_put_off_comes_again_later_and_holds_up_no_other(
     broker: Broker, storage: Storage
 ) -> None:
     await decide_all(broker, "a", "b", "c")
-    loop = asyncio.get_running_loop()
     refused = await broker.next_outcome("shop")
-    began = loop.time()
+    began = now()
     await refused.put_off()
-    others = {"a", "b", "c"} - {operation_of(refused)}
+    others = {"a", "b", "c"} - {operation_decided(refused)}
     assert await read(broker, "shop", 2) == others
     again = await broker.next_outcome("shop")
-    assert operation_of(again) == operation_of(refused)
-    assert 0.9 <= loop.time() - began < 2.5 + storage.slack
+    assert operation_decided(again) == operation_decided(refused)
+    assert 0.9 <= now() - began < 2.5 + storage.slack
     await again.put_off(0.2)
-    assert await read(broker, "shop", 1) == {operation_of(refused)}
-    assert await none_comes(broker, "shop")
+    assert await read(broker, "shop", 1) == {operation_decided(refused)}
+    assert await none_comes(broker, "shop", storage.quiet)
 
 
-@pytest.mark.slow
-# A file has the statements of the broker in memory.
-@pytest.mark.parametrize("storage", [MEMORY, NATS, POSTGRES], indirect=True)
+@those(slow=lambda storage: not storage.moves_clock)
 async def test_an_outcome_that_is_put_off_again_and_again_is_so_for_longer_each_time(
     broker: Broker, storage: Storage
 ) -> None:
     await decide_all(broker, "a")
-    loop = asyncio.get_running_loop()
-    await (await broker.next_outcome("shop")).put_off()
     outcome = await broker.next_outcome("shop")
-    began = loop.time()
-    await outcome.put_off()
-    outcome = await broker.next_outcome("shop")
-    assert 1.8 <= loop.time() - began < 3.5 + storage.slack
+    for deliveries in range(1, 12 if storage.moves_clock else 3):
+        began, pause = now(), outcome_pause(deliveries)
+        await outcome.put_off()
+        outcome = await broker.next_outcome("shop")
+        assert pause * 0.9 <= now() - began < pause + 1.5 + storage.slack
     await outcome.mark_handled()
+
+
+@those(slow=lambda storage: not storage.moves_clock)  # half a minute
+async def test_an_outcome_that_kills_its_process_comes_again_and_holds_up_no_other(
+    broker: Broker, storage: Storage
+) -> None:
+    await decide_all(broker, "a", "b", "c")
+    handled, killed_at = set(), now()
+    for _ in range(100):  # their order may be random
+        async with storage.broker() as process:
+            outcome = await process.next_outcome("shop")
+            if operation_decided(outcome) == "a":
+                killed_at = now()
+                continue
+            handled.add(operation_decided(outcome))
+            await outcome.mark_handled()
+        if len(handled) == 2:
+            break
+    assert handled == {"b", "c"}
+    assert await read(broker, "shop", 1) == {"a"}
+    assert now() - killed_at < 31.0 + storage.slack
+    assert await none_comes(broker, "shop", storage.quiet)
 
 
 async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(broker: Broker) -> None:
@@ -126,19 +118,18 @@ async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(broker: B
 
 
 async def test_what_a_reader_has_not_handled_is_counted_with_its_age_and_stays_unread(broker: Broker) -> None:
-    loop = asyncio.get_running_loop()
     assert (await broker.inspect()).unread == {}
     await decide_all(broker, "a")
     assert await read(broker, "ledger", 1) == await read(broker, "shop", 1) == {"a"}
     assert [*await broker.list_unread(10)] == []
     await asyncio.sleep(0.3)
-    began = loop.time()
+    began = now()
     await decide_all(broker, "b")
     await (await broker.next_outcome("shop")).put_off(100)
     await asyncio.sleep(0.3)
     await decide_all(broker, "c")
     told = await is_unread(broker, {"ledger": 2, "shop": 2})
-    assert all(0.2 < age < loop.time() - began + 0.1 for age in told.oldest_unread_age.values())
+    assert all(0.2 < age < now() - began + 0.1 for age in told.oldest_unread_age.values())
     assert told.problems == ()
     assert await read(broker, "ledger", 2) == {"b", "c"}
     told = await is_unread(broker, {"ledger": 0, "shop": 2})
@@ -148,7 +139,7 @@ async def test_what_a_reader_has_not_handled_is_counted_with_its_age_and_stays_u
     await is_unread(broker, {"ledger": 0, "shop": 1})
 
 
-@pytest.mark.parametrize("storage", [MEMORY, POSTGRES], indirect=True)
+@those(which=lambda storage: storage.has_rows)
 async def test_the_oldest_unread_outcomes_are_listed_with_their_failures(broker: Broker, storage: Storage) -> None:
     await decide_all(broker, "read")
     assert await read(broker, "ledger", 1) == await read(broker, "shop", 1) == {"read"}

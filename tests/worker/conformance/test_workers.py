@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -7,7 +8,7 @@ from tenacity import wait_fixed
 from waiting import until
 
 from aiokeyless.errors import ConflictError
-from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
+from aiokeyless.worker import ApprovalRequest, ApprovalWorker, FailureReason, Outcome, submit_approval
 
 from ..reading import read  # noqa: TID252
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 CONTENT: dict[str, Any] = {"operation_payload": "Pay 40", "external_user_id": "ann"}
 
 
-def worker_at(broker: Broker, client: KeylessClient) -> ApprovalWorker:
-    return ApprovalWorker(client, broker, schedule=wait_fixed(0.2))
+def worker_at(broker: Broker, client: KeylessClient, **options: Any) -> ApprovalWorker:
+    return ApprovalWorker(client, broker, schedule=wait_fixed(0.2), **options)
 
 
 async def submit(broker: Broker, **changed: Any) -> None:
@@ -50,7 +51,7 @@ async def test_one_tap_pays_for_one_of_two_orders_under_one_id(
     async with storage.broker() as broker, worker_at(broker, client) as worker:
         await submit(broker, context={"order": 1})
         await until(lambda: worker.statistics.polls >= 1)
-        if storage.refuses_conflicts:
+        if storage.has_rows:
             with pytest.raises(ConflictError):
                 await submit(broker, context={"order": 2})
             authenticate(sandbox)
@@ -59,7 +60,7 @@ async def test_one_tap_pays_for_one_of_two_orders_under_one_id(
             await submit(broker, context={"order": 2})
             authenticate(sandbox)
             events = await read(broker, 2)
-    others = [] if storage.refuses_conflicts else [(Outcome.FAILED, FailureReason.CONFLICT)]
+    others = [] if storage.has_rows else [(Outcome.FAILED, FailureReason.CONFLICT)]
     assert sorted((event.outcome, event.reason) for event in events) == [(Outcome.APPROVED, None), *others]
 
 
@@ -72,6 +73,24 @@ async def test_an_operation_that_is_older_than_the_claims_that_a_broker_keeps_is
     async with storage.broker() as broker, worker_at(broker, client):
         await submit(broker)
         [event] = await read(broker)
-    forgets = not storage.refuses_conflicts  # one that does so keeps the claims, too
-    assert event.reason == (FailureReason.ALREADY_APPROVED if forgets else None)
-    assert event.outcome is (Outcome.FAILED if forgets else Outcome.APPROVED)
+    assert event.reason == (FailureReason.ALREADY_APPROVED if broker.forgets_claims else None)
+    assert event.outcome is (Outcome.FAILED if broker.forgets_claims else Outcome.APPROVED)
+
+
+async def test_the_phone_is_told_once_by_the_delivery_that_first_knows_that_the_operation_is_there(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox
+) -> None:
+    told: list[ApprovalRequest] = []
+    async with storage.broker() as broker, worker_at(broker, client, on_created=told.append) as worker:
+        sandbox.drop_next(stored=True, method="POST")
+        sandbox.fail_next(404, method="GET")  # the poll before the create
+        sandbox.fail_next(method="GET")  # the check whether the create took effect
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
+        await until(lambda: bool(told))
+        assert "txn-1" in sandbox.operations
+        polls = worker.statistics.polls
+        await until(lambda: worker.statistics.polls >= polls + 3)
+        sandbox.approve("txn-1")
+        await read(broker)
+        await asyncio.sleep(0)
+    assert [(request.operation_id, request.operation_payload) for request in told] == [("txn-1", "Pay 40")]

@@ -1,0 +1,50 @@
+"""Bad requests do not hold up good ones, as `Broker.take` promises. The benchmark `fairness` measures more."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.suite.fairness import WEATHERS, Weather, measure
+
+from .brokers import those
+
+if TYPE_CHECKING:
+    from .brokers import Storage
+
+#: Weathers that take a second or two of computing; the others take more.
+QUICK = {"500, at once", "500 to their create"}
+
+
+def weathers(*names: str) -> pytest.MarkDecorator:
+    found = [weather for weather in WEATHERS if weather.goal is not None and (not names or weather.name in names)]
+    slow = {weather: () if weather.name in QUICK else pytest.mark.slow for weather in found}
+    return pytest.mark.parametrize("weather", [pytest.param(each, id=each.name, marks=slow[each]) for each in found])
+
+
+async def check(storage: Storage, weather: Weather, *, before: int, after: int) -> None:
+    async with storage.broker() as broker:
+        lateness = await measure(broker, weather, before=before, after=after, quiet=6.0)
+    if storage.moves_clock:
+        assert len(lateness.asked) == len(lateness.approved) == before + after
+    assert weather.goal is not None
+    for late, goal in zip(lateness.p95(), weather.goal, strict=True):
+        assert late < goal + storage.slack
+
+
+@weathers()
+@those(which=lambda storage: storage.moves_clock)
+async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
+    storage: Storage, weather: Weather
+) -> None:
+    random.seed(5)  # the backoff of the probes is random
+    await check(storage, weather, before=30, after=70)
+
+
+@pytest.mark.slow
+@weathers("500, at once", "hang")
+@those(which=lambda storage: not storage.moves_clock)
+async def test_they_are_so_on_the_real_clock(storage: Storage, weather: Weather) -> None:
+    await check(storage, weather, before=20, after=40)
