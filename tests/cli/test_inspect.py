@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from worker.conformance.brokers import LEASE, decide, submit, take_n
+from worker.conformance.brokers import LEASE, decide_all, submit
 
 from aiokeyless.cli.app import CommandError, Exit, app
 from aiokeyless.events import Inspection
@@ -27,9 +27,7 @@ async def leave_unread(broker: Broker) -> None:
     """Leave a request that waits, and two outcomes, one of which the reader has failed to handle."""
     await broker.prepare(lease=LEASE, service="")
     for operation_id in ("read", "order-1", "order-2"):
-        await submit(broker, operation_id)
-        (message,) = await take_n(broker, 1)
-        assert await decide(broker, message)
+        await decide_all(broker, operation_id)
         if operation_id == "read":
             await (await broker.next_outcome("shop")).mark_handled()
         elif operation_id == "order-1":

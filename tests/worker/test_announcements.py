@@ -18,17 +18,13 @@ from aiokeyless.worker.announcements import CALL_WITHIN
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 
-from .reading import created, read, working
+from .reading import created, now, read, working
 
 if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def submit(broker: SqliteBroker, *operation_ids: str, **options: Any) -> None:

@@ -25,7 +25,7 @@ from aiokeyless.worker.messages import ApprovalRequest, request_name
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from . import reading
-from .reading import read
+from .reading import now, polls_of, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,10 +73,6 @@ async def all_outcomes(broker: SqliteBroker) -> list[ApprovalEvent]:
     return await read(broker, broker._store._one("SELECT count(*) FROM outcome")[0], str(uuid.uuid4()))
 
 
-def polls_of(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
-    return [record for record in sandbox.requests if record.method == "GET" and record.path.endswith(operation_id)]
-
-
 def most_at_once(records: list[RequestRecord]) -> int:
     changes = [(record.at, 1) for record in records] + [(record.at + record.duration, -1) for record in records]
     in_flight = most = 0
@@ -84,10 +80,6 @@ def most_at_once(records: list[RequestRecord]) -> int:
         in_flight += change
         most = max(most, in_flight)
     return most
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def test_a_client_that_repeats_calls_sends_each_of_a_workers_once(sandbox: Sandbox, memory: SqliteBroker) -> None:

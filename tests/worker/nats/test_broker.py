@@ -22,16 +22,24 @@ from aiokeyless.worker.nats.load_shedding import LoadShedding
 from ..conformance.brokers import decide, new_request, submit, take_n  # noqa: TID252
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from nats.aio.client import Client
 
 SERVICE = "https://keyless.test"
 
 
-async def test_a_connection_of_the_applications_stays_open(connection: Client) -> None:
+@pytest.fixture
+async def opened(connection: Client) -> AsyncGenerator[NatsBroker]:
+    """A broker on the connection, prepared by a worker."""
     async with NatsBroker(connection) as opened:
         await opened.prepare(lease=30.0, service=SERVICE)
-        await opened.prepare(lease=30.0, service=SERVICE)  # a second worker
+        yield opened
 
+
+async def test_a_connection_of_the_applications_stays_open(opened: NatsBroker, connection: Client) -> None:
+    await opened.prepare(lease=30.0, service=SERVICE)  # a second worker
+    await opened.aclose()
     assert connection.is_connected
 
 
@@ -57,26 +65,24 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
 
 
 async def test_a_stream_of_others_gets_neither_a_request_nor_an_outcome(
-    connection: Client, monkeypatch: pytest.MonkeyPatch
+    opened: NatsBroker, connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pause = Mock(return_value=0.0)
     monkeypatch.setattr("aiokeyless.worker.nats.broker.error_delay", pause)
     stream = jetstream(connection)
-    async with NatsBroker(connection) as opened:
-        await opened.prepare(lease=30.0, service=SERVICE)
-        await submit(opened, "txn-1")
-        [message] = await take_n(opened, 1)
-        for name in (REQUESTS, OUTCOMES):
-            await stream.delete_stream(name)
-        await stream.add_stream(name="THEIRS", subjects=["keyless.approvals.*"])
-        for call in (opened.submit(new_request("txn-2")), decide(opened, message)):
-            with pytest.raises(UnavailableError, match="expected stream does not match"):
-                await call
+    await submit(opened, "txn-1")
+    [message] = await take_n(opened, 1)
+    for name in (REQUESTS, OUTCOMES):
+        await stream.delete_stream(name)
+    await stream.add_stream(name="THEIRS", subjects=["keyless.approvals.*"])
+    for call in (opened.submit(new_request("txn-2")), decide(opened, message)):
+        with pytest.raises(UnavailableError, match="expected stream does not match"):
+            await call
     assert [each.args for each in pause.mock_calls] == [(1,), (2,)]  # of a submission
 
 
 async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadline(
-    connection: Client, monkeypatch: pytest.MonkeyPatch
+    opened: NatsBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoadShedding, "factor", 16.0)
     delays: list[float] = []
@@ -85,13 +91,11 @@ async def test_delays_are_stretched_while_new_requests_wait_but_not_past_a_deadl
         delays.append(delay)
 
     monkeypatch.setattr(Intake, "put_off", put_off)
-    async with NatsBroker(connection) as opened:
-        await opened.prepare(lease=30.0, service=SERVICE)
-        await opened.submit(new_request("txn-1", expires_in=3600.0))
-        [message] = await take_n(opened, 1)
-        answered, failed = ExchangeResult.ANSWERED, ExchangeResult.FAILED
-        for delay, result in ((1.0, answered), (1800.0, answered), (1.0, failed)):
-            await opened.put_off(message, delay, result)
+    await opened.submit(new_request("txn-1", expires_in=3600.0))
+    [message] = await take_n(opened, 1)
+    answered, failed = ExchangeResult.ANSWERED, ExchangeResult.FAILED
+    for delay, result in ((1.0, answered), (1800.0, answered), (1.0, failed)):
+        await opened.put_off(message, delay, result)
     assert (delays[0], delays[2]) == (16.0, 1.0)
     assert 1800.0 < delays[1] <= 3600.0
 
@@ -105,12 +109,10 @@ async def test_the_time_is_the_brokers(connection: Client, monkeypatch: pytest.M
         assert (await opened.inspect()).clock_ahead == pytest.approx(-3600.0, abs=PATIENCE)
 
 
-async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(connection: Client) -> None:
-    async with NatsBroker(connection) as opened:
-        await opened.prepare(lease=30.0, service=SERVICE)
-        assert opened._intake is not None
-        opened._intake._refusals, opened._intake._refusal = 5, "409 that"
-        assert (await opened.inspect()).problems == ("the broker refuses each pull: 409 that",)
+async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(opened: NatsBroker) -> None:
+    assert opened._intake is not None
+    opened._intake._refusals, opened._intake._refusal = 5, "409 that"
+    assert (await opened.inspect()).problems == ("the broker refuses each pull: 409 that",)
 
 
 @pytest.mark.parametrize(
@@ -122,21 +124,19 @@ async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(conn
     ids=str,
 )
 async def test_a_worker_goes_on_once_a_consumer_that_was_changed_so_that_nothing_can_be_read_is_deleted(
-    connection: Client, changed: dict[str, Any], difference: str
+    opened: NatsBroker, connection: Client, changed: dict[str, Any], difference: str
 ) -> None:
-    async with NatsBroker(connection) as opened:
-        await opened.prepare(lease=30.0, service=SERVICE)
-        await change_consumer(connection, **changed)
-        await submit(opened, "txn-1")
-        for _ in range(10):  # pulls are refused, or deliver no body
-            assert not await opened.take(1, 0.1)
-        (problem,) = (line for line in (await opened.inspect()).problems if "has other settings" in line)
-        assert f"has other settings: {difference}" in problem
-        await connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
-        async with asyncio.timeout(PATIENCE):
-            while not (taken := await opened.take(1, 0.1)):
-                pass
-        assert b"txn-1" in taken[0].body
+    await change_consumer(connection, **changed)
+    await submit(opened, "txn-1")
+    for _ in range(10):  # pulls are refused, or deliver no body
+        assert not await opened.take(1, 0.1)
+    (problem,) = (line for line in (await opened.inspect()).problems if "has other settings" in line)
+    assert f"has other settings: {difference}" in problem
+    await connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+    async with asyncio.timeout(PATIENCE):
+        while not (taken := await opened.take(1, 0.1)):
+            pass
+    assert b"txn-1" in taken[0].body
 
 
 async def test_what_the_machine_raises_is_an_error_of_the_broker() -> None:

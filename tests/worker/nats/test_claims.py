@@ -33,13 +33,6 @@ async def claims(stream: JetStreamContext, request: pytest.FixtureRequest) -> Na
     return NatsClaims(stream, KEYLESS, request.param)
 
 
-async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
-    assert await claims.claim(ID, OURS) == (Claim.NEW, 1)
-    assert await claims.claim(ID, THEIRS) == (Claim.ANOTHERS, 0)
-    assert await claims.claim(ID, OURS) == (Claim.HELD, 2)
-    assert (await claims.holds(ID, OURS), await claims.holds(ID, THEIRS)) == (True, False)
-
-
 async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
     taken = await asyncio.gather(*(claims.claim(ID, f"request-{number}") for number in range(20)))
     assert sorted(claim.name for claim, _ in taken) == ["ANOTHERS"] * 19 + ["NEW"]

@@ -111,16 +111,6 @@ async def test_the_first_delivery_of_a_batch_is_handed_on_at_once(hand: Hand) ->
     assert (hand.texts, hand.ends) == (["one"], 0)  # and not when the pull ends
 
 
-async def test_what_waits_already_comes_in_order_and_up_to_what_was_asked_for(hand: Hand) -> None:
-    await hand.publish(*"abcde")
-    await hand.intake.ask(3)
-    await hand.delivered(3)
-    assert (hand.texts, hand.intake.expected()) == (["a", "b", "c"], 0)
-    await hand.intake.ask(1)
-    await hand.delivered(4)
-    assert hand.texts == ["a", "b", "c", "d"]
-
-
 async def test_while_a_pull_is_under_way_there_is_no_other_one(hand: Hand) -> None:
     assert hand.intake.expected() == 0
     await hand.intake.ask(3)

@@ -35,7 +35,7 @@ from aiokeyless.worker.nats.event_keys import MESSAGE_ID, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 from ..conformance.brokers import new_request  # noqa: TID252
-from ..reading import an_event, read  # noqa: TID252
+from ..reading import an_event, now, polls_of, read  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from nats.js.api import ConsumerInfo
 
     from aiokeyless import KeylessClient
-    from aiokeyless.sandbox import RequestRecord
 
 pytestmark = pytest.mark.platform
 
@@ -78,10 +77,6 @@ async def submit(connection: Client, user_id: str, **options: Any) -> str:
     return (await submit_approval(connection, user_id, **options)).operation_id
 
 
-async def outcomes(connection: Client, count: int, reader: str = "test") -> list[ApprovalEvent]:
-    return await read(connection, count, reader)
-
-
 async def all_outcomes(connection: Client) -> list[ApprovalEvent]:
     """Wait until no request is left, and return every event that there is."""
     stream = jetstream(connection)
@@ -90,7 +85,7 @@ async def all_outcomes(connection: Client) -> list[ApprovalEvent]:
         return (await stream.stream_info(REQUESTS)).state.messages == 0
 
     await until(no_request_is_left)
-    return await outcomes(connection, (await stream.stream_info(OUTCOMES)).state.messages, str(uuid.uuid4()))
+    return await read(connection, (await stream.stream_info(OUTCOMES)).state.messages, str(uuid.uuid4()))
 
 
 async def publish(connection: Client, request: bytes | dict[str, Any]) -> None:
@@ -102,14 +97,6 @@ async def publish(connection: Client, request: bytes | dict[str, Any]) -> None:
 async def consumer(connection: Client) -> ConsumerInfo:
     info: ConsumerInfo = await jetstream(connection).consumer_info(REQUESTS, CONSUMER)
     return info
-
-
-def polls_of(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
-    return [record for record in sandbox.requests if record.method == "GET" and record.path.endswith(operation_id)]
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 @pytest.fixture
@@ -147,7 +134,7 @@ async def test_a_trace_travels_in_the_header_that_instrumentations_know(
         await NatsBroker(connection).submit(new_request("txn-1", traceparent))
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        [event] = await outcomes(connection, 1)
+        [event] = await read(connection)
     message = await jetstream(connection).get_msg(OUTCOMES, 1)
     assert event.traceparent == traceparent
     assert message.headers is not None
@@ -223,9 +210,9 @@ async def test_id_that_is_taken_by_another_request_is_a_conflict_and_costs_that_
         await publish(connection, ours)
         await until(lambda: "txn-1" in sandbox.operations)
         await publish(connection, {**ours, "context": "the other"})
-        [conflict] = await outcomes(connection, 1)
+        [conflict] = await read(connection)
         sandbox.approve("txn-1")
-        [event] = await outcomes(connection, 1)
+        [event] = await read(connection)
     assert (conflict.outcome, conflict.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
     assert conflict.read_context(str) == "the other"
     assert (event.outcome, event.user_id) == (Outcome.APPROVED, "C0")
@@ -239,11 +226,11 @@ async def test_an_id_whose_request_was_refused_is_free_for_another_one(
     async with working(client, broker):
         sandbox.fail_next(status=400, method="POST")
         await publish(connection, {"operation_id": "txn-1", "user_id": "DEAD"})
-        [refused] = await outcomes(connection, 1)
+        [refused] = await read(connection)
         await publish(connection, {"operation_id": "txn-1", "user_id": "C0"})
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        [approved] = await outcomes(connection, 1)
+        [approved] = await read(connection)
     assert (refused.reason, approved.outcome) == (FailureReason.REJECTED, Outcome.APPROVED)
 
 
@@ -444,7 +431,7 @@ async def test_a_claim_that_a_stream_of_others_republished_makes_one_tap_count_f
         await submit(connection, "C0", operation_id="txn-1", context={"order": 7})
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        await outcomes(connection, 1)
+        await read(connection)
         theirs, claim = jetstream(connection), KEYLESS.claim_subject(sha256(b"txn-1").hexdigest())
         await theirs.add_stream(name="MINE", subjects=["mine"], republish=RePublish(src="mine", dest=claim))
         second = request_name(msgspec.structs.replace(REQUEST, context=msgspec.Raw(b'{"order":8}')))
@@ -488,7 +475,7 @@ async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no
             return (await jetstream(ours).stream_info(OUTCOMES)).state.messages == 1
 
         await until(is_stored)  # the broker's permissions did not keep it out
-        assert [event.operation_id for event in await outcomes(ours, 1, "trusting")] == ["forged"]
+        assert [event.operation_id for event in await read(ours, 1, "trusting")] == ["forged"]
         operation_id = await submit(ours, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)

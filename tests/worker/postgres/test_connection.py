@@ -185,25 +185,6 @@ async def test_an_outcome_in_hand_is_in_no_other_hand_and_comes_again_at_once_if
     assert await unread(admin) == {}
 
 
-async def test_one_that_kills_its_process_holds_up_no_other(
-    broker: PostgresBroker, admin: Connection, url: str
-) -> None:
-    good = {f"good-{number}" for number in range(10)}
-    await decide_all(broker, "deadly", *good)
-    deaths = 0
-    while await unread(admin) != {"deadly": 0}:
-        connection = await asyncpg.connect(url)
-        async with asyncio.timeout(PATIENCE):
-            event = json.loads((outcome := await PostgresConnection(connection).next_outcome("shop")).data)
-        if event["operation_id"] == "deadly":
-            deaths += 1
-            assert deaths < 100
-            connection.terminate()
-        else:
-            await outcome.mark_handled()
-            await connection.close()
-
-
 async def test_a_connection_in_a_transaction_is_refused(connection: Connection) -> None:
     async with connection.transaction():
         with pytest.raises(ConfigurationError, match=r"keyless\.next_outcome"):

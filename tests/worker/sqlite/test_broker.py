@@ -25,7 +25,8 @@ from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
 from aiokeyless.worker.tables import row_of
 from benchmarks.soak.disk import full
-from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
+from worker.conformance.brokers import decide, decide_all, new_request, operation_of, submit, take_all
+from worker.reading import now
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator, Sequence
@@ -192,9 +193,7 @@ async def test_a_reader_gets_outcomes_of_a_broker_that_is_opened_again() -> None
         async with broker:
             await broker.prepare(lease=2.0, service="")
             reading = asyncio.create_task(broker.next_outcome("shop"))
-            await submit(broker, "a")
-            (message,) = await take_all(broker, 0.1)
-            await decide(broker, message)
+            await decide_all(broker, "a")
             async with asyncio.timeout(10):
                 await (await reading).mark_handled()
 
@@ -441,9 +440,7 @@ async def test_a_delivery_from_before_a_restore_changes_no_other_request(broker:
 
 async def read_and_taken(broker: SqliteBroker, decided: str, waiting: str) -> tuple[Message, OutcomeDelivery]:
     """Return a delivery of a request, and one of another's outcome."""
-    await submit(broker, decided)
-    (message,) = await take_all(broker)
-    assert await decide(broker, message)
+    await decide_all(broker, decided)
     await submit(broker, waiting)
     (message,) = await take_all(broker)
     return message, await broker.next_outcome("shop")
@@ -479,13 +476,11 @@ async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) ->
 @pytest.mark.looptime
 async def test_housekeeping_repeats_no_outcome_early(memory: SqliteBroker) -> None:
     await memory.prepare(lease=2.0, service="")
-    await submit(memory, "a")
-    (message,) = await take_all(memory)
-    await decide(memory, message)
+    await decide_all(memory, "a")
     await (await memory.next_outcome("shop")).put_off(100.0)
-    began = asyncio.get_running_loop().time()
+    began = now()
     await memory.next_outcome("shop")
-    assert asyncio.get_running_loop().time() - began == pytest.approx(100.0, abs=1.0)
+    assert now() - began == pytest.approx(100.0, abs=1.0)
 
 
 @pytest.mark.looptime
@@ -499,12 +494,11 @@ async def test_a_clock_set_back_delays_nothing_for_long(memory: SqliteBroker, mo
     await memory.put_off(messages[1], 20.0, ExchangeResult.ANSWERED)
     clock = memory._clock
     monkeypatch.setattr(memory, "_clock", lambda: clock() - timedelta(days=2))
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = now()
     assert [operation_of(message) for message in await memory.take(1, 300.0)] == [operation_of(messages[1])]
     again = await memory.next_outcome("shop")
     assert again.data == outcome.data
-    assert loop.time() - began < 200
+    assert now() - began < 200
 
 
 def rows(broker: SqliteBroker, statement: str) -> int:
@@ -631,9 +625,7 @@ async def test_a_take_that_another_worker_wins_waits_on(broker: SqliteBroker, mo
 
 
 async def test_an_outcome_that_others_took_is_waited_for(broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    await submit(broker, "a")
-    (message,) = await broker.take(1, 5.0)
-    await decide(broker, message)
+    await decide_all(broker, "a")
     take_unread, taken_first = store.Store.take_unread, [None]
     monkeypatch.setattr(
         store.Store, "take_unread", lambda *call: taken_first.pop() if taken_first else take_unread(*call)
