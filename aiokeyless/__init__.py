@@ -9,7 +9,7 @@ from . import _interruption as _interruption  # first: the others take long
 import logging
 
 from ._version import __version__
-from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnCreated, OnPoll, WaitTimeout
+from .client import IfExists, IfMissing, KeylessClient, OnCreated, OnPoll
 from .errors import (
     AlreadyApprovedError,
     AmbiguousUserError,
@@ -59,7 +59,7 @@ from .models import (
 )
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
-from .ticket import ApprovalTicket
+from .ticket import ApprovalTicket, DefaultTimeout, WaitTimeout
 
 # Without it, Python prints warnings of a library to stderr if the application has set up no log.
 logging.getLogger("aiokeyless").addHandler(logging.NullHandler())

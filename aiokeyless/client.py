@@ -16,7 +16,6 @@ import uuid
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
-from enum import Enum
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
 
@@ -81,25 +80,12 @@ from .models import (
 )
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
-from .ticket import DEFAULT_LIFETIME, ApprovalTicket, check_lifetime, payload_digest
-
-
-class DefaultTimeout(Enum):
-    """The default of a wait's ``timeout``. A function of your own that waits can have the same default."""
-
-    FROM_TARGET = "from_target"
-    """For a ticket, the time until its ``expires_at``; for an operation id, 120 seconds."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}.{self.name}"  # as in a program: help() shows it
-
+from .ticket import DEFAULT_LIFETIME, ApprovalTicket, DefaultTimeout, WaitTimeout, check_lifetime, payload_digest
 
 IfMissing: TypeAlias = Literal["raise", "wait"]
 """On a 404, a wait raises, or waits for the operation that the phone will create."""
 IfExists: TypeAlias = Literal["raise", "resume"]
 """On a 409, a create raises, or resumes the operation if it has the same content and is pending."""
-WaitTimeout: TypeAlias = float | DefaultTimeout | None
-"""Seconds for a whole wait, None for no limit, or the default."""
 OnCreated: TypeAlias = Callable[[ApprovalTicket], Awaitable[object] | object]
 """Called with the ticket of an operation, to tell the phone: a plain function, or an async one."""
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
@@ -780,8 +766,9 @@ class KeylessClient:
             ...     return await client.hold_for_approval(ticket, seconds=25) is not None  # the browser asks again
         """
         check_flag(explain, "explain")
-        options = self._options(target, None, schedule, if_missing)
-        options["timeout"] = None  # what the ticket has left
+        options = self._options(target, DefaultTimeout.FROM_TARGET, schedule, if_missing)
+        if options["ticket"] is None:
+            options["timeout"] = None
         seconds = finite_seconds(seconds, "seconds")
         outcome = await self._open().holds.hold(options, seconds=seconds, explain=explain)
         try:
@@ -923,7 +910,7 @@ class KeylessClient:
         # At the call, as promised. There may be a hundred thousand targets, so shared arguments are checked once.
         check_schedule(schedule)
         check_choice(if_missing, IfMissing, "if_missing")
-        _budget(timeout, None)
+        _check_timeout(timeout, None)
         for target in targets:
             _read_target(target)
         return self._outcomes(targets, timeout, schedule, if_missing)
@@ -943,7 +930,7 @@ class KeylessClient:
         return WaitOptions(
             operation_id=operation_id,
             ticket=ticket,
-            timeout=_budget(timeout, ticket),
+            timeout=_check_timeout(timeout, ticket),
             schedule=check_schedule(schedule),
             may_be_missing=check_choice(if_missing, IfMissing, "if_missing") == "wait",
         )
@@ -1105,10 +1092,7 @@ def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | No
     return check_operation_id(target), None
 
 
-def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None:
-    """Return the seconds of a wait: infinity for no limit, None for the time that the ticket has left."""
-    if timeout is None:
-        return math.inf
+def _check_timeout(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> WaitTimeout:
     if isinstance(timeout, DefaultTimeout):
-        return DEFAULT_LIFETIME if ticket is None else None
-    return seconds(timeout, "timeout")
+        return DEFAULT_LIFETIME if ticket is None else timeout
+    return None if timeout is None else seconds(timeout, "timeout")

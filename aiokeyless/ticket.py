@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from enum import Enum
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -24,12 +25,25 @@ from ._validation import (
 )
 from .models import StartedBy
 
-__all__ = ["ApprovalTicket"]
+__all__ = ["ApprovalTicket", "DefaultTimeout", "WaitTimeout"]
 
 TICKET_VERSION: Final = 1
 #: Seconds that a user has to approve, unless the application says otherwise.
 DEFAULT_LIFETIME: Final = 120.0
 
+
+class DefaultTimeout(Enum):
+    """The default of a wait's ``timeout``. A function of your own that waits can have the same default."""
+
+    FROM_TARGET = "from_target"
+    """For a ticket, the time until its ``expires_at``; for an operation id, 120 seconds."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"  # as in a program: help() shows it
+
+
+WaitTimeout: TypeAlias = float | DefaultTimeout | None
+"""Seconds for a whole wait, None for no limit, or the default."""
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 

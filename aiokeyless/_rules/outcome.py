@@ -59,6 +59,18 @@ def is_failure(error: KeylessError, *, was_seen: bool) -> bool:
     return error.is_transient or (was_seen and is_odd)
 
 
+def is_service_well(answer: Operation | KeylessError, *, was_seen: bool) -> bool | None:
+    """Return what the answer to a poll says about the service: it is well, or fails; None: nothing.
+
+    A 404 is a good answer, unless the operation was seen. An error that ends a wait concerns that wait only.
+    """
+    if isinstance(answer, Operation):
+        return True
+    if is_failure(answer, was_seen=was_seen):
+        return False
+    return True if isinstance(answer, NotFoundError) else None
+
+
 def is_unexpected(error: KeylessError) -> bool:
     """Return whether a failure of a poll, see `is_failure`, is not one that the service itself would give.
 

@@ -24,13 +24,14 @@ from aiokeyless._rules.approval import (
 from aiokeyless._rules.backoff import GOOD, error_delay, failures_that_count, requested_pause
 from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
-from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_failure, is_unexpected, poll_verdict
+from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_service_well, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import SLOW
-from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, KeylessError, NotFoundError, RateLimitError
+from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, KeylessError, RateLimitError
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
+from aiokeyless.ticket import DefaultTimeout
 
 from .dispatch import Dispatcher
 from .state import Poll, PolledOperation, Wait, WaitPhase
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
-    from aiokeyless.ticket import ApprovalTicket
+    from aiokeyless.ticket import ApprovalTicket, WaitTimeout
 
     from .reporting import Reporter
     from .state import Updates, WaitResult
@@ -153,7 +154,7 @@ class Machine:
         ticket: ApprovalTicket | None,
         age: float,
         is_fresh: bool,
-        timeout: float | None,
+        timeout: WaitTimeout,
         schedule: wait_base | None,
         may_be_missing: bool,
         patience: float = EXPIRED_PATIENCE,
@@ -168,16 +169,18 @@ class Machine:
             ticket: Its ticket; None for a bare id.
             age: Seconds since the operation was created; 0 for a bare id, whose age is unknown.
             is_fresh: Whether this client created it less than `FRESH` seconds ago, so that no user has approved yet.
-            timeout: Seconds; infinity for no end. None means the rest of the ticket's lifetime, and no end for a bare
-                id. Even if clocks differ, it is never more than the whole lifetime.
+            timeout: Seconds; None for no end. The default is the rest of the ticket's lifetime. Even if clocks differ,
+                it is never more than the whole lifetime.
             schedule: When to poll; None for the client's.
             may_be_missing: Whether 404 counts as pending.
             patience: Seconds until the final poll for an expired ticket, if no poll could start before.
             updates: Receives an update for each poll; closed when the wait ends.
         """
         if timeout is None:
-            lifetime = math.inf if ticket is None else (ticket.expires_at - ticket.created_at).total_seconds()
-            timeout = lifetime - age
+            timeout = math.inf
+        elif isinstance(timeout, DefaultTimeout):
+            assert ticket is not None  # noqa: S101  # a bare id has 120 s
+            timeout = (ticket.expires_at - ticket.created_at).total_seconds() - age
         had_expired = timeout <= 0.0
         schedule = schedule or self._schedule
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if is_fresh else 0.0)
@@ -384,11 +387,12 @@ class Machine:
                     wait.final_poll = None
                     dispatcher.queue_final_poll(poll.polled, now)
             return None
-        if isinstance(answer, Operation) or (isinstance(answer, NotFoundError) and not poll.polled.was_seen):
+        is_well = is_service_well(answer, was_seen=poll.polled.was_seen)
+        if is_well:
             self._record_success(poll, now)
-        elif is_failure(answer, was_seen=poll.polled.was_seen):
+        elif is_well is not None and isinstance(answer, KeylessError):
             self._record_error(poll, answer, now)
-        else:  # it ends the waits, and says nothing about the service
+        else:
             self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
         self._reporter.notice_circuit(self._circuit.state, answer, now, waiting=self._waiting)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):

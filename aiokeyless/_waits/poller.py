@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aiokeyless._listeners import Listeners
     from aiokeyless.models import Operation
     from aiokeyless.reports import ClientStatistics
-    from aiokeyless.ticket import ApprovalTicket
+    from aiokeyless.ticket import ApprovalTicket, WaitTimeout
 
     from .machine import BatchedResult
     from .state import Poll, Updates
@@ -53,7 +53,7 @@ class WaitOptions(TypedDict):
 
     operation_id: str
     ticket: ApprovalTicket | None
-    timeout: float | None
+    timeout: WaitTimeout
     schedule: wait_base | None
     may_be_missing: bool
 
@@ -110,7 +110,7 @@ class Poller:
         operation_id: str,
         *,
         ticket: ApprovalTicket | None,
-        timeout: float | None,
+        timeout: WaitTimeout,
         schedule: wait_base | None,
         may_be_missing: bool,
         patience: float = EXPIRED_PATIENCE,

@@ -26,10 +26,10 @@ from .error_messages import format_count
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
-    from aiokeyless.client import IfMissing, KeylessClient, WaitTimeout
+    from aiokeyless.client import IfMissing, KeylessClient
     from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
-    from aiokeyless.ticket import ApprovalTicket
+    from aiokeyless.ticket import ApprovalTicket, WaitTimeout
 
 #: Columns for the name of a fact.
 _NAME_WIDTH: Final = 9

@@ -12,7 +12,7 @@ import msgspec
 from cyclopts import Parameter
 
 from aiokeyless._version import __version__
-from aiokeyless.client import DefaultTimeout, IfMissing  # cyclopts reads the signature of a command
+from aiokeyless.client import IfMissing  # noqa: TC001  # cyclopts reads the signature of a command
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -21,7 +21,7 @@ from aiokeyless.errors import (
     KeylessError,
     OperationMismatchError,
 )
-from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket
+from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, DefaultTimeout
 
 from .app import (
     AuthType,

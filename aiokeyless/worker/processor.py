@@ -13,7 +13,7 @@ from aiokeyless._http.creation import OperationCreation
 from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, requested_pause
-from aiokeyless._rules.outcome import is_failure
+from aiokeyless._rules.outcome import is_failure, is_service_well
 from aiokeyless.errors import (
     AlreadyApprovedError,
     AuthenticationError,
@@ -257,11 +257,11 @@ class DeliveryProcessor:
         # Of these, only what may pass by itself is transient: a key that was replaced, a function that returned none.
         if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError) and not error.is_transient:
             raise error
-        if not is_failure(error, was_seen=was_seen):
-            if isinstance(error, NotFoundError):
-                self._record_success(started_at)
-            else:  # it ends the request, and says nothing about the service
-                self._circuit.record_cut(started_at=started_at, is_probe=is_probe)
+        if is_well := is_service_well(error, was_seen=was_seen):
+            self._record_success(started_at)
+            return
+        if is_well is None:
+            self._circuit.record_cut(started_at=started_at, is_probe=is_probe)
             return
         self._reporter.count("transient_failures")
         now, is_refusal = self._now(), isinstance(error, RateLimitError)

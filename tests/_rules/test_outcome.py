@@ -24,11 +24,20 @@ from outcome_cases import (
     Result,
 )
 
-from aiokeyless import ApprovalTicket, KeylessError, NotFoundError, Operation, Secret
+from aiokeyless import (
+    ApprovalTicket,
+    BadRequestError,
+    KeylessError,
+    NotFoundError,
+    Operation,
+    Secret,
+    ServerError,
+    StatusError,
+)
 from aiokeyless._http import protocol
 from aiokeyless._http.redaction import Redaction
 from aiokeyless._rules.approval import Rejection, Verdict
-from aiokeyless._rules.outcome import poll_result, poll_verdict
+from aiokeyless._rules.outcome import is_service_well, poll_result, poll_verdict
 from aiokeyless.events import PollResult
 from aiokeyless.ticket import payload_digest
 from benchmarks.approval_times import seeded_random
@@ -198,3 +207,14 @@ def test_each_case_of_the_rules_is_tested() -> None:
 def test_where_the_worker_differs_the_rules_say_why() -> None:
     reasons = {row[0] for row in rows(section("Where the engines differ"))}
     assert {case.worker.row for case in CASES if case.worker is not None} <= reasons
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "once_seen"),
+    [(NotFoundError, True, False), (BadRequestError, None, False), (ServerError, False, False)],
+)
+def test_what_an_error_says_about_the_service_depends_on_whether_the_operation_was_seen(
+    kind: type[StatusError], before: bool | None, once_seen: bool
+) -> None:
+    error = kind(status={NotFoundError: 404, BadRequestError: 400, ServerError: 503}[kind], method="GET", path="/")
+    assert (is_service_well(error, was_seen=False), is_service_well(error, was_seen=True)) == (before, once_seen)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
-    from aiokeyless import ApprovalTicket, ApprovalUpdate
+    from aiokeyless import ApprovalTicket, ApprovalUpdate, WaitTimeout
     from aiokeyless._listeners import Listeners
 
 TIMEOUT = 10.0
@@ -136,7 +136,7 @@ class Calls(Machine):
         ticket: ApprovalTicket | None = None,
         age: float = 0.0,
         is_fresh: bool = False,
-        timeout: float | None = math.inf,
+        timeout: WaitTimeout = None,
         schedule: wait_base | None = None,
         may_be_missing: bool = False,
         updates: Updates | None = None,

@@ -10,7 +10,7 @@ from rich.pretty import pretty_repr
 from tenacity import wait_exponential, wait_fixed
 from tenacity.wait import wait_base
 
-from aiokeyless import ApprovalTicket, ConfigurationError, DecodeError, KeylessError, wait_adaptive
+from aiokeyless import ApprovalTicket, ConfigurationError, DecodeError, DefaultTimeout, KeylessError, wait_adaptive
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.final import Unanswered
@@ -1147,7 +1147,7 @@ class TestDeadlines:
     @pytest.mark.parametrize("answer", ["pending", "approved"])
     def test_an_expired_ticket_has_one_poll_without_a_deadline(self, answer: str) -> None:
         machine = Calls()
-        wait = machine.wait(ticket=TICKET, age=30.0, timeout=None)
+        wait = machine.wait(ticket=TICKET, age=30.0, timeout=DefaultTimeout.FROM_TARGET)
         assert machine.wake_at() == 0.0
         poll = machine.one(0.0)
         assert not poll.final
@@ -1157,14 +1157,14 @@ class TestDeadlines:
 
     def test_the_poll_of_an_expired_ticket_is_repeated_for_two_seconds_from_its_first_failure(self) -> None:
         machine = Calls()
-        wait = machine.wait(ticket=TICKET, age=20.0, timeout=None)
+        wait = machine.wait(ticket=TICKET, age=20.0, timeout=DefaultTimeout.FROM_TARGET)
         polls = machine.run(60.0, lambda *_: error(500))
         assert [at for at, _ in polls] == [0.0, 0.5, 1.0, 1.5]
         assert wait.outcome == "ApprovalUnknownError"
 
     def test_failures_of_polls_that_other_callers_want_give_an_expired_ticket_no_more_time(self) -> None:
         machine = Calls()
-        wait = machine.wait(ticket=TICKET, age=20.0, timeout=None)
+        wait = machine.wait(ticket=TICKET, age=20.0, timeout=DefaultTimeout.FROM_TARGET)
         for at in (0.0, 0.4, 0.8, 1.2):  # each before the first one would be repeated
             machine.answer(machine.one(at), at, error(500))
             machine.wait(at=at + 0.4)
@@ -1175,7 +1175,7 @@ class TestDeadlines:
         machine = Calls(connections=1)
         machine.wait("busy")
         busy = machine.one(0.0)
-        wait = machine.wait(ticket=TICKET, age=20.0, timeout=None, **options)
+        wait = machine.wait(ticket=TICKET, age=20.0, timeout=DefaultTimeout.FROM_TARGET, **options)
         machine.started(at)
         machine.take_cut()
         machine.answer(busy, at, None)
@@ -1185,7 +1185,7 @@ class TestDeadlines:
     @pytest.mark.parametrize(("age", "deadline"), [(0.0, 20.0), (15.0, 5.0)])
     def test_a_ticket_has_what_is_left_of_its_lifetime(self, age: float, deadline: float) -> None:
         machine = Calls()
-        assert machine.wait(ticket=TICKET, age=age, timeout=None).deadline == deadline
+        assert machine.wait(ticket=TICKET, age=age, timeout=DefaultTimeout.FROM_TARGET).deadline == deadline
 
     def test_a_bare_id_without_a_timeout_has_no_end(self) -> None:
         assert Calls().wait(timeout=None).deadline == math.inf
