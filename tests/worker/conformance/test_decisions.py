@@ -48,6 +48,7 @@ async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
     (message,) = await take_n(worker, 1)
     assert not await worker.has_claim(message)
     assert await worker.claim(message) is Claim.NEW
+    assert await worker.submit(new_request("a"))
     assert await other.has_claim(message)
     await worker.put_off(message, 0.0, ExchangeResult.ANSWERED)
     (again,) = await take_n(other, 1)
