@@ -85,10 +85,12 @@ class Failure(NamedTuple):
     status: int = 500
     retry_after: float | None = None
     page: bytes = b""
+    seconds: tuple[float, float] = (0.01, 0.2)
+    """The shortest and the longest time that it takes."""
 
     def fate(self, rng: random.Random) -> Fate:  # noqa: PLR0911  # one for each way
         """Return what becomes of a request that fails in this way."""
-        latency = rng.uniform(0.01, 0.2)
+        latency = rng.uniform(*self.seconds)
         match self.how:
             case "refused":
                 return Fate(latency, is_refused=True)
@@ -160,10 +162,12 @@ class Moved:
     """Until when the old host answers."""
     failure: Failure | None
     """None: it answers what was true when the service moved."""
+    known_for: float = 0.0
+    """Seconds for which new connections lead there too: a cache still has the old address."""
 
     def fate(self, request: Request, rng: random.Random) -> Fate | None:
         """Answer as the old host."""
-        if request.made_at >= self.begins or not self.begins <= request.at < self.ends:
+        if request.made_at >= self.begins + self.known_for or not self.begins <= request.at < self.ends:
             return None
         return Fate(rng.uniform(0.02, 0.2), as_of=self.begins) if self.failure is None else self.failure.fate(rng)
 
@@ -257,7 +261,7 @@ class Standstill:
 
 @dataclass(frozen=True)
 class RateLimit:
-    """For some time a gateway refuses what exceeds so many requests in a second."""
+    """For some time a gateway refuses, or sheds, what exceeds so many requests in a second."""
 
     begins: float
     ends: float
@@ -265,6 +269,7 @@ class RateLimit:
     retry_after: float | None
     others: int = 0
     """Of these, a neighbour takes so many in every other ten seconds."""
+    status: int = 429
     _passed: list[float] = field(default_factory=list, repr=False, compare=False)
 
     def fate(self, request: Request, rng: random.Random) -> Fate | None:
@@ -276,7 +281,7 @@ class RateLimit:
         if len(self._passed) + others < self.per_second:
             self._passed.append(request.at)
             return None
-        return Fate(rng.uniform(0.01, 0.1), 429, retry_after=self.retry_after, is_processed=False)
+        return Fate(rng.uniform(0.01, 0.1), self.status, retry_after=self.retry_after, is_processed=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .people import Person
 from .service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .actors import Actor, Process
     from .faults import Fault
@@ -196,16 +196,19 @@ def _measure(story: Story, history: History, score: Score) -> None:
         if (true := history.operations.get(wait.operation_id)) is not None and true.payload in payloads
     ]
     process = next(iter(payloads.values()))
-    found = _run_loops(story, history, waits, process)
+    found, _ = run_loops(story, history, waits, process)
     for wait, found_at in zip(waits, found, strict=True):
         score.add(wait, max(history.operations[wait.operation_id].approved_at, wait.started_at), found_at)
 
 
-def _run_loops(story: Story, history: History, waits: list[ObservedWait], process: Process) -> Iterable[float]:
-    """Return when loops in place of some waits would have found the approvals; infinite: never."""
+def run_loops(
+    story: Story, history: History, waits: list[ObservedWait], process: Process
+) -> tuple[list[float], list[float]]:
+    """Return when loops in place of some waits would have found the approvals, infinite: never; and all their polls."""
     service = Service(story.seed, copy.deepcopy(story.faults), {}, History())
     service.operations.update(history.operations)
     found = [math.inf] * len(waits)
+    sent: list[float] = []
     due = [(wait.started_at, number) for number, wait in enumerate(waits)]
     heapify(due)
     while due:
@@ -215,13 +218,14 @@ def _run_loops(story: Story, history: History, waits: list[ObservedWait], proces
         if at >= wait.started_at + wait.ticket.lifetime - wait.ages[0]:
             heappop(due)
             continue
+        sent.append(at)
         ends, is_approved = _poll(service, wait.operation_id, at, has_key=bool(process.key(at)))
         if is_approved:
             found[number] = ends
             heappop(due)
         else:
             heapreplace(due, (ends + PAUSE, number))
-    return found
+    return found, sent
 
 
 def _poll(service: Service, operation_id: str, at: float, *, has_key: bool) -> tuple[float, bool]:
@@ -233,10 +237,11 @@ def _poll(service: Service, operation_id: str, at: float, *, has_key: bool) -> t
     seconds = fate.latency + (fate.pieces - 1) * fate.between_pieces
     if seconds >= TIMEOUT:
         return at + TIMEOUT, False
+    if fate.is_refused or fate.is_lost or fate.is_truncated:
+        return at + seconds, False
     status, body = service.answer(request, fate, 0)
-    is_lost = fate.is_refused or fate.is_lost or fate.is_truncated
     try:
-        said = json.loads(body) if status == 200 and not is_lost else None
+        said = json.loads(body) if status == 200 else None
     except ValueError:
         said = None
     found = (said.get("operationId"), said.get("state")) if isinstance(said, dict) else None
