@@ -246,8 +246,8 @@ class Application:
         """Return the poll that the running task sends, if it sends one."""
         if self.client._opened is None:
             return []
-        tasks = self.client._opened.poller._poll_tasks
-        return [poll for poll, task in tasks.items() if task is asyncio.current_task()]
+        current, tasks = asyncio.current_task(), self.client._opened.poller._poll_tasks
+        return [poll for poll, task in tasks.items() if task is current]
 
     async def _close(self) -> None:
         client, observed = self.client, self.observed
@@ -262,8 +262,7 @@ class Application:
         """Note what is left where no wait is under way."""
         if client is not self.client:
             return
-        waits = [wait for wait in self.history.waits if wait.client == self.name]
-        if any(wait.ended_at == math.inf for wait in waits):
+        if any(wait.ended_at == math.inf and wait.client == self.name for wait in self.history.waits):
             return
         if self.client._opened is None:
             return

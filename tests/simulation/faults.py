@@ -50,6 +50,7 @@ class Fate:
         is_refused: No connection.
         is_processed: Whether it reaches the service, whatever is answered.
         is_lost: The connection breaks before an answer.
+        is_forgotten: So does it, but a new one may be better.
         is_truncated: The connection breaks before the end of the answer.
         pieces: In how many pieces the body arrives.
         between_pieces: Seconds between them.
@@ -64,6 +65,7 @@ class Fate:
     is_refused: bool = False
     is_processed: bool = True
     is_lost: bool = False
+    is_forgotten: bool = False
     is_truncated: bool = False
     pieces: int = 1
     between_pieces: float = 0.0

@@ -404,6 +404,8 @@ with warnings.catch_warnings():
                 raise aiohttp.ClientConnectorError(None, OSError(111, "refused"))  # type: ignore[arg-type]
             status, body = self._service.answer(request, fate, exchange.number)
             await _pass(fate.latency)
+            if fate.is_forgotten:
+                raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
             if fate.is_lost:
                 raise aiohttp.ServerDisconnectedError
             exchange.status, exchange.body, exchange.retry_after = (status, body, fate.retry_after)

@@ -129,7 +129,7 @@ class ForgottenFlows:
         """Swallow it, if its connection was made before."""
         if request.made_at // self.every >= request.at // self.every or request.made_at == math.inf:
             return None
-        return Fate(self.noticed_after, is_lost=True, is_processed=False)
+        return Fate(self.noticed_after, is_forgotten=True)
 
 
 # -- weather
@@ -197,8 +197,11 @@ def _failing(share: float, failure: Failure, shortest: float = 0.01, longest: fl
 def _mixed() -> Iterator[Weather]:
     """Yield weather in which some answers are good all the time, or after a few seconds."""
     bad = Failure("status", 500)
-    yield Weather("flap 2.9/3.7 lost 0-2s", 150, _flapping(LOST, 2.9, 3.7, 0.0, 2.0))
-    yield Weather("flap 4/5 500 0-2s", 150, _flapping(bad, 4.0, 5.0, 0.0, 2.0))
+    slow = RoundTrips(0.0, 2.0)
+    yield Weather("flap 2.9/3.7 lost, good 0-2s", 150, (Flapping(0.0, FOREVER, LOST, 2.9, 3.7), slow))
+    yield Weather("flap 2.9/3.7 lost, all 0-2s", 150, _flapping(LOST, 2.9, 3.7, 0.0, 2.0))
+    yield Weather("flap 4/5 500, good 0-2s", 150, (Flapping(0.0, FOREVER, bad, 4.0, 5.0), slow))
+    yield Weather("flap 4/5 500, all 0-2s", 150, _flapping(bad, 4.0, 5.0, 0.0, 2.0))
     yield Weather("flap 8/10 500 1s", 60, _flapping(bad, 8.0, 10.0, 1.0, 1.0))
     for down, every in ((4.0, 5.0), (7.0, 10.0), (9.0, 10.0), (18.0, 20.0)):
         for kind, failure in KINDS.items():
@@ -251,8 +254,9 @@ def _outages() -> Iterator[Weather]:
 def _busy() -> Iterator[Weather]:
     """Yield services that have too little for all."""
     sheds = RateLimit(0.0, FOREVER, 60, None, status=503)
-    yield Weather("sheds over 60/s", 900, (sheds,), lifetime=120.0, within=10.0)
-    yield Weather("sheds over 20/s", 100, (RateLimit(0.0, FOREVER, 20, None, status=503),), lifetime=120.0)
+    yield Weather("sheds over 60/s 900", 900, (sheds,), lifetime=120.0, within=10.0)
+    yield Weather("sheds over 60/s 900, slow users", 900, (sheds,), lifetime=120.0, within=10.0, thinks=(30.0, 0.8))
+    yield Weather("sheds over 20/s 100", 100, (RateLimit(0.0, FOREVER, 20, None, status=503),), lifetime=120.0)
     for waits, rate in ((1000, 20.0), (200, 5.0)):
         yield Weather(f"capacity {rate:g}/s {waits}", waits, (Capacity(0.0, FOREVER, rate),), lifetime=120.0)
     yield Weather("capacity 1/s 30", 30, (Capacity(0.0, FOREVER, 1.0),), lifetime=120.0)
@@ -270,7 +274,7 @@ def _refusals() -> Iterator[Weather]:
             for pause in (None, 1.0):
                 asks = "" if pause is None else " Retry-After 1"
                 limit = RateLimit(begins, FOREVER, rate, pause)
-                name = f"429 own {rate}/s {'from 20s' if begins else ''}{asks}"
+                name = f"429 own {rate}/s{' from 20s' if begins else ''}{asks}"
                 yield Weather(name, 100, (limit,), lifetime=120.0, within=40.0)
     for takes in (18, 20):
         yield Weather(
@@ -299,7 +303,8 @@ def _connections() -> Iterator[Weather]:
     """Yield connections that lead nowhere, or to an old host."""
     for noticed_after in (math.inf, 3.0):
         for waits in (10, 100):
-            yield Weather(f"flows 8s noticed {noticed_after:g}s {waits}", waits, (ForgottenFlows(8.0, noticed_after),))
+            noticed = "never noticed" if noticed_after == math.inf else f"noticed after {noticed_after:g}s"
+            yield Weather(f"flows 8s {noticed} {waits}", waits, (ForgottenFlows(8.0, noticed_after),))
     for waits in (1, 4):
         for known_for in (0.0, 3.0, 10.0):
             moved = Moved(12.0, FOREVER, UNAVAILABLE, known_for)
@@ -442,8 +447,8 @@ class Verdict:
 
     @property
     def is_late(self) -> bool:
-        """Whether it is later than it may be."""
-        return self.excess > 0.0
+        """Whether it is later than it may be. If loops lost more, they did not notice the late ones at all."""
+        return self.excess > 0.0 and self.loops.lost - self.ours.lost <= SHARE * self.runs * self.weather.waits
 
     @property
     def loses(self) -> bool:
@@ -454,7 +459,14 @@ class Verdict:
         """Return its figures."""
         sides = {"ours": self.ours.to_dict(self.runs), "loops": self.loops.to_dict(self.runs)}
         waits, worse = self.weather.waits, {"is_late": self.is_late, "loses": self.loses}
-        return {"name": self.weather.name, "waits": waits, "runs": self.runs, **sides, **worse}
+        return {
+            "name": self.weather.name,
+            "waits": waits,
+            "runs": self.runs,
+            **sides,
+            **worse,
+            "cpu": round(self.seconds, 2),
+        }
 
     def __str__(self) -> str:
         sides = " |".join(
