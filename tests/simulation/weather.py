@@ -34,7 +34,7 @@ from .service import Stored
 from .story import Story, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from .faults import Fault, Request
 
@@ -44,6 +44,8 @@ LEGS: Final = (Leg(0.0, 0),)
 #: Seconds that a create takes.
 CREATING: Final = 0.05
 FOREVER: Final = 1e6
+#: A row with fewer waits runs so much more often: a single one says nothing.
+ENOUGH: Final = 30
 #: The seconds before its deadline in which no user approves: who wins there is chance.
 LAST: Final = 2.0
 #: A row is worse than loops if it is so many times as late and so many seconds more, or loses so large a share more.
@@ -158,6 +160,11 @@ class Weather:
     within: float = 20.0
     thinks: tuple[float, float] = (8.0, 0.8)
     since: float = 0.0
+
+    @property
+    def repeats(self) -> int:
+        """How many runs count as one."""
+        return max(1, ENOUGH // self.waits)
 
     def story(self, seed: int) -> Story:
         """Return a story of it."""
@@ -603,7 +610,9 @@ class Loops:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path and path.exists() else {}
-        sources = sorted(Path(__file__).parent.glob("*.py"))
+        sources = (
+            Path(__file__).with_name(f"{name}.py") for name in ("faults", "loop", "people", "service", "weather")
+        )
         self._version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
     def job(self, weather: Weather, seed: int) -> Job:
@@ -623,19 +632,13 @@ class Loops:
             self._path.write_text(json.dumps(self._known))
 
 
-def run_all(jobs: Sequence[Job], processes: int, settings: Sequence[Setting]) -> Iterator[tuple[str, Verdict]]:
+def run_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, Verdict]]:
     """Run stories, and yield what came of them in their order."""
     if processes == 1:
-        _apply(settings)
         yield from map(Job.run, jobs)
         return
-    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_apply, initargs=(settings,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:  # they have the settings of this process
         yield from pool.map(Job.run, jobs)
-
-
-def _apply(settings: Iterable[Setting]) -> None:
-    for setting in settings:
-        setting.apply()
 
 
 def _options() -> argparse.Namespace:
@@ -646,7 +649,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-j", type=int, default=1, dest="processes", help="processes (default: 1)")
-    parser.add_argument("--set", type=Setting.parse, action="append", default=[], help="module:NAME=VALUE, first")
+    parser.add_argument(
+        "--set",
+        type=Setting.parse,
+        action="append",
+        default=[],
+        help="module:NAME=VALUE; computed from it before: as it was",
+    )
     parser.add_argument("--loops", type=Path, help="a file in which what became of the loops is kept")
     return parser.parse_args()
 
@@ -659,14 +668,16 @@ def main() -> None:
         weathers = [(random_weather(seed), seed) for seed in seeds]
     else:
         rows = [weather for weather in TABLE if re.search(options.rows, weather.name)]
-        weathers = [(weather, seed) for weather in rows for seed in seeds]
+        weathers = [(row, 1000 * seed + number) for row in rows for seed in seeds for number in range(row.repeats)]
+    for setting in options.set:
+        setting.apply()
     loops = Loops(options.loops)
     verdicts: dict[str, Verdict] = {}
     is_listed = not options.json and not options.random
     if is_listed:
         print(HEAD, flush=True)
     left = Counter(weather.name for weather, _ in weathers)
-    for key, verdict in run_all([loops.job(*each) for each in weathers], options.processes, options.set):
+    for key, verdict in run_all([loops.job(*each) for each in weathers], options.processes):
         loops.learn(key, verdict.loops)
         name = verdict.weather.name
         if name in verdicts:
