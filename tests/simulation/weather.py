@@ -150,6 +150,7 @@ class Weather:
         within: Seconds in which they all begin; 0: at once.
         thinks: How long users take: the median in seconds, and sigma, of a log-normal distribution.
         since: When users begin to think at the soonest.
+        about: What its name does not say.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Weather:
     within: float = 20.0
     thinks: tuple[float, float] = (8.0, 0.8)
     since: float = 0.0
+    about: str = ""
 
     @property
     def repeats(self) -> int:
@@ -326,10 +328,10 @@ def random_weather(seed: int) -> Weather:
     rng = random.Random(f"{seed} random weather")  # noqa: S311
     shortest = rng.choice((0.01, 0.01, 0.1, 0.5, 1.0))
     longest = max(shortest, rng.choice((0.05, 0.2, 0.4, 1.0, 2.0)))
-    seconds = (rng.choice((0.01, shortest)), rng.choice((0.2, longest)))
+    quickest, slowest = sorted((rng.choice((0.01, shortest)), rng.choice((0.2, longest))))
     kind, failure = rng.choice(list(KINDS.items()))
-    failure = failure._replace(seconds=(min(seconds), max(seconds)))
-    told = [f"{kind} {seconds[0]:g}-{seconds[1]:g}s, good {shortest:g}-{longest:g}s"]
+    failure = failure._replace(seconds=(quickest, slowest))
+    told = [f"{kind} {quickest:g}-{slowest:g}s, good {shortest:g}-{longest:g}s"]
     faults: list[Fault] = []
     bad = 0.0
     what = rng.choices(("flapping", "share", "outage", "both", "none", "shed"), (6, 4, 3, 2, 1, 1))[0]
@@ -363,13 +365,14 @@ def random_weather(seed: int) -> Weather:
     told.append(f"{lifetime:g} s, begin within {within:g} s, think {median:g} s")
     few = round(bad * waits)
     return Weather(
-        f"random {seed}: {'; '.join(told)}",
+        f"random {seed}",
         max(1, waits - few),
         tuple(faults),
         few,
         lifetime=lifetime,
         within=within,
         thinks=(median, 0.8),
+        about="; ".join(told),
     )
 
 
@@ -705,7 +708,7 @@ def _print_worst(verdicts: list[Verdict]) -> None:
     for what, key in (("lateness", lambda v: v.excess), ("loss", lambda v: v.ours.lost - v.loops.lost)):
         print(f"the worst by {what}:")
         for verdict in sorted(verdicts, key=key, reverse=True)[:10]:
-            print(f"{verdict}\n  {verdict.weather.name.partition(': ')[2]}")
+            print(f"{verdict}\n  {verdict.weather.about}")
 
 
 def _print_sum(verdicts: list[Verdict]) -> None:
