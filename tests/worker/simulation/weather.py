@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from unittest import mock
 
 from simulation import service as model
-from simulation.faults import Failure, Flapping, Lag, Moved, Outage, RateLimit
+from simulation.faults import Failure, Flapping, Lag, Moved, Outage, RateLimit, RoundTrips
 from simulation.history import History
 from simulation.people import Person
 from simulation.service import Service, SimulatedSession
@@ -59,6 +59,8 @@ TIMEOUT: Final = 10.0
 DECIDED_WITHIN: Final = 300.0
 #: By so much a broker's clock is ahead, so that a timer is never early.
 _RESOLUTION: Final = timedelta(microseconds=1)
+#: Seconds from one bad request to the next.
+BAD_EVERY: Final = 0.03
 #: When an outage begins.
 OUTAGE_AT: Final = 20.0
 #: More requests than this mean that something polls without end.
@@ -97,6 +99,16 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Sheds(RateLimit):
+    """The service answers what exceeds so many requests in a second by 503."""
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Refuse what is too much."""
+        fate = super().fate(request, rng)
+        return None if fate is None else replace(fate, status=503)
+
+
+@dataclass(frozen=True)
 class DoubtfulCreates:
     """The first create of each operation takes effect, and is answered by 503."""
 
@@ -117,7 +129,7 @@ class Row(NamedTuple):
         name: How the table names it.
         faults: The weather; of two faults that concern a request, the first decides.
         requests: How many good requests there are. Only they are measured, but for what is sent.
-        bad: How many others there are, whose ids begin with ``bad``. They come first.
+        bad: How many others there are, whose ids begin with ``bad``. They come quickly, at the start.
         expires_in: Seconds for which each request waits.
         arrive_within: Seconds in which they come.
         workers: How many workers share them.
@@ -188,10 +200,16 @@ ROWS: Final = (
     Row("90 % fail, 30", (_failing(0.9),), 30, stories=3),
     Row("90 % fail", (_failing(0.9),)),
     Row("90 % fail, half take effect", (_failing(0.9, processed=True),)),
-    Row("down 7 of 10 s", (_down(7.0, 10.0),)),
-    Row("down 4 of 5 s", (_down(4.0, 5.0),)),
-    Row("down 9 of 10 s", (_down(9.0, 10.0),)),
-    Row("down 9 of 10 s, two workers", (_down(9.0, 10.0),), workers=2),
+    Row("down 7 of 10 s", (_down(7.0, 10.0),), stories=3),
+    Row("down 4 of 5 s", (_down(4.0, 5.0),), stories=3),
+    Row("down 9 of 10 s", (_down(9.0, 10.0),), stories=3),
+    Row("down 9 of 10 s, two workers", (_down(9.0, 10.0),), stories=3, workers=2),
+    Row(
+        "no connection 2.9 of 3.7 s, answers in 0 to 2 s",
+        (Down(0.0, math.inf, Failure("lost"), 2.9, 3.7), RoundTrips(0.0, 2.0)),
+        150,
+        stories=3,
+    ),
     *(_outage(seconds, requests) for seconds, requests in product((3.0, 10.0, 30.0, 60.0, 180.0), (30, 300))),
     _outage(60.0, 300, workers=2),
     *(_outage(seconds, 300, Failure("hangs")) for seconds in (10.0, 60.0)),
@@ -199,6 +217,7 @@ ROWS: Final = (
     Row("limit 20/s, 100", (RateLimit(0.0, math.inf, 20, None),), 100),
     Row("limit 20/s, 300", (RateLimit(0.0, math.inf, 20, None),), arrive_within=60.0),
     Row("limit 20/s, 300, Retry-After 1", (RateLimit(0.0, math.inf, 20, 1.0),), arrive_within=60.0),
+    Row("sheds over 60/s", (Sheds(0.0, math.inf, 60, None),), arrive_within=10.0),
     Row("20 % refused", (Gateway(0.0, math.inf, REFUSAL, share=0.2),)),
     Row("20 % refused, Retry-After 1", (Gateway(0.0, math.inf, Failure("status", 429, 1.0), share=0.2),)),
     *(
@@ -208,17 +227,18 @@ ROWS: Final = (
     _bad("500 in 0.01 s to polls", 240, 60, Bad(ERROR, 0.01, "GET")),
     *(_bad("they hang", bad, 300 - bad, Bad(Failure("hangs"), math.inf)) for bad in (60, 240)),
     _bad("500 in 0.3 s, two workers", 240, 60, Bad(ERROR, 0.3), workers=2),
-    _bad("429 to polls", 140, 60, Bad(REFUSAL, 0.03, "GET"), arrive_within=6.0),
+    _bad("429 to polls", 140, 60, Bad(REFUSAL, 0.03, "GET")),
+    _bad("429 once created", 140, 60, Bad(REFUSAL, 0.03, "GET", are_created=True), stories=3),
     *map(_moved, (1, 4, 30)),
     Row("a second create resets, 70 % fail", (_failing(0.7, processed=True),), resets=True),
     Row("a second create resets, 90 % fail", (_failing(0.9, processed=True),), resets=True),
     Row(
-        "a second create resets, answers to creates are lost",
+        "a second create resets, half of the creates lost",
         (Outage(0.0, math.inf, Failure("lost answer"), share=0.5, methods="POST"),),
         resets=True,
     ),
     Row(
-        "409 to the create, 404 to polls for 60 s, 1",
+        "a create in doubt, then 404 for 60 s, 1",
         (Lag(0.0, math.inf, 60.0), DoubtfulCreates()),
         1,
         expires_in=120.0,
@@ -254,8 +274,8 @@ class Figures:
     """Creates that met an operation that existed."""
     blind: int = 0
     """Of these, such without a poll that found nothing since the create before."""
-    undone: int = 0
-    """Of these, such that met an approved operation."""
+    on_approved: int = 0
+    """Of the second ones, such that met an approved operation."""
     peak: int = 0
     """Most requests in one second."""
     asked_after: list[float] = field(default_factory=list)
@@ -283,6 +303,7 @@ class Figures:
         counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         return counts | {
             "missed": self.missed,
+            "untold": self.asked - self.told,
             "lost": self.lost,
             "asked_after": _mean(self.asked_after),
             "late": _mean(self.late),
@@ -336,13 +357,10 @@ class _Service(Service):
 
 
 def make_asks(row: Row, seed: int) -> list[_Ask]:
-    """Return the requests of a story. The bad ones come at even distances, in a tenth of the time."""
+    """Return the requests of a story."""
     rng = random.Random(f"{seed} asks")  # noqa: S311
     median, sigma = APPROVES_AFTER
-    asks = [
-        _Ask(0.5 + 0.1 * row.arrive_within * n / row.bad, f"bad-{n}", Person(math.inf), row.expires_in)
-        for n in range(row.bad)
-    ]
+    asks = [_Ask(0.5 + n * BAD_EVERY, f"bad-{n}", Person(math.inf), row.expires_in) for n in range(row.bad)]
     for n in range(row.requests):
         at = 0.5 + row.arrive_within * (n + rng.random()) / row.requests
         asks.append(_Ask(at, f"good-{n}", Person(rng.lognormvariate(math.log(median), sigma)), row.expires_in))
@@ -384,7 +402,7 @@ def _measure(row: Row, service: _Service, asks: Iterable[_Ask], seen: _Seen) -> 
     figures.during = sum(begins <= at < ends for at in times)
     figures.to_bad = sum(exchange.operation_id.startswith("bad") for exchange in exchanges)
     figures.posts = sum(exchange.method == "POST" for exchange in exchanges)
-    figures.second, figures.undone = len(service.second), sum(service.second.values())
+    figures.second, figures.on_approved = len(service.second), sum(service.second.values())
     figures.blind = sum(number in service.second for number in _blind(exchanges))
     figures.problems = service.history.problems
     return figures
@@ -542,38 +560,39 @@ class Result(NamedTuple):
         return json.dumps(facts | {"ours": self.ours.summary(), "loop": self.loop.summary()})
 
     def __str__(self) -> str:
-        both = [(ours, self.loop.summary()[name]) for name, ours in self.ours.summary().items()]
-        told = dict(zip(self.ours.summary(), both, strict=True))
-        cells = [f"{self.row:{WIDTH}}"]
-        for name, form in COLUMNS.items():
-            ours, loop = told[name]
-            cells.append(f"{ours:>8{form}} {loop:<8{form}}")
-        note = f"  {self.ours.undecided} UNDECIDED" if self.ours.undecided else ""
-        note += f"  {self.ours.problems[0]}" if self.ours.problems else ""
-        return "".join(cells) + f"{self.seconds:6.1f} s{note}"
+        ours, loop = self.ours.summary(), self.loop.summary()
+        cells = [
+            f"{f'{ours[name]:{form}} {loop[name]:{form}}' if ours[name] or loop[name] else '-':>14}"
+            for name, form in COLUMNS.values()
+        ]
+        notes = [f"{self.ours.undecided} undecided"] if self.ours.undecided else []
+        return f"{self.row:{WIDTH}}{''.join(cells)}{self.seconds:7.1f} s  {'; '.join(notes + self.ours.problems[:1])}"
 
 
-WIDTH: Final = 54
+#: Characters of a row's name.
+WIDTH: Final = 48
+#: What is shown, and how: of each pair, ours comes first. A dash is two zeros.
 COLUMNS: Final = {
-    "missed": ".0f",
-    "asked_after": ".2f",
-    "late": ".2f",
-    "late_p95": ".1f",
-    "lost": ".0f",
-    "sent": ".0f",
-    "during": ".0f",
-    "to_bad": ".0f",
-    "posts": ".0f",
-    "second": ".0f",
-    "blind": ".0f",
-    "undone": ".0f",
-    "peak": ".0f",
+    "missed": ("missed", ".0f"),
+    "asked s": ("asked_after", ".1f"),
+    "untold": ("untold", ".0f"),
+    "late s": ("late", ".2f"),
+    "p95 s": ("late_p95", ".1f"),
+    "lost": ("lost", ".0f"),
+    "requests": ("sent", ".0f"),
+    "in outage": ("during", ".0f"),
+    "to bad": ("to_bad", ".0f"),
+    "POSTs": ("posts", ".0f"),
+    "second": ("second", ".0f"),
+    "blind": ("blind", ".0f"),
+    "on approved": ("on_approved", ".0f"),
+    "peak": ("peak", ".0f"),
 }
 
 
 def heading() -> str:
-    """Return the first line of the table: of each pair, ours and the loop's."""
-    return f"{'ours, and the loop':{WIDTH}}" + "".join(f"{name:^17}" for name in COLUMNS)
+    """Return the first line of the table."""
+    return f"{'workers, and a loop':{WIDTH}}" + "".join(f"{name:>14}" for name in COLUMNS)
 
 
 def judge(row: Row, seeds: int) -> Result:
@@ -612,9 +631,14 @@ def main() -> int:
     rows = [row for row in ROWS if re.search(options.rows, row.name)]
     if not options.json:
         print(heading(), flush=True)
+    every = Result("all of these", Figures(), Figures(), 0.0)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
         for result in pool.map(judge, rows, [options.seeds] * len(rows)):
             print(result.to_json() if options.json else result, flush=True)
+            every.ours.add(result.ours)
+            every.loop.add(result.loop)
+            every = every._replace(seconds=every.seconds + result.seconds)
+    print(every.to_json() if options.json else every)
     return 0
 
 
