@@ -595,6 +595,40 @@ def heading() -> str:
     return f"{'workers, and a loop':{WIDTH}}" + "".join(f"{name:>14}" for name in COLUMNS)
 
 
+class Bound(NamedTuple):
+    """How much worse than loops workers may be. No create may be blind, and nothing may stay undecided.
+
+    Attributes:
+        missed: The share of users who are never asked, beyond that of loops.
+        late: How many times as late approvals are, on average.
+        lost: The share of approvals that are lost, beyond that of loops.
+        requests: How many times as many requests are sent.
+    """
+
+    missed: float = 0.01
+    late: float = 1.2
+    lost: float = 0.01
+    requests: float = 2.0
+
+    def breaches(self, result: Result) -> list[str]:
+        """Return what is worse than that, in words."""
+        _, ours, loop, _ = result
+        missed = (ours.missed - loop.missed) / max(1, ours.requests)
+        lost = ours.lost / max(1, ours.approvals) - loop.lost / max(1, loop.approvals)
+        late, sent = _mean(ours.late) / (_mean(loop.late) or math.inf), ours.sent / max(1, loop.sent)
+        measured = {"missed": missed, "late": late, "lost": lost, "requests": sent}
+        limits = self._asdict() | {"blind": 0.0, "undecided": 0.0}
+        measured |= {"blind": ours.blind, "undecided": ours.undecided}
+        told = [f"{name} {is_:.4g}, at most {limits[name]:g}" for name, is_ in measured.items() if is_ > limits[name]]
+        return told + ours.problems[:1]
+
+
+#: Of each row what is kept: a default is the goal.
+KEPT: Final[dict[str, Bound]] = {row.name: Bound() for row in ROWS}
+#: The rows that are tried by each run of the tests: they take a second at most.
+QUICK: Final = ("90 % fail, 30",)
+
+
 def judge(row: Row, seeds: int) -> Result:
     """Tell the stories of a row."""
     started = time.process_time()
@@ -624,6 +658,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of each row (default: 3)")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--set", action="append", default=[], metavar="MODULE:NAME=VALUE", help="change a constant")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a row is worse than is kept of it")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (default: 1)")
     options = parser.parse_args()
     for setting in options.set:
@@ -631,15 +666,18 @@ def main() -> int:
     rows = [row for row in ROWS if re.search(options.rows, row.name)]
     if not options.json:
         print(heading(), flush=True)
-    every = Result("all of these", Figures(), Figures(), 0.0)
+    every, broken = Result("all of these", Figures(), Figures(), 0.0), []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
         for result in pool.map(judge, rows, [options.seeds] * len(rows)):
             print(result.to_json() if options.json else result, flush=True)
             every.ours.add(result.ours)
             every.loop.add(result.loop)
             every = every._replace(seconds=every.seconds + result.seconds)
+            if options.check:
+                broken += [f"{result.row}: {breach}" for breach in KEPT.get(result.row, Bound()).breaches(result)]
     print(every.to_json() if options.json else every)
-    return 0
+    print("\n".join(broken), end="", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
