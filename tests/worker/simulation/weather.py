@@ -34,7 +34,7 @@ from simulation.history import History
 from simulation.people import Person
 from simulation.service import Service, SimulatedSession
 from simulation.story import run_in_virtual_time
-from simulation.world import EPOCH, wall_clock
+from simulation.world import EPOCH
 
 from aiokeyless import KeylessClient
 from aiokeyless._http import transport
@@ -135,7 +135,7 @@ class Row(NamedTuple):
         workers: How many workers share them.
         stories: How many stories make one seed: few requests say little.
         resets: Whether the service answers a second create well, and forgets the approval.
-        during: Between which times requests are counted, too.
+        during: When there is an outage, if the row is about one.
     """
 
     name: str
@@ -269,6 +269,7 @@ class Figures:
     """Requests to the service, also those about bad ones."""
     to_bad: int = 0
     during: int = 0
+    """Of those that were sent, such in the outage."""
     posts: int = 0
     second: int = 0
     """Creates that met an operation that existed."""
@@ -280,6 +281,8 @@ class Figures:
     """Most requests in one second."""
     asked_after: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
+    back: list[float] = field(default_factory=list)
+    """Seconds from the end of an outage until its requests were asked, and its approvals found."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -308,6 +311,7 @@ class Figures:
             "asked_after": _mean(self.asked_after),
             "late": _mean(self.late),
             "late_p95": _p95(self.late),
+            "back": _mean(self.back),
             "problems": len(self.problems),
         }
 
@@ -379,6 +383,7 @@ class _Seen:
 def _measure(row: Row, service: _Service, asks: Iterable[_Ask], seen: _Seen) -> Figures:
     """Return the figures of one story, from the service's records and from when approvals were found."""
     exchanges, figures = service.history.exchanges, Figures()
+    begins, ends = row.during
     for ask in asks:
         if not ask.is_good:
             continue
@@ -396,7 +401,8 @@ def _measure(row: Row, service: _Service, asks: Iterable[_Ask], seen: _Seen) -> 
         if found_at < math.inf:
             figures.found += 1
             figures.late.append(max(0.0, found_at - approved_at))  # it may have been reset since
-    begins, ends = row.during
+        waited = ((ask.at, asked_at), (approved_at, found_at))
+        figures.back += [until - ends for since, until in waited if begins <= since < ends <= until < math.inf]
     times = [exchange.sent_at for exchange in exchanges]
     figures.sent, figures.peak = len(times), _peak(times)
     figures.during = sum(begins <= at < ends for at in times)
@@ -438,12 +444,12 @@ def _blind(exchanges: Iterable[Exchange]) -> Iterator[int]:
 # -- workers
 
 
+@mock.patch.object(model, "MOST_REQUESTS", MOST_REQUESTS)
 def run_workers(row: Row, seed: int) -> Figures:
     """Tell one story of workers."""
     asks, seen = make_asks(row, seed), _Seen()
     service = _Service(row, seed, asks)
-    with mock.patch.object(model, "MOST_REQUESTS", MOST_REQUESTS):
-        run_in_virtual_time(_live(row, service, asks, seen), seed, service.history)
+    run_in_virtual_time(_live(row, service, asks, seen), seed, service.history)
     figures = _measure(row, service, asks, seen)
     figures.undecided = len(asks) - len(seen.decided)
     return figures
@@ -469,7 +475,8 @@ async def _live(row: Row, service: _Service, asks: Sequence[_Ask], seen: _Seen) 
                     seen.found[event.operation_id] = (event.decided_at - EPOCH).total_seconds()
 
     async with SqliteBroker(":memory:") as broker, AsyncExitStack() as stack:
-        broker._clock = lambda: wall_clock() + _RESOLUTION  # its own begins at the time of day
+        began = EPOCH + _RESOLUTION
+        broker._clock = lambda: began + timedelta(seconds=loop.time())  # its own begins at the time of day
         for number in range(row.workers):
             client = _open_client(service, f"worker {number}")
             stack.push_async_callback(client.aclose)
@@ -502,6 +509,7 @@ def _open_client(service: Service, name: str) -> KeylessClient:
 # -- loops
 
 
+@mock.patch.object(model, "MOST_REQUESTS", MOST_REQUESTS)
 def run_loops(row: Row, seed: int) -> Figures:
     """Tell the same story of loops: each creates until that is confirmed, and then polls, once a second."""
     asks, seen = make_asks(row, seed), _Seen()
@@ -578,6 +586,7 @@ COLUMNS: Final = {
     "untold": ("untold", ".0f"),
     "late s": ("late", ".2f"),
     "p95 s": ("late_p95", ".1f"),
+    "back s": ("back", ".1f"),
     "lost": ("lost", ".0f"),
     "requests": ("sent", ".0f"),
     "in outage": ("during", ".0f"),
@@ -603,12 +612,14 @@ class Bound(NamedTuple):
         late: How many times as late approvals are, on average.
         lost: The share of approvals that are lost, beyond that of loops.
         requests: How many times as many requests are sent.
+        back: By how many seconds later the end of an outage is noticed.
     """
 
     missed: float = 0.01
     late: float = 1.2
     lost: float = 0.01
     requests: float = 2.0
+    back: float = 1.0
 
     def breaches(self, result: Result) -> list[str]:
         """Return what is worse than that, in words."""
@@ -617,6 +628,7 @@ class Bound(NamedTuple):
         lost = ours.lost / max(1, ours.approvals) - loop.lost / max(1, loop.approvals)
         late, sent = _mean(ours.late) / (_mean(loop.late) or math.inf), ours.sent / max(1, loop.sent)
         measured = {"missed": missed, "late": late, "lost": lost, "requests": sent}
+        measured["back"] = _mean(ours.back) - _mean(loop.back)
         limits = self._asdict() | {"blind": 0.0, "undecided": 0.0}
         measured |= {"blind": ours.blind, "undecided": ours.undecided}
         told = [f"{name} {is_:.4g}, at most {limits[name]:g}" for name, is_ in measured.items() if is_ > limits[name]]
