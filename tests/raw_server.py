@@ -131,6 +131,12 @@ def operation(**fields: object) -> bytes:
     return msgspec.json.encode(plain | fields)
 
 
+def kept_open(name: str) -> bytes:
+    """Build the bytes of a right answer about this operation that leaves the connection open."""
+    body = operation(operationId=name)
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 async def hang(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
     """Answer nothing, until the client leaves."""
     await reader.read()
@@ -157,6 +163,26 @@ def drip(start: bytes, drop: bytes, every: float = 0.25) -> Handler:
             await asyncio.sleep(every)
 
     return handler
+
+
+def tunnel_to(server: RawServer) -> Handler:
+    """Connect to this server as a proxy does, whatever the name that is asked for."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+        there, back = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+        await asyncio.gather(_copy(reader, back), _copy(there, writer))
+
+    return handler
+
+
+async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    try:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                sink.write(data)
+    finally:
+        sink.close()
 
 
 async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

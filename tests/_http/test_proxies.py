@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from error_reports import reports
-from raw_server import RawServer, answer, operation, refused
+from raw_server import RawServer, answer, operation, refused, tunnel_to
 
 import aiokeyless.sync
 from aiokeyless import ConfigurationError, KeylessClient, KeylessError, Secret, TransportError
@@ -217,22 +216,8 @@ async def service(certificate: tuple[Path, Path]) -> AsyncIterator[RawServer]:
 @pytest.fixture
 async def proxy(service: RawServer) -> AsyncIterator[RawServer]:
     """A proxy that makes a tunnel to the service for everyone."""
-    port = int(service.url.rpartition(":")[2])
-
-    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
-        there, back = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(_copy(reader, back), _copy(there, writer))
-
-    async with RawServer(tunnel) as server:
+    async with RawServer(tunnel_to(service)) as server:
         yield server
-
-
-async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await source.read(1 << 16):
-            sink.write(data)
-    sink.close()
 
 
 async def test_all_requests_reach_a_service_of_a_private_authority_through_the_proxy(
