@@ -74,6 +74,8 @@ _NOT_CONNECTED: Final = (
 _BUFFER: Final = 1 << 18
 #: Seconds after which a connection is not used again. A host that is no longer the service's may go on answering.
 _MAX_AGE: Final = 60.0
+#: Seconds for which a name's addresses are kept. After aiohttp's 10 s, a failover by DNS is noticed late.
+_MAX_NAME_AGE: Final = 3
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -537,7 +539,7 @@ def _make_session(
     """Make a session; it sends these headers with each request, the host first."""
     return aiohttp.ClientSession(
         # The poller limits the polls in flight, at a lower cost.
-        connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
+        connector=aiohttp.TCPConnector(limit=0, force_close=force_close, ttl_dns_cache=_MAX_NAME_AGE),
         headers=headers,
         **settings,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from raw_server import RawServer, answer, hang, now, operation, reset
+from raw_server import RawServer, answer, hang, kept_open, now, operation, reset
 from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient, Operation, RequestTimeoutError, Secret, ServerError, TransportError
@@ -233,11 +234,6 @@ async def answer_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
         writer.write(kept_open(head.split()[1].rpartition(b"/")[2].decode()))
 
 
-def kept_open(name: str) -> bytes:
-    body = operation(operationId=name)
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-
-
 async def test_an_answer_that_came_before_a_request_is_no_answer_to_it() -> None:
     async with (
         RawServer(answer_twice, answer(operation(operationId="b"))) as server,
@@ -344,3 +340,30 @@ async def test_no_connection_of_ours_is_used_for_over_a_minute(host: tuple[Host,
             await client.get_operation("a")
             await asyncio.sleep(10)
         assert service.used() == 2  # the second from 70 s on
+
+
+@pytest.mark.parametrize("circuit", [CircuitState.CLOSED, CircuitState.OPEN])
+async def test_name_that_moves_is_followed_after_3_seconds(
+    monkeypatch: pytest.MonkeyPatch, circuit: CircuitState
+) -> None:
+    monkeypatch.setattr("aiohttp.connector.monotonic", now)
+    answered = answer(operation())
+    async with RawServer(answered) as old, RawServer(answered) as new:
+        current = old
+
+        async def resolve(*_: object, **__: object) -> list[tuple[object, ...]]:
+            port = int(current.url.rpartition(":")[2])
+            return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port))]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        keys = ApiKeys(Secret("key"))
+        sender = Transport("http://localhost:1", keys, session=None, request_timeout=5.0, max_attempts=1)
+        await sender.poll("a", circuit)
+        current = new
+        await asyncio.sleep(2.9)
+        await sender.poll("a", circuit)
+        assert len(new.heads) == 0
+        await asyncio.sleep(0.2)
+        await sender.poll("a", circuit)
+        assert (len(old.heads), len(new.heads)) == (2, 1)
+        await sender.aclose()
