@@ -7,6 +7,7 @@ once the session is closed. Only cancellation and exits pass through.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 import math
@@ -76,6 +77,9 @@ _BUFFER: Final = 1 << 18
 _MAX_AGE: Final = 60.0
 #: Seconds for which a name's addresses are kept. After aiohttp's 10 s, a failover by DNS is noticed late.
 _MAX_NAME_AGE: Final = 3
+#: Milliseconds after which the system gives a connection up whose data nobody acknowledges. A firewall that forgot its
+#: connections drops what is sent on a kept one.
+_MAX_SILENCE: Final = 3000
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -511,6 +515,7 @@ class _Response(aiohttp.ClientResponse):
             meter.start()
         else:
             transport.set_protocol(meter := Meter(handler, transport, now))
+            _limit_silence(transport)
         if now - meter.made_at >= _MAX_AGE:
             handler.force_close()
         try:
@@ -519,6 +524,19 @@ class _Response(aiohttp.ClientResponse):
             raise _ConnectionLostError(error) from error
         meter.start_body(self.content)
         return self
+
+
+def _limit_silence(transport: asyncio.Transport) -> None:
+    """Let the system give this connection up after `_MAX_SILENCE`, if it can.
+
+    The first request is written by then, but counts. Connecting has a limit of its own, and a proxy's tunnel ends with
+    the request: aiohttp 3.10 has no earlier place for an option.
+    """
+    option: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux has it
+    connected: socket.socket | None = transport.get_extra_info("socket")  # None if TLS has lost the connection
+    if option is not None and connected is not None:
+        with contextlib.suppress(OSError):  # a system that knows the option, but refuses it
+            connected.setsockopt(socket.IPPROTO_TCP, option, _MAX_SILENCE)
 
 
 class _Request(aiohttp.ClientRequest):
