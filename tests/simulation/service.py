@@ -222,6 +222,9 @@ class Connection:
     def transport(self) -> Connection:
         return self
 
+    def get_extra_info(self, name: str) -> None:
+        """There is no socket."""
+
     def get_protocol(self) -> object:
         return self._meter
 
