@@ -175,7 +175,7 @@ _BREAKAGES: Final = {
         ("self._poller.stop(lease.wait)", "pass", "a wait that nobody holds goes on"),
     ),
     "_waits/machine.py": (
-        ("was_seen=poll.polled.was_seen):", "was_seen=False):", "a gateway's pages do not open the circuit"),
+        ("answer, was_seen=poll.polled.was_seen)", "answer, was_seen=False)", "a gateway's pages are no failures"),
         ("if self._held:", "if False:", "what a 503 holds does not go on when another operation is answered well"),
         ("if is_refusal else 0.0)", ")", "a final poll is not repeated in its time if a 503 asks for a pause"),
         ("polled.poll is None and polled is not poll.polled:", "True:", "an operation that a 503 held is polled twice"),
