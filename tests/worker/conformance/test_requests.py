@@ -237,6 +237,7 @@ async def test_those_whose_time_is_over_are_told_apart(broker: Broker, storage: 
             await asyncio.sleep(0.05)
     if storage.has_rows:
         assert sorted(taken) == ["over", "over-too"]
+        assert not await broker.take_overdue(10, 30.0)
         assert [operation_of(message) for message in await broker.take_overdue(10, 1.0)] == ["in-its-grace"]
 
 
