@@ -1,4 +1,4 @@
-"""The events that listeners get: of each exchange, create, wait and poll, of the circuit, and of workers.
+"""The events that listeners get: of each exchange, create, wait and poll, of failures, and of workers.
 
 An event is a frozen struct. It never holds a key or a payload. Only `OperationCreated` names a user.
 """
@@ -14,7 +14,6 @@ import msgspec
 from .models import Model
 
 __all__ = [
-    "CircuitChanged",
     "DeliveryEnded",
     "Event",
     "Inspection",
@@ -24,6 +23,7 @@ __all__ = [
     "PollEnded",
     "PollResult",
     "RequestEnded",
+    "ServiceChanged",
     "WaitEnded",
     "WaitOutcome",
     "WaitStarted",
@@ -170,23 +170,23 @@ class PollEnded(Model, frozen=True, kw_only=True):
     lag: float | None
 
 
-class CircuitChanged(Model, frozen=True, kw_only=True):
-    """The circuit, which all waits of a client or of a worker share, has changed its state.
+class ServiceChanged(Model, frozen=True, kw_only=True):
+    """The service has begun to fail, for a client or a worker, or it answers again.
+
+    It fails if there was nothing but failures for 10 s, or if so many polls failed that few may start.
 
     Attributes:
-        state: The new state: ``"closed"``, ``"half_open"`` or ``"open"``; see ``ClientStatistics.circuit``.
-        previous: The state before.
-        cause: Name of the exception's type that changed it; None if a good answer did. ``"ClientClosedError"`` if the
-            client was closed, or the worker ended, while the circuit was not closed.
-        waiting: Waits under way; for a worker, deliveries in flight.
-        seconds: Seconds for which the previous state lasted.
+        is_failing: Whether it fails.
+        error: Name of the last failure's type; None if the service answers again. ``"ClientClosedError"`` if the client
+            was closed, or the worker ended, while it failed.
+        seconds: Seconds since the first of the failures.
+        waiting: Waits under way; for a worker, requests.
     """
 
-    state: str
-    previous: str
-    cause: str | None
-    waiting: int
+    is_failing: bool
+    error: str | None
     seconds: float
+    waiting: int
 
 
 class DeliveryEnded(Model, frozen=True, kw_only=True):
@@ -294,7 +294,7 @@ Event: TypeAlias = (
     | WaitStarted
     | WaitEnded
     | PollEnded
-    | CircuitChanged
+    | ServiceChanged
     | DeliveryEnded
     | OutcomePublished
     | WorkerInspected

@@ -15,13 +15,13 @@ from weakref import WeakKeyDictionary
 from ._listeners import DEFAULT_LISTENERS
 from ._version import __version__
 from .events import (
-    CircuitChanged,
     DeliveryEnded,
     Event,
     OperationCreated,
     OutcomePublished,
     PollEnded,
     RequestEnded,
+    ServiceChanged,
     WaitEnded,
     WaitOutcome,
     WaitStarted,
@@ -132,7 +132,7 @@ class OpenTelemetryListener:
         self._unsettled = meter.create_counter(
             "aiokeyless.worker.unsettled", "{delivery}", "Deliveries that the broker did not let a worker settle."
         )
-        self._circuits, self._workers = _create_gauges(meter, meter_provider or get_meter_provider())
+        self._services, self._workers = _create_gauges(meter, meter_provider or get_meter_provider())
         # The last event of each worker. The counters add the difference to the next one.
         self._counted: dict[int, WorkerInspected] = {}
 
@@ -153,9 +153,8 @@ class OpenTelemetryListener:
                 self._record_outcome(event)
             case WorkerInspected():
                 self._record_worker(event)
-            case CircuitChanged():
-                self._circuits.subtract((event.previous,))
-                self._circuits.update((event.state,))
+            case ServiceChanged():
+                self._services.update({event.is_failing: 1})
             case OperationCreated():  # it names a user, and the request is recorded
                 pass
             case _:
@@ -244,7 +243,7 @@ class OpenTelemetryListener:
 class _Observed(NamedTuple):
     """What gauges are read from."""
 
-    circuits: Counter[str]  # how many are in each state, a client's being closed at first
+    services: Counter[bool]  # how often one began to fail (True), and ceased to
     workers: dict[int, WorkerInspected]  # the last report of each one that runs, by its number
 
 
@@ -258,11 +257,11 @@ def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
     """
     if (known := _OBSERVED.get(provider)) is not None:
         return known
-    circuits: Counter[str] = Counter()
+    services: Counter[bool] = Counter()
     workers: dict[int, WorkerInspected] = {}
 
-    def worst_circuit(_options: CallbackOptions) -> list[Observation]:
-        return [Observation(2 if circuits["open"] > 0 else 1 if circuits["half_open"] > 0 else 0)]
+    def is_any_failing(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(int(services[True] > services[False]))]
 
     def of_workers(
         field: str, combine: Callable[[Iterable[float]], float]
@@ -270,11 +269,11 @@ def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
         return lambda _options: _of_fleets([*workers.values()], field, combine)  # an exporter has a thread of its own
 
     meter.create_observable_gauge(
-        "aiokeyless.circuit.state", [worst_circuit], "1", "How the service fares: 0 closed, 1 half open, 2 open."
+        "aiokeyless.service.failing", [is_any_failing], "1", "Whether Keyless fails for a client or a worker: 0 or 1."
     )
     for name, (field, unit, combine, description) in _WORKER_GAUGES.items():
         meter.create_observable_gauge(f"aiokeyless.worker.{name}", [of_workers(field, combine)], unit, description)
-    return _OBSERVED.setdefault(provider, _Observed(circuits, workers))
+    return _OBSERVED.setdefault(provider, _Observed(services, workers))
 
 
 def _of_fleets(

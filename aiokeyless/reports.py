@@ -77,8 +77,7 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
             ``max_polls_per_second`` is too small, or the process is too busy.
         rate_limit: Polls a second that may start now: ``max_polls_per_second``, or less for about a minute after the
             service answered 429. None: no limit.
-        circuit: ``"closed"``: the service answers, and all polls go. ``"open"``: it fails or asked for a pause, and
-            gets one poll at a time or none. ``"half_open"``: it answers again, and gets more polls step by step.
+        is_failing: Whether the service fails: nothing but failures for 10 s, or so many that few polls may start.
     """
 
     waiting: int = 0
@@ -89,4 +88,4 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
     transient_failures: int = 0
     lag: float = 0.0
     rate_limit: float | None
-    circuit: str = "closed"
+    is_failing: bool = False

@@ -16,7 +16,6 @@ import looptime
 
 from aiokeyless._http.transport import Transport
 from aiokeyless._listeners import Listeners
-from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._waits.poller import Poller
 from aiokeyless.errors import RateLimitError, StatusError
 from aiokeyless.models import Operation
@@ -70,7 +69,7 @@ class SimulatedTransport(Transport):
         self.sent: list[float] = []  # when each poll was
         self.approved_at: dict[str, float] = {}
 
-    async def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Operation:  # noqa: ARG002
+    async def poll(self, operation_id: str, is_renewal: bool = False) -> Operation:  # noqa: ARG002
         """Answer as the service says."""
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -90,7 +89,7 @@ class Simulation:
         schedule: When to poll.
         seed: Of all that is random, the library's backoff and jitter included.
         max_in_flight: Polls in flight at once.
-        listeners: Whom to tell of waits, polls and the circuit.
+        listeners: Whom to tell of waits, polls and the service.
     """
 
     transport: SimulatedTransport

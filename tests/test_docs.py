@@ -35,7 +35,6 @@ import aiokeyless.worker
 from aiokeyless import KeylessClient, Operation, OperationMismatchError, Region, wait_adaptive
 from aiokeyless.cli.app import app
 from aiokeyless.events import (
-    CircuitChanged,
     DeliveryEnded,
     Event,
     Inspection,
@@ -44,6 +43,7 @@ from aiokeyless.events import (
     PollEnded,
     PollResult,
     RequestEnded,
+    ServiceChanged,
     WaitEnded,
     WaitOutcome,
     WaitStarted,
@@ -365,17 +365,6 @@ def test_what_the_page_about_postgres_says_was_measured() -> None:
     assert all(round(window["logged"]) <= 60 for window in postgres["windows"])
 
 
-def test_what_the_page_about_the_circuit_says_was_measured() -> None:
-    page = " ".join((DOCS / "explanation" / "circuit.md").read_text().split())
-    beside, _, short, long = saved("weather")["tables"]
-    alone, late = (float(row[1]) for row in beside["rows"])
-    assert late == pytest.approx(alone, abs=0.02)
-    assert f"the others are {late:.2f} s late on average, as without them" in page
-    assert max(float(row[1]) for row in short["rows"]) < 1  # "within a second"
-    [[_, mean, most]] = long["rows"]
-    assert f"notices its end {float(mean):.0f} s later on average, and {float(most):.0f} s at most" in page
-
-
 def test_what_the_page_of_limits_says_about_the_memory_over_days_was_measured() -> None:
     page = " ".join((DOCS / "explanation" / "limits.md").read_text().split())
     raw = saved("soak")["raw"]
@@ -385,11 +374,7 @@ def test_what_the_page_of_limits_says_about_the_memory_over_days_was_measured() 
 
 def test_the_tables_of_the_page_of_limits_were_measured() -> None:
     page = (DOCS / "explanation" / "limits.md").read_text()
-    weather, distributed = (saved(name)["tables"] for name in ("weather", "distributed"))
-    measured = {name: (late, of_loops, sent) for name, late, _, of_loops, *_, sent in weather[1]["rows"]}
-    shown = re.findall(r"^\| (.+) \| ([\d.]+) s \| ([\d.]+) s \| ([\d.]+) \|$", page, re.MULTILINE)
-    assert len(shown) == 5
-    assert all(measured[name] == tuple(figures) for name, *figures in shown)
+    distributed = saved("distributed")["tables"]
     polls = {row[0]: (row[2], row[3]) for row in distributed[0]["rows"]}
     bursts = {row[0]: (row[3], row[4]) for row in distributed[1]["rows"] if row[1] == "10000"}
     shown = re.findall(r"^\| (\w+) \| (\d+) us, (\d+) us \| ([\d.]+) s \| ([\d.]+) s \|$", page, re.MULTILINE)
@@ -672,7 +657,7 @@ EVENTS: tuple[Event, ...] = (
         request_id=None,
     ),
     OperationCreated(operation_id="order-7", user_id="C0FFEE"),
-    CircuitChanged(state="open", previous="closed", cause="ServerError", waiting=1, seconds=1),
+    ServiceChanged(is_failing=True, error="ServerError", waiting=1, seconds=1),
     WaitEnded(
         wait=1,
         operation_id="order-7",

@@ -24,7 +24,7 @@ from aiokeyless import (
     ServerError,
     TransportError,
 )
-from aiokeyless.events import CircuitChanged, OperationCreated, PollEnded, RequestEnded, WaitEnded, WaitStarted
+from aiokeyless.events import OperationCreated, PollEnded, RequestEnded, ServiceChanged, WaitEnded, WaitStarted
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -328,16 +328,16 @@ class TestWaits:
 
 
 @pytest.mark.looptime
-async def test_a_circuit_that_is_open_when_its_client_is_closed_is_told_to_be_gone(sandbox: Sandbox) -> None:
+async def test_a_service_that_fails_when_its_client_is_closed_is_told_to_be_gone(sandbox: Sandbox) -> None:
     told = Told()
     async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client:
         sandbox.fail_next(503, times=None)
         for number in range(20):
             with contextlib.suppress(KeylessError):
                 await client.wait_for_approval(f"op-{number}", timeout=0.5)
-    first, *_, last = told.of(CircuitChanged)
-    assert (first.previous, first.state) == ("closed", "open")
-    assert (last.state, last.cause, last.waiting) == ("closed", "ClientClosedError", 0)
+    first, last = told.of(ServiceChanged)
+    assert (first.is_failing, first.error) == (True, "ServerError")
+    assert (last.is_failing, last.error, last.waiting) == (False, "ClientClosedError", 0)
 
 
 async def test_headers_of_a_borrowed_session_are_sent_along_but_never_in_place_of_ours() -> None:

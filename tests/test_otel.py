@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from aiokeyless.events import CircuitChanged, DeliveryEnded, Inspection, OutcomePublished, WaitOutcome, WorkerInspected
+from aiokeyless.events import DeliveryEnded, Inspection, OutcomePublished, ServiceChanged, WaitOutcome, WorkerInspected
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class Recorder:
         }
 
     @property
-    def circuit(self) -> int:
-        """The one value of the circuit's gauge."""
-        [point] = self.points["aiokeyless.circuit.state"]
+    def failing(self) -> int:
+        """The one value of the gauge of failing services."""
+        [point] = self.points["aiokeyless.service.failing"]
         value: int = point.value
         return value
 
@@ -254,7 +254,7 @@ class TestMetrics:
         found = {point.attributes["error.type"] for point in recorder.points["http.client.request.duration"]}
         assert found == {"NotJsonError", "TransportError"}
 
-    async def test_of_the_circuits_of_several_clients_the_worst_counts_until_its_client_is_closed(
+    async def test_a_service_fails_as_long_as_it_does_for_one_client_that_is_not_closed(
         self, sandbox: Sandbox, recorder: Recorder
     ) -> None:
         other = OpenTelemetryListener(tracer_provider=recorder.traces, meter_provider=recorder.meters)
@@ -263,18 +263,18 @@ class TestMetrics:
                 sandbox.fail_next(503, times=None)
                 waits = [asyncio.create_task(client.wait_for_approval(f"op-{number}")) for number in range(20)]
                 await asyncio.sleep(20)
-                assert recorder.circuit == 2
-            assert recorder.circuit == 0
+                assert recorder.failing == 1
+            assert recorder.failing == 0
             sandbox.recover()
             await well.create_operation(USER)
         await asyncio.gather(*waits, return_exceptions=True)
 
 
-def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) -> None:
-    assert recorder.circuit == 0  # before anything has happened
-    for previous, state, number in (("closed", "open", 2), ("open", "half_open", 1), ("half_open", "closed", 0)):
-        recorder.listener(CircuitChanged(state=state, previous=previous, cause=None, waiting=1, seconds=1.0))
-        assert recorder.circuit == number
+def test_a_service_fails_until_it_answers_all_of_its_clients(recorder: Recorder) -> None:
+    assert recorder.failing == 0  # before anything has happened
+    for is_failing, number in ((True, 1), (True, 1), (False, 1), (False, 0)):
+        recorder.listener(ServiceChanged(is_failing=is_failing, error=None, seconds=1.0, waiting=1))
+        assert recorder.failing == number
 
 
 INSPECTED = WorkerInspected(
@@ -319,7 +319,7 @@ class TestWorker:
                 asyncio.get_running_loop().call_later(9.5, sandbox.approve, "txn-1")
                 event = await next_event(broker)
                 await asyncio.sleep(1)  # the span ends when the request is acknowledged
-                assert recorder.circuit == 0
+                assert recorder.failing == 0
             statistics = worker.statistics
         checkout, wait = recorder.span("checkout"), recorder.span("aiokeyless.wait")
         # The worker checks its key when it starts; its polls and the create have no spans.

@@ -8,13 +8,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 from aiokeyless import KeylessClient, schedule
-from aiokeyless._rules import backoff, circuit, final, outcome, rate, slots, window
+from aiokeyless._rules import backoff, budget, final, outcome, rate, slots, window
 from aiokeyless._waits import holds, machine
 from aiokeyless.errors import TRANSIENT_STATUSES
 from aiokeyless.worker import ApprovalWorker, decisions, processor, serving
 from aiokeyless.worker.nats import StreamSettings, load_shedding
 
-PAGE = " ".join((Path(__file__).parents[1] / "docs" / "rules.md").read_text().replace("\u00d7", "x").split())
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def words(page: str) -> str:
+    return " ".join((DOCS / page).read_text().replace("\u00d7", "x").split())
+
+
+PAGE = words("rules.md")
 WORDS = {0.5: "half", 2: "two", 3: "three", 5: "five", 6: "six", 8: "eight"}
 NUMBER = re.compile(
     rf"\d+(?:\.\d+)?|\b(?:{'|'.join(WORDS.values())}|four|seven|nine|ten|dozen|twice|third|quarter)\b"
@@ -23,7 +30,7 @@ NUMBER = re.compile(
 
 
 def word(number: float) -> str:
-    return WORDS.get(number, f"{number:g}")
+    return "one" if number == 1 else WORDS.get(number, f"{number:g}")
 
 
 def seconds(number: float) -> str:
@@ -47,7 +54,7 @@ def most(max_in_flight: int, answered_at: float = 10.0) -> int:
 
 FINAL = final.FINAL_POLL_TIMEOUT
 #: The least number of refusals that is over a third.
-OVER_A_THIRD = "a third" if circuit._MANY_REFUSED == circuit._LAST // 3 + 1 else circuit._MANY_REFUSED - 1
+OVER_A_THIRD = "a third" if rate._MANY_REFUSED == rate._LAST // 3 + 1 else rate._MANY_REFUSED - 1
 SENTENCES = [
     # Rules 1 to 9
     f"created the ticket less than a {seconds(machine.FRESH)} ago",
@@ -64,11 +71,12 @@ SENTENCES = [
     # Holds
     f"The wait goes on for {holds.LEASE:g} s after its last hold",
     f"`aclose` ends these {holds.LEASE:g} s.",
+    # What a failed create means
+    f"in the first {processor.CREATES_FOR:g} s of the same delivery",
     # Where the engines differ
     f"| an unanswered final poll | is retried for {FINAL:g} s |",
     f"is retried for `grace` ({signature(ApprovalWorker).parameters['grace'].default:g} s)",
     f"then it is sent {word(1 + processor._LATE_REPEATS)} times",
-    f"| counts {word(backoff.MOST_AT_FIRST)} failures at most for {backoff.SHORT:g} s |",
     f"| lasts, but {span(backoff._MANY)} at most |",
     f"refused {word(1 + len(serving.KEY_CHECKS))} times within {word(sum(serving.KEY_CHECKS) / 60)} a minute",
     f"not be over {decisions._MUCH_OLDER.total_seconds() / 3600:g} hours older than the request",
@@ -80,12 +88,16 @@ SENTENCES = [
     f"`max_polls_per_second` ({signature(KeylessClient).parameters['max_polls_per_second'].default:g} by default)",
     f"a {seconds(rate._BURST)}'s worth of polls may start at once",
     f"half of the last {seconds(rate._COUNTED)}'s polls, and is back after {rate._RECOVERY:g} s.",
-    f"gets {2 * 60 / sum(delays(backoff._MANY)):g} requests a minute.",
-    # The circuit
-    f"backs off by itself**: {span(1)}, {span(2)}, at last {span(backoff._MANY)}.",
-    f"For the first {backoff.SHORT:g} s, a client's backoff counts {word(backoff.MOST_AT_FIRST)} failures at most**",
-    f"a poll was answered well within the last {seconds(backoff.GOOD)};",
-    f"fewer than {word(circuit.FAILURES_UNTIL_OPEN)} operations are polled",
+    # Failures
+    f"returns it and adds {budget.GAIN}.",
+    f"There are {word(budget.PER_WAIT)} tokens for each wait**, at least {budget.LEAST} and at most {budget.MOST}.",
+    f"{word(budget.PER_SECOND).capitalize()} a second come by themselves, or {word(budget.PER_SECOND_LATER)} a second",
+    f"only failures for {budget.LONG:g} s. A worker",
+    f"only failures for {budget.FAILING_AFTER:g} s, or if there is no token.**",
+    f"backs off**: {span(1)}, {span(2)}, at last {span(backoff._MANY)}.",
+    f"For {backoff.SHORT:g} s after a good answer to any poll, {word(backoff.MOST_AT_FIRST)} failures at most count",
+    f"or {word(backoff.MOST_AT_FIRST + 1)} from the {backoff.OFTEN}nd in a row on.",
+    f"A new operation has {backoff.SHORT:g} s of its own.",
     f"pauses its own operation only**, for {span(backoff._MANY)} at most.",
     # Slots
     f"keeps its slot for its first {seconds(slots.SLOW)}**",
@@ -97,17 +109,28 @@ SENTENCES = [
     f"the quickest of {word(window._ROUND)} good answers takes",
     f"over {'twice' if window._TIMES_QUICKEST == 2 else window._TIMES_QUICKEST} the quickest ever",
     f"{window._SECONDS_MORE:g} s more, {window._LEFT:g} of the polls in flight remain, at least {word(window._LEAST)}.",
+    f"since it began, {word(window._LEAST)} at a time remain, or",
+    f"After {budget.FAILING_AFTER:g} s of failures, {window._AFTER_OUTAGE:g} are the beginning.",
     # Refusals
     f"its `Retry-After` (at most {backoff.MAX_PAUSE:g} s)",
-    f"over {OVER_A_THIRD} of the last {circuit._LAST} polls were refused",
-    f"over {word(circuit._ONSET)} times as many refusals as among the {circuit._LAST} polls before.",
+    f"over {OVER_A_THIRD} of the last {rate._LAST} polls were refused",
+    f"over {word(rate._ONSET)} times as many refusals as among the {rate._LAST} polls before.",
+]
+#: The same of docs/explanation/failures.md, which is no page of rules.
+OF_FAILURES = [
+    f"pays for its own poll and {budget.GAIN} more.",
+    f"{word(budget.PER_SECOND)} polls a second, and {word(budget.PER_SECOND_LATER)} a second after {budget.LONG:g} s,",
+    f"lets {budget.GAIN} more polls start",
+    f"of {budget.FAILING_AFTER:g} s or more, {window._AFTER_OUTAGE:g} are in flight at first",
+    f"within {delays(backoff._MANY)[1]:g} s, by its own backoff",
+    f"for {budget.FAILING_AFTER:g} s, or if no token is left, until",
+    f"for a {seconds(budget.IN_DOUBT)}, one poll each {budget.RENEWS_EVERY:g} s uses a new connection.",
 ]
 #: Patterns of numbers that no constant has, and why.
 OTHERS = {
     r"\b\d\. \*\*|\brule \d|\bO\d\b": "they number the rules and the cases",
     r"\b(?:200|40[01349]|408|429|503|[235]xx)\b": "HTTP statuses",
     r"SHA-256": "a name",
-    r"get half of the slots": "`Dispatcher` halves the limit",
 }
 
 
@@ -123,6 +146,11 @@ def test_the_numbers_of_the_rules_are_those_of_the_code() -> None:
     missing, unexplained = check(PAGE, SENTENCES, OTHERS)
     assert not missing, "docs/rules.md lacks what the code's constants make: " + " / ".join(missing)
     assert not unexplained, "docs/rules.md has numbers that SENTENCES and OTHERS lack: " + " / ".join(unexplained)
+
+
+def test_the_page_about_failures_has_the_numbers_of_the_code() -> None:
+    page = words("explanation/failures.md")
+    assert [sentence for sentence in OF_FAILURES if sentence not in page] == []
 
 
 def test_each_exception_is_needed() -> None:

@@ -24,7 +24,6 @@ from multidict import istr
 from tenacity import wait_random_exponential
 from yarl import URL
 
-from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.quota import RepetitionQuota
 from aiokeyless._version import __version__
 from aiokeyless.errors import (
@@ -170,6 +169,7 @@ class Transport:
             self._headers = _make_headers(session.headers.get("User-Agent"))
             self.max_connections = _max_connections(session)
         self._calls = Calls()
+        self._renewed_at = -math.inf  # when a new connection was answered well last, while kept ones failed
 
     def with_max_attempts(self, max_attempts: int) -> Transport:
         """Return a view of this transport with another number of attempts; it shares the session and the calls."""
@@ -191,20 +191,20 @@ class Transport:
         """Send a request once, and return its answer whatever the status; no listener is called."""
         return await self._receive(request, self._api_keys.current())
 
-    def poll(self, operation_id: str, circuit: CircuitState = CircuitState.CLOSED) -> Coroutine[Any, Any, Operation]:
+    def poll(self, operation_id: str, is_renewal: bool = False) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
 
         It returns the exchange's own coroutine: another one around it would make each poll a little slower.
         """
         request = protocol.Request(protocol.GET_OPERATION, protocol.operation_path(operation_id))
-        return self.send(request, circuit=circuit, has_deadline=False)
+        return self.send(request, is_renewal=is_renewal, has_deadline=False)
 
     async def send(
         self,
         request: protocol.Request[T],
         *,
         attempt: int = 1,
-        circuit: CircuitState = CircuitState.CLOSED,
+        is_renewal: bool = False,
         has_deadline: bool = True,
     ) -> T:
         """Send a request once, read its answer, and report the end to the listeners.
@@ -212,8 +212,8 @@ class Transport:
         Args:
             request: The request.
             attempt: Which attempt of its call this is.
-            circuit: While it is open, the request has a new connection. After a failover by DNS, a kept one may lead to
-                a host that goes on failing. While it is not closed, a status of 500 or more closes the connection.
+            is_renewal: Whether the request has a new connection. After a failover by DNS, a kept one may lead to a host
+                that goes on failing. Once this one is answered well, a 5xx closes each connection that is older.
             has_deadline: Whether to end the exchange after `request_timeout`.
         """
         listeners = self._listeners
@@ -224,7 +224,7 @@ class Transport:
         try:
             key = self._api_keys.current()
             answer = await self._receive(
-                request, key, is_first=attempt == 1, circuit=circuit, has_deadline=has_deadline
+                request, key, is_first=attempt == 1, is_renewal=is_renewal, has_deadline=has_deadline
             )
             if listeners is not None:
                 status = answer.status
@@ -259,10 +259,10 @@ class Transport:
                     )
                 )
 
-    async def fetch(self, request: protocol.Request[T], *, circuit: CircuitState = CircuitState.CLOSED) -> T:
+    async def fetch(self, request: protocol.Request[T], *, is_renewal: bool = False) -> T:
         """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total."""
         try:
-            answer = await self.send(request, circuit=circuit)
+            answer = await self.send(request, is_renewal=is_renewal)
         except KeylessError as error:
             with self.call():
                 return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
@@ -318,7 +318,7 @@ class Transport:
         key: ApiKey,
         *,
         is_first: bool = True,
-        circuit: CircuitState = CircuitState.CLOSED,
+        is_renewal: bool = False,
         has_deadline: bool = True,
     ) -> protocol.RawAnswer:
         """Send a request and return its answer. What goes wrong becomes a `KeylessError` without aiohttp's frames."""
@@ -330,10 +330,10 @@ class Transport:
         call = Call(self._calls, self._now() + self.request_timeout) if has_deadline else None
         try:
             if call is None:
-                answer = await self._request(request, key, is_first, circuit)
+                answer = await self._request(request, key, is_first, is_renewal)
             else:
                 with call:
-                    answer = await self._request(request, key, is_first, circuit)
+                    answer = await self._request(request, key, is_first, is_renewal)
         # Most often, a cancellation.
         except _PROPAGATED as interruption:
             outcome = interruption
@@ -359,7 +359,7 @@ class Transport:
             del outcome
 
     async def _request(
-        self, request: protocol.Request[Any], key: ApiKey, is_first: bool, circuit: CircuitState
+        self, request: protocol.Request[Any], key: ApiKey, is_first: bool, is_renewal: bool
     ) -> protocol.RawAnswer:
         """Send a request and return its answer.
 
@@ -373,7 +373,7 @@ class Transport:
         )
         options = self._options if self._proxy is None else {**self._options, "proxy": self._proxy.reveal()}
         # Only the session of new connections never sends the key by itself.
-        if is_first and endpoint.sends_key and circuit is not CircuitState.OPEN:
+        if is_first and endpoint.sends_key and not is_renewal:
             headers = None if self._sends_key and body is None else self._choose_headers(key, body)
             try:
                 response = await session.request(endpoint.method, url, data=body, headers=headers, **options)
@@ -382,13 +382,13 @@ class Transport:
                     raise
         if response is None:
             headers = self._choose_headers(key if endpoint.sends_key else None, body)
-            if circuit is CircuitState.OPEN and not self._owned_sessions:
+            if is_renewal and not self._owned_sessions:
                 headers["Connection"] = "close"  # so the next one is new
             response = await session_of_new_connections.request(
                 endpoint.method, url, data=body, headers=headers, **options
             )
-        if circuit is not CircuitState.CLOSED and response.status >= 500 and isinstance(response, _Response):
-            response.close_connection()
+        if is_renewal or response.status >= 500:
+            self._judge_connections(response, is_renewal)
         stream = response.content
         try:
             # Most bodies arrive with the head.
@@ -404,6 +404,13 @@ class Transport:
             encoding = key.redaction.redact(", ".join(response.headers.getall(_CONTENT_ENCODING)))
             content = decode_content(content, encoding or "", endpoint.max_body)
         return protocol.RawAnswer(response.status, response.headers, content)
+
+    def _judge_connections(self, response: aiohttp.ClientResponse, is_renewal: bool) -> None:
+        """Close a connection that fails and is older than one that was made to find out, and was answered well."""
+        if response.status < 500:
+            self._renewed_at = self._now()
+        elif isinstance(response, _Response) and not is_renewal:
+            response.close_if_older(self._renewed_at)
 
     def _url_of(self, request: protocol.Request[Any]) -> URL:
         url = self._base.with_path(self._base_path + request.path, encoded=True)
@@ -495,9 +502,12 @@ class _Response(aiohttp.ClientResponse):
     """
 
     _handler: ResponseHandler
+    _made_at: float
 
-    def close_connection(self) -> None:
-        """Close the connection, once the body is read."""
+    def close_if_older(self, at: float) -> None:
+        """Close a connection that was made before that time, once the body is read."""
+        if self._made_at >= at:
+            return
         if self.connection is not None:
             self._handler.force_close()
         else:  # it is read, and the connection is in the pool again
@@ -516,6 +526,7 @@ class _Response(aiohttp.ClientResponse):
         else:
             transport.set_protocol(meter := Meter(handler, transport, now))
             _limit_silence(transport)
+        self._made_at = meter.made_at
         if now - meter.made_at >= _MAX_AGE:
             handler.force_close()
         try:

@@ -17,12 +17,12 @@ MAX_PAUSE: Final = 120.0
 #: The delay is random in the second half of a window, which doubles from 0.5 s to 5 s. Delays below 2.5 s cost requests
 #: while a service is down. Delays above 5 s cost time after it has recovered.
 _ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)
-#: No more failures than this count while they may be short: the delays are 0.5 to 1 s.
+#: While the service answers, no more failures than this count: the delays are 0.5 to 1 s.
 MOST_AT_FIRST: Final = 2
-#: Seconds for which an outage, or an operation that fails, counts as short.
+#: After so many in a row one more counts, so that no operation is polled more often than by a loop of one a second.
+OFTEN: Final = 32
+#: Seconds without a good answer after which all failures count.
 SHORT: Final = 30.0
-#: Answers fail at random if a good one came within so many seconds.
-GOOD: Final = 1.0
 #: After so many failures the delay is the longest.
 _MANY: Final = 10
 
@@ -32,20 +32,19 @@ def error_delay(failures: int) -> float:
     return next_delay(_ERROR_BACKOFF, attempt_number=failures, since_start=0.0)
 
 
-def failures_that_count(failures: int, *, since_own: float, since_good: float, is_spared: bool) -> int:
+def failures_that_count(failures: int, *, since_good: float, is_refusal: bool) -> int:
     """Return how many of an operation's failures in a row count for its backoff.
 
-    A longer backoff would make the wait late and spare the service little, if the service answers other polls well, or
-    if few polls are sent anyway.
+    A longer backoff makes the wait late, and the budget spares the service.
 
     Args:
         failures: Failures in a row.
-        since_own: Seconds since a poll started that was answered well. If there is none, since the operation's origin.
-        since_good: Seconds since a good answer to any poll.
-        is_spared: Whether few polls are sent anyway.
+        since_good: Seconds since a good answer to any poll, or since the operation's origin if that is later.
+        is_refusal: Whether the last one was a 429. A service that refuses polls is not to be asked often.
     """
-    is_short = since_own <= SHORT and (is_spared or since_good <= GOOD)
-    return min(failures, MOST_AT_FIRST) if is_short else failures
+    if is_refusal or since_good > SHORT:
+        return failures
+    return min(failures, MOST_AT_FIRST + (failures >= OFTEN))
 
 
 def requested_pause(error: KeylessError) -> float:

@@ -37,5 +37,5 @@ class Unanswered(Enum):
     NO_ANSWER = "its final poll was not answered"
     FAILED = "its final poll failed"
     NO_SLOT = "no final poll could be sent, since all slots for them were taken"
-    CIRCUIT_OPEN = "no final poll could be sent, since the service fails, and they go one at a time"
+    FAILING = "no final poll could be sent, since the service fails, and they go one at a time"
     PAUSE = "no final poll could be sent, since the service asked for a pause, and they go one at a time"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from .circuit import CircuitState
 from .final import RESOLUTION
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-
-    from .circuit import Circuit
 
 T = TypeVar("T", bound="Hashable")
 
@@ -31,7 +28,7 @@ def most_in_flight(slots: int, now: float, *, answered_at: float) -> int:
 
 
 def most_final_in_flight(slots: int) -> int:
-    """Return how many final polls may be in flight while the circuit is closed."""
+    """Return how many final polls may be in flight unless the budget is spent."""
     return max(slots, min(4 * slots, 256))
 
 
@@ -41,63 +38,35 @@ class Slots(Generic[T]):
     Times are of one clock, in seconds.
     """
 
-    def __init__(self, circuit: Circuit) -> None:
-        self._circuit = circuit
-        self._held: dict[T, tuple[float, Hashable, bool]] = {}  # since when, see `take`; the oldest first
-        self._failed: set[T] = set()
-        self.of_retries: int = 0
-        """Slots that are held by operations whose last poll failed."""
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held: dict[T, tuple[float, bool]] = {}  # since when, see `take`; the oldest first
+        self._of_retries = 0
 
     def __len__(self) -> int:
         """Return how many slots are held; `release_slow` first releases those of slow polls."""
         return len(self._held)
 
-    def take(self, holder: T, now: float, *, is_retry: bool, operation: Hashable = None) -> None:
-        """Give a slot to what starts now; `is_retry` says that the operation's last poll failed.
-
-        If it is slow, the operation fails, which is the holder by default.
-        """
-        self._held[holder] = now, holder if operation is None else operation, is_retry
-        self.of_retries += is_retry
+    def take(self, holder: T, now: float, *, is_retry: bool) -> None:
+        """Give a slot to what starts now; `is_retry` says that the operation's last poll failed."""
+        self._held[holder] = now, is_retry
+        self._of_retries += is_retry
 
     def release(self, holder: T) -> None:
-        """Forget what has ended."""
-        self._failed.discard(holder)
-        self._free(holder)
+        """Release the slot of what has ended."""
+        if (slot := self._held.pop(holder, None)) is not None:
+            self._of_retries -= slot[1]
 
     def release_slow(self, now: float) -> None:
-        """Release the slots of slow polls, and of those from before the circuit opened.
-
-        A slow probe counts as failed, once, from its start. It is not cut off, since its answer may still be good.
-        """
-        circuit = self._circuit
-        while self._held:
-            holder, (since, operation, _) = next(iter(self._held.items()))
-            is_from_before = not (circuit.is_calm or circuit.takes_room(since))
-            if since + SLOW > now + RESOLUTION and not is_from_before:
-                return
-            self._free(holder)
-            if circuit.state is CircuitState.OPEN and not is_from_before and not self.has_failed(holder):
-                self.count_as_failed(holder)
-                circuit.record_failure(since, operation, started_at=since, is_probe=True)
+        """Release the slots of slow polls."""
+        while self._held and self.slow_at() <= now + RESOLUTION:
+            self.release(next(iter(self._held)))
 
     def slow_at(self) -> float:
         """Return when the oldest holder gives its slot back at the latest; infinity if there is none."""
         return next(iter(self._held.values()))[0] + SLOW if self._held else math.inf
 
-    def has_failed(self, holder: T) -> bool:
-        """Return whether it counted as a failure already."""
-        return holder in self._failed
-
-    def count_as_failed(self, holder: T) -> None:
-        """Let `has_failed` be true of it until its release."""
-        self._failed.add(holder)
-
     @property
     def are_held_by_failing(self) -> bool:
-        """Whether failing operations hold over a quarter of the slots, so that the order of probes applies."""
-        return 4 * self.of_retries > self._circuit.limit
-
-    def _free(self, holder: T) -> None:
-        if (slot := self._held.pop(holder, None)) is not None:
-            self.of_retries -= slot[2]
+        """Whether operations whose last poll failed hold over a quarter of the slots."""
+        return 4 * self._of_retries > self.limit

@@ -22,6 +22,8 @@ _GROWS: Final = 1.2
 #: What is left of the polls in flight if answers are late.
 _LEFT: Final = 0.7
 _LEAST: Final = 2.0
+#: Polls that may be in flight after the first good answer of an outage: the service may still be starting.
+_AFTER_OUTAGE: Final = 16.0
 #: A fall helps, the first one aside, if the quickest answer then takes less than so many times as long as before.
 _HELPS: Final = 0.9
 #: A limit of so many times the polls in flight is not needed.
@@ -43,6 +45,7 @@ class Window:
         self._fell_at = math.inf  # seconds of the quickest answer then, if it was a second fall in a row or a later one
         self._fell_with = 0.0  # the limit before that fall
         self._hangs_after = _SECONDS
+        self._begins_anew = False  # after silence, each good answer lets one more poll be in flight
 
     def opens_at(self, now: float, started: Sequence[float]) -> float:
         """Return when one more poll may start, if none of those in flight ends before. They `started` in this order."""
@@ -55,6 +58,8 @@ class Window:
             return False
         answers = self._answers
         answers.append((started_at, now))
+        if self._begins_anew:
+            return True
         if len(answers) < _ROUND:
             return False
         self._quickest = min(self._quickest, quickest := min([at - start for start, at in answers]))
@@ -66,6 +71,14 @@ class Window:
     def adapt(self, now: float, started: Sequence[float]) -> None:
         """Adapt the limit."""
         answers, self._answers = self._answers, []
+        if self._begins_anew:
+            start, at = answers[-1]
+            self._hangs_after = max(_SECONDS, _ROUND_TRIPS * (at - start))
+            self._begins_anew = not self._is_late(at - start)
+            self.limit += self._begins_anew
+            if self.limit > _UNUSED * self._count_recent(now, started):
+                self.limit, self._begins_anew = math.inf, False
+            return
         seconds = [at - start for start, at in answers]
         quickest = min(seconds)
         self._hangs_after = max(_SECONDS, _ROUND_TRIPS * max(seconds))
@@ -85,6 +98,21 @@ class Window:
             self._fall(now, started)
         else:  # fewer polls are no help: this is how long the service takes
             self._quickest, self._fell_at, self.limit = quickest, math.inf, math.inf
+
+    def record_silence(self, now: float, *, started_at: float, answered_at: float) -> None:
+        """Record a poll that got no answer. If no other was answered well since it started, begin anew with few polls.
+
+        Perhaps the service's queue is so long that all of its answers come too late. The longer it is silent, the
+        fewer polls it gets.
+        """
+        if answered_at < started_at and started_at >= self._since:
+            if self._begins_anew:
+                self._hangs_after *= 2.0
+            self.begin_anew(now, _LEAST)
+
+    def begin_anew(self, now: float, limit: float = _AFTER_OUTAGE) -> None:
+        """Let so many polls be in flight, and one more with each good answer that is not late."""
+        self.limit, self._since, self._begins_anew, self._answers = limit, now, True, []
 
     def _is_late(self, seconds: float) -> bool:
         return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE

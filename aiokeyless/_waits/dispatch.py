@@ -10,9 +10,9 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._rules.circuit import CircuitState
-from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered, may_start
-from aiokeyless._rules.probes import Alternation
+from aiokeyless._rules.budget import FAILING_AFTER
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered
+from aiokeyless._rules.order import Alternation
 from aiokeyless._rules.slots import SLOW, Slots, most_final_in_flight, most_in_flight
 from aiokeyless._rules.window import Window
 
@@ -22,10 +22,11 @@ from .timer_queue import TimerQueue
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from aiokeyless._rules.circuit import Circuit
+    from aiokeyless._rules.budget import Budget
     from aiokeyless._rules.rate import PollRate
 
-#: Probes prefer operations that failed less often in a row. From this many failures on, they make no difference.
+#: While polls are short, operations that failed less often in a row go first. From this many failures on, they make no
+#: difference.
 _MOST_FAILURES: Final = 8
 #: The most queued polls that one call skips, because their waits have ended or are about to.
 _MOST_SKIPPED: Final = 384
@@ -39,28 +40,26 @@ class Dispatcher:
     """
 
     def __init__(
-        self, circuit: Circuit, rate: PollRate, *, max_in_flight: int, max_connections: float, request_timeout: float
+        self, budget: Budget, rate: PollRate, *, max_in_flight: int, max_connections: float, request_timeout: float
     ) -> None:
-        self._circuit = circuit
+        self._budget = budget
         self._rate = rate
         self._max_in_flight = max_in_flight
         self._max_connections = max_connections
         self._least = min(max_in_flight, max_connections)  # there is always room for so many polls in flight
         self._request_timeout = request_timeout
         self._window = Window()
-        # In the order of probes: by an operation's failures in a row, then by whether it was ever answered well.
-        self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
-            TimerQueue() for _ in range(2 * (_MOST_FAILURES + 1))
-        )
+        # By `_rank`: the order in which they go if not all may start that are due.
+        self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(TimerQueue() for _ in range(_MOST_FAILURES + 2))
         self._proven = self._queues[:1]
         self._untried = self._queues[1]
         self._alternation = Alternation()
         self._unproven = 0  # operations in all queues but the first
-        self._retries = 0  # of these, those that failed when they were polled last
-        self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # with the time since which each waits
+        # With the time since which each waits; first those of operations that were answered well.
+        self._final_polls: tuple[deque[tuple[float, PolledOperation]], ...] = deque(), deque()
         self.final_in_flight: dict[Poll, None] = {}
         """The final polls among those in flight."""
-        self.slots: Slots[Poll] = Slots(circuit)
+        self.slots: Slots[Poll] = Slots(max_in_flight)
         """The slots of the ordinary polls in flight."""
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
@@ -89,7 +88,7 @@ class Dispatcher:
         """Queue one final poll of an operation, for all of its waits whose deadline has passed."""
         if not polled.final_poll_queued:
             polled.final_poll_queued = True
-            self._final_polls.append((since, polled))
+            self._final_polls[polled.pending_at is None].append((since, polled))
             self.soonest = min(self.soonest, since)
 
     # -- polling
@@ -101,32 +100,30 @@ class Dispatcher:
 
         1. If a final poll is queued and may start, it goes first.
         2. If all slots are taken, the oldest poll gives its slot back once it is a second old.
-        3. An ordinary poll starts if it is due, and if the circuit, the slots and the rate allow it. The operation that
-           has been due longest goes first. Operations whose last poll failed get half of the slots. While the circuit
-           is not closed, or such operations hold over a quarter of the slots, the order is that of probes.
+        3. An ordinary poll starts if it is due, and if the budget, the slots and the rate allow it. The operation that
+           has been due longest goes first. While the budget is short, or operations whose last poll failed hold over a
+           quarter of the slots, the order is that of `_rank`.
         4. If no more polls may be in flight, the oldest slow one gives way to one that is due.
         """
-        found = self._next_final(now) if self._final_polls else math.inf  # 1
+        found = self._next_final(now) if any(self._final_polls) else math.inf  # 1
         if isinstance(found, float):
             ordinary = self._next_ordinary(now)
             found = min(found, ordinary) if isinstance(ordinary, float) else ordinary
         if isinstance(found, float):
             self.soonest = found
         else:  # perhaps it is not the only one that may start
-            self.soonest = now if self._final_polls or len(self.slots) < self._circuit.limit else self.slots.slow_at()
+            is_free = any(self._final_polls) or len(self.slots) < self._max_in_flight
+            self.soonest = now if is_free else self.slots.slow_at()
         return found
 
     def _next_ordinary(self, now: float) -> Poll | float:
         """Start the next ordinary poll, or return when one may start."""
-        circuit = self._circuit
-        ready_at = self._rate.ready_at(now)
+        ready_at = max(self._rate.ready_at(now), self._budget.ready_at(now))
         self.slots.release_slow(now)
-        if len(self.slots) >= circuit.limit:  # 2
+        if len(self.slots) >= self._max_in_flight:  # 2
             ready_at = max(ready_at, self.slots.slow_at())
         if self._window.limit < math.inf:
             ready_at = max(ready_at, self._window.opens_at(now, self._ordinary_starts()))
-        if not circuit.is_calm:
-            ready_at = max(ready_at, circuit.retry_at())
         if ready_at > now + RESOLUTION:
             return self._due_at(ready_at)
         if self._has_room(now):  # 3
@@ -136,9 +133,15 @@ class Dispatcher:
 
     def record_success(self, poll: Poll, now: float) -> None:
         """Record a good answer to a poll that is still in flight."""
-        self._circuit.record_success(now, started_at=poll.started_at)
+        if self._window.limit == math.inf and now - self._budget.failing_since >= FAILING_AFTER:
+            self._window.begin_anew(now)
+        self._budget.record_success(now)
         if self._window.record_success(now, started_at=poll.started_at):
             self._window.adapt(now, self._ordinary_starts())
+
+    def record_silence(self, poll: Poll, now: float) -> None:
+        """Record that a poll got no answer."""
+        self._window.record_silence(now, started_at=poll.started_at, answered_at=self._budget.answered_at)
 
     def _ordinary_starts(self) -> list[float]:
         """Return when the ordinary polls in flight started, in order."""
@@ -151,7 +154,7 @@ class Dispatcher:
             return True
         if self._giving_way is not None or in_flight >= self._max_connections:
             return False
-        most = most_in_flight(self._max_in_flight, now, answered_at=self._circuit.answered_at)
+        most = most_in_flight(self._max_in_flight, now, answered_at=self._budget.answered_at)
         return in_flight - len(self.final_in_flight) < most
 
     def _make_room(self, now: float) -> float:
@@ -166,79 +169,76 @@ class Dispatcher:
                     break
         return math.inf
 
-    def _retries_wait(self) -> bool:
-        """Return whether operations whose last poll failed have used up their share of the slots."""
-        return self._retries > 0 and self.slots.of_retries >= max(1, self._circuit.limit // 2)
-
     def _due_at(self, ready_at: float) -> float:
         """Return when the next ordinary poll may start, from `ready_at` on; infinity if none is scheduled."""
-        due = min([queue.next_due() for queue in self._open_queues()])
-        if self._retries_wait():
-            due = min(due, self.slots.slow_at())
-        return max(due, ready_at)
+        return max(ready_at, min([queue.next_due() for queue in self._queues_in_use()]))
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_fair = not self._circuit.is_closed or self.slots.are_held_by_failing
-        queues = self._open_queues(by_time=not is_fair)
-        if is_fair and self._alternation.count_untried(1):
-            queues = (self._untried, *queues)
+        is_short = self._budget.is_short(now) or self.slots.are_held_by_failing
+        queues = self._queues_in_use()
+        if is_short:
+            if self._alternation.count_untried(1):
+                queues = (self._untried, *queues)
+        elif self._unproven:
+            queues = sorted(queues, key=TimerQueue.next_due)
         for queue in queues:
-            newest_first = is_fair and queue is self._untried
             for _ in range(_MOST_SKIPPED):
-                polled = queue.pop_newest(now + RESOLUTION) if newest_first else queue.pop_due(now + RESOLUTION)
+                polled = queue.pop_due(now + RESOLUTION)
                 if polled is None:
                     break
-                if polled.rank:
-                    self._count(polled.rank, -1)
+                self._unproven -= polled.rank > 0
                 if waits := polled.active_waits():
                     poll = Poll(polled, now, waits, max(0.0, now - polled.due))
                     self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
-                    self.in_flight[poll] = None
-                    self.slots.take(poll, now, is_retry=polled.rank > 1, operation=polled.operation_id)
-                    self._rate.record_poll(now)
+                    self.slots.take(poll, now, is_retry=polled.rank > 1)
+                    self._record_start(poll, now)
                     polled.poll = poll
                     polled.due = math.inf
                     return poll
                 polled.due = math.inf  # its callers are gone, and leave soon
         return None
 
-    def _open_queues(self, *, by_time: bool = False) -> Sequence[TimerQueue[PolledOperation]]:
-        """Return the queues from which a poll may start, in the order of probes or by the time that is due first."""
-        if not self._unproven:
-            return self._proven
-        queues = self._queues if self._retries and not self._retries_wait() else self._queues[:2]
-        return sorted(queues, key=TimerQueue.next_due) if by_time else queues
+    def _queues_in_use(self) -> Sequence[TimerQueue[PolledOperation]]:
+        return self._queues if self._unproven else self._proven
+
+    def _record_start(self, poll: Poll, now: float) -> None:
+        self.in_flight[poll] = None
+        self._rate.record_poll(now)
+        self._budget.record_poll(now)
+        poll.is_renewal = self._budget.take_renewal(now)
 
     def _next_final(self, now: float) -> Poll | float:
         """Start the oldest queued final poll that a wait still needs, or return when one may start."""
         if len(self.in_flight) >= self._max_connections:
             return self._make_room(now)
-        if self._circuit.state is CircuitState.OPEN:
+        ready_at = max(self._rate.paused_until, self._budget.ready_at(now))
+        if ready_at > now + RESOLUTION:
             # One final poll at a time. One that goes on for other waits after its two seconds does not count.
             for poll in self.final_in_flight:
                 ends_at = poll.started_at + FINAL_POLL_TIMEOUT
                 if not poll.is_over and ends_at > now + RESOLUTION:
-                    return ends_at
+                    return min(ready_at, ends_at)
         elif len(self.final_in_flight) >= most_final_in_flight(self._max_in_flight):
             return math.inf
-        for _ in range(min(_MOST_SKIPPED, len(self._final_polls))):
-            _, polled = self._final_polls.popleft()
+        first, last = self._final_polls
+        for _ in range(min(_MOST_SKIPPED, len(first) + len(last))):
+            _, polled = (first or last).popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll(now):
                 poll = Poll(polled, now, polled.active_waits(), final=True)
-                self.in_flight[poll] = self.final_in_flight[poll] = None
-                self._rate.record_poll(now)
+                self.final_in_flight[poll] = None
+                self._record_start(poll, now)
                 if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due
                     self.unschedule(polled)
                 return poll
-        return now if self._final_polls else math.inf  # in the next turn
+        return now if first or last else math.inf  # in the next turn
 
-    def why_no_final_poll(self, deadline: float) -> Unanswered:
-        """Return why no final poll could start for a wait with this deadline."""
-        if self._circuit.state is not CircuitState.OPEN or not may_start(deadline - self._circuit.since):
-            return Unanswered.NO_SLOT
-        return Unanswered.CIRCUIT_OPEN if self._circuit.is_probed else Unanswered.PAUSE
+    def why_no_final_poll(self, now: float) -> Unanswered:
+        """Return why no final poll could start until now."""
+        if self._rate.paused_until > now - FINAL_POLL_TIMEOUT:
+            return Unanswered.PAUSE
+        return Unanswered.FAILING if self._budget.is_failing else Unanswered.NO_SLOT
 
     def finish(self, poll: Poll, now: float) -> None:
         """Remove a poll that has ended, and schedule another one if its operation needs it."""
@@ -261,23 +261,18 @@ class Dispatcher:
 
     def _enqueue(self, polled: PolledOperation) -> None:
         """Put an operation into the queue that fits the result of its last poll."""
-        rank = 2 * min(polled.failures, _MOST_FAILURES) + (not polled.was_seen)
-        if rank != polled.rank:
+        if (rank := _rank(polled)) != polled.rank:
             self._dequeue(polled)
             polled.rank = rank
-        if rank and polled.entry is None:
-            self._count(rank, 1)
+        if polled.entry is None:
+            self._unproven += rank > 0
         self._queues[rank].schedule(polled, polled.due)
         self.soonest = min(self.soonest, polled.due)
 
     def _dequeue(self, polled: PolledOperation) -> None:
         if polled.entry is not None:
-            self._count(polled.rank, -1)
+            self._unproven -= polled.rank > 0
             self._queues[polled.rank].remove(polled)
-
-    def _count(self, rank: int, change: int) -> None:
-        self._unproven += change * (rank > 0)
-        self._retries += change * (rank > 1)
 
     # -- cutting off
 
@@ -306,6 +301,17 @@ class Dispatcher:
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
         due = min([queue.next_due() for queue in self._queues])
-        if self._final_polls and self._final_polls[0][1].needs_final_poll(now):
-            due = min(due, self._final_polls[0][0])
+        for queued in self._final_polls:
+            if queued and queued[0][1].needs_final_poll(now):
+                due = min(due, queued[0][0])
         return max(0.0, now - due)
+
+
+def _rank(polled: PolledOperation) -> int:
+    """Return the queue of an operation: 0 if it was answered well, 1 if it is untried; else its last poll failed.
+
+    One that was answered well ranks as if it had failed once: it is not the one at fault.
+    """
+    if not polled.failures:
+        return polled.pending_at is None
+    return 2 if polled.pending_at is not None else 1 + min(polled.failures, _MOST_FAILURES)

@@ -74,7 +74,7 @@ class Explainer:
     """Explains the waits of one client, from `start` to `leave`.
 
     Args:
-        transport: Sends the requests. As with single calls, the circuit neither delays nor counts them.
+        transport: Sends the requests. As with single calls, the budget neither delays nor counts them.
     """
 
     def __init__(self, transport: Transport) -> None:

@@ -21,13 +21,13 @@ from aiokeyless._rules.approval import (
     timeout_error,
     unknown_error,
 )
-from aiokeyless._rules.backoff import GOOD, error_delay, failures_that_count, requested_pause
-from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState
+from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
+from aiokeyless._rules.budget import Budget
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
 from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_service_well, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import SLOW
-from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, KeylessError, RateLimitError
+from aiokeyless.errors import ApprovalTimeoutError, KeylessError, RateLimitError, RequestTimeoutError
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
@@ -82,22 +82,21 @@ class Machine:
         self._no_answer = no_answer
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
-        self._circuit = Circuit(max_in_flight)
+        self._budget = Budget()
         self._rate = PollRate(max_polls_per_second)
         self._dispatcher = Dispatcher(
-            self._circuit,
+            self._budget,
             self._rate,
             max_in_flight=max_in_flight,
             max_connections=max_connections,
             request_timeout=request_timeout,
         )
         self._polled: dict[str, PolledOperation] = {}
-        # Operations that a 503 holds, with the end of their own backoff. Few, as a good answer or the circuit ends it.
+        # Operations that a 503 holds, with the end of their own backoff. A good answer ends it.
         self._held: dict[PolledOperation, float] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
         self._expired_at = self._woke_at = -math.inf  # when `expire` was called last; when, after the loop stood still
         self._slept = 0.0  # seconds between these calls
-        self._waiting = 0
         self._polls = 0
         self._approvals = 0
         self._timeouts = 0
@@ -116,10 +115,7 @@ class Machine:
         if not isinstance(poll, Poll):
             return None
         self._polls += 1
-        poll.circuit = self._circuit.state
-        if poll.circuit is CircuitState.CLOSED and now - self._circuit.answered_at > GOOD:
-            poll.circuit = CircuitState.HALF_OPEN  # perhaps it would be open if more operations were polled
-        self._reporter.report_lag(poll.lag, now, waiting=self._waiting)
+        self._reporter.report_lag(poll.lag, now, waiting=self._budget.waits)
         for wait in poll.waits:
             wait.polls += 1
             # By time, not by phase: if many deadlines pass at once, this one may not be handled yet.
@@ -201,7 +197,7 @@ class Machine:
         wait.error = wait.final_poll = wait.entry = None
         wait.polled = polled = self._polled_operation(operation_id, wait)
         polled.add(wait)
-        self._waiting += 1
+        self._budget.waits += 1
         if ticket is not None and age < FRESH:
             self._add_learner(polled, schedule)
         if wait.deadline < math.inf:
@@ -258,7 +254,7 @@ class Machine:
         if not polled.before_deadline:  # the other waits want final polls only
             self._dispatcher.unschedule(polled)
         wait.phase = WaitPhase.ENDED
-        self._waiting -= 1
+        self._budget.waits -= 1
         self._deadlines.remove(wait)
         if wait.updates is not None:
             wait.updates.close()
@@ -351,17 +347,14 @@ class Machine:
         """End a wait whose final polls were not answered in time, or could not be sent."""
         poll, why = wait.final_poll, Unanswered.FAILED
         if poll is None and not wait.had_final_poll:
-            why = self._dispatcher.why_no_final_poll(wait.deadline)
+            why = self._dispatcher.why_no_final_poll(now)
         elif poll is not None:
             why = Unanswered.NO_ANSWER
             wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
             # Once for all waits that share it, and not if it started too late to be answered.
-            slots = self._dispatcher.slots
-            if not slots.has_failed(poll) and now - poll.started_at >= SLOW - RESOLUTION:
-                slots.count_as_failed(poll)
-                self._failures += 1
-                self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
-                self._reporter.notice_circuit(self._circuit.state, wait.error, now, waiting=self._waiting)
+            if not poll.is_unanswered and now - poll.started_at >= SLOW - RESOLUTION:
+                poll.is_unanswered = True
+                self._record_error(poll, wait.error, now)
         self.end(wait, unknown_error(_record(wait, now), why), now)
 
     # -- events: a poll ends
@@ -380,7 +373,6 @@ class Machine:
             answer = self._no_answer(poll.polled.operation_id, now - poll.started_at)
         self._reporter.report_poll(poll, answer, now)
         if answer is None:  # neither good nor bad
-            self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
             dispatcher.finish(poll, now)
             for wait in poll.waits:
                 if wait.final_poll is poll:  # it still needs one
@@ -390,11 +382,10 @@ class Machine:
         is_well = is_service_well(answer, was_seen=poll.polled.was_seen)
         if is_well:
             self._record_success(poll, now)
-        elif is_well is not None and isinstance(answer, KeylessError):
+        elif is_well is False and isinstance(answer, KeylessError):
             self._record_error(poll, answer, now)
         else:
-            self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
-        self._reporter.notice_circuit(self._circuit.state, answer, now, waiting=self._waiting)
+            self._budget.record_other()
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             dispatcher.finish(poll, now)
             return None
@@ -403,7 +394,11 @@ class Machine:
 
     def _record_success(self, poll: Poll, now: float) -> None:
         """Record a good answer, and let operations that a 503 holds go on after their own backoff."""
+        was_failing = self._budget.is_failing
         self._dispatcher.record_success(poll, now)
+        self._rate.record_answer()
+        if was_failing:
+            self._reporter.notice_service(self._budget, None, now)
         if self._held:
             for polled, due in self._held.items():
                 # The answer to its own poll, this one or one in flight, sets the time itself.
@@ -412,16 +407,19 @@ class Machine:
             self._held.clear()
 
     def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
-        """Record a transient failure in the circuit and, if it is a 429, in the rate."""
+        """Record a transient failure in the budget and, if it is a 429, in the rate."""
         self._failures += 1
         if is_unexpected(error):
             self._reporter.report_unexpected(error, now)
-        is_probe, is_refusal = not poll.final, isinstance(error, RateLimitError)
-        if not self._dispatcher.slots.has_failed(poll):
-            self._circuit.record_failure(
-                now, poll.polled.operation_id, started_at=poll.started_at, is_probe=is_probe, is_refusal=is_refusal
-            )
-        self._rate.record_failure(now, self._circuit, error, started_at=poll.started_at, is_probe=is_probe)
+        self._budget.record_failure(now, started_at=poll.started_at)
+        if isinstance(error, RateLimitError):
+            was_good = poll.polled.pending_at is not None and not poll.polled.failures
+            self._rate.record_refusal(now, error, started_at=poll.started_at, is_final=poll.final, was_good=was_good)
+        else:
+            self._rate.record_answer()
+        if isinstance(error, RequestTimeoutError):
+            self._dispatcher.record_silence(poll, now)
+        self._reporter.notice_service(self._budget, error, now)
 
     def _apply_directly(self, poll: Poll, answer: Operation, now: float) -> bool:
         """Apply the usual result: pending, for one wait before its deadline. Return False if it is another one."""
@@ -551,21 +549,14 @@ class Machine:
                 self._repeat_final(wait, error, backoff, now)
             else:
                 due = min(polled.due, result.retry_at)
-                _update(wait, now, error, due=max(due, self._circuit.retry_at()))
+                ready_at = max(self._rate.paused_until, self._budget.ready_at(now))
+                _update(wait, now, error, due=max(due, ready_at))
 
     def _back_off(self, poll: Poll, error: KeylessError, now: float) -> float:
         """Schedule the next poll of an operation after a failure, and return when it is due at the latest."""
         polled, is_refusal = poll.polled, isinstance(error, RateLimitError)
-        counted = polled.failures
-        if not is_refusal:
-            counted = failures_that_count(
-                counted,
-                since_own=now - (polled.origin if polled.pending_at is None else polled.pending_at),
-                since_good=now - self._circuit.answered_at,
-                is_spared=self._circuit.is_probed
-                or len(self._polled) < FAILURES_UNTIL_OPEN
-                or isinstance(error, ConfigurationError),  # of the application's key function: nothing was sent
-            )
+        since_good = now - max(self._budget.answered_at, polled.origin)
+        counted = failures_that_count(polled.failures, since_good=since_good, is_refusal=is_refusal)
         due = now + error_delay(counted)
         held_until = now + requested_pause(error)
         # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
@@ -600,11 +591,15 @@ class Machine:
 
     # -- counts
 
+    def close(self, now: float) -> None:
+        """Report that no more polls start."""
+        self._reporter.report_end(self._budget, now)
+
     def statistics(self, now: float) -> ClientStatistics:
         """Return the counts as of now."""
         rate = self._rate.per_second(now)
         return ClientStatistics(
-            waiting=self._waiting,
+            waiting=self._budget.waits,
             in_flight=len(self._dispatcher.in_flight),
             polls=self._polls,
             approvals=self._approvals,
@@ -612,7 +607,7 @@ class Machine:
             transient_failures=self._failures,
             lag=self._dispatcher.lag(now),
             rate_limit=None if rate == math.inf else rate,
-            circuit=self._circuit.state.value,
+            is_failing=self._budget.is_failing,
         )
 
 

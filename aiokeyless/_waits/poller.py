@@ -74,7 +74,7 @@ class Poller:
         self._loop = asyncio.get_running_loop()
         # Not the context of the first caller, whose trace and logging variables concern only its own call.
         self._context = context_without_traces()
-        self._reporter = Reporter(listeners, self._loop.time())
+        self._reporter = Reporter(listeners)
         self._machine = Machine(
             self._reporter,
             schedule=schedule,
@@ -203,7 +203,7 @@ class Poller:
         await asyncio.shield(self._ended)
         while self._workers:
             await asyncio.wait(self._workers)
-        self._reporter.report_end(self._loop.time())
+        self._machine.close(self._loop.time())
         await self.explainer.aclose()
 
     def _close_batch(self, waits: Iterator[Wait]) -> None:
@@ -285,7 +285,7 @@ class Poller:
                 if not poll.is_over:  # else the last wait left before it started
                     self._poll_tasks[poll] = worker
                     try:
-                        answer = await send(poll.polled.operation_id, poll.circuit)
+                        answer = await send(poll.polled.operation_id, poll.is_renewal)
                     except KeylessError as error:
                         answer = _strip_frames(error)
                     except asyncio.CancelledError as cancellation:

@@ -8,7 +8,7 @@ import math
 from types import NoneType
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._rules.circuit import CircuitState, Transitions
+from aiokeyless._rules.budget import ServiceWatch
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import ApprovalError, ApprovalTimeoutError, ApprovalUnknownError, ClientClosedError, KeylessError
 from aiokeyless.events import PollEnded, PollResult, WaitEnded, WaitOutcome, WaitStarted
@@ -16,7 +16,8 @@ from aiokeyless.models import Operation
 
 if TYPE_CHECKING:
     from aiokeyless._listeners import Listeners
-    from aiokeyless._rules.circuit import Transition
+    from aiokeyless._rules.budget import Budget
+    from aiokeyless.events import ServiceChanged
 
     from .state import Poll, Wait
 
@@ -45,9 +46,9 @@ _OUTCOMES: Final[dict[type, WaitOutcome]] = {
 class Reporter:
     """Reports for one poller. Without listeners, no event is built."""
 
-    def __init__(self, listeners: Listeners | None, now: float) -> None:
+    def __init__(self, listeners: Listeners | None) -> None:
         self._listeners = listeners
-        self._transitions = Transitions(now)
+        self._service = ServiceWatch()
         self._late_since: float | None = None  # the first of the late polls; None: the last one was in time
         self._late_logged = False
         self._warned_at = -math.inf
@@ -104,26 +105,18 @@ class Reporter:
             )
         )
 
-    # -- the circuit, and late polls
+    # -- the service, and late polls
 
-    def notice_circuit(
-        self, state: CircuitState, answer: Operation | KeylessError, now: float, *, waiting: int
-    ) -> None:
-        """Report the state that the circuit has after an answer, if it is not the one that was reported last."""
-        if state is self._transitions.state:
+    def notice_service(self, budget: Budget, error: KeylessError | None, now: float) -> None:
+        """Report, after an answer, that the service has begun to fail or answers again; a good answer has no error."""
+        change = self._service.notice(budget, error, now)
+        if change is None:
             return
-        # A good answer never opens it, and may be a 404.
-        cause = answer if isinstance(answer, KeylessError) and state is CircuitState.OPEN else None
-        change = self._transitions.notice(state, now)
-        if change.is_outage:
-            logger.warning(
-                "Keyless fails (last: %s), so the circuit is open: %d waits go on, with few polls until it answers",
-                cause,
-                waiting,
-            )
-        elif change.outage is not None:
-            logger.info("Keyless answers again: the circuit is closed, %.1f s after it opened", change.outage)
-        self._tell_circuit(change, None if cause is None else type(cause), waiting=waiting)
+        if self._service.is_logged and change.is_failing:
+            logger.warning("Keyless fails (last: %s): %d waits go on, with few polls", error, change.waiting)
+        elif self._service.is_logged:
+            logger.info("Keyless answers again, %.1f s after the first failure", change.seconds)
+        self._tell(change)
 
     def report_unexpected(self, error: KeylessError, now: float) -> None:
         """Log, once a minute, that polls go on after a failure that the service itself would not give."""
@@ -131,19 +124,18 @@ class Reporter:
             self._warned_at = now
             logger.warning("a poll failed, but the operation, or the key, was good before, so polls go on: %s", error)
 
-    def report_end(self, now: float) -> None:
-        """Report the circuit as closed, to listeners that count the others."""
-        if self._transitions.state is not CircuitState.CLOSED:
-            change = self._transitions.notice(CircuitState.CLOSED, now)
-            self._tell_circuit(change, ClientClosedError, waiting=0)
+    def report_end(self, budget: Budget, now: float) -> None:
+        """Report that the client is closed, to listeners that count failing services."""
+        if (change := self._service.end(budget, ClientClosedError(), now)) is not None:
+            self._tell(change)
 
-    def _tell_circuit(self, change: Transition, cause: type[KeylessError] | None, *, waiting: int) -> None:
+    def _tell(self, change: ServiceChanged) -> None:
         if self._listeners is not None:
-            self._listeners.tell(change.event(cause, waiting))
+            self._listeners.tell(change)
 
     def report_lag(self, lag: float, now: float, *, waiting: int) -> None:
         """Log once that polls have been late for a while although the service is well, until one is in time again."""
-        if lag < _LATE or self._transitions.state is not CircuitState.CLOSED:
+        if lag < _LATE or self._service.is_failing:
             self._late_since = None
             return
         if self._late_since is None:

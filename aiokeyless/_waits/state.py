@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.final import may_start
 from aiokeyless.models import Operation
 
@@ -182,12 +181,14 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     """Seconds by which it started late."""
     final: bool = False
     """Whether it takes no slot, for waits whose deadline has passed. An ordinary one is final to an expired wait."""
-    circuit: CircuitState = CircuitState.CLOSED
-    """The state of the circuit when it started; half open also if no poll had been answered well lately."""
+    is_renewal: bool = False
+    """Whether it uses a new connection, since the kept ones may be at fault."""
     is_over: bool = False
     """Whether it was cut off, or has ended: nothing stops it any more."""
     is_overdue: bool = False
     """Whether it was cut off because it took longer than an exchange may."""
+    is_unanswered: bool = False
+    """Whether it counted as a failure already, when a wait ended without its answer."""
     unserved: int = 0
     """It no longer serves so many of the first waits, and never will."""
 

@@ -111,18 +111,6 @@ class TimerQueue(Generic[T]):
         self._sweep()
         return item
 
-    def pop_newest(self, now: float) -> T | None:
-        """Remove and return about the latest item that is due at `now`; None if there is none.
-
-        It looks at the last entries of the heap only, where the newest ones are.
-        """
-        due = [entry for entry in self._heap[-_DROPPED:] if entry.when <= now and _is_live(entry)]
-        if not due:
-            return self.pop_due(now)
-        item: T = max(due).item  # type: ignore[assignment]  # it is live
-        self.remove(item)
-        return item
-
     def _front(self) -> list[Entry]:
         """Return the heap whose top is the earliest entry of both. It is live unless there are more to drop."""
         heap, old = self._heap, self._old

@@ -27,7 +27,7 @@ INTERVAL: Final = 1.0
 #: When people approve in the first scene: from, until, in seconds after everybody was asked (which takes a second).
 APPROVALS: Final = (1.0, 9.0)
 #: When the service fails in the second scene: from, until, likewise.
-OUTAGE: Final = (0.2, 4.2)
+OUTAGE: Final = (0.2, 8.2)
 PAYLOAD: Final = "Pay 40 to Alice"
 OTHER_PAYLOAD: Final = "Pay 4000 to Mallory"
 

@@ -27,7 +27,7 @@ from .brokers import broker_for, hide_url
 from .logs import log
 from .messages import ApprovalRequest
 from .monitoring import WorkerStatistics
-from .processor import check_key
+from .processor import CREATES_FOR, check_key
 from .serving import Limits, Serving
 
 _SETTLED_WITHIN: Final = 5.0  # seconds
@@ -87,7 +87,7 @@ class ApprovalWorker:
         self._limits = Limits(
             max_in_flight=whole_number(max_in_flight, "max_in_flight"),
             max_polls_per_second=check_rate(max_polls_per_second, "max_polls_per_second"),
-            longest_delivery=_MOST_EXCHANGES * client.request_timeout + _SETTLED_WITHIN,
+            longest_delivery=CREATES_FOR + _MOST_EXCHANGES * client.request_timeout + _SETTLED_WITHIN,
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client

@@ -227,7 +227,7 @@ class Broker(ApplicationSide):
         """Take requests that are due; wait for some if there are none.
 
         Several workers may call it at once, even on one broker object. If a call is cancelled, the requests that it has
-        taken come again. Requests come in the order in which they are due, or in that of `aiokeyless._rules.probes`.
+        taken come again. Requests come in the order in which they are due, or in that of `aiokeyless._rules.order`.
 
         Args:
             up_to: How many at most; at least 1.

@@ -93,9 +93,9 @@ class Pacing(NamedTuple):
     """What sets the delays of redeliveries."""
 
     schedule: wait_base
-    failures: int  # of the request in a row, this one included
+    failures: int  # of the request in a row, this one included, that count for its backoff
     paused_for: float  # seconds for which the answer asked the request to pause; 0 or less for none
-    closed_for: float  # seconds until the circuit lets polls start; 0 or less if it does
+    closed_for: float  # seconds until the budget and the rate let polls start; 0 or less if they do
     grace: Grace
 
     def after_failure(self, most: float = math.inf) -> float:
@@ -106,6 +106,11 @@ class Pacing(NamedTuple):
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
     """Decide after the operation was created. No user approves at once, so do not poll yet."""
     return Redeliver(_scheduled_delay(delivery, now, pacing), ExchangeResult.CREATED, delivery.request)
+
+
+def after_conflict(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
+    """Decide after the id was taken, perhaps by an earlier create of this request. A replica may lag behind."""
+    return Redeliver(_scheduled_delay(delivery, now, pacing), ExchangeResult.CREATED, find_unannounced(delivery))
 
 
 def find_unannounced(delivery: Delivery) -> ApprovalRequest | None:
@@ -147,7 +152,7 @@ def after_poll(
         if not was_final:
             return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), ExchangeResult.FAILED)
         left = pacing.grace.left(delivery, polled_at)
-        # If the circuit stays open for longer than that, the application still gets an outcome in time.
+        # If no poll may start for longer than that, the application still gets an outcome in time.
         if left > 0.0:  # no caller waits for the outcome, so the repetition may be later than that
             return Redeliver(pacing.after_failure(left), ExchangeResult.FAILED)
     return _end(delivery, answer, verdict, now)._replace(polled_at=polled_at)

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from aiokeyless._listeners import Listeners
-from aiokeyless._rules.circuit import Circuit, CircuitState, Transition, Transitions
+from aiokeyless._rules.budget import Budget, ServiceWatch
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
 from aiokeyless.events import (
@@ -59,12 +59,12 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         unsettled: Deliveries whose result the broker did not take; it delivers these requests again.
         fleet: The broker's answers at the last inspection; there is one every 5 s.
         lateness: The longest wait for a first delivery to this worker, in seconds, between the last two inspections.
-        circuit: This worker's view of Keyless: ``closed`` (works), ``half_open`` (ramping up) or ``open`` (probes only,
-            or none until its ``Retry-After``).
+        is_failing: Whether Keyless fails, as far as this worker knows: nothing but failures for 10 s, or so many that
+            few polls may start.
         is_ready: Whether there are no problems.
         problems: Why the worker is not ready, in one line each. It is about to end, or Keyless refuses the key. The
             broker is away, stores no outcomes, delivers no requests, or its housekeeping has failed for a minute. Or
-            the circuit is open while requests wait.
+            Keyless fails while requests wait.
         is_draining: Whether the worker is about to end.
     """
 
@@ -80,7 +80,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     unsettled: int = 0
     fleet: Inspection = Inspection()
     lateness: float = 0.0
-    circuit: str = CircuitState.CLOSED.value
+    is_failing: bool = False
     is_ready: bool = False
     problems: tuple[str, ...] = ()
     is_draining: bool = False
@@ -95,20 +95,20 @@ class WorkerReporter:
     def __init__(
         self,
         broker: Broker,
-        circuit: Circuit,
+        budget: Budget,
         deliveries: Sized,
         *,
         listeners: Listeners,
         on_loss: Callable[[BrokerError], None],
     ) -> None:
         self._broker = broker
-        self._circuit = circuit
+        self._budget = budget
         self._deliveries = deliveries
         self._listeners = listeners
         self._on_loss = on_loss
         self._worker = next(_WORKERS)
         self._now = asyncio.get_running_loop().time
-        self._transitions = Transitions(self._now())
+        self._service = ServiceWatch()
         self._counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self._fleet = Inspection()
         self._silence: str | None = None  # why the last inspection failed; None if it did not
@@ -130,7 +130,7 @@ class WorkerReporter:
             in_flight=len(self._deliveries),
             fleet=self._fleet,
             lateness=round(self._lateness, 3),
-            circuit=self._circuit.state.value,
+            is_failing=self._budget.is_failing,
             is_ready=not problems,
             problems=problems,
             is_draining=self.is_draining,
@@ -150,8 +150,8 @@ class WorkerReporter:
             yield f"the broker does not store outcomes or claims: {self._refusal}"
         if self._stalled_since is not None and (waited := now - self._stalled_since) >= _STALLED_FOR:
             yield f"{backlog} requests wait, and none was delivered to this worker for {waited:.0f} s"
-        if backlog and not self._circuit.is_closed:
-            yield f"the circuit is {self._circuit.state.value}, and {backlog} new requests wait"
+        if backlog and self._budget.is_failing:
+            yield f"Keyless fails, and {backlog} new requests wait"
         if self.key_refusal is not None:
             yield f"Keyless refuses the key: {self.key_refusal}"
 
@@ -178,8 +178,9 @@ class WorkerReporter:
             self._silence = f"{type(error).__name__}: {error}"
             return
         self._silence = None
+        self._budget.waits = self._fleet.waiting
         self._lateness, self._longest_wait = self._longest_wait, 0.0
-        if not self._fleet.backlog or self._delivered or self._circuit.state is not CircuitState.CLOSED:
+        if not self._fleet.backlog or self._delivered or self._budget.is_failing:
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = self._now()
@@ -203,10 +204,10 @@ class WorkerReporter:
         )
 
     def report_end(self) -> None:
-        """Report the end to listeners, which may count workers and circuits that are not closed."""
+        """Report the end to listeners, which may count workers and failing services."""
         self._publish_inspection(has_ended=True)
-        if self._transitions.state is not CircuitState.CLOSED:
-            self._publish_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
+        if (change := self._service.end(self._budget, ClientClosedError(), self._now())) is not None:
+            self._listeners.tell(change)
 
     # -- exchanges
 
@@ -237,19 +238,15 @@ class WorkerReporter:
         self._listeners.tell(created)
 
     def report_exchange(self, failure: KeylessError | None) -> None:
-        """Report the circuit's state after an exchange that was answered or failed transiently, if it has changed."""
-        state = self._circuit.state
-        if state is self._transitions.state:
+        """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
+        change = self._service.notice(self._budget, failure, self._now())
+        if change is None:
             return
-        change = self._transitions.notice(state, self._now())
-        if change.is_outage:
-            log(logging.WARNING, "keyless.circuit_opened", {"error": str(failure), "in_flight": len(self._deliveries)})
-        elif change.outage is not None:
-            log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
-        self._publish_circuit(change, None if failure is None else type(failure))
-
-    def _publish_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
-        self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
+        if self._service.is_logged and change.is_failing:
+            log(logging.WARNING, "keyless.failing", {"error": str(failure), "waiting": change.waiting})
+        elif self._service.is_logged:
+            log(logging.INFO, "keyless.answering", {"seconds": round(change.seconds, 3)})
+        self._listeners.tell(change)
 
     # -- deliveries
 

@@ -1,6 +1,6 @@
 """The exchanges of a delivery with Keyless: they create the operation, or poll it once.
 
-`decisions` decides what an answer means; `aiokeyless._rules.circuit` records how the exchanges went.
+`decisions` decides what an answer means; `aiokeyless._rules.budget` records how the exchanges went.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._http.creation import OperationCreation
 from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
-from aiokeyless._rules.backoff import error_delay, requested_pause
+from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
 from aiokeyless._rules.outcome import is_failure, is_service_well
 from aiokeyless.errors import (
     AlreadyApprovedError,
@@ -34,6 +34,7 @@ from .decisions import (
     Next,
     Pacing,
     Redeliver,
+    after_conflict,
     after_creation,
     after_failed_creation,
     after_poll,
@@ -52,18 +53,19 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from aiokeyless._http.transport import Transport
-    from aiokeyless._rules.circuit import Circuit
+    from aiokeyless._rules.budget import Budget
     from aiokeyless._rules.rate import PollRate
-    from aiokeyless._rules.slots import Slots
 
     from .broker import Broker
     from .decisions import Decision, Grace
-    from .messages import Delivery, Message
+    from .messages import Delivery
     from .monitoring import WorkerReporter
 
 #: No operation has this id. If Keyless reports it missing, it has accepted the key.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 
+#: Seconds of a delivery in which a create that failed is repeated.
+CREATES_FOR: Final = 5.0
 #: Repetitions of a final poll that comes too late for the broker to repeat it.
 _LATE_REPEATS: Final = 2
 
@@ -89,8 +91,7 @@ class DeliveryProcessor:
         broker: Broker,
         *,
         schedule: wait_base,
-        circuit: Circuit,
-        slots: Slots[Message],
+        budget: Budget,
         rate: PollRate,
         grace: Grace,
         reporter: WorkerReporter,
@@ -98,8 +99,7 @@ class DeliveryProcessor:
         self._transport = transport
         self._broker = broker
         self._schedule = schedule
-        self._circuit = circuit
-        self._slots = slots
+        self._budget = budget
         self._rate = rate
         self._grace = grace
         self._clock = broker.now
@@ -107,6 +107,7 @@ class DeliveryProcessor:
 
     async def process(self, delivery: Delivery) -> Decision:
         """Create the operation, or poll it. An error is this worker's, and not the request's."""
+        creates_until = self._now() + CREATES_FOR
         # The app may authenticate before the first poll, so only a claim tells two requests under one id apart.
         is_first = delivery.is_started_by_phone and delivery.message.is_untried
         if is_first and (conflict := await self._claim_for_phone(delivery)) is not None:
@@ -115,7 +116,7 @@ class DeliveryProcessor:
         # approval under an id that it holds answers this request, even if something fails afterwards.
         step = await self._poll_until_answered(delivery)
         if step is Next.CREATE:
-            step = await self._create(delivery)
+            step = await self._create_repeatedly(delivery, creates_until)
         if isinstance(step, Next):
             # The create found the operation, but no poll has yet. One soon will, even if a replica lags behind.
             return Redeliver(error_delay(1), ExchangeResult.CREATED, find_unannounced(delivery))
@@ -125,10 +126,36 @@ class DeliveryProcessor:
         """Poll. Repeat a final poll that comes after the grace, since one error must not decide the outcome."""
         step = await self._poll(delivery)
         for _ in range(_LATE_REPEATS):
-            if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:
+            has_token = self._budget.room(self._now()) >= 1
+            if not has_token or not isinstance(step, Decided) or step.event.answered is not False:
                 break
-            await asyncio.sleep(error_delay(1))
-            step = await self._poll(delivery)
+            step = await self._poll_again(delivery, error_delay(1))
+        return step
+
+    async def _poll_again(self, delivery: Delivery, delay: float) -> Decision | Next:
+        await asyncio.sleep(delay)
+        self._budget.record_poll(self._now())
+        return await self._poll(delivery)
+
+    async def _create_repeatedly(self, delivery: Delivery, until: float) -> Decision | Next:
+        """Create the operation, which was missing just now. Repeat that for some seconds if it fails transiently.
+
+        A create needs two good answers in a row. If it were tried once a delivery, users would be asked late or never.
+        The operation may be there in spite of the failure, so each create follows a poll that did not find it.
+        """
+        step = await self._create(delivery)
+        while (
+            isinstance(step, Redeliver)
+            and step.result is ExchangeResult.FAILED
+            and self._now() + step.delay < until
+            and delivery.ticket.remaining(self._clock()) > step.delay
+            and self._budget.room(self._now()) >= 1
+        ):
+            step, found = await self._poll_again(delivery, step.delay), ExchangeResult.ANSWERED
+            if step is Next.CREATE:
+                step, found = await self._create(delivery), ExchangeResult.CREATED  # or a conflict, if a replica lags
+            if isinstance(step, Redeliver) and step.result is found:
+                step = step._replace(created=delivery.request)  # no other delivery can have known of it
         return step
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
@@ -145,6 +172,7 @@ class DeliveryProcessor:
     async def _create_claimed(self, delivery: Delivery, claim: Claim) -> Decision | Next:
         """Create the operation under an id that this request holds, by this claim or by an earlier one."""
         ticket, started_at = delivery.ticket, self._now()
+        self._budget.record_poll(started_at)
         try:
             await OperationCreation(
                 self._transport,
@@ -159,22 +187,23 @@ class DeliveryProcessor:
             ).run()
         except AlreadyApprovedError:
             # There was no operation before, and our create was in doubt. The user approved before the check found it.
-            self._record_success(started_at)
+            self._record_success()
             return Next.POLL
         except ConflictError:
-            self._record_success(started_at)
+            self._record_success()
             if claim is Claim.HELD or not await self._broker.unclaim(delivery.message):
-                return Next.POLL
+                return after_conflict(delivery, self._clock(), self._pacing(delivery))
             return fail(delivery, FailureReason.CONFLICT, OTHER_OPERATION, now=self._clock())
         except KeylessError as error:
             may_exist = (
                 claim is Claim.HELD or may_have_taken_effect(error) or not await self._broker.unclaim(delivery.message)
             )
-            self._record_error(delivery, error, started_at, is_probe=True, was_seen=may_exist)
+            # The poll before it was answered well: it found nothing.
+            self._record_error(delivery, error, started_at, was_seen=may_exist, was_good=True)
             return after_failed_creation(
                 delivery, error, now=self._clock(), pacing=self._pacing(delivery, error), may_exist=may_exist
             )
-        self._record_success(started_at)
+        self._record_success()
         self._reporter.count("created")
         return after_creation(delivery, self._clock(), self._pacing(delivery))
 
@@ -184,10 +213,11 @@ class DeliveryProcessor:
         answer = await self._get(delivery, polled_at)
         was_created = await self._was_created(delivery, answer, polled_at)
         if isinstance(answer, KeylessError):
-            is_probe = not is_final(delivery, polled_at)
-            self._record_error(delivery, answer, started_at, is_probe=is_probe, was_seen=was_created)
+            is_late = is_final(delivery, polled_at)
+            was_good = not (delivery.message.is_untried or delivery.message.failures)
+            self._record_error(delivery, answer, started_at, was_seen=was_created, was_good=was_good, is_final=is_late)
         else:
-            self._record_success(started_at)
+            self._record_success()
         step = after_poll(
             delivery,
             answer,
@@ -236,7 +266,8 @@ class DeliveryProcessor:
         self._rate.record_poll(started_at)
         answer: Operation | KeylessError
         try:
-            answer = await self._transport.fetch(get_operation(operation_id), circuit=self._circuit.state)
+            is_renewal = self._budget.take_renewal(started_at)
+            answer = await self._transport.fetch(get_operation(operation_id), is_renewal=is_renewal)
         except KeylessError as error:
             answer = error.with_traceback(None)
         final = is_final(delivery, polled_at)
@@ -246,40 +277,54 @@ class DeliveryProcessor:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _record_success(self, started_at: float) -> None:
-        self._circuit.record_success(self._now(), started_at=started_at)
+    def _record_success(self) -> None:
+        self._budget.record_success(self._now())
+        self._rate.record_answer()
         self._reporter.report_exchange(None)
 
     def _record_error(
-        self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool, was_seen: bool
+        self,
+        delivery: Delivery,
+        error: KeylessError,
+        started_at: float,
+        *,
+        was_seen: bool,
+        was_good: bool,
+        is_final: bool = False,
     ) -> None:
         """Record what a failure says about the service. If it says something about this worker, raise it."""
         # Of these, only what may pass by itself is transient: a key that was replaced, a function that returned none.
         if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError) and not error.is_transient:
             raise error
         if is_well := is_service_well(error, was_seen=was_seen):
-            self._record_success(started_at)
+            self._record_success()
             return
         if is_well is None:
-            self._circuit.record_cut(started_at=started_at, is_probe=is_probe)
+            self._budget.record_other()
             return
         self._reporter.count("transient_failures")
-        now, is_refusal = self._now(), isinstance(error, RateLimitError)
-        is_probe = is_probe and not self._slots.has_failed(delivery.message)
-        self._circuit.record_failure(
-            now, delivery.ticket.operation_id, started_at=started_at, is_probe=is_probe, is_refusal=is_refusal
-        )
-        self._rate.record_failure(now, self._circuit, error, started_at=started_at, is_probe=is_probe)
+        now = self._now()
+        self._budget.record_failure(now, started_at=started_at)
+        if isinstance(error, RateLimitError):
+            self._rate.record_refusal(now, error, started_at=started_at, is_final=is_final, was_good=was_good)
+        else:
+            self._rate.record_answer()
         self._reporter.report_exchange(error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:
         own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0
+        now = self._now()
+        age = (self._clock() - delivery.ticket.created_at).total_seconds()
         return Pacing(
             schedule=self._schedule,
-            failures=delivery.message.failures + 1,
+            failures=failures_that_count(
+                delivery.message.failures + 1,
+                since_good=min(now - self._budget.answered_at, age),
+                is_refusal=isinstance(answer, RateLimitError),
+            ),
             paused_for=own_pause,
-            closed_for=self._circuit.retry_at() - self._now(),
+            closed_for=max(self._budget.ready_at(now), self._rate.ready_at(now)) - now,
             grace=self._grace,
         )
 

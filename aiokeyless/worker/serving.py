@@ -1,6 +1,6 @@
 """The serving phase of a worker: it takes deliveries, processes each, and puts it off or decides it.
 
-It keeps no wait in memory. `processor` talks to Keyless, `aiokeyless._rules.circuit` limits the exchanges at once, and
+It keeps no wait in memory. `processor` talks to Keyless, `aiokeyless._rules` limits the exchanges, and
 `approval_worker` owns the life of the worker.
 """
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.circuit import Circuit
-from aiokeyless._rules.probes import Alternation
+from aiokeyless._rules.budget import Budget
+from aiokeyless._rules.order import Alternation
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import Slots, most_in_flight
 from aiokeyless._tracing import context_without_traces
@@ -61,7 +61,7 @@ TAKES_FOR: Final = 1.0
 _HANDED_BACK_FOR: Final = 1.5
 #: Seconds after which a request is delivered again whose outcome the broker refused: much less than the lease.
 _REFUSED_FOR: Final = 2.0
-#: Repetitions of a put-off while the broker is away: for about half a minute. A lease is 40 s by default.
+#: Repetitions of a put-off while the broker is away: for about half a minute. A lease is 45 s by default.
 _REPETITIONS: Final = 10
 
 
@@ -101,20 +101,19 @@ class Serving:
         self._grace = Grace(limits.grace, since=broker.now())
         self._longest_wait = longest_wait
         self._on_fatal = on_fatal
-        self._circuit = Circuit(limits.max_in_flight)
-        self._slots: Slots[Message] = Slots(self._circuit)
+        self._budget = Budget()
+        self._slots: Slots[Message] = Slots(limits.max_in_flight)
         self._alternation = Alternation()
         self._rate = PollRate(limits.max_polls_per_second)
         self._deliveries: dict[asyncio.Task[None], Message] = {}  # in flight
         # A request belongs to the trace of its submitter, and its polls have no spans.
         self._context = context_without_traces()
-        self._reporter = WorkerReporter(broker, self._circuit, self._deliveries, listeners=listeners, on_loss=on_fatal)
+        self._reporter = WorkerReporter(broker, self._budget, self._deliveries, listeners=listeners, on_loss=on_fatal)
         self._processor = DeliveryProcessor(
             transport,
             broker,
             schedule=schedule,
-            circuit=self._circuit,
-            slots=self._slots,
+            budget=self._budget,
             rate=self._rate,
             grace=self._grace,
             reporter=self._reporter,
@@ -155,23 +154,21 @@ class Serving:
 
     async def _take_more(self, now: float) -> None:
         """Take as many deliveries as there is room for; without room, wait for some."""
-        self._slots.release_slow(now)
         room = self._room(now)
-        if (polls := self._rate.room(now)) is not None:
-            room = min(room, polls)
         try:
             if room > 0:
-                is_fair = not self._circuit.is_closed or self._slots.are_held_by_failing
-                untried = self._alternation.count_untried(room) if is_fair else None
-                await self._receive(self._broker.take(room, TAKES_FOR, untried=untried))
+                are_slow = len(self._deliveries) > self._limits.max_in_flight  # those that hang leave little room
+                is_short = are_slow or self._budget.is_short(now) or self._slots.are_held_by_failing
+                untried = self._alternation.count_untried(room) if is_short else None
+                await self._receive(self._broker.take(room, TAKES_FOR, untried=untried), needs_exchange=True)
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
-                free = self._most_in_flight(now) - len(self._deliveries)
                 may_be_over = self._grace.may_be_over(self._broker.now())
-                if free > 0 and may_be_over and self._is_away(now) and self._key_check is None:
-                    await self._receive(self._broker.take_overdue(free, self._grace.seconds))
+                if may_be_over and self._is_away(now) and self._key_check is None:
+                    overdue = self._broker.take_overdue(self._limits.max_in_flight, self._grace.seconds)
+                    await self._receive(overdue, needs_exchange=False)
                 now = self._loop.time()
-                ready_at = max(self._circuit.retry_at(), self._rate.ready_at(now))
+                ready_at = self._ready_at(now)
                 if ready_at <= now:  # the slots are held
                     ready_at = self._slots.slow_at()
                 await self._pause(min(max(ready_at - now, _EARLY), TAKES_FOR))
@@ -181,7 +178,7 @@ class Serving:
             self._unavailable.log({"error": str(error)})
             await self._pause(error_delay(self._silences))
 
-    async def _receive(self, taking: Coroutine[object, object, Sequence[Message]]) -> None:
+    async def _receive(self, taking: Coroutine[object, object, Sequence[Message]], *, needs_exchange: bool) -> None:
         self._taking = self._loop.create_task(taking)
         try:
             await asyncio.wait({self._taking})
@@ -198,21 +195,28 @@ class Serving:
         new = sum(message.is_untried for message in messages)
         self._alternation.record(untried=new, others=len(messages) - new)
         for message in messages:
-            self._take(message)
+            self._take(message, needs_exchange=needs_exchange)
 
     def _is_away(self, now: float) -> bool:
-        """Return whether the service is down, or asked for a pause that is longer than the grace."""
-        return self._circuit.is_probed or self._circuit.retry_at() - now > self._grace.seconds
+        """Return whether the service is down, hangs, or asked for a pause that is longer than the grace."""
+        is_full = len(self._deliveries) >= self._most_in_flight(now)  # of exchanges that hang
+        return is_full or self._budget.room(now) < 1 or self._rate.paused_until - now > self._grace.seconds
+
+    def _ready_at(self, now: float) -> float:
+        """Return when the budget and the rate let the next exchange start."""
+        return max(self._budget.ready_at(now), self._rate.ready_at(now))
 
     def _room(self, now: float) -> int:
-        """Return how many more deliveries may be in flight; negative if there are too many."""
-        in_flight = len(self._deliveries)
+        """Return how many more deliveries may start an exchange now."""
         if self._key_check is not None:
-            return -in_flight
-        return min(self._circuit.room(now) - len(self._slots), self._most_in_flight(now) - in_flight)
+            return 0
+        self._slots.release_slow(now)
+        slots = min(self._slots.limit - len(self._slots), self._most_in_flight(now) - len(self._deliveries))
+        polls = self._rate.room(now)
+        return min(slots, self._budget.room(now), slots if polls is None else polls)
 
     def _most_in_flight(self, now: float) -> int:
-        most = most_in_flight(self._limits.max_in_flight, now, answered_at=self._circuit.answered_at)
+        most = most_in_flight(self._limits.max_in_flight, now, answered_at=self._budget.answered_at)
         return int(min(most, self._transport.max_connections))  # what waits for a connection looks like hanging
 
     async def _pause(self, seconds: float) -> None:
@@ -268,32 +272,38 @@ class Serving:
 
     # -- one delivery
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: Message, *, needs_exchange: bool) -> None:
+        now = self._loop.time()
         self._reporter.report_delivery(message)
         # Not by the loop's task factory: an eager one would run the delivery before it is counted below.
-        task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
+        task = asyncio.Task(
+            self._deliver(message, needs_exchange=needs_exchange), loop=self._loop, context=self._context
+        )
         self._deliveries[task] = message
-        self._slots.take(message, self._loop.time(), is_retry=message.failures > 0)
+        if needs_exchange:
+            self._slots.take(message, now, is_retry=message.failures > 0)
+            self._budget.record_poll(now)
         task.add_done_callback(self._forget_delivery)
 
     def _forget_delivery(self, task: asyncio.Task[None]) -> None:
         self._slots.release(self._deliveries.pop(task))
         self._changed.set()
 
-    async def _deliver(self, message: Message) -> None:
+    async def _deliver(self, message: Message, *, needs_exchange: bool) -> None:
         started_at = self._loop.time()
-        failure = await self._process(message)
+        failure = await self._process(message, needs_exchange=needs_exchange)
         self._reporter.report_settlement(message.number, failure, started_at=started_at)
 
-    async def _process(self, message: Message) -> Exception | None:
+    async def _process(self, message: Message, *, needs_exchange: bool) -> Exception | None:
         """Decide a delivery's request, or have it delivered again. Return what kept it from being settled, if any."""
         decision: Decision = Redeliver(0.0)  # if the broker is away before there is one
         try:
             now = self._loop.time()
-            self._slots.release_slow(now)
-            # If the circuit has opened since the take, there is less room now.
-            is_too_much = self._room(now) < 0
-            decision = self._decide_without_exchange(message, now) if is_too_much else await self._decide(message)
+            # Since the take, the service may have asked for a pause, or refused the key.
+            if needs_exchange and self._key_check is None and now >= self._rate.paused_until:
+                decision = await self._decide(message)
+            else:
+                decision = self._decide_without_exchange(message, now)
             await self._settle(message, decision)
         except RefusedError as error:
             await self._give_back(message, _REFUSED_FOR)
@@ -339,7 +349,7 @@ class Serving:
             is_over = delivery.refusal is None and self._grace.left(delivery, moment) < 0
             if is_over and self._is_away(now):
                 return after_outage(delivery, now=moment)
-        pause = max(0.0, self._circuit.retry_at() - now)
+        pause = max(0.0, self._ready_at(now) - now)
         return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), ExchangeResult.NONE)
 
     async def _decide(self, message: Message) -> Decision:

@@ -339,7 +339,7 @@ async def _run(base_url: str, plan: Plan, folder: Path) -> None:
 
 def run(base_url: str, plan: Plan, folder: Path) -> None:
     """Run the applications, and write "outcomes" and "samples"; the main function of their process."""
-    logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the circuit opens is what is expected here
+    logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the service fails is what is expected here
     allow_many_sockets()
     with asyncio.Runner(loop_factory=loop_factory(uvloop=plan.uvloop)) as runner:
         runner.run(_run(base_url, plan, folder))

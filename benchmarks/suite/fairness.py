@@ -165,7 +165,7 @@ async def measure(
     Args:
         broker: The broker.
         weather: What becomes of the bad ones.
-        before: Good requests before the bad ones. Most are approved in the break, so no good answer closes the circuit.
+        before: Good requests before the bad ones. Most are approved in the break, so few good answers come then.
         after: Good requests after the break.
         quiet: Seconds of the break.
     """

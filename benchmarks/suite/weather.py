@@ -157,7 +157,7 @@ def _short_outages(bench: Bench, report: Report) -> None:
         for waits in (1, 3, 30, 200):
             name = f"an outage of {down:g} s, {waits} waits"
             bench.progress(f"  {name}")
-            # Many seeds: when the next probe is due at its end is chance, and worth up to a second.
+            # Many seeds: when the next poll is due at its end is chance, and worth up to a second.
             seeds = range(bench.pick(full=64, smoke=1))
             found = [short_outage(down, waits=waits, seed=seed) for seed in seeds]
             late, requests = map(statistics.mean, zip(*found, strict=True))

@@ -155,25 +155,6 @@ def machine() -> Drawing:
     return drawing
 
 
-def circuit() -> Drawing:
-    """Draw the states of the circuit and what leads from one to another."""
-    drawing = Drawing(760, 300, "The circuit: closed, open, half open, and what leads from one to another")
-    drawing.box(30, 40, 190, 76, "closed", "polls up to max_in_flight", colour=GREEN)
-    drawing.box(540, 40, 190, 76, "open", "one probe at a time", colour=RED)
-    drawing.box(285, 200, 190, 76, "half open", "2 polls, 4, 8, …")
-    drawing.path("M220 66H538", RED)
-    drawing.text(380, 36, "several operations fail in a row,", "or the service asks for a pause", anchor="middle")
-    drawing.path("M655 116V238H477", GREEN)
-    drawing.text(645, 262, "a probe is answered", anchor="end")
-    drawing.path("M475 216H580V118", RED)
-    drawing.text(572, 152, "as from closed", colour=GREY, anchor="end")
-    drawing.path("M285 238H125V118", GREEN)
-    drawing.text(275, 262, "max_in_flight is reached,", "or it went well for 30 s", anchor="end")
-    drawing.path("M690 40V16H750V78H732", RED)
-    drawing.text(668, 20, "a probe fails: backoff", colour=GREY, anchor="end")
-    return drawing
-
-
 LAYERS: Final = (
     (("cli", "pytest_plugin"), "what people run"),
     (("sync",), "the client and the worker's application side, without an event loop"),
@@ -184,7 +165,7 @@ LAYERS: Final = (
     (("client",), "the public methods"),
     (("_waits",), "engine 1: waits in memory"),
     (("_http", "_token"), "endpoints as data, exchanges over aiohttp; what a signature proves"),
-    (("_rules",), "what a poll means, the circuit, the backoff: pure"),
+    (("_rules",), "what a poll means, the budget, the backoff: pure"),
     (("schedule",), "when to poll next"),
     (("_listeners", "_tracing"), "tells listeners; the caller's trace"),
     (("reports",), "what a client reports"),
@@ -237,7 +218,6 @@ def actors() -> Drawing:
 
 PICTURES: Final = {
     "actors.svg": actors,
-    "circuit.svg": circuit,
     "house.svg": house,
     "machine.svg": machine,
     "wait.svg": life_of_a_wait,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WAITS: Final = "aiokeyless_waits_active"
 POLLS: Final = "aiokeyless_polls_total"
-CIRCUIT: Final = "aiokeyless_circuit_state"
+FAILING: Final = "aiokeyless_service_failing"
 APPROVALS: Final = "aiokeyless_wait_duration_seconds_bucket"
 WINDOW: Final = 10.0  # seconds of approvals in a quantile, as histogram_quantile(..., rate(...[10s])) does
 
@@ -95,7 +95,7 @@ def draw(scrapes: list[Scrape], outage: tuple[float, float]) -> Figure:
     """Draw the four diagrams that a dashboard would have."""
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "aiokeyless", "font.size": 9})
     figure = Figure(figsize=(8, 8), layout="constrained")
-    waits, polls, circuit, approvals = figure.subplots(4, sharex=True)
+    waits, polls, failing, approvals = figure.subplots(4, sharex=True)
     times = [at for at, _ in scrapes]
     waits.plot(times, [sums.get((WAITS, None), 0.0) for _, sums in scrapes])
     waits.set_ylabel("waits active")
@@ -104,16 +104,16 @@ def draw(scrapes: list[Scrape], outage: tuple[float, float]) -> Figure:
     ]
     polls.plot(times[1:], rates)
     polls.set_ylabel("polls a second")
-    circuit.step(times, [sums.get((CIRCUIT, None), 0.0) for _, sums in scrapes], where="post")
-    circuit.set_yticks([0, 1, 2], ["closed", "half open", "open"])
-    circuit.set_ylabel("circuit")
+    failing.step(times, [sums.get((FAILING, None), 0.0) for _, sums in scrapes], where="post")
+    failing.set_yticks([0, 1], ["no", "yes"])
+    failing.set_ylabel("Keyless fails")
     for q, label in ((0.5, "p50"), (0.95, "p95")):
         values = [quantile(q, _earlier(scrapes, scrape[0]), scrape) for scrape in scrapes]
         approvals.plot(times, values, label=label)
     approvals.set_ylabel(f"approval time, s\n(of the last {WINDOW:.0f} s)")
     approvals.set_xlabel("seconds")
     approvals.legend(frameon=False)
-    axes: tuple[Axes, ...] = (waits, polls, circuit, approvals)
+    axes: tuple[Axes, ...] = (waits, polls, failing, approvals)
     for ax in axes:
         ax.axvspan(*outage, color="#f4d9d0", zorder=0)
         ax.set_ylim(bottom=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import statistics
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from aiokeyless import KeylessClient, Operation, RequestTimeoutError, Secret, Se
 from aiokeyless._http import protocol
 from aiokeyless._http.keys import ApiKeys
 from aiokeyless._http.transport import Transport
-from aiokeyless._rules.circuit import CircuitState
 from aiokeyless.events import PollEnded, RequestEnded
 from aiokeyless.sandbox import Sandbox
 
@@ -262,11 +262,20 @@ class Host:
     def __init__(self) -> None:
         self.status = 200
         self.body = operation()
+        self.seconds = 0.0
+        """From the first byte of an answer's body to the others."""
         self.connections: list[object] = []
 
-    async def answer(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         self.connections.append(request.transport)
-        return web.Response(status=self.status, body=self.body, content_type="application/json")
+        if not self.seconds:
+            return web.Response(status=self.status, body=self.body, content_type="application/json")
+        response = web.StreamResponse(status=self.status)
+        await response.prepare(request)
+        await response.write(self.body[:1])
+        await asyncio.sleep(self.seconds)
+        await response.write(self.body[1:])
+        return response
 
     def used(self) -> int:
         """Return how many connections were used since the last call."""
@@ -295,42 +304,42 @@ async def sender(request: pytest.FixtureRequest, host: tuple[Host, str]) -> Asyn
 
 
 @pytest.mark.parametrize(
-    "probe",
+    "renew",
     [
-        lambda sender: sender.poll("a", CircuitState.OPEN),
-        lambda sender: sender.fetch(protocol.get_operation("a"), circuit=CircuitState.OPEN),
+        lambda sender: sender.poll("a", True),  # noqa: FBT003  # as the poller calls it
+        lambda sender: sender.fetch(protocol.get_operation("a"), is_renewal=True),
     ],
     ids=["a poll", "a worker's"],
 )
-async def test_each_probe_of_an_open_circuit_has_a_new_connection(
-    host: tuple[Host, str], sender: Transport, probe: Callable[[Transport], Awaitable[Operation]]
+async def test_each_renewal_has_a_new_connection(
+    host: tuple[Host, str], sender: Transport, renew: Callable[[Transport], Awaitable[Operation]]
 ) -> None:
     await sender.poll("a")
     host[0].used()
     for _ in range(3):
-        await probe(sender)
+        await renew(sender)
     assert host[0].used() == 3
 
 
-@pytest.mark.parametrize("body", [b"busy", b""], ids=["with a body", "without one"])
-@pytest.mark.parametrize(("circuit", "connections"), [(CircuitState.CLOSED, 1), (CircuitState.HALF_OPEN, 4)])
-async def test_connection_that_brought_a_500_is_kept_only_while_the_circuit_is_closed(
-    host: tuple[Host, str], sender: Transport, circuit: CircuitState, connections: int, body: bytes
+@pytest.mark.parametrize(("body", "seconds"), [(b"busy", 0.0), (b"", 0.0), (b"busy", 0.5)])
+@pytest.mark.parametrize("renewal", [None, 503, 200])
+async def test_connection_that_brought_a_503_is_kept_unless_a_new_one_brings_good_answers(
+    host: tuple[Host, str], sender: Transport, renewal: int | None, body: bytes, seconds: float
 ) -> None:
     service = host[0]
-    service.status, service.body = 503, body
+    await sender.poll("a")
+    await asyncio.sleep(1)
+    if renewal is not None:
+        service.status = renewal
+        with contextlib.suppress(ServerError):
+            await sender.poll("a", is_renewal=True)
+    service.used()
+    service.status, service.body, service.seconds = 503, body, seconds
     for _ in range(4):
         with pytest.raises(ServerError):
-            await sender.poll("a", circuit)
-    assert service.used() == (connections if sender._owned_sessions else 1)  # aiohttp has put it back already
-
-
-async def test_good_answer_keeps_its_connection_while_the_circuit_is_half_open(
-    host: tuple[Host, str], sender: Transport
-) -> None:
-    for _ in range(3):
-        await sender.poll("a", CircuitState.HALF_OPEN)
-    assert host[0].used() == 1
+            await sender.poll("a")
+    # The second one is newer than the renewal. A borrowed session closes none that is older.
+    assert service.used() == (2 if renewal == 200 and sender._owned_sessions else 1)
 
 
 async def test_no_connection_of_ours_is_used_for_over_a_minute(host: tuple[Host, str]) -> None:
@@ -342,9 +351,9 @@ async def test_no_connection_of_ours_is_used_for_over_a_minute(host: tuple[Host,
         assert service.used() == 2  # the second from 70 s on
 
 
-@pytest.mark.parametrize("circuit", [CircuitState.CLOSED, CircuitState.OPEN])
+@pytest.mark.parametrize("is_renewal", [False, True])
 async def test_name_that_moves_is_followed_after_3_seconds(
-    monkeypatch: pytest.MonkeyPatch, circuit: CircuitState
+    monkeypatch: pytest.MonkeyPatch, *, is_renewal: bool
 ) -> None:
     monkeypatch.setattr("aiohttp.connector.monotonic", now)
     answered = answer(operation())
@@ -358,12 +367,12 @@ async def test_name_that_moves_is_followed_after_3_seconds(
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
         keys = ApiKeys(Secret("key"))
         sender = Transport("http://localhost:1", keys, session=None, request_timeout=5.0, max_attempts=1)
-        await sender.poll("a", circuit)
+        await sender.poll("a", is_renewal)
         current = new
         await asyncio.sleep(2.9)
-        await sender.poll("a", circuit)
+        await sender.poll("a", is_renewal)
         assert len(new.heads) == 0
         await asyncio.sleep(0.2)
-        await sender.poll("a", circuit)
+        await sender.poll("a", is_renewal)
         assert (len(old.heads), len(new.heads)) == (2, 1)
         await sender.aclose()

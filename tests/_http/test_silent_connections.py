@@ -22,7 +22,6 @@ from aiokeyless._http import transport
 from aiokeyless._http.keys import ApiKeys
 from aiokeyless._http.transport import Transport
 from aiokeyless._rules.ambiguity import may_have_taken_effect
-from aiokeyless._rules.circuit import CircuitState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,14 +67,15 @@ def make_transport(url: str, session: aiohttp.ClientSession | None = None, proxy
 
 
 @needs_the_option
-@pytest.mark.parametrize("circuit", [CircuitState.CLOSED, CircuitState.OPEN], ids=["kept", "new"])
+@pytest.mark.parametrize("is_renewal", [False, True], ids=["kept", "new"])
 @pytest.mark.parametrize("way", ["http", "https", "proxy"])
 async def test_connection_of_ours_may_be_silent_for_3_seconds(
     monkeypatch: pytest.MonkeyPatch,
     certificate: tuple[Path, Path],
     sockets: list[socket.socket],
     way: str,
-    circuit: CircuitState,
+    *,
+    is_renewal: bool,
 ) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(*certificate)
@@ -87,7 +87,7 @@ async def test_connection_of_ours_may_be_silent_for_3_seconds(
     ):
         url = server.url if way == "http" else server.url.replace("http:", "https:")
         sender = make_transport(url, proxy=proxy.url if way == "proxy" else None)
-        await sender.poll("a", circuit)
+        await sender.poll("a", is_renewal)
         await sender.aclose()
         assert len(proxy.heads) == (way == "proxy")
     assert silences(sockets) == {3000}

@@ -732,7 +732,7 @@ async def test_failed_exchange_is_logged(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_log_without_handlers_prints_nothing() -> None:
-    program = "import logging, aiokeyless; logging.getLogger('aiokeyless').warning('the circuit opens')"
+    program = "import logging, aiokeyless; logging.getLogger('aiokeyless').warning('Keyless fails')"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert run.stderr == b""
 

@@ -35,22 +35,22 @@ def test_the_delay_after_very_many_failures_is_no_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failures", "since_own", "since_good", "is_spared", "counted"),
+    ("failures", "since_good", "is_refusal", "counted"),
     [
-        (1, 0.0, 0.0, False, 1),
-        (2, 0.0, 0.0, True, 2),
-        (9, 30.0, 1.0, False, 2),
-        (9, 30.0, 1.01, False, 9),
-        (9, 30.01, 1.0, False, 9),
-        (9, 30.0, math.inf, True, 2),
-        (9, 30.01, 0.0, True, 9),
+        (1, 0.0, False, 1),
+        (2, 0.0, False, 2),
+        (31, 30.0, False, 2),
+        (32, 30.0, False, 3),
+        (1000, 30.0, False, 3),
+        (9, 30.01, False, 9),
+        (9, math.inf, False, 9),
+        (9, 0.0, True, 9),
     ],
 )
-def test_two_failures_count_for_half_a_minute_if_answers_fail_at_random_or_few_polls_are_sent(
-    failures: int, since_own: float, since_good: float, counted: int, *, is_spared: bool
+def test_two_failures_count_and_three_of_many_unless_the_service_is_silent_or_refuses(
+    failures: int, since_good: float, counted: int, *, is_refusal: bool
 ) -> None:
-    counts = failures_that_count(failures, since_own=since_own, since_good=since_good, is_spared=is_spared)
-    assert counts == counted
+    assert failures_that_count(failures, since_good=since_good, is_refusal=is_refusal) == counted
 
 
 # -- what the service asks for

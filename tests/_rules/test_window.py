@@ -173,3 +173,60 @@ def test_late_answers_are_a_queue_if_they_come_in_order_and_over_a_fifth_slower_
         if window.record_success(now, started_at=started_at):
             window.adapt(now, [now] * 10)
     assert window.limit == expected
+
+
+class TestBeginningAnew:
+    """After an outage, or silence, few polls are in flight at first: the service may still be starting."""
+
+    def test_after_an_outage_sixteen_and_one_more_with_each_good_answer(self) -> None:
+        window = Window()
+        window.begin_anew(100.0)
+        assert window.opens_at(101.0, [100.5] * 15) == 101.0
+        assert window.opens_at(101.0, [100.5] * 16) == 101.5
+        for limit in (17.0, 18.0, 19.0):
+            assert window.record_success(101.0, started_at=100.5)
+            window.adapt(101.0, [100.5] * 16)
+            assert window.limit == limit
+        assert not window.record_success(101.0, started_at=99.9), "it started before"
+
+    def test_there_is_no_limit_again_once_it_is_not_needed(self) -> None:
+        window = Window()
+        window.begin_anew(100.0)
+        for limit in (17.0, math.inf):
+            assert window.record_success(101.0, started_at=100.5)
+            window.adapt(101.0, [100.5] * (5 if limit < math.inf else 4))
+            assert window.limit == limit
+        assert not window.record_success(101.0, started_at=100.5)
+
+    def test_an_answer_that_is_late_ends_the_rise(self) -> None:
+        window = Window()
+        for start, at in QUICK:
+            window.record_success(at, started_at=start)
+        window.begin_anew(100.0)
+        assert window.record_success(102.0, started_at=101.0)
+        window.adapt(102.0, [101.5] * 16)
+        assert window.limit == 16.0
+        assert window.opens_at(102.0, [100.5] * 16) == 100.5 + 3 * 1.0
+        assert not window.record_success(102.0, started_at=101.0), "a round has eight answers again"
+
+    @pytest.mark.parametrize(
+        ("started_at", "answered_at", "limit"), [(100.0, 99.0, 2.0), (100.0, 100.0, math.inf), (100.0, 101.0, math.inf)]
+    )
+    def test_a_poll_without_an_answer_leaves_two_at_a_time_unless_another_was_answered(
+        self, started_at: float, answered_at: float, limit: float
+    ) -> None:
+        window = Window()
+        window.record_silence(110.0, started_at=started_at, answered_at=answered_at)
+        assert window.limit == limit
+
+    def test_the_longer_the_silence_lasts_the_fewer_polls_are_sent(self) -> None:
+        window = Window()
+        gaps = []
+        for now in (110.0, 120.0, 130.0, 140.0):
+            window.record_silence(now, started_at=now - 10.0, answered_at=0.0)
+            window.record_silence(now, started_at=now - 10.1, answered_at=0.0)  # it began before the last one
+            gaps.append(window.opens_at(now, [now, now]) - now)
+        assert gaps == [1.0, 2.0, 4.0, 8.0]
+        assert window.record_success(141.0, started_at=140.5)
+        window.adapt(141.0, [140.5, 140.5])
+        assert (window.limit, window.opens_at(141.0, [140.5] * 3)) == (3.0, 140.5 + 3 * 0.5)

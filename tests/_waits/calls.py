@@ -119,7 +119,7 @@ class Calls(Machine):
         listeners: Listeners | None = None,
     ) -> None:
         super().__init__(
-            Reporter(listeners, 0.0),
+            Reporter(listeners),
             schedule=schedule or wait_fixed(1),
             max_in_flight=slots,
             max_connections=connections,

@@ -314,7 +314,7 @@ class TestTrouble:
         ]
         assert [record.levelname for record in logged] == ["DEBUG"] * 4
         assert client.statistics.transient_failures == 0
-        assert client.statistics.circuit == "closed"
+        assert not client.statistics.is_failing
 
     async def test_telemetry_that_is_forbidden_rests_two_minutes(self, service: Service, client: KeylessClient) -> None:
         service.answers(403)

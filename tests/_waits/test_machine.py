@@ -12,14 +12,13 @@ from tenacity.wait import wait_base
 
 from aiokeyless import ApprovalTicket, ConfigurationError, DecodeError, DefaultTimeout, KeylessError, wait_adaptive
 from aiokeyless._listeners import Listeners
-from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.final import Unanswered
 from aiokeyless._waits import machine as machine_module
 from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.state import Poll, WaitPhase
-from aiokeyless.events import CircuitChanged, Event, PollEnded, WaitEnded, WaitOutcome, WaitStarted
+from aiokeyless.events import Event, PollEnded, ServiceChanged, WaitEnded, WaitOutcome, WaitStarted
 
-from .calls import TIMEOUT, USER, Calls, Updates, error, names, no_key, operation
+from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,7 +185,7 @@ class TestSlots:
             machine.wait(f"hanging-{number}")
         in_flight = 0
         for at in range(10):
-            machine._circuit.answered_at = at - answered
+            machine._budget.answered_at = at - answered
             in_flight += len(machine.started(float(at)))
             if machine.take_cut():
                 break
@@ -329,53 +328,6 @@ class TestSlots:
         assert names(machine.started(0.0)) == ["here"]
         assert machine.wake_at() == TIMEOUT
 
-    @pytest.mark.parametrize("were_seen", [False, True])
-    def test_those_that_failed_last_get_half_of_the_slots(self, *, were_seen: bool) -> None:
-        machine = Calls(4, schedule=wait_fixed(0.02))
-        for number in range(4):
-            machine.wait(f"bad-{number}")
-        polls = machine.started(0.0)
-        if were_seen:
-            for poll in polls:
-                machine.answer(poll, 0.0)
-            polls = machine.started(0.02)
-        for poll in polls:
-            machine.answer(poll, 0.0, error(500))
-        machine.wait("good", at=0.4)
-        machine.wait("better", at=0.6)
-        assert names(machine.started(0.4)) == ["good"]
-        assert [name[:3] for name in names(machine.started(0.6))] == ["bad", "bad", "bet"]
-
-    @pytest.mark.parametrize("were_seen", [False, True])
-    @pytest.mark.parametrize(("slots", "share"), [(4, 2), (3, 1)])
-    def test_failed_ones_that_hang_leave_their_share_after_a_second(
-        self, slots: int, share: int, *, were_seen: bool
-    ) -> None:
-        machine = Calls(slots, schedule=wait_fixed(1))
-        for number in range(slots):
-            machine.wait(f"bad-{number}")
-        failed_at = 0.0
-        if were_seen:
-            for poll in machine.started(0.0):
-                machine.answer(poll, 0.0)
-            failed_at = 1.0
-        for poll in machine.started(failed_at):
-            machine.answer(poll, failed_at, error(500))
-        assert len(machine.started(failed_at + 0.5)) == share
-        assert machine.wakes(failed_at + 0.6) == failed_at + 1.5
-        assert len(machine.started(failed_at + 1.5)) == share
-
-    def test_a_driver_does_not_wake_for_the_share_of_those_that_failed_last_if_none_of_them_waits(self) -> None:
-        machine = Calls(4, schedule=wait_fixed(60))
-        *_, leaving = [machine.wait(name) for name in ("bad", "worse", "leaving")]
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0, error(500))
-        machine.give_up(leaving, 0.1)
-        machine.wait("bad", at=0.2)
-        machine.wait("new", at=0.2, is_fresh=True)
-        assert len([*machine.started(0.2), *machine.started(0.5)]) == 2
-        assert machine.wakes(0.5) == 0.2 + TIMEOUT
-
     @pytest.mark.parametrize(("answer", "first"), [(error(500), 30), (error(403), 30), (error(429), 10)], ids=str)
     def test_an_operation_that_always_fails_is_polled_less_after_half_a_minute(
         self, answer: KeylessError, first: int
@@ -386,31 +338,28 @@ class TestSlots:
         assert len([at for at in polls if 1.0 < at <= 31.0]) == first
         assert 4 <= len([at for at in polls if at > 31.0]) <= 9
 
-    def test_of_five_operations_that_fail_one_is_polled_each_second_for_half_a_minute(self) -> None:
-        machine = Calls()
-        for number in range(5):
-            machine.wait(f"op-{number}")
-        polls = [at for at, _ in machine.run(100.0, lambda _, at: error(500) if at else "pending")]
-        assert len([at for at in polls if 3.0 <= at <= 31.0]) <= 56
-
-    def test_in_a_brown_out_an_operation_that_answered_lately_counts_two_of_its_failures(self) -> None:
+    def test_beside_good_answers_an_operation_that_always_fails_is_polled_as_often_as_by_a_loop(self) -> None:
         machine = Calls(schedule=wait_fixed(0.5))
         machine.wait("well")
-        machine.wait("half")
-        polls = machine.run(60.0, lambda name, at: error(503) if name == "half" and at > 1.0 else "pending")
-        times = [at for at, name in polls if name == "half"]
-        assert times[:35] == [0.0, 0.5, 1.0, 1.5, *range(2, 33)]
-        assert times[35] > 45.0  # it always fails
+        machine.wait("bad")
+        polls = machine.run(100.0, lambda name, at: error(503) if name == "bad" and at > 1.0 else "pending")
+        times = [at for at, name in polls if name == "bad"]
+        assert times[:38] == [0.0, 0.5, 1.0, 1.5, *range(2, 33), 33.5, 35.0, 36.5]
+        assert times[-1] - times[-2] == 1.5
+        assert len(polls) - len(times) == 201
 
-    @pytest.mark.parametrize(("answer", "polls"), [(no_key(), 12), (error(500), 7)], ids=["no key", "500"])
-    def test_a_key_function_that_fails_is_asked_each_second_since_nothing_is_sent(
-        self, answer: KeylessError, polls: int
-    ) -> None:
-        machine = Calls(schedule=wait_fixed(20))
-        for name in ("bad", *"abcdef"):
-            machine.wait(name)
-        made = machine.run(31.0, lambda name, at: answer if name == "bad" and at else "pending")
-        assert len([at for at, name in made if name == "bad" and at >= 20.0]) == polls
+    def test_while_failing_ones_hold_over_a_quarter_of_the_slots_good_ones_go_first(self) -> None:
+        machine = Calls(4)
+        for number in range(3):
+            machine.wait(f"bad-{number}")
+        machine.wait("good")
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, "pending" if poll.polled.operation_id == "good" else error(500))
+        machine.wait("new", at=0.9)
+        assert [name[:3] for name in names(machine.started(0.95))] == ["bad", "bad", "new", "bad"]
+        assert machine.started(1.4) == []
+        machine.answer(next(iter(machine._dispatcher.in_flight)), 1.5, error(500))
+        assert names(machine.started(1.5)) == ["good"]
 
     def test_a_503_holds_its_operation_until_another_poll_is_answered_well(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
@@ -441,14 +390,15 @@ class TestSlots:
         machine.give_up(well, 8.0)
         assert machine.wakes(8.0) == due
 
-    def test_a_poll_is_careful_with_its_connection_if_none_was_answered_well_lately(self) -> None:
-        machine = Calls(schedule=wait_fixed(60))
-        polls = []
-        for name, at in (("first", 0.0), ("soon", 1.5), ("late", 1.6)):
-            machine.wait(name, at=at)
-            polls += machine.started(at)
-            machine.answer(polls[0], 0.5)
-        assert [poll.circuit for poll in polls] == ["half_open", "closed", "half_open"]
+    def test_while_polls_fail_one_in_one_and_a_half_seconds_uses_a_new_connection(self) -> None:
+        machine, renewals = Calls(), []
+        machine.wait()
+        for at in (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5):
+            poll = machine.one(at)
+            if poll.is_renewal:
+                renewals.append(at)
+            machine.answer(poll, at, "pending" if at == 4.5 else error(500))
+        assert renewals == [0.5, 2.5, 4.5]
 
     def test_a_held_operation_whose_waits_are_gone_is_not_polled(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
@@ -549,127 +499,12 @@ class TestRate:
         assert machine.started(121.9) == []
         assert names(machine.started(122.0)) == ["ordinary"]
 
-    def test_a_refusal_halves_the_rate(self) -> None:
+    def test_refusals_of_many_operations_halve_the_rate_and_their_pause_holds_all(self) -> None:
         machine = Calls(rate=100.0)
-        for number in range(MANY):
-            assert machine.statistics(0.0).rate_limit == 100.0
-            machine.wait(f"op-{number}")
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0, error(429))
-        assert machine.statistics(0.0).rate_limit == MANY / 2
+        refused(machine, retry_after=30.0)
+        assert machine.statistics(1.0).rate_limit == MANY / 2
+        assert machine.wakes(1.0) == 31.0
         assert Calls().statistics(0.0).rate_limit is None
-
-
-def opened(machine: Calls, at: float) -> float:
-    """Let five operations fail, and return when the next poll may start."""
-    waits = [machine.wait(f"failing-{number}", at=at) for number in range(5)]
-    for poll in machine.started(at):
-        machine.answer(poll, at, error(500))
-    for wait in waits:
-        machine.give_up(wait, at)
-    assert machine.statistics(at).circuit == "open"
-    return machine._circuit.retry_at()
-
-
-class TestCircuit:
-    def test_one_probe_goes_at_a_time_and_one_final_poll(self) -> None:
-        machine = Calls(schedule=wait_fixed(100))
-        retry_at = opened(machine, 0.0)
-        for number in range(3):
-            machine.wait(f"ordinary-{number}")
-            machine.wait(f"final-{number}", timeout=0.01)
-        assert [poll.final for poll in machine.started(0.01)] == [True]
-        assert machine.wake_at() == retry_at
-        assert [(poll.final, poll.circuit) for poll in machine.started(retry_at)] == [(False, "open")]
-        assert machine.wakes(retry_at) == min(retry_at + 1.0, 2.01)
-
-    def test_a_probe_that_hangs_counts_once_and_its_answer_ends_outages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
-        machine = Calls(schedule=wait_fixed(100))
-        assert opened(machine, 0.0) == 2.0
-        for number in range(3):
-            machine.wait(f"op-{number}")
-        probe = machine.one(2.0)
-        assert machine.wakes(2.0) == 3.0
-        assert machine.wakes(3.0) == 6.0  # counted from its start
-        second = machine.one(6.0)
-        assert machine.statistics(6.0).in_flight == 2
-        machine.answer(probe, 6.5, error(500))
-        assert machine.wakes(7.0) == 10.0
-        machine.answer(second, 9.0)
-        assert machine.statistics(9.0).circuit == "half_open"
-
-    def test_a_probe_gives_way_to_another_one_if_every_operation_failed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
-        machine = Calls(schedule=wait_fixed(100))
-        for number in range(5):
-            machine.wait(f"op-{number}")
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0, error(500))
-        assert machine.wakes(0.5) == 2.0
-        machine.one(2.0)
-        assert machine.wakes(2.0) == 3.0
-        assert machine.wakes(3.0) == 6.0
-        machine.one(6.0)
-
-    def test_a_probe_is_for_what_failed_least_then_for_what_was_answered_well_then_for_what_is_due(self) -> None:
-        machine = Calls(schedule=wait_fixed(0.1))
-        for name in ("bad", "better", "well"):
-            machine.wait(name)
-        answers: dict[str, Any] = {"bad": error(500), "better": error(500), "well": "pending"}
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0, answers[poll.polled.operation_id])
-        machine.wait("newer", at=0.05)
-        machine.wait("gone", at=0.05).is_cancelled = True
-        while not machine._circuit.is_probed:
-            machine._circuit.record_failure(0.05, object(), started_at=0.05, is_probe=True)
-        order, now = list[str](), 1.0
-        for answer in (None, None, error(500), error(500), error(500), None):
-            while not (polls := machine.started(now)):
-                now = machine.wake_at()
-            (poll,) = polls
-            order.append(poll.polled.operation_id)
-            if answer is not None:
-                machine.answer(poll, now, answer)
-        assert order == ["well", "newer", "bad", "better", "bad", "better"]
-
-    def test_every_second_probe_is_for_the_newest_that_was_never_answered(self) -> None:
-        machine = Calls(schedule=wait_fixed(0.1))
-        for name in ("good", "well"):
-            machine.wait(name)
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0)
-        for number, name in enumerate(("new", "newer", "newest")):
-            machine.wait(name, at=0.01 * number)
-        machine._circuit.record_pause(0.05, 1.0)
-        order, now = list[str](), 1.05
-        while len(order) < 5:  # none is answered, so each gives its slot back after a second
-            order += names(machine.started(now))
-            now = machine.wake_at()
-        assert order == ["good", "newest", "well", "newer", "new"]
-
-    def test_one_operation_that_hangs_after_a_pause_is_no_outage(self) -> None:
-        machine = Calls(schedule=wait_fixed(0.1))
-        machine.wait()
-        machine._circuit.record_pause(0.0, 1.0)
-        now, cut = 0.0, 0
-        while cut < 10:
-            now = machine.wake_at()
-            machine.started(now)
-            for poll in machine.take_cut():
-                machine.answer(poll, now, None)
-                cut += 1
-        assert not machine._circuit.is_probed
-
-    def test_final_polls_that_queue_while_a_pause_holds_go_one_at_a_time(self) -> None:
-        machine = Calls()
-        machine._circuit.record_pause(0.0, 1.5)
-        ends = [machine.wait(f"final-{number}", timeout=0.1) for number in range(3)]
-        first = machine.one(0.1)
-        assert machine.wakes(0.2) == 2.1
-        machine.answer(first, 0.3)
-        assert len(machine.started(0.3)) == 1
-        assert [wait.outcome for wait in ends] == ["ApprovalTimeoutError", "", ""]
 
     def test_one_operation_that_is_refused_waits_as_long_as_it_was_asked_to_and_holds_up_no_other(self) -> None:
         machine = Calls(rate=100.0, schedule=wait_fixed(1))
@@ -678,118 +513,207 @@ class TestCircuit:
         polls = machine.run(60.0, lambda name, _: error(429, retry_after=30) if name == "refused" else "pending")
         assert [at for at, name in polls if name == "refused"] == [0.0, 30.0, 60.0]
         assert len(polls) == 3 + 61
-        assert (machine.statistics(60.0).circuit, machine.statistics(60.0).rate_limit) == ("closed", 100.0)
+        assert (machine.statistics(60.0).is_failing, machine.statistics(60.0).rate_limit) == (False, 100.0)
 
-    def test_a_refusal_of_many_operations_holds_all(self) -> None:
-        machine = Calls(rate=100.0, schedule=wait_fixed(1))
-        for name in (*map(str, range(MANY)), "well"):
+    def test_operations_that_are_refused_all_the_time_are_no_sign_of_the_tenants_limit(self) -> None:
+        machine = Calls(rate=100.0)
+        for number in range(100):
+            machine.wait(f"refused-{number}")
+        for name in ("well", *"abcde"):
             machine.wait(name)
-        for poll in machine.started(0.0):
-            is_well = poll.polled.operation_id == "well"
-            machine.answer(poll, 0.0, "pending" if is_well else error(429, retry_after=30))
-        assert machine.wakes(0.0) == 30.0
+        good_at_first = {"well": 60.0} | dict.fromkeys("abcde", 0.0)
+        polls = machine.run(60.0, lambda name, at: "pending" if at <= good_at_first.get(name, -1.0) else error(429))
+        assert machine.statistics(60.0).rate_limit == 100.0
+        assert len([name for _, name in polls if name == "well"]) > 55
 
-    def test_a_good_operation_is_probed_before_one_that_failed(self) -> None:
-        machine = Calls(schedule=wait_fixed(100))
-        machine.wait("bad")
-        machine.answer(machine.one(0.0), 0.0, error(500))
-        retry_at = opened(machine, 0.1)
-        machine.wait("good", at=0.2)
-        assert names(machine.started(max(retry_at, 0.6))) == ["good"]
-
-    def test_polls_from_before_a_failure_take_no_room(self) -> None:
-        machine = Calls(8)
-        for number in range(7):
-            machine.wait(f"hanging-{number}")
-        assert len(machine.started(0.0)) == 7
-        machine._circuit.record_failure(1.0, "x", started_at=1.0, is_probe=True)
-        for number in range(4):
-            machine._circuit.record_failure(1.0, number, started_at=1.0, is_probe=True)
-        machine.wait("probe", at=1.0)
-        assert machine.started(1.0) == []
-        assert names(machine.started(machine.wake_at())) == ["probe"]
-
-    def test_a_retry_that_hangs_since_before_it_opened_keeps_no_probe_from_starting(self) -> None:
-        machine = Calls(8)
-        for name in ("hanging", "other"):
-            machine.wait(name)
-        hanging, other = machine.started(0.0)
-        machine.answer(hanging, 0.0, error(500))
-        assert names(machine.started(0.5)) == ["hanging"]
-        machine.answer(other, 0.6, error(500))
-        opened(machine, 0.6)
-        machine.started(1.0)
-        assert names(machine.started(machine.wake_at())) == ["other"]
-
-    def test_a_poll_that_was_cut_off_says_nothing_and_keeps_the_distance_of_probes(self) -> None:
+    def test_final_polls_that_queue_while_a_pause_holds_go_one_at_a_time(self) -> None:
         machine = Calls()
-        retry_at = opened(machine, 0.0)
-        wait = machine.wait("probe", at=0.0)
-        probe = machine.one(retry_at)
-        machine.give_up(wait, retry_at + 0.1)
-        assert list(machine.take_cut()) == [probe]
-        machine.answer(probe, retry_at + 0.1, None)
-        machine.wait("next", at=retry_at + 0.1)
-        assert machine.started(retry_at + 0.1) == []
-        assert machine.wake_at() > retry_at + 0.2
-
-    def test_its_changes_are_reported_with_their_cause(self) -> None:
-        events: list[Event] = []
-        machine = Calls(listeners=Listeners((events.append,)))
-        opened(machine, 0.0)
-        machine.wait(at=1.0, may_be_missing=True)
-        machine.answer(machine.one(5.0), 5.0, error(404))  # good, and no cause
-        changes = [(e.state, e.cause, e.waiting) for e in events if isinstance(e, CircuitChanged)]
-        assert changes == [("open", "ServerError", 5), ("half_open", None, 1)]
-
-    def test_a_poll_from_before_an_outage_holds_no_slot_in_it_and_is_no_failed_probe(self) -> None:
-        machine = Calls(6)
-        machine.wait("hanging")
-        machine.one(0.0)
-        assert opened(machine, 0.1) < 0.9
-        retry_at = machine._circuit.retry_at()
-        machine.wait("probe", at=0.1)
-        assert names(machine.started(retry_at)) == ["probe"]
-        assert machine._circuit.retry_at() == retry_at
+        machine._rate.paused_until = 3.0
+        ends = [machine.wait(f"final-{number}", timeout=0.1) for number in range(3)]
+        first = machine.one(0.1)
+        assert machine.wakes(0.2) == 2.1
+        machine.answer(first, 0.3)
+        assert len(machine.started(0.3)) == 1
+        assert [wait.outcome for wait in ends] == ["ApprovalTimeoutError", "", ""]
 
     @pytest.mark.parametrize("is_final", [False, True])
     def test_only_ordinary_polls_extend_a_pause(self, *, is_final: bool) -> None:
-        machine = Calls(rate=100.0, schedule=wait_fixed(1))
-        for name in (*map(str, range(MANY)), "last"):
-            machine.wait(name, timeout=1.0 if is_final and name == "last" else math.inf)
-        *many, third = machine.started(0.0)
-        if is_final:
-            machine.answer(third, 0.0)
-        for poll in many:
-            machine.answer(poll, 0.5, error(429, retry_after=5))
-        assert machine._circuit.retry_at() == 5.5
-        if is_final:
-            third = machine.one(1.0)
-        machine.answer(third, 1.0, error(429, retry_after=1 if is_final else 30))
-        assert machine._circuit.retry_at() == (5.5 if is_final else 31.0)
+        machine = Calls(rate=100.0)
+        machine.wait("last", timeout=2.0 if is_final else None)
+        refused(machine, retry_after=5.0, beside="last")
+        assert machine.wakes(1.1) == (2.0 if is_final else 6.0)
+        at = 2.0 if is_final else 6.0
+        last = machine.started(at)[0]
+        assert last.final is is_final
+        machine.answer(last, at, error(429, retry_after=30))
+        assert machine._rate.paused_until == (6.0 if is_final else 36.0)
 
-    def test_while_the_service_recovers_only_polls_from_then_on_widen_the_limit(self) -> None:
-        machine = Calls(8, schedule=wait_fixed(100))
-        machine.wait("before")
-        before = machine.one(0.0)
-        machine.wait("probe")
-        machine.wait("next")
-        first = machine.started(max(opened(machine, 0.1), 0.2))
-        for poll in first:
-            machine.answer(poll, 1.0)
-        limit = machine._circuit.limit
-        machine.answer(before, 1.0)
-        assert machine._circuit.limit == limit
-        machine.answer(machine.started(1.0)[0], 1.1)
-        assert machine._circuit.limit == limit + 1
 
-    def test_a_probe_that_fails_paces_the_next_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
+def refused(machine: Calls, *, retry_after: float, beside: str = "") -> None:
+    """Let so many operations be answered well at 0 s and refused at 1 s as show that the limit is the tenant's."""
+    for number in range(MANY):
+        machine.wait(f"op-{number}")
+    for at in (0.0, 1.0):
+        for poll in machine.started(at):
+            is_well = at == 0.0 or poll.polled.operation_id == beside
+            machine.answer(poll, at, "pending" if is_well else error(429, retry_after=retry_after))
+
+
+def spend(machine: Calls, at: float) -> None:
+    """Spend all tokens: the next poll may start 0.2 s later."""
+    while machine._budget.room(at):
+        machine._budget.record_poll(at)
+        machine._budget.record_failure(at, started_at=at)
+    assert machine.statistics(at).is_failing
+
+
+class TestBudget:
+    def test_without_a_token_only_final_polls_start_one_at_a_time(self) -> None:
         machine = Calls(schedule=wait_fixed(100))
-        assert opened(machine, 0.0) == 2.0
-        machine.wait("probe")
-        machine.answer(machine.one(2.0), 2.5, error(500))
-        assert machine._circuit.retry_at() == 6.5
+        for number in range(3):
+            machine.wait(f"final-{number}", timeout=0.01, is_fresh=True)
+            machine.wait(f"ordinary-{number}")
+        spend(machine, 0.0)
+        first = machine.one(0.01)
+        assert first.final
+        assert machine.started(0.1) == []
+        machine.answer(first, 0.1, error(500))
+        assert [poll.final for poll in machine.started(0.1)] == [True]
+
+    def test_a_final_poll_that_is_in_flight_for_two_seconds_holds_up_no_other(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        for number in range(2):
+            machine.wait(f"final-{number}", timeout=1.0 + number, is_fresh=True)
+        machine.wait("final-0")
+        for at in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+            spend(machine, at)
+            machine.started(at)
+        assert len(machine._dispatcher.final_in_flight) == 1
+        for at in (1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, 2.6, 2.8):
+            spend(machine, at)
+            assert machine.started(at) == []
+        spend(machine, 3.0)
+        assert names(machine.started(3.0)) == ["final-1"]
+
+    def test_final_polls_of_operations_that_were_answered_well_go_first(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        for name in ("bad", "well"):
+            machine.wait(name, timeout=5.0)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, "pending" if poll.polled.operation_id == "well" else error(429, retry_after=60))
+        spend(machine, 5.0)
+        assert names(machine.started(5.0)) == ["well"]
+
+    def test_good_ones_are_polled_before_failing_ones_and_these_by_their_failures(self) -> None:
+        machine = Calls()
+        machine.wait("bad")
+        for at in (0.0, 0.5):
+            machine.answer(machine.one(at), at, error(500))
+        answers: dict[str, Any] = {"failing": error(500), "well": "pending", "failed": "pending"}
+        for name in answers:
+            machine.wait(name, at=1.0, schedule=wait_fixed(0.1 if name == "failed" else 0.2))
+        for poll in machine.started(1.0):
+            machine.answer(poll, 1.0, answers[poll.polled.operation_id])
+        machine.answer(machine.one(1.1), 1.1, error(500))
+        machine.wait("new", at=1.2)
+        machine.wait("gone", at=1.2).is_cancelled = True
+        assert order_after(machine, 2.0) == ["new", "well", "failing", "failed", "bad"]
+
+    def test_every_second_poll_is_for_one_that_was_never_tried(self) -> None:
+        machine = Calls(schedule=wait_fixed(0.1))
+        for name in ("good", "well"):
+            machine.wait(name)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0)
+        for number, name in enumerate(("new", "newer", "newest")):
+            machine.wait(name, at=0.01 * number)
+        assert order_after(machine, 1.0) == ["good", "new", "well", "newer", "newest"]
+
+    def test_a_poll_that_was_cut_off_keeps_its_token(self) -> None:
+        machine = Calls()
+        wait = machine.wait("leaving")
+        spend(machine, 0.0)
+        poll = machine.one(0.2)
+        machine.give_up(wait, 0.3)
+        assert list(machine.take_cut()) == [poll]
+        machine.answer(poll, 0.3, None)
+        machine.wait("next", at=0.3)
+        assert machine.wakes(0.3) == pytest.approx(0.4)
+
+    @pytest.mark.parametrize(("waits", "seconds", "most"), [(10, 30.0, 182), (100, 60.0, 480), (1000, 60.0, 692)])
+    def test_an_outage_costs_the_tokens_and_few_polls_a_second_however_many_wait(
+        self, waits: int, seconds: float, most: int
+    ) -> None:
+        machine = Calls(256)
+        for number in range(waits):
+            machine.wait(f"op-{number}")
+        polls = machine.run(seconds, lambda *_: error(500))
+        assert 0.9 * most <= len(polls) <= most
+        assert machine.statistics(seconds).is_failing
+
+    def test_after_an_outage_all_are_polled_within_two_seconds(self) -> None:
+        machine = Calls()
+        for number in range(100):
+            machine.wait(f"op-{number}")
+        polls = machine.run(22.0, lambda _, at: error(500) if at < 20.0 else "pending")
+        assert len({name for at, name in polls if at >= 20.0}) == 100
+        assert not machine.statistics(22.0).is_failing
+
+    def test_after_an_outage_sixteen_polls_are_in_flight_at_first(self) -> None:
+        machine = Calls()
+        for number in range(100):
+            machine.wait(f"op-{number}")
+        machine.run(20.0, lambda *_: error(500))
+        machine.answer(machine.started(20.5)[0], 20.6)
+        machine.started(20.6)
+        assert machine.statistics(20.6).in_flight == 16
+
+    def test_a_service_that_is_silent_gets_two_polls_at_a_time(self) -> None:
+        machine = Calls()
+        for number in range(40):
+            machine.wait(f"op-{number}")
+        machine.started(0.0)
+        machine.expire(TIMEOUT)
+        for poll in machine.take_cut():
+            machine.answer(poll, TIMEOUT, None)
+        assert len(machine.started(TIMEOUT + 0.5)) == 2
+
+    def test_an_update_says_when_the_pause_ends_if_that_is_later_than_the_backoff(self) -> None:
+        machine, updates = Calls(), Updates()
+        machine.wait(updates=updates)
+        poll = machine.one(0.0)
+        machine._rate.paused_until = 30.0
+        machine.answer(poll, 1.0, error(500))
+        assert updates[-1].next_poll_in == 29.0
+
+    def test_one_operation_that_always_fails_costs_the_others_nothing(self) -> None:
+        counts = []
+        for names_ in (("a", "b"), ("a", "b", "bad")):
+            machine = Calls(4)
+            for name in names_:
+                machine.wait(name)
+            polls = machine.run(300.0, lambda name, _: error(500) if name == "bad" else "pending")
+            counts.append([at for at, name in polls if name != "bad"])
+            assert not machine.statistics(300.0).is_failing
+        assert counts[0] == counts[1]
+
+    def test_listeners_are_told_when_the_service_begins_to_fail_and_when_it_answers(self) -> None:
+        events: list[Event] = []
+        machine = Calls(listeners=Listeners((events.append,)))
+        machine.wait(may_be_missing=True)
+        machine.run(20.0, lambda _, at: error(500) if at < 15.0 else error(404))  # good, and no error
+        changes = [(e.is_failing, e.error, e.waiting) for e in events if isinstance(e, ServiceChanged)]
+        assert changes == [(True, "ServerError", 1), (False, None, 1)]
+
+
+def order_after(machine: Calls, at: float) -> list[str]:
+    """Spend all tokens, and return the order in which polls start then; none is answered."""
+    spend(machine, at)
+    order: list[str] = []
+    while at < 4.0:
+        order += names(machine.started(at))
+        at = machine.wake_at()
+    return order
 
 
 class TestDeadlines:
@@ -946,18 +870,17 @@ class TestDeadlines:
         assert wait.outcome == "ApprovalUnknownError"
         assert machine.statistics(3.0).transient_failures == failures
 
-    @pytest.mark.parametrize("circuit", ["closed", "open", "pause"])
-    def test_a_wait_whose_final_poll_could_not_be_sent_says_why(self, circuit: str) -> None:
+    @pytest.mark.parametrize("why", [Unanswered.NO_SLOT, Unanswered.FAILING, Unanswered.PAUSE])
+    def test_a_wait_whose_final_poll_could_not_be_sent_says_why(self, why: Unanswered) -> None:
         machine = Calls(5, schedule=wait_fixed(60))
-        if circuit == "open":
-            opened(machine, 0.0)
-        elif circuit == "pause":
-            machine._circuit.record_pause(0.0, 60.0)
         waits = [machine.wait(f"op-{number}", timeout=1.0, is_fresh=True) for number in range(21)]
-        assert len(machine.started(1.0)) == (20 if circuit == "closed" else 1)
+        if why is Unanswered.FAILING:
+            spend(machine, 1.0)
+        elif why is Unanswered.PAUSE:
+            machine._rate.paused_until = 60.0
+        assert len(machine.started(1.0)) == (20 if why is Unanswered.NO_SLOT else 1)
         sent = [wait for wait in waits if wait.final_poll is not None]
-        machine.expire(3.0)  # then the circuit opens, if it was not open
-        why = {"closed": Unanswered.NO_SLOT, "open": Unanswered.CIRCUIT_OPEN, "pause": Unanswered.PAUSE}[circuit]
+        machine.expire(3.0)
         for wait in waits:
             assert f"and {(Unanswered.NO_ANSWER if wait in sent else why).value};" in str(wait.result())
 
@@ -1239,24 +1162,24 @@ class TestResults:
         machine.answer(machine.one(1.0), 1.0, error(404))
         assert (wait.outcome, other.outcome) == ("", "")
         assert machine.statistics(1.0).transient_failures == 1
-        assert machine.statistics(1.0).circuit == "closed"
         assert machine.started(1.4) == []
         machine.answer(machine.one(1.5), 1.5, error(404))
         assert machine.statistics(1.5).transient_failures == 2
 
-    def test_odd_answers_open_the_circuit_and_do_not_close_it(self) -> None:
+    def test_odd_answers_are_failures_of_the_service(self) -> None:
         machine = Calls()
-        for number in range(5):
-            machine.wait(f"op-{number}")
+        machine.wait()
         machine.run(30.0, lambda _, at: error(403) if at else "pending")
-        assert machine.statistics(30.0).circuit == "open"
+        assert machine.statistics(30.0).is_failing
 
     def test_a_first_poll_that_is_refused_says_nothing_about_the_service(self) -> None:
         machine = Calls(schedule=wait_fixed(100))
-        retry_at = opened(machine, 0.0)
+        spend(machine, 0.0)
         wait = machine.wait("new")
-        machine.answer(machine.one(retry_at), retry_at, error(403))
-        assert (wait.outcome, machine.statistics(retry_at).circuit) == ("ServerError", "open")
+        machine.answer(machine.one(0.2), 0.2, error(403))
+        assert (wait.outcome, machine.statistics(0.2).is_failing) == ("ServerError", True)
+        machine.wait("next", at=0.2)
+        assert names(machine.started(0.2)) == ["next"]  # its token was returned
 
     def test_a_minute_of_odd_answers_ends_a_wait_without_a_deadline(self) -> None:
         machine = Calls()
@@ -1565,33 +1488,16 @@ class TestRecords:
         assert machine.statistics(0.5).transient_failures == 0
         assert [e.result.value for e in events if isinstance(e, PollEnded)] == ["cut_off"]
 
-    def test_five_final_polls_that_get_no_answer_open_the_circuit(self) -> None:
+    def test_final_polls_that_get_no_answer_are_failures_of_the_service(self) -> None:
         machine, events = self.watched(schedule=wait_fixed(60))
-        for number in range(5):
-            machine.wait(f"op-{number}", timeout=5.0)
+        for number, timeout in enumerate((5.0, 16.0)):
+            machine.wait(f"op-{number}", timeout=timeout)
         for poll in machine.started(0.0):
             machine.answer(poll, 0.0)
-        machine.started(5.0)
-        machine.expire(7.0)
-        (change,) = (event for event in events if isinstance(event, CircuitChanged))
-        assert (change.state, change.cause, change.seconds) == ("open", "RequestTimeoutError", 7.0)
-        retry_at = machine._circuit.retry_at()
-        assert retry_at > 7.0
-        machine.wait("more", at=7.0, timeout=0.01)
-        machine.started(7.01)
-        machine.expire(9.01)
-        assert machine._circuit.retry_at() == retry_at  # a final poll paces no probe
-
-    def test_one_operation_whose_final_polls_get_no_answer_does_not(self) -> None:
-        machine, _ = self.watched(schedule=wait_fixed(60))
-        for number in range(6):
-            machine.wait(timeout=5.0 + number)
-        machine.answer(machine.one(0.0), 0.0)
-        for number in range(6):
-            machine.started(5.0 + number)
-        for number in range(6):
-            machine.expire(7.0 + number)
-        assert machine.statistics(13.0).circuit == "closed"
+        for at in (5.0, 7.0, 16.0, 18.0):
+            machine.started(at)
+        (change,) = (event for event in events if isinstance(event, ServiceChanged))
+        assert (change.is_failing, change.error, change.seconds) == (True, "RequestTimeoutError", 13.0)
 
     @pytest.mark.parametrize(
         ("answer", "outcome", "error_type"),
@@ -1672,13 +1578,6 @@ class TestRecords:
         machine.answer(poll, 3.0)
         ends = [(event.seconds, event.error) for event in events if isinstance(event, WaitEnded)]
         assert ends == waits * [(3.0, "ConfigurationError")]
-
-    def test_a_final_poll_that_fails_paces_no_probe(self) -> None:
-        machine, _ = self.watched(schedule=wait_fixed(60))
-        retry_at = opened(machine, 0.0)
-        machine.wait("final", at=0.0, timeout=0.1)
-        machine.answer(machine.one(0.1), 0.2, error(500))
-        assert machine._circuit.retry_at() == retry_at
 
 
 class TestSharing:
@@ -1778,19 +1677,6 @@ class TestSharing:
         machine.answer(machine.one(0.0), 0.0, failure)
         assert wait.result() is failure
 
-    def test_retries_that_end_leave_their_share_of_the_slots(self) -> None:
-        machine = Calls(2)
-        for name in ("a", "b"):
-            machine.wait(name)
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0, error(500))
-        for at in (0.5, 1.5, 2.5):  # one at a time: half of two
-            (poll,) = machine.started(at)
-            machine.answer(poll, at, error(500))
-        (poll,) = machine.started(2.5)
-        machine.answer(poll, 2.5)
-        assert sorted(names(machine.started(3.5))) == ["a", "b"]
-
     def test_of_two_queues_the_one_that_is_due_longer_goes_first(self) -> None:
         machine = Calls(1, schedule=wait_fixed(60))
         machine.wait("bad")
@@ -1806,7 +1692,7 @@ class TestSharing:
 
     def test_a_final_poll_that_goes_on_for_others_holds_up_another_for_two_seconds_at_most(self) -> None:
         machine = Calls(schedule=wait_fixed(60))
-        machine._circuit.record_pause(0.0, 100.0)
+        machine._rate.paused_until = 100.0
         machine.wait("a", timeout=5.0)
         machine.wait("a")
         final = machine.one(5.0)
@@ -1817,7 +1703,7 @@ class TestSharing:
 
     def test_a_final_poll_that_is_cut_off_holds_up_no_other(self) -> None:
         machine = Calls(schedule=wait_fixed(60))
-        machine._circuit.record_pause(0.0, 100.0)
+        machine._rate.paused_until = 100.0
         leaving = machine.wait("a", timeout=5.0)
         final = machine.one(5.0)
         machine.wait("b", at=5.0, timeout=0.2)

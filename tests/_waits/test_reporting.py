@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 from tenacity.wait import wait_fixed
 
-from aiokeyless._rules.circuit import CircuitState
+from aiokeyless._rules.budget import Budget
 from aiokeyless._waits.reporting import Reporter
 from aiokeyless.errors import ServerError
-
-from .calls import operation
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
 USER = "C0FFEE"
 FAILURE = ServerError(status=503, method="GET", path="/v2/operations/op")
-GOOD = operation()
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
@@ -30,33 +27,52 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 @pytest.fixture
 def reporter(caplog: pytest.LogCaptureFixture) -> Reporter:
     caplog.set_level(logging.INFO, "aiokeyless")
-    return Reporter(None, 0.0)
+    return Reporter(None)
 
 
-def test_an_outage_is_two_lines_however_often_the_circuit_changes(
-    reporter: Reporter, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def budget() -> Budget:
+    budget = Budget()
+    budget.waits = 7
+    return budget
+
+
+def fail(reporter: Reporter, budget: Budget, now: float) -> None:
+    """Let the service fail for ten seconds until then."""
+    budget.record_failure(now, started_at=now - 10.0)
+    reporter.notice_service(budget, FAILURE, now)
+
+
+def answer(reporter: Reporter, budget: Budget, now: float) -> None:
+    budget.record_success(now)
+    reporter.notice_service(budget, None, now)
+
+
+def test_an_outage_is_two_lines(reporter: Reporter, budget: Budget, caplog: pytest.LogCaptureFixture) -> None:
+    for now in (11.0, 12.0):
+        fail(reporter, budget, now)
+    for now in (15.0, 16.0):
+        answer(reporter, budget, now)
+    assert lines(caplog) == [
+        ("WARNING", f"Keyless fails (last: {FAILURE}): 7 waits go on, with few polls"),
+        ("INFO", "Keyless answers again, 14.0 s after the first failure"),
+    ]
+
+
+def test_a_service_that_comes_and_goes_is_a_pair_of_lines_a_minute(
+    reporter: Reporter, budget: Budget, caplog: pytest.LogCaptureFixture
 ) -> None:
-    states = (CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED)
-    for now, state in enumerate(states, 11):
-        reporter.notice_circuit(state, FAILURE if state is CircuitState.OPEN else GOOD, float(now), waiting=7)
-    opened, closed = lines(caplog)
-    assert opened[0] == "WARNING"
-    assert "503" in opened[1]
-    assert "7 waits" in opened[1]
-    assert closed == ("INFO", "Keyless answers again: the circuit is closed, 4.0 s after it opened")
-
-
-def test_a_circuit_that_never_opened_is_not_logged(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
-    for state in (CircuitState.HALF_OPEN, CircuitState.CLOSED):
-        reporter.notice_circuit(state, GOOD, 1.0, waiting=7)
-    assert lines(caplog) == []
+    for now in range(100, 220, 20):
+        fail(reporter, budget, float(now))
+        answer(reporter, budget, now + 1.0)
+    assert [level for level, _ in lines(caplog)] == ["WARNING", "INFO"] * 2
 
 
 def test_a_client_that_is_closed_in_an_outage_logs_no_end_of_it(
-    reporter: Reporter, caplog: pytest.LogCaptureFixture
+    reporter: Reporter, budget: Budget, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporter.notice_circuit(CircuitState.OPEN, FAILURE, 1.0, waiting=7)
-    reporter.report_end(2.0)
+    fail(reporter, budget, 11.0)
+    reporter.report_end(budget, 12.0)
     assert len(lines(caplog)) == 1
 
 
@@ -82,8 +98,10 @@ def test_a_moment_is_not_a_line(reporter: Reporter, caplog: pytest.LogCaptureFix
     assert lines(caplog) == []
 
 
-def test_polls_are_late_on_purpose_while_a_service_fails(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
-    reporter.notice_circuit(CircuitState.OPEN, FAILURE, 0.0, waiting=1)
+def test_polls_are_late_on_purpose_while_a_service_fails(
+    reporter: Reporter, budget: Budget, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail(reporter, budget, 0.0)
     caplog.clear()
     for now in range(20):
         reporter.report_lag(9.0, float(now), waiting=1)

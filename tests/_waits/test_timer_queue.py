@@ -271,22 +271,3 @@ def test_a_long_life_with_many_cancellations_agrees_with_the_model(seed: int, ca
         assert (len(queue), queue.next_due()) == (len(naive.entries), naive.next_due())
         sweeps += bool(queue._old)
     assert sweeps
-
-
-def test_the_newest_that_is_due_may_go_first() -> None:
-    queue: TimerQueue[Item] = TimerQueue()
-    items = [Item(name) for name in range(4)]
-    for when, item in enumerate(items):
-        queue.schedule(item, float(when))
-    queue.remove(items[1])
-    assert [queue.pop_newest(2.5) for _ in range(3)] == [items[2], items[0], None]
-    assert (len(queue), queue.next_due()) == (1, 3.0)
-
-
-def test_if_the_newest_is_not_found_the_oldest_goes_first() -> None:
-    queue: TimerQueue[Item] = TimerQueue()
-    oldest = Item(0)
-    queue.schedule(oldest, 1.0)
-    for name in range(1, 1000):
-        queue.schedule(Item(name), 1000.0 + name)
-    assert queue.pop_newest(5.0) is oldest

@@ -39,7 +39,7 @@ TRANSCRIPT = [
         r"  For slow people and those who never approve, see docs/explanation/schedule\.md\.",
     ],
     [
-        r"2\. The service answers 503 for 4 s, and all approve meanwhile",
+        r"2\. The service answers 503 for 8 s, and all approve meanwhile",
         r" +requests during it +last one late by",
         r"  aiokeyless +\d+ +SECONDS",
         r"  the loop +\d+ +SECONDS",

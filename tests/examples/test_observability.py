@@ -21,16 +21,16 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import generate_latest
 import picture
-from aiokeyless.events import CircuitChanged, PollEnded, PollResult, WaitEnded, WaitOutcome, WaitStarted
+from aiokeyless.events import PollEnded, PollResult, ServiceChanged, WaitEnded, WaitOutcome, WaitStarted
 listener = picture.OpenTelemetryListener(meter_provider=MeterProvider([PrometheusMetricReader()]))
 listener(WaitStarted(wait=1, operation_id="a", timeout=None, traceparent=None))
 listener(WaitStarted(wait=2, operation_id="b", timeout=None, traceparent=None))
 poll = {"waits": (1,), "operation_id": "a", "is_final": False, "seconds": 0, "lag": 0}
 listener(PollEnded(**poll, result=PollResult.PENDING, error=None))
-listener(CircuitChanged(state="open", previous="closed", cause=None, waiting=1, seconds=0))
+listener(ServiceChanged(is_failing=True, error="ServerError", waiting=1, seconds=0))
 listener(WaitEnded(wait=1, operation_id="a", outcome=WaitOutcome.APPROVED, error=None, seconds=3, polls=1, age=3))
 sums = picture.read(generate_latest().decode())
-print(*(sums[name, None] for name in (picture.WAITS, picture.POLLS, picture.CIRCUIT)), sums[picture.APPROVALS, 5.0])
+print(*(sums[name, None] for name in (picture.WAITS, picture.POLLS, picture.FAILING)), sums[picture.APPROVALS, 5.0])
 """
 TEXT = """
 # TYPE aiokeyless_wait_duration_seconds histogram
@@ -68,7 +68,7 @@ now = 1.0, picture.read({TEXT!r})
 print(*(picture.quantile(q, (0.0, {{}}), now) for q in (0.25, 0.5, 0.95)), picture.quantile(0.5, now, now))
 """
     *sums, low, median, high, none = map(float, run(NAMES + quantiles, tmp_path).split())
-    assert sums == [1.0, 1.0, 2.0, 1.0]
+    assert sums == [1.0, 1.0, 1.0, 1.0]
     assert [low, median, high] == pytest.approx([2.5, 5.0, 9.5])
     assert math.isnan(none)
 

@@ -10,9 +10,9 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
-from operator import add
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,10 +39,13 @@ SLOW: Final = 1.0
 #: Good answers in a row that show a queue, and the seconds by which each is later than twice the quickest.
 QUEUED: Final = 8
 LATE: Final = 0.3
-#: Operations that fail before the circuit can open.
-FAILURES_UNTIL_OPEN: Final = 5
 #: Refusals, of forty polls, up to which a limit is not the tenant's.
 MANY_REFUSED: Final = 13
+#: Polls that may be in flight in any case after polls without an answer, and after an outage; good answers in a row
+#: after which there are many again.
+NARROW: Final = 2
+WIDE: Final = 16
+WIDENED: Final = 40
 
 _SHAPE: Final = {"operationId": str, "userId": str, "state": str, "result": bool}
 _ERRORS: Final = {
@@ -323,41 +326,17 @@ class Evidence:
             )
         return is_final
 
+    def is_only_final(self, poll: Exchange) -> bool:
+        """Return whether a poll is certainly a final one: all deadlines have passed."""
+        waits = list(self.waits_at(poll.operation_id, poll.sent_at))
+        budgets = [budget for wait in waits for budget in self.budgets(wait)]
+        return bool(budgets) and all(not b.had_expired and b.deadline <= poll.sent_at + EPS for b in budgets)
+
     def gives_way(self, poll: Exchange) -> bool:
         """Return whether a poll may have been cut off for one that is due: it is slow, and very many are in flight."""
         at = poll.ended_at
         in_flight = sum(p.ended_at >= at - EPS for p in self.sent_between(at - self._longest, at))
         return at >= poll.sent_at + SLOW - EPS and in_flight >= least_in_flight(self.client.max_in_flight)
-
-    @cached_property
-    def _failures(self) -> list[tuple[float, Exchange]]:
-        """The polls that failed, and when: a final poll after its two seconds, even if it goes on for others."""
-        kinds = ((poll, self.read(poll).kind) for poll in self.polls)
-        failed = [
-            poll
-            for poll, kind in kinds
-            if kind in {"failed", "unsure"} or (kind == "cut" and (self.is_final(poll) or self.gives_way(poll)))
-        ]
-        unanswered = [wait for wait in self.waits if wait.outcome == UNKNOWN]
-        failures = [(poll.ended_at, poll) for poll in failed]
-        failures += [
-            (wait.ended_at, poll)
-            for wait in unanswered
-            for poll in self.polls_of[wait.operation_id]
-            if poll.sent_at <= wait.ended_at < poll.ended_at
-        ]
-        return sorted(failures, key=lambda failure: failure[0])
-
-    @cached_property
-    def _failed_at(self) -> list[float]:
-        return [at for at, _ in self._failures]
-
-    @cached_property
-    def _held_until(self) -> list[float]:
-        """For each failure, the end of the rate limit's pauses so far: until then no answer closes the circuit."""
-        limited = (poll.retry_after if poll.status == 429 else None for _, poll in self._failures)
-        pauses = (min(pause or 0.0, LONGEST_PAUSE) for pause in limited)
-        return [*accumulate(map(add, self._failed_at, pauses), max)]
 
     @cached_property
     def _good_at(self) -> list[float]:
@@ -368,51 +347,55 @@ class Evidence:
         return self._good_at[bisect_right(self._good_at, begins) : bisect_left(self._good_at, ends)]
 
     @cached_property
-    def _first_trouble(self) -> float:
-        """When the circuit can have opened for the first time."""
-        failed: set[str] = set()
-        refused = 0
-        for at, poll in self._failures:
-            failed.add(poll.operation_id)
-            refused += poll.status == 429
-            if len(failed) >= FAILURES_UNTIL_OPEN or refused > MANY_REFUSED:
-                return at
-        return math.inf
+    def most_tokens(self) -> list[tuple[Exchange, float]]:
+        """The polls, and how many tokens there were at most when each started."""
+        return Tokens(self, is_generous=True).taken
 
     @cached_property
-    def _turns(self) -> list[float]:
-        """When the circuit may have opened or become half open."""
-        turns: list[float] = []
-        failed: dict[str, float] = {}  # operations that failed since the last good answer, and when those polls began
-        for (at, poll), held_until in zip(self._failures, self._held_until, strict=True):
-            good = bisect_left(self._good_at, at - EPS)
-            answered_at = self._good_at[good - 1] if good else -math.inf
-            failed[poll.operation_id] = max(poll.sent_at, failed.get(poll.operation_id, -math.inf))
-            failed = {name: sent_at for name, sent_at in failed.items() if sent_at >= answered_at - EPS}
-            if len(failed) >= FAILURES_UNTIL_OPEN or (poll.status == 429 and poll.retry_after is not None):
-                after = (bisect_left(self._good_at, since) for since in (at, held_until))
-                turns += [at, *(self._good_at[number] for number in after if number < len(self._good_at))]
-        return sorted(set(turns))
+    def _least_tokens(self) -> Tokens:
+        return Tokens(self, is_generous=False)
 
-    def turned_between(self, begins: float, ends: float) -> Iterator[tuple[float, int]]:
-        """Yield when the circuit may have opened or become half open in a time, and its limit at the end of that time.
+    @cached_property
+    def _refused_at(self) -> list[float]:
+        """When polls were refused; not again and again, since that is the operation's own limit."""
+        return sorted(poll.ended_at for poll in self.polls if poll.status == 429 and not self._failed_before(poll))
 
-        The limit begins at one, and each good answer raises it by one.
+    def _failed_before(self, poll: Exchange) -> bool:
+        """Return whether the poll before, of the same operation and for the same wait, certainly failed."""
+        before = next((p for p in reversed(self.polls_of[poll.operation_id]) if p.number < poll.number), None)
+        return (
+            before is not None
+            and before.ended_at < poll.sent_at
+            and self.read(before).kind == "failed"
+            and any(
+                wait.number < before.number and wait.ended_at > poll.ended_at
+                for wait in self.waits_of[poll.operation_id]
+            )
+        )
+
+    def is_free(self, at: float, polls: int) -> bool:
+        """Return whether so many polls, final ones too, may certainly start at a time: there are tokens, and no pause.
+
+        The rate that the service refused is forgotten after a while.
         """
-        for turn in self._turns[bisect_right(self._turns, begins) : bisect_right(self._turns, ends)]:
-            yield turn, 1 + bisect_right(self._good_at, ends) - bisect_left(self._good_at, turn)
+        refused = bisect_right(self._refused_at, at + EPS)
+        is_refused = refused > MANY_REFUSED and at - self._refused_at[refused - 1] <= LONGEST_PAUSE + 10.0
+        return not is_refused and self._least_tokens.at(at) >= polls + 1.0
 
-    def is_well(self, at: float) -> bool:
-        """Return whether the circuit must be closed at a time.
+    @cached_property
+    def _silent_at(self) -> list[float]:
+        """When polls ended that got no answer."""
+        silent = (p for p in self.polls if p.status is None and (self.read(p).kind == "failed" or self.gives_way(p)))
+        return sorted(poll.ended_at for poll in silent)
 
-        It has never had a reason to open; or the last failure is so long ago, and so many good answers have come since,
-        that it is closed again, and a refused rate is forgotten.
-        """
-        if at < self._first_trouble:
-            return True
-        count = bisect_right(self._failed_at, at)
-        good = bisect_right(self._good_at, at - EPS) - bisect_right(self._good_at, self._held_until[count - 1] + EPS)
-        return at - self._failed_at[count - 1] > LONGEST_PAUSE + 10.0 and good >= self.client.max_in_flight
+    def _window(self, at: float) -> int:
+        """Return how many polls may be in flight in any case."""
+        silences = bisect_right(self._silent_at, at + EPS)
+        if not silences:
+            return WIDE
+        last = self._silent_at[silences - 1]
+        is_long_ago = at - last > LONGEST_PAUSE and len(self.answered_between(last, at)) >= WIDENED
+        return WIDE if is_long_ago else NARROW
 
     @cached_property
     def _late_at(self) -> list[float]:
@@ -438,19 +421,19 @@ class Evidence:
 
     def has_room(self, at: float, others: int = 0) -> bool:
         """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
-        if not self.is_well(at) or self.is_saturated(at) or self.woke_lately(at):
+        lately = len(self.sent_between(at - 2.0, at - EPS))
+        if not self.is_free(at, others + lately) or self.is_saturated(at) or self.woke_lately(at):
             return False
         slots, in_flight = self.client.max_in_flight, self.in_flight(at)
         with_slot = sum(poll.sent_at > at - SLOW - EPS for poll in in_flight)
-        lately = len(self.sent_between(at - 2.0, at - EPS))
         return (
             with_slot + others < min(4, slots)
-            and len(in_flight) + others < least_in_flight(slots)
+            and len(in_flight) + others < min(least_in_flight(slots), self._window(at))
             and lately + others < self.client.rate / 2
         )
 
     def failed_lately(self, operation_id: str, at: float) -> bool:
-        """Return whether an operation failed, so that its polls are retries, which get half of the slots."""
+        """Return whether an operation failed, so that its next poll may be on the backoff."""
         return any(
             poll.sent_at <= at and self.read(poll).kind != "said" and poll.ended_at > at - 30.0
             for poll in self.polls_of[operation_id]

@@ -38,8 +38,6 @@ AGAIN: Final = 40
 ENOUGH: Final = 120
 #: Waits that are few: if one of them is answered well, that does not say soon enough that a 503 was one server's.
 FEW: Final = 10
-#: The share of answers that are most.
-MOST: Final = 0.6
 
 
 class Bound(NamedTuple):
@@ -90,8 +88,6 @@ EXCEPTIONS: Final = (
         lambda faults, waits: waits < FEW and _asks_for_more(faults, 503, 0.0),
         seconds=math.inf,
     ),
-    Bound("each time that it flaps, the circuit opens", lambda faults, _: bool(_only(Flapping, faults)), times=2.0),
-    Bound("if most answers fail, the circuit opens now and then", lambda f, _: _failing(f) >= MOST, times=3.5),
 )
 
 
@@ -105,13 +101,6 @@ def _asks_for_more(faults: Sequence[Fault], status: int, seconds: float) -> bool
     asked = [failure.retry_after for failure in failures if failure is not None and failure.status == status]
     asked += [fault.retry_after for fault in _only(RateLimit, faults) if status == 429]
     return any((retry_after or 0.0) > seconds for retry_after in asked)
-
-
-def _failing(faults: Sequence[Fault]) -> float:
-    """Return the share of answers that fail, at random or by turns, if all this weather comes together."""
-    at_random = [fault.share for fault in _only(Outage, faults) if fault.share < 1.0]
-    by_turns = [fault.down / fault.every for fault in _only(Flapping, faults)]
-    return 1.0 - math.prod(1.0 - share for share in (*at_random, *by_turns))
 
 
 @dataclass

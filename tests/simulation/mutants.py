@@ -64,18 +64,18 @@ _BREAKAGES: Final = {
             "wait_exponential(multiplier=0.05, max=0.5) + wait_random_exponential(multiplier=0.05, max=0.5)",
             "failures are retried five times as fast",
         ),
-        (" or since_good <= GOOD", "", "an operation backs off for long although answers fail at random"),
-        ("(is_spared or since", "(since", "in a short outage the operations of a small application back off for long"),
+        ("if is_refusal or since_good > SHORT:", "if True:", "an operation backs off for long although others go on"),
     ),
-    "_rules/circuit.py": (
-        ("is_short = since - self._opened_at <= SHORT and", "is_short =", "in a long outage probes do not back off"),
-        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
-        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
-        ("FAILURES_UNTIL_OPEN: Final = 5", "FAILURES_UNTIL_OPEN: Final = 1000", "the circuit never opens"),
-        ("        self._probes = 0\n        self._probe_at", "        self._probe_at", "the circuit is open for ever"),
-        ("min(self._limit + 1, self._full)", "self._limit", "after an outage one poll at a time goes on"),
-        ("max(self._probe_at, since + delay)", "since", "probes follow each other without a pause"),
-        ("self._limit = 1.0", "self._limit = 8.0", "eight probes go at once"),
+    "_rules/budget.py": (
+        ("GAIN: Final = 40", "GAIN: Final = 4000", "one good answer pays for hundreds of failures"),
+        ("PER_WAIT: Final = 3", "PER_WAIT: Final = 12", "an outage costs four times as many requests"),
+        ("PER_SECOND: Final = 5.0", "PER_SECOND: Final = 1e-6", "after an outage polls wait for tokens for ever"),
+        ("PER_SECOND_LATER: Final = 1.0", "PER_SECOND_LATER: Final = 5.0", "a long outage gets as many as a short one"),
+        (
+            "        self._failed_at = now\n",
+            "        self._failed_at = now\n        self._spent -= 1.0\n",
+            "failures cost nothing",
+        ),
     ),
     "_rules/final.py": (
         ("_TOO_LATE: Final = 0.5", "_TOO_LATE: Final = 0.0", "a final poll starts when it can hardly be answered"),
@@ -114,6 +114,9 @@ _BREAKAGES: Final = {
             "_ = max(self._tokens - 1.0",
             "polls are not counted against the rate",
         ),
+        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 1", "each refusal is taken for the tenant's limit"),
+        ("_MANY_REFUSED: Final = 14", "_MANY_REFUSED: Final = 41", "the limit of a tenant is never found"),
+        ("if not was_good:", "if False:", "an operation that is refused again and again slows all others down"),
     ),
     "_rules/slots.py": (
         ("SLOW: Final = 1.0", "SLOW: Final = 10.0", "a poll that hangs keeps its slot"),
@@ -144,15 +147,34 @@ _BREAKAGES: Final = {
         ),
         ('endpoint.method != "GET" or error', "error", "a create whose connection is lost is sent again unchecked"),
         ("if is_first and endpoint", "if endpoint", "a create is sent again on another dead connection"),
-        ("response.status >= 500 and", "False and", "the connections to a host that fails are kept"),
+        (
+            "elif isinstance(response, _Response) and not",
+            "elif False and not",
+            "connections to a host that fails are kept",
+        ),
         ("_MAX_AGE: Final = 60.0", "_MAX_AGE: Final = 6000.0", "connections are used for ever"),
         ("if self._api_keys.is_replaced(key):", "if False:", "the refusal of a key that was replaced ends the waits"),
     ),
     "_waits/dispatch.py": (
-        ("if not circuit.is_calm:", "if False:", "an open circuit lets polls through"),
-        ("if self._circuit.state is CircuitState.OPEN:", "if True:", "final polls always go one at a time"),
+        (
+            "ready_at = max(self._rate.ready_at(now), self._budget.ready_at(now))",
+            "ready_at = self._rate.ready_at(now)",
+            "polls need no token",
+        ),
+        (
+            "ready_at = max(self._rate.paused_until, self._budget.ready_at(now))",
+            "ready_at = self._rate.paused_until",
+            "final polls go all at once without a token",
+        ),
+        (
+            "            # One final poll at a time.",
+            "            return ready_at\n            # One final poll at a time.",
+            "final polls need a token",
+        ),
+        ("if not poll.is_over and ends_at", "if ends_at < 0.0 and ends_at", "a pause lets all final polls through"),
+        ("self._budget.take_renewal(now)", "False", "polls go on using the connections to a host that fails"),
         ("if polled.poll is None:", "if True:", "an operation is polled twice at once"),
-        (">= circuit.limit:  # 2", "> circuit.limit:  # 2", "one poll too many is in flight"),
+        (">= self._max_in_flight:  # 2", "> self._max_in_flight:  # 2", "one poll too many is in flight"),
         ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
         ("polled.final_poll_queued = False", "pass", "an operation gets one final poll, whatever becomes of it"),
         (
@@ -160,7 +182,6 @@ _BREAKAGES: Final = {
             "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
             "a final poll that goes on for other waits holds up all final polls of an outage",
         ),
-        ("max(1, self._circuit.limit // 2)", "self._circuit.limit", "operations that fail take all slots"),
     ),
     "_waits/holds.py": (
         ("call_later(LEASE, self._expire", "call_later(0.0, self._expire", "the end of a hold ends its wait"),
@@ -175,7 +196,7 @@ _BREAKAGES: Final = {
         ("self._poller.stop(lease.wait)", "pass", "a wait that nobody holds goes on"),
     ),
     "_waits/machine.py": (
-        ("answer, was_seen=poll.polled.was_seen)", "answer, was_seen=False)", "a gateway's pages are no failures"),
+        ("answer, was_seen=poll.polled.was_seen)", "answer, was_seen=False)", "a gateway's pages cost no tokens"),
         ("if self._held:", "if False:", "what a 503 holds does not go on when another operation is answered well"),
         ("if is_refusal else 0.0)", ")", "a final poll is not repeated in its time if a 503 asks for a pause"),
         ("polled.poll is None and polled is not poll.polled:", "True:", "an operation that a 503 held is polled twice"),
@@ -199,11 +220,6 @@ _BREAKAGES: Final = {
             "the slowest schedule of waits that share polls counts",
         ),
         ("if answer is None and poll.is_overdue:", "if False:", "a poll that hangs is no failure"),
-        (
-            "poll.circuit = self._circuit.state\n",
-            "poll.circuit = self._circuit.state if poll.final else CircuitState.CLOSED\n",
-            "probes go on using the connections to a host that fails",
-        ),
         (
             "if late > unseen + STOOD_STILL and",
             "if False and",

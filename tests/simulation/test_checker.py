@@ -102,8 +102,9 @@ def _poll_many_at_once(history: History) -> None:
 
 
 def _poll_on_in_the_outage(history: History) -> None:
-    polls = [poll for poll in history.exchanges if poll.is_poll and 130.0 < poll.sent_at < 150.0]
-    _add(history, polls[0], after=polls[0].ended_at - polls[0].sent_at + 1.0)
+    first = next(poll for poll in history.exchanges if poll.is_poll and 130.0 < poll.sent_at < 150.0)
+    for number in range(40):
+        _add(history, first, after=0.01 * number, lasts=0.005)
 
 
 def _have_no_key_at_first(history: History) -> None:
@@ -114,23 +115,6 @@ def _have_no_key_at_first(history: History) -> None:
 def _stay_away_after_the_outage(history: History) -> None:
     for poll in [poll for poll in _polls(history, "down 3") if 160.0 <= poll.sent_at < 180.0]:
         history.exchanges.remove(poll)
-
-
-def _repeat_with_every_slot(history: History) -> None:
-    for name in range(5):
-        failed = next(poll for poll in _polls(history, f"down {name}") if poll.status == 500)
-        _add(history, failed, after=130.0 - failed.sent_at)
-
-
-def _take_slots_of_an_open_circuit(history: History) -> None:
-    """Beside five polls from before it opened, which take none, start four."""
-    failed = [min(e.ended_at for e in _polls(history, f"down {n}") if e.status == 500) for n in range(6)]
-    opened_at = sorted(failed)[4]
-    before = [poll for poll in history.exchanges if poll.is_poll and poll.sent_at < opened_at][-1]
-    after = next(poll for poll in history.exchanges if poll.is_poll and poll.sent_at > opened_at)
-    for poll, count in ((before, 5), (after, 4)):
-        for _ in range(count):
-            _add(history, poll, after=0.0, lasts=1.0)
 
 
 def _create_twice(history: History) -> None:
@@ -167,8 +151,6 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (lambda history: _add(history, _polls(history, "approved")[1], after=0.01), "single flight"),
     (_poll_many_at_once, "polls in flight"),
     (poll("down 2", -1, ended_at=230.0), "polls in flight"),
-    (_repeat_with_every_slot, "polls in flight"),
-    (_take_slots_of_an_open_circuit, "polls in flight"),
     (poll("late", -2, ended_at=26.5), "cut at the deadline"),
     (change(lambda history: history.clients["process 0.1"], rate=0.5), "rate of polls"),
     (lambda history: _add(history, _polls(history, "approved")[1], after=0.5), "not too soon"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .actors import Actor, Leg, Process
-from .faults import Failure, Flapping, Moved, Outage, RateLimit
+from .faults import Failure, Moved, Outage, RateLimit
 from .loop import compare
 from .people import Person
 from .story import Story, run
@@ -34,7 +34,7 @@ def told() -> History:
     return run(STORY)
 
 
-def _broken(history: History, *faults: Outage | Flapping | Moved | RateLimit) -> list[str]:
+def _broken(history: History, *faults: Outage | Moved | RateLimit) -> list[str]:
     story = Story(STORY.seed, STORY.processes, STORY.actors, (*STORY.faults, *faults))
     return [violation.text for violation in compare(story, history, lambda _: history)]
 
@@ -43,13 +43,11 @@ def _broken(history: History, *faults: Outage | Flapping | Moved | RateLimit) ->
     ("late", "fault"),
     [
         (0.0, None),
-        (1.0, Flapping(500.0, 501.0, Failure("lost"), 1.0, 5.0)),
         (3.0, RateLimit(500.0, 501.0, 40, None)),
-        (4.5, Outage(500.0, 501.0, Failure("status", 502), share=0.7)),
     ],
 )
 def test_waits_may_be_about_as_late_as_loops_and_later_in_weather_that_is_known_for_it(
-    told: History, late: float, fault: Outage | Flapping | RateLimit | None
+    told: History, late: float, fault: RateLimit | None
 ) -> None:
     history = copy.deepcopy(told)
     for wait in history.waits:

@@ -6,12 +6,11 @@ Each function is one promise, by the rule of docs/rules.md that its docstring na
 from __future__ import annotations
 
 import math
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .evidence import (
     EPS,
-    FAILURES_UNTIL_OPEN,
     FINAL,
     LONGEST_PAUSE,
     MANY_REFUSED,
@@ -30,22 +29,18 @@ if TYPE_CHECKING:
     from .faults import Fault
     from .history import Exchange, ObservedWait
 
-#: The backoff's shortest first pause, its shortest last one, and its longest.
-SHORTEST, SHORTEST_LAST, LONGEST = 0.25, 2.5, 5.0
-#: The bounds of all pauses but the first for as long as an outage, or what is wrong with one operation, is short.
-SHORTEST_AT_FIRST, LONGEST_AT_FIRST = 0.5, 1.0
-#: Seconds for which they count as short.
+#: The backoff's shortest pause, and its longest.
+SHORTEST, LONGEST = 0.25, 5.0
+#: Its longest pause for as long as the service answers, and after so many failures of an operation in a row.
+LONGEST_AT_FIRST, LONGEST_OFTEN, OFTEN = 1.0, 2.0, 32
+#: Seconds from a good answer for which the service answers.
 SHORT = 30.0
 #: Seconds for which a 503's Retry-After counts, unless a good answer comes.
 SHORTEST_HOLD = 2.5
-#: Good answers in a row after which failures are rare again, so that five of them open the circuit.
-RARE = 50
-#: Failed probes after which the backoff has reached its last step.
-STEPS = 5
 #: Seconds from the beginning of a service's trouble, in which a client learns what it can answer; polls that are enough
 #: to tell; and the share of them whose answer may come too late for a final poll.
 QUEUE_SETTLES, MANY, LATE = 30.0, 50, 0.8
-#: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
+#: Seconds in which everybody is polled after a first good answer: one more poll is in flight with each.
 RAMP = 5.0
 #: Seconds of the longest usual answer: if there are more waits than slots, they take turns.
 ROUND_TRIP = 0.6
@@ -109,45 +104,14 @@ def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
         if poll.ended_at > evidence.awake(poll.sent_at + evidence.client.request_timeout) + EPS:
             yield evidence.violation("polls in flight", poll, poll.ended_at, "it took longer than request_timeout")
     slots = evidence.client.max_in_flight
-    pairs = chain.from_iterable(map(pairwise, evidence.polls_of.values()))
-    repeated = {poll.number for earlier, poll in pairs if _is_retry(evidence, earlier, poll)}
     for poll in evidence.polls:
         at = poll.sent_at
         lately = [p for p in evidence.sent_between(at - SLOW + EPS, at) if p.number <= poll.number and p.ended_at > at]
-        young = [p.sent_at for p in lately if not evidence.is_final(p)]
+        young = sum(not evidence.is_final(p) for p in lately)
         count = len(evidence.in_flight(at)) + sum(p.sent_at > at - EPS for p in lately)
-        retries = sum(p.number in repeated for p in lately) if evidence.is_well(at) else 0
-        most = most_in_flight(slots) + most_final(slots)
-        if _take_too_many_slots(evidence, young, at) or retries > max(1, slots // 2) or count > most:
-            yield evidence.violation(
-                "polls in flight",
-                poll,
-                at,
-                f"{count} polls are in flight, {len(young)} with a slot, {retries} of them retries",
-            )
-
-
-def _take_too_many_slots(evidence: Evidence, young: list[float], at: float) -> bool:
-    """Return whether polls that were sent then had more slots than there are.
-
-    While the circuit is open or half open, polls from before take none. Then it has few for the others.
-    """
-    slots = evidence.client.max_in_flight
-    return len(young) > slots and not any(
-        sum(sent_at >= turn for sent_at in young) <= min(limit, slots)
-        for turn, limit in evidence.turned_between(at - SLOW, at)
-    )
-
-
-def _is_retry(evidence: Evidence, earlier: Exchange, poll: Exchange) -> bool:
-    """Return whether a poll certainly repeats one that failed, so that it takes one of half of the slots."""
-    return (
-        earlier.ended_at <= poll.sent_at
-        and evidence.read(earlier).kind == "failed"
-        and not evidence.is_final(earlier)
-        and not evidence.is_final(poll)
-        and any(w.ended_at > poll.sent_at for w in evidence.waits_at(poll.operation_id, earlier.ended_at))
-    )
+        if young > slots or count > most_in_flight(slots) + most_final(slots):
+            text = f"{count} polls are in flight, {young} with a slot"
+            yield evidence.violation("polls in flight", poll, at, text)
 
 
 def rate_of_polls(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -260,8 +224,8 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             # A 429's Retry-After is the operation's own, and longer.
             longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
-            if reading.kind == "failed" and any(_is_short(evidence, wait, poll) for wait in waits):
-                longest = LONGEST_AT_FIRST
+            if reading.kind == "failed" and _is_short(evidence, poll):
+                longest = LONGEST_OFTEN if _has_failed_often(evidence, poll) else LONGEST_AT_FIRST
                 if poll.status == 503 and poll.retry_after:  # it holds up to the next good answer to any poll
                     good = evidence.answered_between(poll.ended_at + EPS, poll.ended_at + LONGEST)
                     longest = max(longest, good[0] - poll.ended_at if good else LONGEST)
@@ -274,79 +238,49 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             if any(due < other.ended_at for other in evidence.around(poll, due)):  # then it comes after that one
                 continue
-            if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1) and _retries(evidence, due) < 1:
+            if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1):
                 yield evidence.violation("not too late", poll, due, f"the next poll is due, and starts at {sent:.4f} s")
 
 
-def _is_short(evidence: Evidence, wait: ObservedWait, poll: Exchange) -> bool:
-    """Return whether an operation that fails was answered lately, or is young, and does not ask too much.
-
-    For that, few operations must be polled, or the service must have answered another poll well a moment ago.
-    """
+def _is_short(evidence: Evidence, poll: Exchange) -> bool:
+    """Return whether the service answered lately, or the operation is young; a refusal is another matter."""
     at = poll.ended_at
-    before = (p for p in evidence.sent_between(at - SHORT + EPS, at) if p.ended_at < at - EPS)
-    good = [p for p in before if p.number > wait.number and _is_pending(evidence.read(p), p)]
-    is_own = any(p.operation_id == poll.operation_id for p in good) or all(
+    is_young = all(
         budget.origin > at - SHORT + EPS
-        for other in evidence.waits_of[poll.operation_id]
-        if other.started_at <= at
-        for budget in evidence.budgets(other)
+        for wait in evidence.waits_of[poll.operation_id]
+        if wait.started_at <= at
+        for budget in evidence.budgets(wait)
     )
-    polled = {
-        other.operation_id for other in evidence.waits if other.started_at <= at + EPS <= other.ended_at + 2 * EPS
-    }
-    is_spared = len(polled) < FAILURES_UNTIL_OPEN or bool(evidence.answered_between(at - 1.0 + EPS, at - EPS))
-    return poll.status != 429 and is_own and is_spared
+    return poll.status != 429 and (is_young or bool(evidence.answered_between(at - SHORT + EPS, at - EPS)))
 
 
-def _retries(evidence: Evidence, at: float) -> int:
-    """Return how many operations that fail have a poll in flight: together they have half of the slots."""
-    lately = evidence.sent_between(at - evidence.client.request_timeout, at)
-    return sum(p.ended_at > at and evidence.failed_lately(p.operation_id, p.sent_at) for p in lately)
+def _has_failed_often(evidence: Evidence, poll: Exchange) -> bool:
+    """Return whether so many polls of an operation may have failed in a row that the pause is longer."""
+    ended = sorted((p.ended_at, evidence.read(p).kind) for p in evidence.polls_of[poll.operation_id])
+    lately = [kind for at, kind in ended if at <= poll.ended_at and kind != "cut"][-OFTEN:]
+    return len(lately) == OFTEN and all(kind in {"failed", "unsure"} for kind in lately)
 
 
-def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
-    """The circuit: once five operations have failed, one probe at a time, and each on the backoff."""
-    for outage in total_outages(faults):
-        polls = [poll for poll in evidence.sent_between(outage.begins, outage.ends) if poll.sent_at < outage.ends]
-        opened = _opened_at(evidence, outage, polls)
-        probes = [poll for poll in polls if poll.sent_at > opened + EPS and not evidence.is_final(poll)]
-        for number, (earlier, later) in enumerate(pairwise(probes)):
-            was_cut = evidence.read(earlier).kind == "cut"
-            is_short = earlier.sent_at <= opened + SHORT
-            pause = SHORTEST if was_cut or number < STEPS else SHORTEST_AT_FIRST if is_short else SHORTEST_LAST
-            hangs = earlier.ended_at >= earlier.sent_at + SLOW - EPS  # it counts from its start, as one that is cut off
-            if later.sent_at < (earlier.sent_at if was_cut or hangs else earlier.ended_at) + pause - EPS:
-                yield evidence.violation("few requests in an outage", later, later.sent_at, f"a probe within {pause} s")
-        after = [poll for poll in polls if poll.sent_at > opened + EPS]
-        for poll in after:
-            at = [other for other in after if other.sent_at <= poll.sent_at + EPS < other.ended_at]
-            # A probe counts for a second; a final poll that goes on for other waits for its two seconds only.
-            beside = sum(p.sent_at + (FINAL if evidence.is_final(p) else SLOW) > poll.sent_at + EPS for p in at)
-            if beside > 2:  # a probe and a final one
-                yield evidence.violation("few requests in an outage", poll, poll.sent_at, f"{beside} at once")
+def few_requests_in_outage(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 4: each poll takes a token. Without one only a final poll starts, and one at a time."""
+    for poll, tokens in evidence.most_tokens:
+        at = poll.sent_at
+        if tokens >= 1.0 - 0.1:
+            continue
+        if not evidence.is_final(poll):
+            text = f"{tokens:.2f} tokens are left"
+            yield evidence.violation("few requests in an outage", poll, at, text)
+        elif evidence.is_only_final(poll):
+            lately = evidence.sent_between(at - FINAL + EPS, at)
+            beside = [p for p in lately if p.number < poll.number and p.ended_at > at + EPS]
+            if any(map(evidence.is_only_final, beside)):
+                yield evidence.violation("few requests in an outage", poll, at, "two final polls at once")
 
 
 def total_outages(faults: Sequence[Fault]) -> list[Outage]:
     """Return the outages that nothing gets through, none of them with a Retry-After, which is another promise."""
     total = [fault for fault in faults if isinstance(fault, Outage) and fault.is_total]
     return [f for f in total if f.failure.retry_after is None and f.failure.status not in {404, 429}]
-
-
-def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) -> float:
-    """Return when the circuit is open at the latest; infinity where that is not certain."""
-    good = [p.ended_at for p in evidence.polls if outage.begins <= p.ended_at and evidence.read(p).kind != "failed"]
-    since = max([at for at in good if at < outage.ends], default=outage.begins)
-    before = sorted((p for p in evidence.polls if p.ended_at <= since), key=lambda poll: poll.ended_at)
-    if any(evidence.read(poll).kind in {"failed", "cut"} for poll in before[-RARE:]):
-        return math.inf
-    failed: set[str] = set()
-    for poll in sorted(polls, key=lambda poll: poll.ended_at):
-        if poll.sent_at >= since and evidence.read(poll).kind == "failed":
-            failed.add(poll.operation_id)
-            if len(failed) == FAILURES_UNTIL_OPEN:
-                return poll.ended_at
-    return math.inf
 
 
 def a_queue_stays_short(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -386,23 +320,44 @@ def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
 
 
 def _is_tenants(evidence: Evidence, poll: Exchange) -> bool:
-    """Return whether a 429 is certainly the tenant's: it is the last of so many with no other answer between."""
-    if poll.status != 429 or evidence.is_final(poll):
+    """Return whether a 429 is certainly the tenant's: it is the last of so many with no other answer between.
+
+    A refusal of an operation whose poll before was not answered well does not count.
+    """
+    if poll.status != 429 or evidence.is_final(poll) or not _was_good(evidence, poll):
         return False
     lately = [
         p for p in evidence.sent_between(poll.ended_at - LONGEST_PAUSE, poll.ended_at) if p.ended_at < poll.ended_at
     ]
-    ends = sorted(((p.ended_at, p.status) for p in lately if evidence.read(p).kind != "cut"), key=lambda end: end[0])
-    return len(ends) >= MANY_REFUSED + 1 and all(status == 429 for _, status in ends[-MANY_REFUSED - 1 :])
+    count = 1
+    for earlier in sorted(lately, key=lambda p: -p.ended_at):
+        if evidence.read(earlier).kind != "cut":
+            if earlier.status != 429:
+                break
+            count += _was_good(evidence, earlier)
+    return count > MANY_REFUSED
+
+
+def _was_good(evidence: Evidence, poll: Exchange) -> bool:
+    """Return whether the poll before, of the same operation and for the same wait, was certainly answered well."""
+    before = [p for p in evidence.polls_of[poll.operation_id] if p.number < poll.number]
+    return (
+        bool(before)
+        and before[-1].ended_at < poll.sent_at
+        and _is_pending(evidence.read(before[-1]), before[-1])
+        and any(
+            wait.number < before[-1].number and wait.ended_at > poll.ended_at
+            for wait in evidence.waits_of[poll.operation_id]
+        )
+    )
 
 
 def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
-    """The circuit: within the longest backoff after an outage, and a hanging probe, everybody is polled again."""
+    """Rule 4: within the longest backoff after an outage, and a hanging poll, everybody is polled again."""
     for outage in total_outages(faults):
         hanging = evidence.client.request_timeout if outage.failure.how == "hangs" else 0.0
         crowd = sum(wait.started_at <= outage.ends <= wait.ended_at for wait in evidence.waits)
-        slots = max(1, evidence.client.max_in_flight // 2)  # of operations that failed
-        turns = crowd * (ROUND_TRIP / slots + 1.0 / evidence.client.rate)
+        turns = crowd * (ROUND_TRIP / evidence.client.max_in_flight + 1.0 / evidence.client.rate)
         until = outage.ends + hanging + LONGEST + RAMP + turns
         troubled = any(
             _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage

@@ -240,7 +240,7 @@ def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator
 
 
 def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """Rule 3: a final poll starts exactly at the deadline, also while the circuit is open if it is the only one."""
+    """Rule 3: a final poll starts exactly at the deadline, also without a token if it is the only one."""
     first_budgets = [(wait, evidence.budgets(wait)[0]) for wait in evidence.waits]
     for wait in evidence.waits:
         budget, *more = evidence.budgets(wait)
@@ -255,9 +255,11 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             for other, its in first_budgets
         )
         fits = (
-            evidence.is_well(deadline) and evidence.is_well(due) and rivals <= most_final(evidence.client.max_in_flight)
+            evidence.is_free(deadline, rivals)
+            and evidence.is_free(due, rivals)
+            and rivals <= most_final(evidence.client.max_in_flight)
         )
-        # While the circuit is open, one final poll at a time: a late one counts for its two seconds, whoever needs it.
+        # Without a token, one final poll at a time: a late one counts for its two seconds, whoever needs it.
         late = (p for p in evidence.sent_between(deadline - FINAL, due - EPS) if p.ended_at > deadline - EPS)
         fits_alone = rivals == 1 and not any(map(evidence.is_final, late))
         if not fits and not fits_alone:
@@ -268,7 +270,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             yield evidence.violation("final poll at the deadline", wait, due, "no poll starts there")
             continue
         failed_early = final[0].ended_at < evidence.final_from(budget.deadline) + 1.0 and final[0].status != 429
-        # While the circuit is open, final polls go one at a time, and one that is due later may hang meanwhile.
+        # Without a token, final polls go one at a time, and one that is due later may hang meanwhile.
         failed_early &= not any(deadline < its.deadline < due + FINAL for _, its in first_budgets)
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
             yield evidence.violation("final poll at the deadline", wait, deadline, "it fails, and is not repeated")

@@ -221,6 +221,7 @@ def _mixed() -> Iterator[Weather]:
     for waits in (30, 100):
         for share in (0.8, 0.9):
             yield Weather(f"share {share:.0%} {waits}", waits, _failing(share, bad))
+    yield Weather("share 80% hangs", 100, _failing(0.8, HANGS))
     yield Weather("share 50% 503 Retry-After 10", 30, _failing(0.5, Failure("status", 503, 10.0)))
     yield Weather("share 50% 503 Retry-After 30", 30, _failing(0.5, Failure("status", 503, 30.0)))
     yield Weather("share 20% 503 Retry-After 30", 100, _failing(0.2, Failure("status", 503, 30.0)))
@@ -274,7 +275,7 @@ def _busy() -> Iterator[Weather]:
 
 def _refusals() -> Iterator[Weather]:
     """Yield services that answer 429."""
-    for share in (0.05, 0.2):
+    for share in (0.05, 0.2, 0.4):
         for pause in (None, 1.0):
             asks = "" if pause is None else " Retry-After 1"
             yield Weather(f"429 {share:.0%}{asks}", 100, _failing(share, Failure("status", 429, pause)))

@@ -36,6 +36,7 @@ from aiokeyless.worker.decisions import (
     Pacing,
     Redeliver,
     after_bug,
+    after_conflict,
     after_creation,
     after_failed_creation,
     after_outage,
@@ -390,6 +391,14 @@ def test_just_created_it_is_polled_when_the_schedule_says_and_by_the_deadline(ag
     decision = after_creation(DELIVERY, at(age), pacing())
     assert delay(decision, ExchangeResult.CREATED) == expected
     assert decision.created == DELIVERY.request  # the phone is told of it
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_create_that_is_a_conflict_waits_as_one_that_succeeds_and_is_told_if_no_delivery_knew(failures: int) -> None:
+    third = msgspec.structs.replace(DELIVERY, message=a_message(number=3, failures=failures))
+    decision = after_conflict(third, at(1), pacing())
+    assert delay(decision, ExchangeResult.CREATED) == 3
+    assert decision.created == (third.request if failures == 2 else None)
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 STATISTICS = WorkerStatistics(
-    in_flight=1, deliveries=20, polls=19, created=2, approved=1, transient_failures=3, circuit="open", is_ready=True
+    in_flight=1, deliveries=20, polls=19, created=2, approved=1, transient_failures=3, is_failing=True, is_ready=True
 )
 UNREADY = msgspec.structs.replace(STATISTICS, is_ready=False, problems=("a stream is full", "a key is refused"))
 
@@ -59,7 +59,7 @@ async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(
 ) -> None:
     caplog.set_level(logging.INFO)
     status, content_type, text = await asked(served)
-    assert not caplog.records  # a probe comes every few seconds
+    assert not caplog.records  # an orchestrator asks every few seconds
     assert (status, content_type) == (200, "application/json")
     assert msgspec.json.decode(text) == {"status": "ok"} | msgspec.json.decode(msgspec.json.encode(STATISTICS))
 

@@ -14,14 +14,14 @@ import pytest
 
 from aiokeyless import AuthenticationError, BrokerError
 from aiokeyless._listeners import Listeners
-from aiokeyless._rules.circuit import Circuit
+from aiokeyless._rules.budget import Budget
 from aiokeyless.events import (
-    CircuitChanged,
     DeliveryEnded,
     Inspection,
     OutcomePublished,
     PollEnded,
     RequestEnded,
+    ServiceChanged,
     WaitEnded,
     WaitOutcome,
     WaitStarted,
@@ -155,7 +155,7 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
     kind: Outcome, answered: bool | None, reason: FailureReason | None, outcome: WaitOutcome, memory: SqliteBroker
 ) -> None:
     told = Told()
-    reporter = WorkerReporter(memory, Circuit(64), (), listeners=Listeners((told,)), on_loss=print)
+    reporter = WorkerReporter(memory, Budget(), (), listeners=Listeners((told,)), on_loss=print)
     reporter.report_outcome(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
@@ -184,7 +184,7 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
 async def test_a_thousand_deliveries_that_the_broker_does_not_settle_are_one_line_of_the_log(
     memory: SqliteBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporter = WorkerReporter(memory, Circuit(64), (), listeners=Listeners(()), on_loss=print)
+    reporter = WorkerReporter(memory, Budget(), (), listeners=Listeners(()), on_loss=print)
     for _ in range(1000):
         reporter.report_settlement(2, RefusedError("the disk is full"), started_at=0.0)
     assert [record.getMessage() for record in caplog.records] == ['delivery.unsettled error="the disk is full" count=1']
@@ -218,26 +218,40 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
         await asyncio.sleep(60)
         approve_all(sandbox)
         assert {event.outcome for event in await read(broker, 6)} == {Outcome.APPROVED}
-    changes = told.of(CircuitChanged)
-    first, last = changes[0], changes[-1]
-    assert (first.previous, first.state, first.cause) == ("closed", "open", "ServerError")
-    assert 1 <= first.waiting <= 6
-    assert (last.state, last.cause) == ("closed", None)
-    assert [change.previous for change in changes[1:]] == [change.state for change in changes[:-1]]
-    opened, closed = [record for record in caplog.records if "keyless.circuit" in record.message]
-    assert (opened.levelname, closed.levelname) == ("WARNING", "INFO")
-    assert re.fullmatch(rf'keyless.circuit_opened error=".*503.*" in_flight={first.waiting}', opened.message)
-    seconds = float(closed.message.removeprefix("keyless.circuit_closed seconds="))
-    assert 19 < seconds < 80
+    began, ended = told.of(ServiceChanged)
+    assert (began.is_failing, began.error, began.waiting) == (True, "ServerError", 6)
+    assert (ended.is_failing, ended.error, ended.waiting) == (False, None, 6)
+    assert began.seconds < 10 + 1
+    assert 19 < ended.seconds < 25
+    failing, answering = [record for record in caplog.records if record.message.startswith("keyless.")]
+    assert (failing.levelname, answering.levelname) == ("WARNING", "INFO")
+    assert re.fullmatch(r'keyless.failing error=".*503.*" waiting=6', failing.message)
+    assert answering.message == f"keyless.answering seconds={round(ended.seconds, 3)}"
 
 
-async def test_a_circuit_that_is_open_when_its_worker_ends_is_told_to_be_gone(told: Told, sandbox: Sandbox) -> None:
+async def test_a_service_that_comes_and_goes_is_two_lines_a_minute(
+    told: Told, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless.worker")
+    async with working(sandbox, listeners=[told]) as (_, broker):
+        await ask(sandbox, broker, 6, expires_in=300)
+        for _ in range(3):
+            sandbox.fail_next(503, times=None)
+            await asyncio.sleep(15)
+            sandbox.recover()
+            await asyncio.sleep(2)
+    assert [change.is_failing for change in told.of(ServiceChanged)] == [True, False] * 3
+    assert len([record for record in caplog.records if record.message.startswith("keyless.")]) == 2
+
+
+async def test_a_service_that_fails_when_its_worker_ends_is_told_to_fail_no_more(told: Told, sandbox: Sandbox) -> None:
     async with working(sandbox, listeners=[told]) as (_, broker):
         await ask(sandbox, broker, 20)
         sandbox.fail_next(503, times=None)
         await asyncio.sleep(20)
-    last = told.of(CircuitChanged)[-1]
-    assert (last.state, last.cause, last.waiting) == ("closed", "ClientClosedError", 0)
+    began, ended = told.of(ServiceChanged)
+    assert (began.is_failing, began.error) == (True, "ServerError")
+    assert (ended.is_failing, ended.error) == (False, "ClientClosedError")
 
 
 # -- the fleet, and what keeps a worker from being ready
@@ -270,10 +284,10 @@ def broker() -> FakeBroker:
 
 
 @asynccontextmanager
-async def reporting(broker: FakeBroker, circuit: Circuit | None = None) -> AsyncGenerator[WorkerReporter]:
+async def reporting(broker: FakeBroker, budget: Budget | None = None) -> AsyncGenerator[WorkerReporter]:
     """Run a reporter; the body starts between two inspections."""
     reporter = WorkerReporter(
-        cast("Broker", broker), circuit or Circuit(64), (), listeners=Listeners(()), on_loss=broker.losses.append
+        cast("Broker", broker), budget or Budget(), (), listeners=Listeners(()), on_loss=broker.losses.append
     )
     watching = asyncio.create_task(reporter.watch())
     await asyncio.sleep(1)
@@ -325,6 +339,14 @@ async def test_a_silent_broker_is_a_problem_until_it_answers(broker: FakeBroker)
         assert reporter.statistics().fleet.waiting == 3
 
 
+async def test_the_budget_has_tokens_for_the_requests_that_wait_in_the_fleet(broker: FakeBroker) -> None:
+    budget = Budget()
+    async with reporting(broker, budget):
+        broker.told = Inspection(waiting=100)
+        await asyncio.sleep(5)
+        assert budget.room(0.0) == 300
+
+
 async def test_what_the_broker_names_are_problems(broker: FakeBroker) -> None:
     async with reporting(broker) as reporter:
         broker.told = Inspection(problems=("a stream is gone", "another one is full"))
@@ -363,19 +385,18 @@ async def test_requests_that_wait_while_none_is_delivered_are_a_problem_after_ha
 
 @pytest.mark.parametrize("reason", ["deliveries come", "nothing waits", "Keyless fares badly"])
 async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(broker: FakeBroker, reason: str) -> None:
-    circuit = Circuit(64)
-    async with reporting(broker, circuit) as reporter:
+    budget = Budget()
+    async with reporting(broker, budget) as reporter:
         broker.told = Inspection(waiting=9, backlog=0 if reason == "nothing waits" else 7)
         if reason == "Keyless fares badly":
-            for operation_id in range(100):
-                circuit.record_failure(0.0, operation_id, started_at=0.0, is_probe=True)
+            budget.record_failure(10.0, started_at=0.0)
         for _ in range(20):
             if reason == "deliveries come":
                 reporter.report_delivery(delivery(number=2))
             await asyncio.sleep(5)
-        wrong = ["the circuit is open, and 7 new requests wait"] if reason == "Keyless fares badly" else []
+        wrong = ["Keyless fails, and 7 new requests wait"] if reason == "Keyless fares badly" else []
         assert problems(reporter) == wrong
-        assert reporter.statistics().circuit == ("open" if wrong else "closed")
+        assert reporter.statistics().is_failing is bool(wrong)
 
 
 async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_inspections(broker: FakeBroker) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from tenacity import wait_fixed
@@ -13,6 +14,8 @@ from waiting import until
 
 from aiokeyless import BadRequestError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless._http.creation import OperationCreation
+from aiokeyless._rules.budget import LEAST, Budget
+from aiokeyless.events import DeliveryEnded
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalRequest, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
 from aiokeyless.worker.broker import Claim, ExchangeResult, UnavailableError
@@ -20,9 +23,10 @@ from aiokeyless.worker.sqlite import SqliteBroker
 from aiokeyless.worker.tables import Row, TableMessage
 
 from .conformance.brokers import new_request
-from .reading import approve_all, ask, created, now, read, submit, working
+from .reading import approve_all, ask, created, now, polls_of, read, submit, working
 
 if TYPE_CHECKING:
+    from aiokeyless.events import Event
     from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
@@ -30,11 +34,12 @@ pytestmark = pytest.mark.looptime
 
 @pytest.mark.parametrize("status", [403, 404])
 async def test_a_gateway_that_refuses_all_is_asked_no_more_often_than_a_service(sandbox: Sandbox, status: int) -> None:
-    """A refusal is no failure of the service, so no circuit limits what waiting requests send to it."""
+    """After half a minute without a good answer, the backoff grows."""
     async with working(sandbox, schedule=wait_fixed(5.0)) as (_, broker):
         await ask(sandbox, broker)
-        before = len(sandbox.requests)
         sandbox.fail_next(status=status, times=None)
+        await asyncio.sleep(45)
+        before = len(sandbox.requests)
         await asyncio.sleep(18)
         # By the shortest delays of the backoff; after a 404, the operation is polled and created.
         assert len(sandbox.requests) - before <= 8
@@ -86,10 +91,10 @@ def a_later_delivery(broker: SqliteBroker) -> Message:
 async def test_no_user_is_asked_after_a_claim_that_outlasts_the_deadline(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, *, was_in_doubt: bool
 ) -> None:
-    claim = SqliteBroker.claim
+    claim, pauses = SqliteBroker.claim, [0.0] if was_in_doubt else []
 
     async def be_late(broker: SqliteBroker, message: Message) -> Claim:
-        await asyncio.sleep(0.0 if was_in_doubt and message.number == 1 else 5.0)
+        await asyncio.sleep(pauses.pop() if pauses else 5.0)
         return await claim(broker, message)
 
     monkeypatch.setattr(SqliteBroker, "claim", be_late)
@@ -255,7 +260,7 @@ async def test_a_broker_that_leaves_no_time_to_wait_is_one_line(client: KeylessC
 
 @pytest.mark.parametrize(
     ("count", "fault"),
-    [(100, {"status": 503}), (4, {"status": 429, "retry_after": 120})],  # 4: too few to open the circuit
+    [(100, {"status": 503}), (4, {"status": 429, "retry_after": 120})],  # 4: a few of the tokens
     ids=["outage", "long pause"],
 )
 async def test_an_outage_or_a_long_pause_keeps_no_application_waiting_past_deadline_and_grace(
@@ -347,7 +352,7 @@ async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
     async with working(sandbox, memory) as (paused, _):
         await asyncio.sleep(0.5)  # so it waits for deliveries
         assert paused._serving is not None
-        paused._serving._circuit.record_pause(asyncio.get_running_loop().time(), 120.0)
+        paused._serving._rate.paused_until = now() + 120.0
         async with working(sandbox, memory):
             await submit(memory, 20)
             async with asyncio.timeout(5):
@@ -360,10 +365,131 @@ async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(s
     async with working(sandbox) as (worker, broker):
         sandbox.fail_next(status=503, times=None)
         await submit(broker, 100)
-        await until(lambda: worker.statistics.circuit == "open")
+        await until(lambda: worker.statistics.is_failing)
         for number in range(5):
             await broker.submit(new_request(f"broken-{number}")._replace(body=b"no request"))
         await asyncio.sleep(5)
         sandbox.recover()
         events = await read(broker, 5)
     assert {event.reason for event in events} == {FailureReason.INVALID_REQUEST}
+
+
+# -- the budget, and creates that fail
+
+
+class Spent(Budget):
+    """A budget without a token."""
+
+    def room(self, now: float) -> int:
+        return 0
+
+
+async def test_a_request_that_is_decided_without_an_exchange_takes_no_token_and_no_slot(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with working(sandbox, grace=0) as (worker, broker):
+        assert worker._serving is not None
+        budget, take = worker._serving._budget, Mock()
+        monkeypatch.setattr(worker._serving._slots, "take", take)
+        worker._serving._rate.paused_until = now() + 120.0
+        await asyncio.sleep(2)
+        await submit(broker, 50, created_at=broker.now() - timedelta(seconds=100), expires_in=20)
+        events = await read(broker, 50)
+        assert (worker.statistics.polls, budget.room(now())) == (0, LEAST)
+    assert {(event.outcome, event.answered) for event in events} == {(Outcome.EXPIRED, False)}
+    assert not take.called
+
+
+async def test_without_a_token_none_but_overdue_requests_are_taken(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with working(sandbox, grace=0) as (worker, broker):
+        assert worker._serving is not None
+        monkeypatch.setattr(worker._serving, "_budget", Spent())
+        await asyncio.sleep(2)
+        await submit_approval(broker, "C0FFEE", operation_id="in-time")
+        await submit(broker, created_at=broker.now() - timedelta(seconds=100), expires_in=20)
+        [event] = await read(broker)
+        await asyncio.sleep(20)
+        assert (worker.statistics.deliveries, worker.statistics.polls) == (1, 0)
+    assert (event.operation_id, event.outcome, event.answered) == ("txn-1", Outcome.EXPIRED, False)
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+async def test_a_final_poll_that_fails_past_the_grace_is_repeated_if_there_is_a_token(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, *, has_token: bool
+) -> None:
+    async with working(sandbox, grace=0) as (worker, broker):
+        if not has_token:
+            assert worker._serving is not None
+            monkeypatch.setattr(worker._serving._processor, "_budget", Spent())
+        await asyncio.sleep(2)
+        sandbox.fail_next(times=2)
+        late: dict[str, Any] = {"created_at": broker.now() - timedelta(seconds=100), "expires_in": 20}
+        await submit(broker, started_by="phone", **late)
+        sandbox.approve("txn-1", user_id="C0FFEE")
+        [event] = await read(broker)
+    assert event.outcome is (Outcome.APPROVED if has_token else Outcome.EXPIRED)
+    assert len(polls_of(sandbox, "txn-1")) == (3 if has_token else 1)
+
+
+async def first_delivery(sandbox: Sandbox, **options: Any) -> tuple[float, int]:
+    """Let creates fail; return how long the first delivery of a request took, and how many creates it sent."""
+    ended: list[tuple[float, int]] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, DeliveryEnded):
+            ended.append((event.seconds, sum(request.method == "POST" for request in sandbox.requests)))
+
+    is_spent = options.pop("is_spent", False)
+    async with working(sandbox, listeners=[hear]) as (worker, broker):
+        if is_spent:
+            assert worker._serving is not None
+            worker._serving._processor._budget = Spent()
+        await submit(broker, **options)
+        await until(lambda: bool(ended))
+    return ended[0]
+
+
+async def test_a_create_that_fails_is_repeated_for_5_s_each_time_after_a_poll_that_found_nothing(
+    sandbox: Sandbox,
+) -> None:
+    sandbox.fail_next(times=None, method="POST")
+    seconds, creates = await first_delivery(sandbox)
+    assert 3 < seconds <= 5
+    assert creates >= 5
+    for before, request in pairwise(sandbox.requests):
+        assert request.method == "GET" or (before.method, before.status) == ("GET", 404)
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        ({"status": 503}, {"is_spent": True}),
+        ({"status": 429, "retry_after": 6}, {}),
+        ({"status": 503}, {"expires_in": 0.2}),
+    ],
+    ids=["no token", "a longer Retry-After", "the deadline"],
+)
+async def test_a_create_that_fails_is_not_repeated(
+    sandbox: Sandbox, fault: dict[str, Any], options: dict[str, Any]
+) -> None:
+    sandbox.fail_next(times=None, method="POST", **fault)
+    seconds, creates = await first_delivery(sandbox, **options)
+    assert (round(seconds, 1), creates) == (0, 1)
+
+
+async def test_a_create_is_repeated_until_the_deadline_and_not_after_it(sandbox: Sandbox) -> None:
+    sandbox.fail_next(times=None, method="POST")
+    seconds, creates = await first_delivery(sandbox, expires_in=2)
+    assert seconds < 2
+    assert creates >= 2
+
+
+async def test_a_failing_request_is_polled_as_often_as_by_a_loop_for_half_a_minute(sandbox: Sandbox) -> None:
+    async with working(sandbox) as (_, broker):
+        await ask(sandbox, broker)
+        sandbox.fail_next(times=None)
+        sandbox.requests.clear()
+        await asyncio.sleep(25)
+    assert 25 <= len(sandbox.requests) <= 50  # its backoff counts two failures: 0.5 to 1 s

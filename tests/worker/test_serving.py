@@ -17,7 +17,7 @@ from waiting import until
 
 from aiokeyless import wait_adaptive
 from aiokeyless._http.transport import Transport
-from aiokeyless._rules.circuit import CircuitState
+from aiokeyless._rules.budget import PER_SECOND, PER_WAIT
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, processor, submit_approval
 from aiokeyless.worker.broker import NewRequest, RefusedError
 from aiokeyless.worker.logs import JsonFormatter
@@ -121,34 +121,27 @@ async def test_a_create_that_fails_briefly_costs_no_approval(sandbox: Sandbox, f
     assert list(sandbox.operations) == [operation_id]
 
 
-async def test_failures_are_retried_with_a_separate_backoff(sandbox: Sandbox) -> None:
+async def test_a_service_that_is_down_gets_what_the_budget_holds_and_is_used_again_when_it_is_back(
+    sandbox: Sandbox,
+) -> None:
     random.seed(5)  # the backoff is random
-    async with working(sandbox, schedule=wait_fixed(0.02)) as (_, memory):
-        await ask(sandbox, memory)
-        sandbox.fail_next(times=4, method="GET")
-        await until(lambda: sum(record.status == 503 for record in sandbox.requests) == 4)
-        first, *_, last = (record for record in sandbox.requests if record.status == 503)
-    assert last.at - first.at > 0.5  # the schedule alone: 0.06
-
-
-async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(sandbox: Sandbox) -> None:
-    random.seed(5)  # the backoff of the probes is random
     await asyncio.sleep(100_000)  # the loop's clock began long ago
     async with working(sandbox, max_in_flight=8, schedule=wait_fixed(0.5)) as (worker, memory):
         ids = [await submit(memory, "C0FFEE") for _ in range(100)]
         await until(lambda: len(sandbox.operations) == 100)
+        await asyncio.sleep(6)  # the next inspection counts the requests that wait
         sandbox.fail_next(times=None)
-        await until(lambda: worker.statistics.circuit == "open")
         sandbox.requests.clear()
-        await asyncio.sleep(20)
-        probes = len(sandbox.requests)
+        await asyncio.sleep(60)
+        sent = len(sandbox.requests)
+        assert worker.statistics.is_failing
         sandbox.recover()
         for operation_id in ids:
             sandbox.approve(operation_id)
         async with asyncio.timeout(60):  # the requests have more time
             events = await all_outcomes(memory)
-        assert worker.statistics.circuit == "closed"
-    assert 4 <= probes <= 8 + 20  # what was in flight, and few more; 100 waits would poll 4000 times in these seconds
+        assert not worker.statistics.is_failing
+    assert PER_WAIT * 100 < sent <= PER_WAIT * 100 + PER_SECOND * 30 + 30 + 8  # one a second after half a minute
     assert sorted((event.operation_id or "", event.outcome) for event in events) == sorted(
         (operation_id, Outcome.APPROVED) for operation_id in ids
     )
@@ -157,14 +150,14 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
 async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_recovers(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random.seed(5)  # the backoff of the probes is random
+    random.seed(5)  # the backoff is random
     fetch = Transport.fetch
     hanging: set[str] = set()
-    circuits: set[object] = set()
+    renewals: set[object] = set()
     released = asyncio.Event()
 
     async def hang(transport: Transport, request: Request[Any], **options: Any) -> object:
-        circuits.add(options.get("circuit"))
+        renewals.add(options["is_renewal"])
         operation_id = request.path.rpartition("/")[2]
         if operation_id in slow and not released.is_set():
             hanging.add(operation_id)
@@ -181,11 +174,11 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
             await submit(memory, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 7)
         sandbox.fail_next(times=None, method="GET")
-        await until(lambda: worker.statistics.circuit == "open")
+        await until(lambda: worker.statistics.is_failing)
         sandbox.recover()
-        await until(lambda: worker.statistics.circuit == "closed")
+        await until(lambda: not worker.statistics.is_failing)
         assert hanging == slow
-        assert CircuitState.OPEN in circuits  # so the transport used new connections
+        assert renewals == {False, True}  # some polls used new connections
         released.set()
 
 

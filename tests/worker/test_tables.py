@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
-from aiokeyless._rules.probes import Standing
+from aiokeyless._rules.order import Standing
 from aiokeyless.worker.broker import ExchangeResult
 from aiokeyless.worker.sqlite import schema, store
 
@@ -20,7 +20,7 @@ def test_postgres_names_the_numbers_of_results_and_the_most_failures_as_python_h
     assert re.findall(r"\bfailures \+ 1, \d|\bmine\.result = \d|\bWHEN \d", POSTGRES) == []
 
 
-def test_the_order_of_probes_is_that_of_their_standing() -> None:
+def test_the_order_while_polls_fail_is_that_of_their_standing() -> None:
     order = r"WHEN (?:w\.)?answered THEN (\d) WHEN (?:w\.)?deliveries(?: > 0)? THEN (\d) ELSE (\d) END"
     expected = tuple(str(int(standing)) for standing in (Standing.ANSWERED, Standing.CREATED, Standing.UNTRIED))
     for sql in (POSTGRES, schema._MIGRATIONS[0], store._RANKED):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 from nats.aio.msg import Msg  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.probes import Standing
+from aiokeyless._rules.order import Standing
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog
@@ -51,9 +51,9 @@ _LATE: Final = 2.0  # seconds after which the end of a pull is no longer expecte
 _NOTICED_WITHIN: Final = 0.25  # seconds after which a take notices that the connection was made again
 _SIZE: Final = "Nats-Msg-Size"  # the header of a delivery whose body the broker left out
 _EXPIRED: Final = "408"  # the pull has expired as requested
-_CHOICE: Final = 512  # deliveries to choose probes from, beside those that are here
+_CHOICE: Final = 512  # deliveries to choose from, beside those that are here
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
-_BETTER_WITHIN: Final = 0.1  # seconds to wait for a better probe than a failed request
+_BETTER_WITHIN: Final = 0.1  # seconds to wait for a better one than a failed request
 _REMEMBERED: Final = 10_000  # recently polled requests
 _UNKNOWN: Final = (0, Standing.UNTRIED)
 _MANY: Final = 15  # failures after which the backoff no longer grows
@@ -76,7 +76,7 @@ class NatsMessage(Message, kw_only=True, eq=False):
 
     @property
     def rank(self) -> tuple[int, Standing, float]:
-        """Its place in the order of probes: the lowest goes first."""
+        """Its place in the order of `aiokeyless._rules.order`: the lowest goes first."""
         return self.failures, self.standing, self.arrived_at if self.standing is Standing.ANSWERED else -self.id
 
     @property

@@ -51,7 +51,7 @@ _MIGRATIONS: Final = (
         answered INTEGER NOT NULL
     );
     CREATE INDEX waiting_due ON waiting (due_at);
-    CREATE INDEX waiting_probes ON waiting (
+    CREATE INDEX waiting_in_order ON waiting (
         failures, (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END), due_at
     );
     CREATE TABLE outcome (

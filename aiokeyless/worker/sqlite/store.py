@@ -11,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from aiokeyless._rules.probes import Standing
+from aiokeyless._rules.order import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import (
@@ -52,7 +52,7 @@ _CLEANING: Final = (
     ("DELETE FROM outcome WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
     ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
 )
-#: Failures are counted up to this, on PostgreSQL too. Beyond it the backoff no longer grows, and the order of probes
+#: Failures are counted up to this, on PostgreSQL too. Beyond it the backoff no longer grows, and the order of requests
 #: needs few numbers.
 _MOST_FAILURES: Final = 15
 #: The requests of one number of failures and one `Standing`, by the index.
@@ -208,13 +208,13 @@ class Store:
 
     def take(self, up_to: int, lease: float, *, untried: int | None) -> list[TableMessage]:
         """Take requests that are due."""
-        return self._deliver(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)
+        return self._deliver(self._due(up_to) if untried is None else self._by_order(up_to, untried), lease)
 
     def _due(self, up_to: int) -> list[int]:
         return self._ids("SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", self._now(), up_to)
 
-    def _probes(self, up_to: int, untried: int) -> list[int]:
-        """Return the probes. One search of the index for each number of failures avoids a sort of thousands."""
+    def _by_order(self, up_to: int, untried: int) -> list[int]:
+        """Return those with the fewest failures. One search of the index for each number avoids a sort of thousands."""
         newest = self._ids(_RANKED.format(" DESC"), 0, Standing.UNTRIED, self._now(), up_to)
         chosen, rest = newest[:untried], newest[untried:]
         failures = self._one("SELECT min(failures) FROM waiting")[0]

@@ -47,7 +47,7 @@ class Storage(AbstractAsyncContextManager["Storage"]):
     #: Whether what is stored outlives its process.
     lasts = True
     #: Whether there is a row for each request, for as long as its operation id is used. Then failures are counted for
-    #: ever and order the probes, a different request under the id is refused, and so is a claim after the decision.
+    #: ever and set the order, a different request under the id is refused, and so is a claim after the decision.
     has_rows = True
     #: Whether its clock is the loop's, which moves.
     moves_clock = False

@@ -39,7 +39,7 @@ async def check(storage: Storage, weather: Weather, *, before: int, after: int) 
 async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
     storage: Storage, weather: Weather
 ) -> None:
-    random.seed(5)  # the backoff of the probes is random
+    random.seed(5)  # the backoff is random
     await check(storage, weather, before=30, after=70)
 
 

@@ -185,7 +185,7 @@ async def deliver_in_turn(broker: Broker, *turns: dict[str, ExchangeResult]) -> 
 
 
 @those(which=lambda storage: storage.has_rows)
-async def test_while_requests_fail_the_order_is_that_of_probes(broker: Broker) -> None:
+async def test_while_requests_fail_those_that_were_answered_go_first(broker: Broker) -> None:
     await submit(broker, "answered", "created", "was-answered", "bad", "worse")
     await deliver_in_turn(
         broker,

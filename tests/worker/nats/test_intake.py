@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, change_consumer, jetstream, prepare
 from waiting import PATIENCE, until
 
-from aiokeyless._rules.probes import Standing
+from aiokeyless._rules.order import Standing
 from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS

@@ -330,12 +330,12 @@ async def test_a_take_seeks_what_is_due_in_an_index(admin: Connection, is_analyz
     plans = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, NULL)")
     (due,) = [plan for plan in plans if "ORDER BY w.due_at" in plan]
     assert re.search(r"Index Cond: \(\(due_at <= .*\) AND \(due_at >= ", due)
-    probes = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, 2)")
-    searches = [plan for plan in probes if "ORDER BY w.due_at" in plan]
+    takes = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, 2)")
+    searches = [plan for plan in takes if "ORDER BY w.due_at" in plan]
     assert len(searches) > 1
-    for probe in searches:
-        assert re.search(r"Index Cond: \(\(failures = .*\) AND \(CASE .* END = .*\) AND \(due_at <= ", probe)
-    for plan in (*plans, *probes):
+    for search in searches:
+        assert re.search(r"Index Cond: \(\(failures = .*\) AND \(CASE .* END = .*\) AND \(due_at <= ", search)
+    for plan in (*plans, *takes):
         assert "Seq Scan" not in plan
         assert "Sort Key: w.due_at" not in plan
 

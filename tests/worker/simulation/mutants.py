@@ -45,7 +45,7 @@ _BREAKAGES: Final = {
             "requests are kept for ever",
         ),
         (
-            "self._due(up_to) if untried is None else self._probes(up_to, untried)",
+            "self._due(up_to) if untried is None else self._by_order(up_to, untried)",
             "self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', self._now(), up_to)",
             "bad requests go first",
         ),
@@ -110,9 +110,9 @@ _BREAKAGES: Final = {
         ),
         ("now + max(MOST_PUT_OFF, lease)", "now + 1e6", "a clock that is set back holds requests up"),
     ),
-    "_rules/probes.py": (
+    "_rules/order.py": (
         (
-            "return (probes + 1 - self._lead) // 2",
+            "return (polls + 1 - self._lead) // 2",
             "return 0",
             "new requests wait for all that were created and then failed",
         ),
@@ -166,7 +166,7 @@ _BREAKAGES: Final = {
             "a request's own operation is a conflict",
         ),
         (
-            "if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:",
+            "if not has_token or not isinstance(step, Decided) or step.event.answered is not False:",
             "if False:",
             "each poll is repeated",
         ),
@@ -182,9 +182,19 @@ _BREAKAGES: Final = {
             "the refusal of a key that was replaced holds all requests",
         ),
         (
-            "get_operation(operation_id), circuit=self._circuit.state)",
+            "get_operation(operation_id), is_renewal=is_renewal)",
             "get_operation(operation_id))",
-            "a probe goes to the host that the service has left",
+            "all polls go to the host that the service has left",
+        ),
+        (
+            "step, found = await self._poll_again(delivery, step.delay), ExchangeResult.ANSWERED",
+            "step, found = await asyncio.sleep(step.delay, Next.CREATE), ExchangeResult.ANSWERED",
+            "a create is repeated without a poll",
+        ),
+        (
+            "step = step._replace(created=delivery.request)",
+            "pass",
+            "the phone is not told of what a repeated create finds",
         ),
     ),
     "worker/announcements.py": (
@@ -324,8 +334,8 @@ _BREAKAGES: Final = {
     ),
     "_http/transport.py": (
         (
-            "if circuit is not CircuitState.CLOSED and response.status >= 500",
-            "if False",
+            "elif isinstance(response, _Response) and not is_renewal:",
+            "elif False:",
             "polls go on at the host that the service has left",
         ),
     ),

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     Broken = tuple[Ask, float, str]
 
 EPS: Final = 1e-3
-#: Seconds until a request is asked for at a service that is well to it: at once, or two probes beside bad requests.
-ASKED, ASKED_BY_PROBES = 1.0, 12.0
+#: Seconds until a request is asked for at a service that is well to it: at once, or two polls beside bad requests.
+ASKED, ASKED_BESIDE_BAD = 1.0, 12.0
 #: Seconds from an answer that shows an operation until the phone is told.
 TOLD: Final = 0.1
 #: Seconds from the approval of a good request until it is noticed beside bad ones.
-NOTICED_BY_PROBES: Final = 15.0
+NOTICED_BESIDE_BAD: Final = 15.0
 #: Seconds until the end of such a request is noticed.
 SOON: Final = 5.0
 #: Seconds by which a poll of such a request may be late.
@@ -303,7 +303,7 @@ def asked_soon(seen: Evidence) -> Iterator[Broken]:
         stored_at = seen.history.stored[ask.operation_id][0]
         asked = seen.sent(ask, "GET" if ask.phone else "POST")
         first = min((exchange.sent_at for exchange in asked), default=math.inf)
-        within = ASKED_BY_PROBES if seen.is_down else ASKED + ASKED * seen.story.has("rotation")
+        within = ASKED_BESIDE_BAD if seen.is_down else ASKED + ASKED * seen.story.has("rotation")
         if seen.is_well(ask) and not ask.earlier and first > stored_at + within:
             yield ask, stored_at, f"stored at {stored_at:.3f}, asked at {first:.3f}"
 
@@ -312,7 +312,7 @@ def noticed_soon(seen: Evidence) -> Iterator[Broken]:
     """Bad requests hold no approval up."""
     for ask, each in seen.decided if seen.is_down else ():
         stored = seen.history.operations.get(ask.operation_id)
-        if seen.is_well(ask) and stored is not None and each.at > stored.approved_at + NOTICED_BY_PROBES:
+        if seen.is_well(ask) and stored is not None and each.at > stored.approved_at + NOTICED_BESIDE_BAD:
             yield ask, each.at, f"approved at {stored.approved_at:.3f}"
 
 

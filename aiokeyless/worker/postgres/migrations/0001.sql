@@ -42,7 +42,7 @@ CREATE UNLOGGED TABLE {schema}.waiting (
     autovacuum_vacuum_cost_delay = 0
 );
 CREATE INDEX waiting_due ON {schema}.waiting (due_at);
-CREATE INDEX waiting_probes ON {schema}.waiting
+CREATE INDEX waiting_in_order ON {schema}.waiting
     (failures, (CASE WHEN answered THEN 0 WHEN deliveries > 0 THEN 1 ELSE 2 END), due_at);
 COMMENT ON TABLE {schema}.waiting IS 'When the undecided requests are due.';
 COMMENT ON COLUMN {schema}.waiting.answered IS 'Whether a poll was answered well.';

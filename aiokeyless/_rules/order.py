@@ -1,8 +1,8 @@
 """Which operation or request goes first while polls fail, so that bad ones do not hold up good ones. Pure.
 
-This order is used for probes, and also while failing requests hold over a quarter of the slots. The one with the fewest
-transient failures in a row goes first, and among equals the one with the lowest `Standing`. Of those that no poll
-answered well, the newest goes first: many bad ones that came at once hold up no later one.
+This order is used while the budget is short, and while failing operations hold over a quarter of the slots. The one
+with the fewest transient failures in a row goes first, and among equals the one with the lowest `Standing`. Of those
+that no poll answered well, brokers take the newest first: many bad ones that came at once hold up no later one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Standing(IntEnum):
 
 
 class Alternation:
-    """Every second probe takes one that was never tried first. Otherwise newcomers would wait for all others."""
+    """Every second poll takes one that was never tried first. Otherwise newcomers would wait for all others."""
 
     def __init__(self) -> None:
         self._lead = 0  # of untried ones, from -1 to 1
 
-    def count_untried(self, probes: int) -> int:
-        """Return how many of so many probes take one that was never tried first."""
-        return (probes + 1 - self._lead) // 2
+    def count_untried(self, polls: int) -> int:
+        """Return how many of so many polls take one that was never tried first."""
+        return (polls + 1 - self._lead) // 2
 
     def record(self, *, untried: int, others: int) -> None:
         """Record what was taken."""

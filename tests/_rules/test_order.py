@@ -1,13 +1,13 @@
-"""The order of probes: bad requests do not hold up good ones, and newcomers have their turn."""
+"""The order of polls while few may start: bad requests do not hold up good ones, and newcomers have their turn."""
 
 from __future__ import annotations
 
 import pytest
 
-from aiokeyless._rules.probes import Alternation
+from aiokeyless._rules.order import Alternation
 
 
-def test_every_second_probe_takes_an_untried_one_first() -> None:
+def test_every_second_poll_takes_an_untried_one_first() -> None:
     alternation, asked = Alternation(), []
     for _ in range(4):
         asked.append(untried := alternation.count_untried(1))
@@ -15,7 +15,7 @@ def test_every_second_probe_takes_an_untried_one_first() -> None:
     assert asked == [1, 0, 1, 0]
 
 
-def test_half_of_an_odd_number_of_probes_is_in_turn_more_and_less() -> None:
+def test_half_of_an_odd_number_of_polls_is_in_turn_more_and_less() -> None:
     alternation, asked = Alternation(), []
     for _ in range(4):
         asked.append(untried := alternation.count_untried(3))
