@@ -109,7 +109,7 @@ SENTENCES = [
     f"the quickest of {word(window._ROUND)} good answers takes",
     f"over {'twice' if window._TIMES_QUICKEST == 2 else window._TIMES_QUICKEST} the quickest ever",
     f"{window._SECONDS_MORE:g} s more, {window._LEFT:g} of the polls in flight remain, at least {word(window._LEAST)}.",
-    f"since it began, {word(window._LEAST)} at a time remain, or",
+    f"since it began, {word(window._LEAST)} at a time remain;",
     f"After {budget.FAILING_AFTER:g} s of failures, {window._AFTER_OUTAGE:g} are the beginning.",
     # Refusals
     f"its `Retry-After` (at most {backoff.MAX_PAUSE:g} s)",

@@ -46,6 +46,7 @@ class Window:
         self._fell_with = 0.0  # the limit before that fall
         self._hangs_after = _SECONDS
         self._begins_anew = False  # after silence, each good answer lets one more poll be in flight
+        self._last = math.inf  # seconds of the last good answer
 
     def opens_at(self, now: float, started: Sequence[float]) -> float:
         """Return when one more poll may start, if none of those in flight ends before. They `started` in this order."""
@@ -54,6 +55,7 @@ class Window:
 
     def record_success(self, now: float, *, started_at: float) -> bool:
         """Record a good answer. Return whether the limit must be adapted."""
+        self._last = now - started_at
         if started_at < self._since:  # it shows nothing about the present limit
             return False
         answers = self._answers
@@ -102,11 +104,11 @@ class Window:
     def record_silence(self, now: float, *, started_at: float, answered_at: float) -> None:
         """Record a poll that got no answer. If no other was answered well since it started, begin anew with few polls.
 
-        Perhaps the service's queue is so long that all of its answers come too late. The longer it is silent, the
-        fewer polls it gets.
+        Perhaps the service's queue is so long that all of its answers come too late. If the last ones were slow, the
+        service gets fewer polls the longer it is silent.
         """
         if answered_at < started_at and started_at >= self._since:
-            if self._begins_anew:
+            if self._begins_anew and self._last > _SECONDS:
                 self._hangs_after *= 2.0
             self.begin_anew(now, _LEAST)
 
