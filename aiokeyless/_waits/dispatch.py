@@ -101,8 +101,8 @@ class Dispatcher:
         1. If a final poll is queued and may start, it goes first.
         2. If all slots are taken, the oldest poll gives its slot back once it is a second old.
         3. An ordinary poll starts if it is due, and if the budget, the slots and the rate allow it. The operation that
-           has been due longest goes first. While the budget is short, or operations whose last poll failed hold over a
-           quarter of the slots, the order is that of `_rank`.
+           has been due longest goes first. While the budget is short, polls start slowly after silence, or
+           operations whose last poll failed hold over a quarter of the slots, the order is that of `_rank`.
         4. If no more polls may be in flight, the oldest slow one gives way to one that is due.
         """
         found = self._next_final(now) if any(self._final_polls) else math.inf  # 1
@@ -175,7 +175,7 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_short = self._budget.is_short(now) or self.slots.are_held_by_failing
+        is_short = self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew
         queues = self._queues_in_use()
         if is_short:
             if self._alternation.count_untried(1):

@@ -18,7 +18,7 @@ from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.state import Poll, WaitPhase
 from aiokeyless.events import Event, PollEnded, ServiceChanged, WaitEnded, WaitOutcome, WaitStarted
 
-from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
+from .calls import TIMEOUT, USER, Calls, Updates, error, names, no_answer, operation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -360,6 +360,15 @@ class TestSlots:
         assert machine.started(1.4) == []
         machine.answer(next(iter(machine._dispatcher.in_flight)), 1.5, error(500))
         assert names(machine.started(1.5)) == ["good"]
+
+    def test_after_silence_those_that_failed_go_last(self) -> None:
+        machine = Calls()
+        for name in ("hangs", "hangs too"):
+            machine.wait(name)
+        for poll in machine.started(0.0):
+            machine.answer(poll, TIMEOUT, no_answer(poll.polled.operation_id, TIMEOUT))
+        machine.wait("new", at=TIMEOUT + 0.9)
+        assert names(machine.started(TIMEOUT + 1.0))[0] == "new"
 
     def test_a_503_holds_its_operation_until_another_poll_is_answered_well(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
