@@ -205,6 +205,8 @@ class BadRequestError(StatusError):
 class AuthenticationError(StatusError):
     """401: the service refuses the API key.
 
+    A wait that goes on raises it only if its client's polls were answered with nothing else for a minute.
+
     What to do: use the secret *server* key of your tenant, issued for this region or ``base_url``, and no key of the
     mobile SDK.
 

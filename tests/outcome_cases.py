@@ -6,7 +6,7 @@ worker (tests/worker/test_outcome.py) run the same table. It names the cases as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -199,10 +199,12 @@ def _transient(name: str, answer: KeylessError, arrange: Arrangement) -> Outcome
     return OutcomeCase(name=name, rule="O4", answer=answer, arrange=arrange)
 
 
-def _odd(name: str, answer: KeylessError, arrange: Arrangement) -> tuple[OutcomeCase, OutcomeCase]:
+def _odd(
+    name: str, answer: KeylessError, arrange: Arrangement, worker: WorkerDiffers | None = None
+) -> tuple[OutcomeCase, OutcomeCase]:
     """An answer that ends a wait, but not once the operation was seen."""
-    seen = OutcomeCase(name=f"{name}, once it was seen", rule="O5", answer=answer, arrange=arrange, was_seen=True)
-    return seen, OutcomeCase(name=name, rule="O7", answer=answer, arrange=arrange, worker=_CLAIMED)
+    odd = OutcomeCase(name=name, rule="O7", answer=answer, arrange=arrange, worker=worker or _CLAIMED)
+    return replace(odd, name=f"{name}, once it was seen", rule="O5", was_seen=True, worker=worker), odd
 
 
 def _status(kind: type[StatusError], status: int, *, retry_after: float | None = None) -> StatusError:
@@ -267,12 +269,11 @@ CASES: Final = (
     _missing("404 that is to be waited for", "O6", if_missing="wait"),
     _missing("404 of what the phone will start", "O6", started_by="phone", worker=None),
     _missing("404 otherwise", "O7"),
-    OutcomeCase(
-        name="401",
-        rule="O7",
-        answer=_status(AuthenticationError, 401),
-        arrange=_answer(401),
-        worker=WorkerDiffers("401", WorkerDoes.END, WorkerDoes.END),
+    *_odd(
+        "401",
+        _status(AuthenticationError, 401),
+        _answer(401),
+        WorkerDiffers("401 (O5, O7)", WorkerDoes.END, WorkerDoes.END),
     ),
     *_odd("400", _status(BadRequestError, 400), _answer(400)),
     *_odd("403", _status(PermissionDeniedError, 403), _answer(403)),

@@ -66,6 +66,7 @@ SENTENCES = [
     f"If it fails, it is retried for {word(FINAL)} seconds.",
     f"Transient are `TransportError`, {', '.join(map(str, sorted(TRANSIENT_STATUSES)))}, 5xx, and",
     f"After {outcome.UNEXPECTED_FOR:g} s of them, or of a failing key function",
+    f"nothing but 401s for {outcome.UNEXPECTED_FOR:g} s, all of its waits raise",
     f"a ticket younger than {outcome.YOUNG:g} s.",
     f"Only the wait of a [hold](#holds) goes on for {holds.LEASE:g} s.",
     # Holds

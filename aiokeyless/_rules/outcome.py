@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.errors import AuthenticationError, ConfigurationError, DecodeError, NotFoundError, StatusError
+from aiokeyless.errors import ConfigurationError, DecodeError, NotFoundError, StatusError
 from aiokeyless.events import PollResult
 from aiokeyless.models import Operation
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _POLL_PENDING: Final = PollResult.PENDING
 #: Seconds after a create within which a replica that lags may answer 404.
 YOUNG: Final = 5.0
-#: Seconds of unexpected failures that end a wait without a deadline.
+#: Seconds of unexpected failures that end a wait without a deadline; of refusals of the key alone, that end all waits.
 UNEXPECTED_FOR: Final = 60.0
 
 
@@ -52,10 +52,10 @@ def poll_verdict(
 def is_failure(error: KeylessError, *, was_seen: bool) -> bool:
     """Return whether the error of a poll is a failure of the moment: of the service, or of a gateway before it.
 
-    Operations do not vanish, and a key that may read one may go on reading it. So once it was seen, any status but 401
-    is odd, and so is an answer that cannot be read.
+    Operations do not vanish, and a key that may read one may go on reading it. So once it was seen, any status is odd,
+    and so is an answer that cannot be read.
     """
-    is_odd = isinstance(error, StatusError | DecodeError) and not isinstance(error, AuthenticationError)
+    is_odd = isinstance(error, StatusError | DecodeError)
     return error.is_transient or (was_seen and is_odd)
 
 

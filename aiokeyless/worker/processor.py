@@ -252,10 +252,11 @@ class DeliveryProcessor:
         A 404 is none before the deadline, since the operation may not exist yet and the worker creates it, nor if the
         phone has not started the operation.
         """
-        if not isinstance(answer, KeylessError) or answer.is_transient or not is_failure(answer, was_seen=True):
+        # A refused key concerns the worker.
+        if isinstance(answer, Operation | AuthenticationError) or answer.is_transient:
             return False
         may_be_missing = delivery.is_started_by_phone or not is_final(delivery, polled_at)
-        if isinstance(answer, NotFoundError) and may_be_missing:
+        if not is_failure(answer, was_seen=True) or (isinstance(answer, NotFoundError) and may_be_missing):
             return False
         return await self._broker.has_claim(delivery.message)
 

@@ -106,11 +106,6 @@ def test_only_a_404_depends_on_whether_the_operation_may_be_missing(case: Outcom
         assert verdict(case, may_be_missing=may_be_missing) is expected(case)
 
 
-def test_a_wrong_key_ends_a_wait_also_once_the_operation_was_seen() -> None:
-    [case] = (case for case in CASES if case.name == "401")
-    assert verdict(case, was_seen=True) is Verdict.FAILED
-
-
 def test_an_operation_that_was_seen_is_never_missing_even_where_it_may_be() -> None:
     for case in CASES:
         if case.rule == "O5":
