@@ -31,6 +31,7 @@ from aiokeyless._rules.slots import SLOW
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     AuthenticationError,
+    CachedAnswerError,
     DecodeError,
     KeylessError,
     RateLimitError,
@@ -398,6 +399,9 @@ class Machine:
             self._record_error(poll, answer, now)
         else:
             self._budget.record_other()
+            if isinstance(answer, CachedAnswerError):
+                self._failures += 1
+                self._reporter.report_unexpected(answer, now)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             dispatcher.finish(poll, now)
             return None

@@ -300,10 +300,12 @@ class DeliveryProcessor:
         if is_well := is_service_well(error, was_seen=was_seen):
             self._record_success()
             return
+        if is_failure(error, was_seen=was_seen):
+            self._reporter.count("transient_failures")
+            log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
         if is_well is None:
             self._budget.record_other()
             return
-        self._reporter.count("transient_failures")
         now = self._now()
         self._budget.record_failure(now, started_at=started_at)
         if isinstance(error, RateLimitError):
@@ -311,7 +313,6 @@ class DeliveryProcessor:
         else:
             self._rate.record_answer()
         self._reporter.report_exchange(error)
-        log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:
         own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0

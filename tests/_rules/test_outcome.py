@@ -27,6 +27,7 @@ from outcome_cases import (
 from aiokeyless import (
     ApprovalTicket,
     BadRequestError,
+    CachedAnswerError,
     KeylessError,
     NotFoundError,
     Operation,
@@ -213,3 +214,8 @@ def test_what_an_error_says_about_the_service_depends_on_whether_the_operation_w
 ) -> None:
     error = kind(status={NotFoundError: 404, BadRequestError: 400, ServerError: 503}[kind], method="GET", path="/")
     assert (is_service_well(error, was_seen=False), is_service_well(error, was_seen=True)) == (before, once_seen)
+
+
+def test_an_answer_from_a_cache_says_nothing_about_the_service() -> None:
+    error = CachedAnswerError("stored", method="GET", path="/")
+    assert [is_service_well(error, was_seen=was_seen) for was_seen in (False, True)] == [None, None]

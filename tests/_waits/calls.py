@@ -9,6 +9,7 @@ from tenacity import wait_fixed
 
 from aiokeyless import (
     AuthenticationError,
+    CachedAnswerError,
     ConfigurationError,
     KeylessError,
     NotFoundError,
@@ -111,6 +112,10 @@ def replaced_key() -> AuthenticationError:
 
 def no_answer() -> TransportError:
     return TransportError("no connection", method="GET", path="/v2/operations/op")
+
+
+def cached() -> CachedAnswerError:
+    return CachedAnswerError("a cache said so", method="GET", path="/v2/operations/op")
 
 
 class Calls(Machine):

@@ -26,7 +26,7 @@ from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.state import Poll, WaitPhase
 from aiokeyless.events import Event, PollEnded, ServiceChanged, WaitEnded, WaitOutcome, WaitStarted
 
-from .calls import TIMEOUT, USER, Calls, Updates, error, names, no_answer, no_key, operation, replaced_key
+from .calls import TIMEOUT, USER, Calls, Updates, cached, error, names, no_answer, no_key, operation, replaced_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -1188,6 +1188,19 @@ class TestResults:
         assert (wait.outcome, machine.statistics(0.2).is_failing) == ("ServerError", True)
         machine.wait("next", at=0.2)
         assert names(machine.started(0.2)) == ["next"]  # its token was returned
+
+    def test_an_answer_from_a_cache_is_neither_good_nor_bad(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        wait, endless = machine.wait(timeout=200.0), machine.wait(timeout=None)
+        machine.answer(machine.one(0.0), 0.0)
+        spent = machine._budget.room(100.0)
+        polls = machine.run(250.0, lambda *_: cached(), since=100.0)
+        assert (wait.outcome, endless.outcome) == ("ApprovalUnknownError", "")
+        assert "(a cache said so)" in str(wait.result())
+        assert (machine._budget.room(250.0), machine.statistics(250.0).is_failing) == (spent, False)
+        assert machine.statistics(250.0).transient_failures == len(polls) > 20
+        machine.answer(machine.started(260.0)[0], 260.0, "approved")
+        assert endless.outcome == "approved"
 
     def test_a_minute_of_odd_answers_ends_a_wait_without_a_deadline(self) -> None:
         machine = Calls()
