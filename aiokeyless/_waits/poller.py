@@ -82,7 +82,7 @@ class Poller:
             max_connections=transport.max_connections,
             max_polls_per_second=max_polls_per_second,
             request_timeout=transport.request_timeout,
-            path_of=operation_path,
+            path_of=self._path_of,
         )
         self.explainer: Explainer = Explainer(transport)
         """Explains those waits that are to be explained."""
@@ -321,6 +321,11 @@ class Poller:
         # This task was not cancelled: something inside the session was, such as a task of a middleware.
         path = operation_path(poll.polled.operation_id)
         return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
+
+    def _path_of(self, operation_id: str) -> str:
+        # A method: it references this poller, so a client that outlives the modules at exit is not freed after them.
+        # Otherwise aiohttp's sessions print errors then.
+        return operation_path(operation_id)
 
     def _apply_more(self, result: BatchedResult) -> None:
         """Apply a result to the next of very many waits, in callbacks, which no caller can cancel."""
