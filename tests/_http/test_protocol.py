@@ -7,6 +7,7 @@ import json
 import math
 import time
 import unicodedata
+from contextlib import suppress
 from email.utils import formatdate
 from ipaddress import ip_address
 from typing import Any
@@ -53,6 +54,7 @@ from aiokeyless._validation import (
 from aiokeyless.errors import (
     AuthenticationError,
     BadRequestError,
+    CachedAnswerError,
     ConfigurationError,
     ConflictStatusError,
     DecodeError,
@@ -755,6 +757,48 @@ def test_no_key_is_ever_in_a_detail_or_a_request_id(key: str, before: str, after
 def test_the_id_of_the_exchange_is_found_in_the_usual_headers(headers: dict[str, str], request_id: str | None) -> None:
     assert failed(500, headers=headers).request_id == request_id
     assert undecoded(PAGE, **headers).request_id == request_id
+
+
+# -- Age
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, json.dumps(WIRE | {"state": "pending"}).encode()), (404, b"")])
+@pytest.mark.parametrize(
+    ("age", "is_old"),
+    [
+        *(("0", False), ("1", False), ("2", True), (" 120 ", True), ("120, 0", True), ("0, 120", False)),
+        *(("soon", False), ("-5", False), ("", False), ("9" * 5000, True)),
+    ],
+)
+def test_what_a_cache_stored_over_a_second_ago_does_not_say_that_there_is_no_approval(
+    status: int, body: bytes, age: str, is_old: bool
+) -> None:
+    with pytest.raises(CachedAnswerError) if is_old else suppress(NotFoundError):
+        answered(status, body, {"Age": age})
+
+
+def test_an_approval_and_what_is_no_answer_about_an_operation_count_whatever_their_age() -> None:
+    old = {"Age": "120"}
+    assert answered(200, GOOD["operation"], old).is_approved
+    assert answered(200, GOOD["pending"], old, name="pending")
+    assert type(failed(503, headers=old)) is ServerError
+    with pytest.raises(NotFoundError):
+        answered(404, b"", old, name="devices")
+    with pytest.raises(NotJsonError):
+        answered(200, PAGE, old)
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({}, "a cache with what it stored 120 s ago; let it store nothing of this API"),
+        ({"Via": f"1.1 varnish {KEY}\x00"}, "a cache (Via: 1.1 varnish ***) with what it stored 120 s ago; let"),
+    ],
+)
+def test_the_error_names_the_cache(headers: dict[str, str], words: str) -> None:
+    with pytest.raises(CachedAnswerError) as caught:
+        answered(404, b"", {"Age": "120", **headers})
+    assert str(caught.value).startswith(f"GET {PATH} was answered by {words}")
 
 
 # -- Retry-After
