@@ -374,7 +374,7 @@ class TestSlots:
         for name in ("hangs", "hangs too"):
             machine.wait(name)
         for poll in machine.started(0.0):
-            machine.answer(poll, TIMEOUT, no_answer(poll.polled.operation_id, TIMEOUT))
+            machine.answer(poll, TIMEOUT, machine.no_answer(poll, TIMEOUT))
         machine.wait("new", at=TIMEOUT + 0.9)
         assert names(machine.started(TIMEOUT + 1.0))[0] == "new"
 
