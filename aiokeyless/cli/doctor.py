@@ -289,8 +289,8 @@ class Examination:
 
     async def _ask_timestamp(self) -> Finding:
         if self._new.created_at is None:
-            return False, "not in the documented form"
-        ahead = (self._new.created_at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
+            return False, "no time that can be read"
+        ahead = (self._new.created_at - datetime.now(UTC)).total_seconds()
         return abs(ahead) < 300, f"{round(ahead):+d} s from now, read as UTC"
 
     async def _ask_listed(self) -> Finding:
