@@ -312,8 +312,8 @@ class Examination:
 
     async def _ask_listed(self) -> Finding:
         listed = {each.operation_id for each in await self._list(protocol.get_pending_operations(self.user_id))}
-        is_listed, others = self._id in listed, listed - self.notebook.created.keys()
-        # A service may list only some, such as those of earlier visits.
+        is_listed, others = self._other_id in listed, listed - self.notebook.created.keys()
+        # Of what nobody approves. A service may list only some, such as those of earlier visits.
         is_unknown = not is_listed and any(each.startswith("doctor-") for each in others)
         return "unknown" if is_unknown else is_listed, f"listed: {len(listed)}, {'with' if is_listed else 'without'} it"
 

@@ -376,6 +376,12 @@ async def test_if_nobody_answers_at_the_deadline_that_says_nothing_about_approva
     assert (code, with_status(report, "differs"), with_status(report, "unknown")) == (0, set(), {"approved"})
 
 
+async def test_a_person_may_approve_at_once(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    service.auto_approve = lambda operation: 0.5 if "please" in (operation.operation_payload or "") else None
+    code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
+    assert (code, with_status(report, "differs")) == (0, set())
+
+
 @pytest.mark.usefixtures("person")
 async def test_ten_visits_leave_nothing_that_differs(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     deviate(monkeypatch, service, lambda it: it.with_json(it.json[:5]) if it.path.endswith("/pending") else None)
