@@ -92,6 +92,8 @@ OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 """Called for each poll of a wait: a plain function, or an async one."""
 T = TypeVar("T")
 
+#: Seconds for which `request_approval` repeats a create that fails, as while a proxy restarts.
+_LONGEST_CREATE: Final = 10.0
 _OTHER_LOOP: Final = (
     "the client belongs to the event loop of its first use, and this is another one: create one client per event loop"
 )
@@ -406,7 +408,7 @@ class KeylessClient:
             ConfigurationError: An argument is wrong; nothing was sent.
             AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
                 earlier request. One approval must not count twice. Its ``ticket`` is that of the operation.
-            ConflictError: Another operation has the id.
+            ConflictError: Another operation has the id. For an id that this call generated, the client compares first.
             KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
                 and either did not find it or could not check. The error's ``operation_id`` names the operation.
 
@@ -421,6 +423,7 @@ class KeylessClient:
             if_exists=if_exists,
             require_auth_type=require_auth_type,
             started_by="backend",
+            longest=0.0,
         )
 
     async def _begin(
@@ -434,8 +437,12 @@ class KeylessClient:
         if_exists: IfExists,
         require_auth_type: str | None,
         started_by: StartedBy,
+        longest: float,
     ) -> ApprovalTicket:
-        """Create an operation, or check the id with which the phone will start it; return its ticket."""
+        """Create an operation, or check the id with which the phone will start it; return its ticket.
+
+        A create that fails transiently is tried again for a quarter of the lifetime, at most for `longest` seconds.
+        """
         opened = self._open()
         check_choice(if_exists, IfExists, "if_exists")
         operation = NewOperation(
@@ -446,7 +453,12 @@ class KeylessClient:
         user_id, require_auth_type = check_user_id(user_id), check_auth_type(require_auth_type)
         lifetime = check_lifetime(expires_in, datetime.now(UTC))
         creation = OperationCreation(
-            opened.transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
+            opened.transport,
+            user_id,
+            operation,
+            id_is_new=operation_id is None,
+            resumes=if_exists == "resume",
+            lasts=min(longest, lifetime.total_seconds() / 4),
         )
 
         def make_ticket(*, reconciled: bool) -> ApprovalTicket:
@@ -794,8 +806,10 @@ class KeylessClient:
     ) -> Operation:
         """Create an operation, tell the phone, and wait until the user approves it.
 
-        That is `create_operation`, `on_created` and `wait_for_approval`. If the phone starts the operation, nothing is
-        created: `on_created` hands the id to your app, whose authentication creates the operation.
+        That is `create_operation`, `on_created` and `wait_for_approval`. But a create that fails transiently is
+        repeated for 10 s, or a quarter of `expires_in` if that is less, unless ``max_attempts`` is 1. If the phone
+        starts the operation, nothing is created: `on_created` hands the id to your app, whose authentication creates
+        the operation.
 
         Args:
             user_id: The user, in hex of either case.
@@ -840,6 +854,7 @@ class KeylessClient:
             if_exists=if_exists,
             require_auth_type=require_auth_type,
             started_by=started_by,
+            longest=_LONGEST_CREATE,
         )
         if on_created is not None:
             await _call_back("on_created", on_created, ticket)

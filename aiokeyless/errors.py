@@ -152,7 +152,8 @@ class StatusError(KeylessError):
     """The service, or a gateway in front of it, answered with an error status or a redirect.
 
     What to do: see the subclass. The API does not document the status of a plain `StatusError`. A 3xx means that
-    ``base_url`` is not the API's. The client never follows redirects, as that would send the key to another host.
+    ``base_url`` is not the API's. The client never follows redirects, as that would send the key to another host. With
+    a 409, it is the create of an operation that may exist: repeat it, as the message says.
 
     Attributes:
         status: HTTP status.

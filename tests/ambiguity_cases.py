@@ -115,6 +115,7 @@ def _raised(name: str, error: KeylessError, *, may_have_taken_effect: bool) -> A
 CASES: Final = (
     *ANSWERED,
     *(_status(status, may_have_taken_effect=True) for status in range(203, 299)),
+    _raised("a taken id of its own", StatusError(status=409, **_POST), may_have_taken_effect=True),
     _raised("no answer in time", RequestTimeoutError("no answer", **_POST), may_have_taken_effect=True),
     _raised("the client was closed", ClientClosedError("closed"), may_have_taken_effect=True),
     _raised("no connection", TransportError("refused", sent=False, **_POST), may_have_taken_effect=False),

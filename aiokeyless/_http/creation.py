@@ -20,6 +20,7 @@ from aiokeyless.errors import (
     DecodeError,
     KeylessError,
     NotFoundError,
+    StatusError,
     TransportError,
 )
 from aiokeyless.models import ExternalUser, Operation, OperationState, SuccessAnswer
@@ -48,14 +49,25 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
 
     After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
     again only if there is none. If it resumes, it also searches after a 409 on the first attempt.
+
+    A creation that `lasts` some seconds goes on after a search that failed transiently. Each POST in doubt then follows
+    a search that found nothing.
     """
 
-    def __init__(self, transport: Transport, post: protocol.Request[AnswerT], *, resumes: bool = False) -> None:
+    def __init__(
+        self, transport: Transport, post: protocol.Request[AnswerT], *, resumes: bool = False, lasts: float = 0.0
+    ) -> None:
         self._transport = transport
         self._post = post
         self._resumes = resumes
+        self._lasts = lasts
+        self._attempts = 0
         # The last failure of an attempt that may have taken effect.
         self._ambiguous: KeylessError | None = None
+        # The same, if it is a 409 that only this call can have caused. There is no further POST then.
+        self._taken: KeylessError | None = None
+        # Whether a search has found nothing since the last POST.
+        self._is_missing = False
         self._is_final = False
 
     @abstractmethod
@@ -73,7 +85,7 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
         """Create the object, in at most `max_attempts` attempts."""
         try:
             with self._transport.call():
-                return await self._transport.retry(self._attempt, self._may_repeat)
+                return await self._transport.retry(self._attempt, self._may_repeat, lasts=self._lasts)
         except KeylessError as error:
             if isinstance(error, TransportError):
                 # An earlier attempt may have taken effect.
@@ -82,9 +94,17 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
             error.__traceback__ = None
             raise
         finally:
-            self._ambiguous = None
+            self._ambiguous = self._taken = None
 
     async def _attempt(self, number: int) -> ResultT:
+        self._attempts = number
+        if self._lasts and self._ambiguous is not None and not self._is_missing:
+            # The token of this attempt pays for the search.
+            found = await self._look_up(conflicts=self._taken is not None)
+            if found is not None:
+                return found
+            self._take_token(self._ambiguous, "it was not repeated")
+        self._is_missing = False
         try:
             result = self._read(await self._transport.send(self._post, attempt=number))
         except KeylessError as error:
@@ -93,38 +113,53 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
             if number == 1:
                 self._transport.quota.give_back()
             return result
-        conflicts = isinstance(failure, ConflictError)
-        if may_have_taken_effect(failure):
-            self._ambiguous = failure
-        elif not conflicts or (self._ambiguous is None and not self._resumes):
-            raise failure
-        found = await self._resolve(conflicts=conflicts)
+        self._remember(failure)
+        found = await self._resolve(conflicts=failure is not self._ambiguous)
         if found is None:
             raise failure
         return found
 
-    async def _resolve(self, *, conflicts: bool) -> ResultT | None:
-        """Return the result for the object that exists; None if there is none.
+    def _remember(self, failure: KeylessError) -> None:
+        """Remember what the failure of an attempt leaves unclear. Raise it if that is nothing."""
+        if may_have_taken_effect(failure):
+            self._ambiguous = failure
+        elif not isinstance(failure, ConflictStatusError):
+            raise failure
+        elif self._ambiguous is None:
+            self._ambiguous = self._taken = self._doubt(failure)
+            if self._taken is None and not self._resumes:
+                raise failure
 
-        If the search may not be made, or fails, the ambiguous failure is final.
-        """
-        if self._ambiguous is not None and not self._transport.take_tokens(
-            self._ambiguous, "whether it took effect was not checked"
-        ):
+    def _doubt(self, conflict: ConflictStatusError) -> StatusError | None:  # noqa: ARG002  # a subclass uses it
+        """Return what a 409 on the first attempt means if only this call can have caused it; else None."""
+        return None
+
+    def _take_token(self, failure: KeylessError, omitted: str) -> None:
+        if not self._transport.take_tokens(failure, omitted):
             self._is_final = True
-            raise self._ambiguous
+            raise failure
+
+    async def _resolve(self, *, conflicts: bool) -> ResultT | None:
+        """Search after an attempt, as `_look_up` does. Without a token, the ambiguous failure is final."""
+        if self._ambiguous is not None:
+            self._take_token(self._ambiguous, "whether it took effect was not checked")
+        return await self._look_up(conflicts=conflicts)
+
+    async def _look_up(self, *, conflicts: bool) -> ResultT | None:
+        """Return the result for the object that exists; None if there is none, so that the POST may be sent again."""
         # After a 409 the object exists, so an empty answer comes from a lagging replica. Otherwise it is faster to send
         # the POST again than to wait.
         pauses = iter(_LAG if conflicts else ())
-        while True:
-            try:
-                result = await self._search()
-            except KeylessError:
-                self._is_final = True
-                raise
-            if result is not None or (pause := next(pauses, None)) is None:
-                return result
-            await asyncio.sleep(pause)
+        self._is_final = True  # if the search raises
+        while (found := await self._search()) is None:
+            if (pause := next(pauses, None)) is not None:
+                await asyncio.sleep(pause)
+            elif self._taken is not None:
+                raise self._taken
+            else:
+                self._is_final, self._is_missing = False, True
+                break
+        return found
 
     async def _fetch(self, request: protocol.Request[T], *, may_be_missing: bool = False) -> T | None:
         """Send a GET as `Transport.fetch` does, but give no token back: it is part of a call that has failed.
@@ -132,20 +167,23 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
         If it fails after an ambiguous failure, raise that one, with the GET's as its cause.
         """
         try:
+            if self._lasts:  # the next attempt repeats it
+                return await self._transport.send(request, attempt=self._attempts)
             return await self._transport.retry(lambda number: self._transport.send(request, attempt=number))
         except KeylessError as error:
             if may_be_missing and isinstance(error, NotFoundError):
                 return None
+            self._is_final = not (self._lasts and error.is_transient)
             # The object existed before this call, which had no effect.
             if self._ambiguous is None:
                 raise
             raise self._ambiguous from error.with_traceback(None)
 
     def _may_repeat(self, error: KeylessError) -> bool:
-        # After an ambiguous failure or a conflict, the search found nothing: otherwise `_is_final` is set.
+        # After an ambiguous failure or a conflict, the search found nothing, or may be repeated.
         return not self._is_final and (
             error.is_transient
-            or may_have_taken_effect(error)
+            or error is self._ambiguous
             or (isinstance(error, ConflictError) and (self._ambiguous is not None or self._resumes))
         )
 
@@ -162,12 +200,20 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
     | the same content, pending | reconciled | reconciled |
     | the same content, approved | `AlreadyApprovedError` | reconciled |
     | (409 after an ambiguous failure) | GET, then as above | reconciled, without a GET |
+    | (409 on the first attempt) | `ConflictError`, unless it resumes | GET, then as above; nothing: `StatusError` |
     """
 
     def __init__(
-        self, transport: Transport, user_id: str, operation: NewOperation, *, id_is_new: bool, resumes: bool
+        self,
+        transport: Transport,
+        user_id: str,
+        operation: NewOperation,
+        *,
+        id_is_new: bool,
+        resumes: bool,
+        lasts: float = 0.0,
     ) -> None:
-        super().__init__(transport, protocol.create_operation(user_id, operation), resumes=resumes)
+        super().__init__(transport, protocol.create_operation(user_id, operation), resumes=resumes, lasts=lasts)
         self._user_id = user_id
         self._operation = operation
         self._id_is_new = id_is_new
@@ -179,8 +225,24 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
             raise _make_error(self._post, "without success")
         return False
 
+    def _doubt(self, conflict: ConflictStatusError) -> StatusError | None:
+        if not self._id_is_new:
+            return None
+        return StatusError(
+            status=conflict.status,
+            method=conflict.method,
+            path=conflict.path,
+            request_id=conflict.request_id,
+            retry_after=conflict.retry_after,
+            detail=conflict.detail,
+            advice=(
+                "the create may have taken effect, as if a proxy sent it twice; repeat it with "
+                f'operation_id={self._operation.operation_id!r} and if_exists="resume"'
+            ),
+        )
+
     async def _resolve(self, *, conflicts: bool) -> bool | None:
-        if conflicts and self._ambiguous is not None and self._id_is_new:
+        if conflicts and self._id_is_new and self._taken is None:
             return True
         return await super()._resolve(conflicts=conflicts)
 

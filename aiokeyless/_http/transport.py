@@ -270,13 +270,21 @@ class Transport:
         return answer
 
     async def retry(
-        self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT
+        self,
+        attempt: Callable[[int], Awaitable[T]],
+        may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT,
+        *,
+        lasts: float = 0.0,
     ) -> T:
-        """Run an attempt, which gets its number. Repeat it while `may_repeat` allows, up to `max_attempts` in total."""
+        """Run an attempt, which gets its number. Repeat it while `may_repeat` allows, up to `max_attempts` in total.
+
+        If the call `lasts` some seconds, there may be more attempts in that time, unless `max_attempts` is 1.
+        """
+        until = self._now() + lasts if lasts and self._max_attempts > 1 else None
         try:
             return await attempt(1)
         except KeylessError as error:
-            return await self._repeat(attempt, error, may_repeat)
+            return await self._repeat(attempt, error, may_repeat, until)
 
     def take_tokens(self, failure: KeylessError, omitted: str) -> bool:
         """Take the tokens for a request after a failure. If there are too few, the failure says what is omitted."""
@@ -285,28 +293,41 @@ class Transport:
         failure.args = (f"{failure.args[0]}; {omitted}, as too many calls of this client fail",)
         return False
 
+    def _choose_pause(self, error: KeylessError, attempts: int, until: float | None) -> float | None:
+        """Return the seconds until the next attempt; None if there is none."""
+        asked = _get_retry_after(error) or 0.0
+        longest = MAX_RETRY_AFTER if until is None else max(until - self._now(), 0.0)
+        has_time = until is not None and longest > 0.0
+        if asked > longest or (attempts >= self._max_attempts and not has_time):
+            return None
+        jitter = next_delay(_FULL_JITTER, attempt_number=attempts, since_start=0.0)
+        return max(min(jitter, longest) if has_time else jitter, asked)
+
     async def _repeat(
-        self, attempt: Callable[[int], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
+        self,
+        attempt: Callable[[int], Awaitable[T]],
+        error: KeylessError,
+        may_repeat: Callable[[KeylessError], bool],
+        until: float | None = None,
     ) -> T:
         """Continue after the failure of the first attempt; raise the last failure."""
         earlier: list[KeylessError] = []
         try:
             while (
-                1 + len(earlier) < self._max_attempts
-                and may_repeat(error)
-                and (_get_retry_after(error) or 0.0) <= MAX_RETRY_AFTER
+                may_repeat(error)
+                and (pause := self._choose_pause(error, 1 + len(earlier), until)) is not None
                 and self.take_tokens(error, "it was not repeated")
             ):
                 # A traceback would keep answers alive as long as its error lives.
                 earlier.append(error.with_traceback(None))
-                jitter = next_delay(_FULL_JITTER, attempt_number=len(earlier), since_start=0.0)
-                await asyncio.sleep(max(jitter, _get_retry_after(error) or 0.0))
+                await asyncio.sleep(pause)
                 try:
                     return await attempt(1 + len(earlier))
                 except KeylessError as failure:
                     error = failure
             if earlier and isinstance(error, TransportError | DecodeError | StatusError):
-                error.failures = tuple(earlier)
+                # A create whose check failed has failed as before.
+                error.failures = tuple(dict.fromkeys(each for each in earlier if each is not error))
             raise error
         finally:
             # Otherwise the error and this frame would reference each other.
@@ -595,7 +616,9 @@ async def _read(content: aiohttp.StreamReader, max_body: int) -> bytes:
 
 
 def _get_retry_after(error: KeylessError) -> float | None:
-    return error.retry_after if isinstance(error, StatusError) else None
+    # A failed check of a create is the cause of the create's own failure.
+    newest = error.__cause__ if isinstance(error.__cause__, KeylessError) else error
+    return newest.retry_after if isinstance(newest, StatusError) else None
 
 
 def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | None) -> None:

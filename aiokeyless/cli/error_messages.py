@@ -99,6 +99,8 @@ def _suggest_check(error: KeylessError) -> str:
 def _choose_advice(error: StatusError) -> str | None:
     """Return the command line's advice; None if the library's is right."""
     if type(error) is StatusError and not error.is_transient:
+        if error.status == 409:
+            return "a proxy may have sent the create twice"
         what = "a redirect, which is not followed" if error.status // 100 == 3 else "not documented by the API"
         return f"{what}; check KEYLESS_BASE_URL"
     if error.advice != type(error).advice:  # one that fits this request, and names no method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import uuid
@@ -394,11 +395,178 @@ async def test_a_conflict_after_an_ambiguous_failure_is_this_calls_own_where_it_
     assert talk.server.methods == ["POST", "GET", "POST"]
 
 
+# A gateway that sends a create twice, and one that is away for a while
+
+
+def limited(seconds: int) -> bytes:
+    return answer(b"", b"Retry-After: %d" % seconds, status=b"429 Slow")
+
+
+RESUME = {"if_exists": "resume"}
+ONCE = {"max_attempts": 1}
+Case = tuple[list[Any], dict[str, Any], dict[str, Any], type[KeylessError] | bool, str]
+#: A call's answers, arguments and client; its error, or whether the ticket is reconciled; its requests.
+CALLS: dict[str, Case] = {
+    "our id is taken: the same content": ([CONFLICT, PENDING], {}, {}, True, "POST GET"),
+    "the same content, approved": ([CONFLICT, APPROVED], {}, {}, True, "POST GET"),
+    "the same content, resuming": ([CONFLICT, APPROVED], RESUME, {}, True, "POST GET"),
+    "the same content, once": ([CONFLICT, PENDING], {}, ONCE, True, "POST GET"),
+    "the same content, after a refusal": ([LIMITED, CONFLICT, PENDING], {}, {}, True, "POST POST GET"),
+    "the same content on a replica that lags": (
+        [CONFLICT, MISSING, MISSING, PENDING],
+        {},
+        {},
+        True,
+        "POST GET GET GET",
+    ),
+    "other content": ([CONFLICT, OTHER], {}, {}, ConflictStatusError, "POST GET"),
+    "nothing": ([CONFLICT, MISSING], {}, {}, StatusError, "POST" + " GET" * 7),
+    "nothing, resuming": ([CONFLICT, MISSING], RESUME, {}, StatusError, "POST" + " GET" * 7),
+    "nothing, once": ([CONFLICT, MISSING], {}, ONCE, StatusError, "POST" + " GET" * 7),
+    "a GET that fails, once": ([CONFLICT, BUSY], {}, ONCE, StatusError, "POST GET"),
+    "a GET that is refused": ([CONFLICT, NO], {}, {}, StatusError, "POST GET"),
+    "a GET about another": ([CONFLICT, answer(operation(operationId="b"))], {}, {}, StatusError, "POST GET"),
+    "the caller's id is taken": ([CONFLICT], {"operation_id": "a"}, {}, ConflictStatusError, "POST"),
+    "the caller's, resuming": (
+        [CONFLICT, APPROVED],
+        {"operation_id": "a"} | RESUME,
+        {},
+        AlreadyApprovedError,
+        "POST GET",
+    ),
+    "a pause of a minute": ([limited(60)], {}, {}, RateLimitError, "POST"),
+    "a refusal, once": ([LIMITED], {}, ONCE, RateLimitError, "POST"),
+}
+SHORT = {"expires_in": 16.0}
+#: The same of `create_operation` alone, and of `request_approval`, which goes on for a while.
+SINGLE: dict[str, Case] = {
+    "a GET that fails": ([CONFLICT, BUSY], {}, {}, StatusError, "POST GET GET GET"),
+    "an outage": ([BUSY], {}, {}, ServerError, "POST GET GET GET"),
+    "refusals": ([LIMITED], SHORT, {}, RateLimitError, "POST POST POST"),
+    "a pause within what is left": ([limited(5), CREATED], SHORT, {}, False, "POST POST"),
+}
+LASTING: dict[str, Case] = {
+    "a GET that fails": ([CONFLICT, BUSY], {}, {}, StatusError, "POST" + " GET" * 7),
+    "a GET that fails and then finds the same content": (
+        [CONFLICT, BUSY, BUSY, PENDING],
+        {},
+        {},
+        True,
+        "POST GET GET GET",
+    ),
+    "and then nothing": ([CONFLICT, BUSY, MISSING], {}, {}, StatusError, "POST GET" + " GET" * 7),
+    "and then other content": ([CONFLICT, BUSY, OTHER], {}, {}, ConflictStatusError, "POST GET GET"),
+    "and then is refused": ([CONFLICT, BUSY, NO], {}, {}, StatusError, "POST GET GET"),
+    "an outage": ([BUSY], {}, {}, ServerError, "POST" + " GET" * 7),
+    "an outage that ends": ([*[BUSY] * 7, MISSING, CREATED], {}, {}, False, "POST" + " GET" * 7 + " POST"),
+    "an outage, of the caller's id": (
+        *([*[reset] * 5, APPROVED], {"operation_id": "a"}, {}, AlreadyApprovedError, "POST" + " GET" * 5),
+    ),
+    "an outage, resuming": (
+        *([CONFLICT, BUSY, CONFLICT, PENDING], {"operation_id": "a"} | RESUME, {}, True, "POST GET POST GET"),
+    ),
+    "a doubt before a refusal": (
+        *([BUSY, MISSING, LIMITED, MISSING, CREATED], {}, {}, False, "POST GET POST GET POST"),
+    ),
+    "refusals": ([LIMITED], {}, {}, RateLimitError, "POST" + " POST" * 6),
+    "refusals of a short request": ([LIMITED], SHORT, {}, RateLimitError, "POST" + " POST" * 5),
+    "pauses of five seconds": ([limited(5)], {}, {}, RateLimitError, "POST POST POST"),
+    "a pause within what is left": ([limited(5), CREATED], {}, {}, False, "POST POST"),
+    "a pause beyond what is left": ([limited(5), CREATED], SHORT, {}, RateLimitError, "POST"),
+    "a pause that a check is asked for": ([BUSY, limited(60)], {}, {}, ServerError, "POST GET"),
+}
+
+
+class ToldError(Exception):
+    """The phone was told, and the test needs no wait."""
+
+
+async def begin(client: KeylessClient, **fields: Any) -> ApprovalTicket:
+    """Return the ticket with which `request_approval` calls `on_created`, once."""
+    tickets: list[ApprovalTicket] = []
+
+    def tell(ticket: ApprovalTicket) -> None:
+        tickets.append(ticket)
+        raise ToldError
+
+    with contextlib.suppress(ToldError):
+        await client.request_approval(USER, on_created=tell, **fields)
+    (ticket,) = tickets
+    return ticket
+
+
+async def create(client: KeylessClient, **fields: Any) -> ApprovalTicket:
+    return await client.create_operation(USER, **fields)
+
+
+@pytest.mark.parametrize(
+    ("call", "case"),
+    [
+        *(pytest.param(create, case, id=f"create, {name}") for name, case in (CALLS | SINGLE).items()),
+        *(pytest.param(begin, case, id=f"request, {name}") for name, case in (CALLS | LASTING).items()),
+    ],
+)
 @pytest.mark.usefixtures("made")
-async def test_a_conflict_without_an_ambiguous_failure_is_raised_for_an_id_of_this_call_too() -> None:
-    error = await failure(Talk(CONFLICT).create(operation_id=None))
-    assert type(error) is ConflictStatusError
-    assert error.operation_id == "a"
+async def test_a_gateway_in_the_way_of_a_create(
+    call: Callable[..., Awaitable[ApprovalTicket]], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high)
+    answers, fields, options, outcome, requests = case
+    started = now()
+    async with RawServer(*answers) as server, KeylessClient("key", base_url=server.url, **options) as client:
+        assert await outcome_of(call(client, **MINE, **fields)) == outcome
+    assert server.methods == requests.split()
+    assert now() - started <= 10.001
+
+
+@pytest.mark.parametrize("check", [NO, MISSING], ids=["fails", "finds nothing"])
+@pytest.mark.usefixtures("made")
+async def test_a_taken_id_of_our_own_leaves_the_create_in_doubt_if_the_check(check: bytes) -> None:
+    error = await failure(
+        Talk(answer(b"taken", b"X-Request-Id: r", status=b"409 Taken"), check).create(operation_id=None)
+    )
+    assert isinstance(error, StatusError)
+    assert (error.status, error.operation_id, error.request_id, error.detail) == (409, "a", "r", "taken")
+    assert str(error).endswith(
+        "answered 409: the create may have taken effect, as if a proxy sent it twice; repeat it with operation_id='a' "
+        'and if_exists="resume"'
+    )
+
+
+async def test_an_outage_that_outlasts_a_request_is_one_failure_with_the_last_check_as_its_cause() -> None:
+    server = RawServer(BUSY, answer(b"", status=b"502 Oh"))
+    async with server, KeylessClient("key", base_url=server.url) as client:
+        error = await failure(client.request_approval(USER))
+    assert isinstance(error, ServerError)
+    assert isinstance(error.__cause__, ServerError)
+    assert (error.status, error.failures, error.__cause__.status) == (503, (), 502)
+
+
+@pytest.mark.parametrize("fault", ["502", "dropped", "stored"])
+async def test_a_second_without_a_gateway_costs_no_request(
+    sandbox: Sandbox, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten requests a second, of which ten meet it."""
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high / 2)
+    told: list[str] = []
+
+    async def approve(ticket: ApprovalTicket) -> None:
+        told.append(ticket.operation_id)
+        sandbox.approve(ticket.operation_id)
+
+    async with sandbox.client() as client, asyncio.TaskGroup() as group:
+        for number in range(40):
+            group.create_task(client.request_approval(USER, on_created=approve))
+            await asyncio.sleep(0.1)
+            if number == 9:
+                if fault == "dropped":
+                    sandbox.drop_next(times=None)
+                else:
+                    sandbox.fail_next(502, times=None, stored=fault == "stored")
+            elif number == 19:
+                sandbox.recover()
+    assert sorted(told) == sorted(sandbox.operations)
+    assert len(set(told)) == 40
 
 
 @lost

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 from raw_server import failure
 
-from aiokeyless import ConflictError, KeylessClient, KeylessError, NotFoundError, ServerError, TransportError
+from aiokeyless import (
+    ConflictError,
+    KeylessClient,
+    KeylessError,
+    NotFoundError,
+    ServerError,
+    StatusError,
+    TransportError,
+)
 from aiokeyless.events import RequestEnded
 
 if TYPE_CHECKING:
@@ -108,15 +116,38 @@ async def test_call_with_one_token_ends_with_its_second_error(sandbox: Sandbox, 
     assert NOT_REPEATED not in str(error.failures[0])
 
 
-async def test_create_without_a_token_says_that_it_was_not_checked(sandbox: Sandbox, client: KeylessClient) -> None:
+@pytest.mark.parametrize("method", [KeylessClient.create_operation, KeylessClient.request_approval])
+async def test_create_without_a_token_says_that_it_was_not_checked(
+    sandbox: Sandbox, client: KeylessClient, method: Callable[..., Awaitable[object]]
+) -> None:
     use_up(client)
     sandbox.drop_next(stored=True)
-    error = await failure(client.create_operation(USER, operation_id="a"))
+    error = await failure(method(client, USER, operation_id="a"))
     assert isinstance(error, TransportError)
     assert str(error).endswith(f"got no answer (ServerDisconnectedError); try again later{NOT_CHECKED}")
     assert error.sent
     assert error.operation_id == "a"
-    assert len(sandbox.requests) == 1
+    sandbox.fail_next(409, stored=True)  # of a gateway that sent it twice
+    doubt = await failure(method(client, USER))
+    assert isinstance(doubt, StatusError)
+    assert str(doubt).endswith(f'operation_id={doubt.operation_id!r} and if_exists="resume"{NOT_CHECKED}')
+    assert len(sandbox.requests) == 2
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(1, "POST GET"), (2, "POST GET GET"), (3, "POST GET GET POST")])
+async def test_request_that_outlasts_an_outage_pays_for_each_of_its_requests(
+    sandbox: Sandbox, client: KeylessClient, tokens: int, requests: str
+) -> None:
+    sandbox.approve("b", user_id=USER)
+    use_up(client)
+    for _ in range(tokens):
+        await client.get_operation("b")
+    sandbox.requests.clear()
+    sandbox.fail_next(503, times=2)
+    sandbox.fail_next(503, method="POST")
+    error = await failure(client.request_approval(USER))
+    assert str(error).endswith(NOT_CHECKED if tokens == 3 else NOT_REPEATED)
+    assert [record.method for record in sandbox.requests] == requests.split()
 
 
 async def test_create_that_certainly_failed_says_that_it_was_not_repeated(

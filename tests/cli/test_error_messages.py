@@ -75,6 +75,10 @@ from aiokeyless.cli.error_messages import describe, quote, quote_operation_id
         ),
         (StatusError(status=408, method="GET", path="/v2/x", advice="not now"), ["answered 408: not now"]),
         (
+            StatusError(status=409, method="POST", path="/v2/x"),
+            ["answered 409: a proxy may have sent the create twice"],
+        ),
+        (
             DecodeError("JSON of another shape; check base_url", status=200, method="GET", path="/v2/x"),
             ["GET /v2/x answered 200 with JSON that the API does not document; check KEYLESS_BASE_URL"],
         ),
@@ -130,6 +134,7 @@ def test_a_rejected_answer_is_described_by_what_is_wrong_with_it(
         (ServerError(status=503, method="POST", path="/v2/x"), True),
         (StatusError(status=408, method="POST", path="/v2/x"), True),
         (StatusError(status=204, method="POST", path="/v2/x"), True),
+        (StatusError(status=409, method="POST", path="/v2/x"), True),
         (BadRequestError(status=400, method="POST", path="/v2/x"), False),
     ],
 )
