@@ -392,6 +392,10 @@ class Evidence:
         silent = (p for p in self.polls if p.status is None and (self.read(p).kind == "failed" or self.gives_way(p)))
         return sorted(poll.ended_at for poll in silent)
 
+    def starts_slowly(self, at: float) -> bool:
+        """Return whether a poll got no answer lately, so that few may be in flight, and those that failed go last."""
+        return self._window(at) < WIDE
+
     def _window(self, at: float) -> int:
         """Return how many polls may be in flight in any case."""
         silences = bisect_right(self._silent_at, at + EPS)
