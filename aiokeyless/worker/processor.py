@@ -154,7 +154,9 @@ class DeliveryProcessor:
             step, found = await self._poll_again(delivery, step.delay), ExchangeResult.ANSWERED
             if step is Next.CREATE:
                 step, found = await self._create(delivery), ExchangeResult.CREATED  # or a conflict, if a replica lags
-            if isinstance(step, Redeliver) and step.result is found:
+            # A poll that found nothing until the deadline creates nothing, and is no news of an operation either.
+            is_news = found is ExchangeResult.CREATED or not is_final(delivery, self._clock())
+            if isinstance(step, Redeliver) and step.result is found and is_news:
                 step = step._replace(created=delivery.request)  # no other delivery can have known of it
         return step
 

@@ -486,6 +486,16 @@ async def test_a_create_is_repeated_until_the_deadline_and_not_after_it(sandbox:
     assert creates >= 2
 
 
+async def test_a_poll_that_finds_nothing_until_the_deadline_tells_nobody_of_an_operation(sandbox: Sandbox) -> None:
+    told: list[ApprovalRequest] = []
+    sandbox.fail_next(times=None, method="POST")
+    sandbox.latency = 0.6  # the poll after the failed create begins before the deadline, and ends after it
+    async with working(sandbox, on_created=told.append) as (_, broker):
+        await submit(broker, expires_in=2.4)
+        [event] = await read(broker)
+    assert (event.outcome, told) == (Outcome.EXPIRED, [])
+
+
 async def test_a_failing_request_is_polled_as_often_as_by_a_loop_for_half_a_minute(sandbox: Sandbox) -> None:
     async with working(sandbox) as (_, broker):
         await ask(sandbox, broker)

@@ -47,6 +47,8 @@ OPENS: Final = 5
 BACK: Final = 15.0
 #: Seconds for which a clock that was set back may hold a request up.
 HELD_UP: Final = 230.0
+#: Seconds after which a worker has started, its check of the key included.
+STARTED: Final = 2.0
 #: Seconds between two inspections.
 INSPECTED: Final = 6.0
 #: Seconds for which a problem may be shown that has passed, and if it was a refusal.
@@ -381,7 +383,7 @@ def problems_shown(seen: Evidence) -> Iterator[Broken]:
         for look in seen.history.seen if not mishap.who and (any(wait) or mishap.kind.startswith("not c")) else ():
             if from_ < look.at < mishap.ends and not look.statistics.problems:
                 yield story.asks[0], look.at, f"{look.by} shows no problem, and there is: {mishap.kind}"
-    well_from = max((m.ends + FORGOTTEN[m.kind == "full"] for m in story.mishaps), default=0.0)
+    well_from = max((m.ends + FORGOTTEN[m.kind == "full"] for m in story.mishaps), default=STARTED)
     for look in seen.history.seen if all(seen.is_well(ask, "steps", *AWAY) for ask in story.asks) else ():
         if look.at > well_from and look.statistics.problems:
             yield story.asks[0], look.at, f"{look.by} shows {look.statistics.problems}, and all is well"

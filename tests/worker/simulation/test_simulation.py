@@ -18,7 +18,7 @@ from aiokeyless.worker.sqlite import store
 
 from .__main__ import breaks, main, minimize, simulate
 from .mutants import MUTANTS, SIMULATOR
-from .promises import check
+from .promises import STARTED, check
 from .story import MISHAPS, WEATHER, Ask, Reader, Story, make_up, run
 from .world import Life
 
@@ -97,6 +97,15 @@ def test_stories_try_everything() -> None:
     assert any(story.is_steady for story in stories)
     assert any(len(story.asks) > 100 for story in stories)
     assert any(story.workers_begin for story in stories)
+
+
+def test_a_worker_may_say_for_a_moment_that_it_has_not_started() -> None:
+    story = make_up(910716790)
+    history = run(story)
+    assert "not started" in str(history.seen[0].statistics.problems)
+    assert check(story, history) == []
+    history.seen[0] = history.seen[0]._replace(at=STARTED + 0.01)
+    assert [violation.promise for violation in check(story, history)] == ["problems shown"]
 
 
 def test_a_failure_is_shown_by_the_shortest_story_that_has_it(
