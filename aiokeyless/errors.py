@@ -22,6 +22,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "BrokerError",
+    "CachedAnswerError",
     "ClientClosedError",
     "ConfigurationError",
     "ConflictError",
@@ -99,6 +100,13 @@ class RequestTimeoutError(TransportError, TimeoutError):
     """One HTTP exchange took longer than ``request_timeout``.
 
     What to do: as for `TransportError`; if it is frequent, raise ``request_timeout`` or check the network.
+    """
+
+
+class CachedAnswerError(TransportError):
+    """A cache said "pending" or "no such operation", from an answer that it had stored. Keyless may know better by now.
+
+    What to do: let no cache between you and Keyless store answers. The message names it, if it gave a name (``Via``).
     """
 
 
@@ -205,6 +213,8 @@ class BadRequestError(StatusError):
 
 class AuthenticationError(StatusError):
     """401: the service refuses the API key.
+
+    A wait that goes on raises it only if its client's polls were answered with nothing else for a minute.
 
     What to do: use the secret *server* key of your tenant, issued for this region or ``base_url``, and no key of the
     mobile SDK.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, Literal, TypeAlias
 
@@ -158,17 +158,18 @@ class _Redacted:
         return f"<{self._length} characters>"
 
 
-#: The documented form: at most nine fractional digits, no zone.
-_TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?", re.ASCII)
+#: The documented form, at most nine fractional digits, and a zone that is not documented.
+_TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d(:?\d\d)?)?", re.ASCII)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Operation(Model, frozen=True, kw_only=True):
     """One operation, as returned by ``GET /v2/operations/{operationId}``.
 
     Attributes:
-        id: The service's own number of the operation; any JSON number.
-        timestamp: Creation time as the service wrote it; its zone is not documented.
-        node_id: Name of the service that created it.
+        id: The service's own number of the operation, as a number or a text; or None.
+        timestamp: Creation time as the service wrote it, a text or a number; or None. See `created_at`.
+        node_id: Name of the service that created it, as a text or a number; or None.
         user_id: The user, in hex.
         api_key: The customer's SDK API key; None if the answer does not contain it.
         external_user_id: The customer's own id of the user, or None.
@@ -181,9 +182,10 @@ class Operation(Model, frozen=True, kw_only=True):
     Source: Keyless documentation, Server API / Operations, "Get operation".
     """
 
-    id: int | float
-    timestamp: str
-    node_id: str
+    # The first three decide nothing, so another form of them ends no wait.
+    id: int | float | str | None = None
+    timestamp: int | float | str | None = None
+    node_id: int | float | str | None = None
     user_id: str
     api_key: Secret | None = None
     external_user_id: str | None = None
@@ -203,15 +205,21 @@ class Operation(Model, frozen=True, kw_only=True):
 
     @property
     def created_at(self) -> datetime | None:
-        """`timestamp` as a naive datetime, cut to microseconds; None if it is not in the documented form."""
-        if _TIMESTAMP.fullmatch(self.timestamp) is None:
-            return None
+        """`timestamp` as an aware datetime in UTC, cut to microseconds; None if it cannot be read.
+
+        The documented form has no zone, and is read as UTC. A zone counts, and a number is milliseconds since 1970.
+        """
         try:
-            # Naive, since no zone is documented.
-            return datetime.fromisoformat(self.timestamp)
-        # Such as the 31st of February.
-        except ValueError:
-            return None
+            match self.timestamp:
+                case str() as text if _TIMESTAMP.fullmatch(text):
+                    at = datetime.fromisoformat(text)
+                    return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+                case int() | float() as milliseconds:
+                    return _EPOCH + timedelta(milliseconds=milliseconds)
+        # Such as the 31st of February, or a year after 9999.
+        except (ValueError, OverflowError):
+            pass
+        return None
 
 
 class PendingOperation(Model, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ A comment, which GitHub hides, says what to write below it:
 - ``<!-- examples/paid_once.py: USER ... pay -->``: from one name to another, or else to the end
 - ``<!-- docs/index.md: Start ... -->``: text, from this heading on; ``<!-- end -->`` ends it
 - ``<!-- signatures of aiokeyless.sync -->``: the public names of a module
+- ``<!-- checks of aiokeyless doctor -->``: its table
 
 Nothing is imported from the package, so this needs none of its extras.
 """
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).parents[1]
 #: A comment of each kind, with what is written below it already.
 CODE: Final = re.compile(
-    r"^(<!-- (?:signatures of (?P<module>[\w.]+)|(?P<file>[\w./-]+\.(?!md)\w+)(?:: (?P<part>.+))?) -->\n)"
+    r"^(<!-- (?:(?P<checks>checks of aiokeyless doctor)|signatures of (?P<module>[\w.]+)|"
+    r"(?P<file>[\w./-]+\.(?!md)\w+)(?:: (?P<part>.+))?) -->\n)"
     r"(?:```\w+\n(?:(?!```).*\n)*```\n)?",
     re.MULTILINE,
 )
@@ -64,7 +66,9 @@ def read(path: Path) -> str:
 
 def _code(found: re.Match[str]) -> str:
     path = ROOT / (found["file"] or "")
-    if found["module"]:
+    if found["checks"]:
+        language, code = "text", checks()
+    elif found["module"]:
         language, code = "py", signatures(found["module"])
     elif path.suffix == ".py":
         language, code = "python", excerpt(path, found["part"])
@@ -154,6 +158,23 @@ def _definition(path: Path, body: list[ast.stmt], name: str) -> Definition:
     if found is None:
         raise LookupError(f"{path.relative_to(ROOT)} has no {name}: correct the comment in the page that shows it")
     return _definition(path, getattr(found.statement, "body", []), rest) if rest else found
+
+
+# -- the checks of ``aiokeyless doctor``
+
+SAYS: Final = {"yes": "documented by the vendor", "no": "assumed by aiokeyless", "-": "expected"}
+
+
+def checks() -> str:
+    """Return what each check sends and expects, and what to do if that differs, in the words of the command."""
+    path = ROOT / "aiokeyless" / "cli" / "findings.py"
+    table = ast.literal_eval(getattr(_definition(path, parse(read(path)).body, "TABLE").statement, "value"))  # noqa: B009
+    blocks: list[str] = []
+    for name, says, sent, expected, _, page, follows in (line.split(" | ") for line in table.splitlines()):
+        lines = f"sent: {sent}", f"{SAYS[says]}: {expected}", f"{follows} See docs/{page}."
+        wrapper = textwrap.TextWrapper(WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        blocks.append("\n".join([name, *map(wrapper.fill, lines)]))
+    return "\n\n".join(blocks)
 
 
 # -- signatures

@@ -6,7 +6,7 @@ worker (tests/worker/test_outcome.py) run the same table. It names the cases as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ import msgspec
 from aiokeyless import (
     AuthenticationError,
     BadRequestError,
+    CachedAnswerError,
     DecodeError,
     KeylessError,
     NotFoundError,
@@ -158,18 +159,7 @@ def _answer(status: int, **options: Any) -> Arrangement:
 
 
 def _answer_approval_with_two_results(sandbox: Sandbox, operation_id: str) -> None:
-    fields = {
-        "id": 1,
-        "timestamp": "2026-01-02T03:04:05.68",
-        "nodeId": "node",
-        "userId": USER_ID,
-        "apiKey": "sdk-key",
-        "externalUserId": EXTERNAL_USER_ID,
-        "operationId": operation_id,
-        "operationPayload": PAYLOAD,
-        "state": "approved",
-    }
-    body = msgspec.json.encode(fields)[:-1] + b', "result": false, "result": true}'
+    body = msgspec.json.encode(APPROVED).replace(b'"result":true', b'"result":false,"result":true')
     _answer(200, body=body)(sandbox, operation_id)
 
 
@@ -187,6 +177,15 @@ PENDING: Final = Operation(
     state="pending",
 )
 
+APPROVED: Final = msgspec.structs.replace(PENDING, state="approved", result=True, auth_type=AUTH_TYPE)
+
+
+def _cached(name: str, status: int, age: int) -> OutcomeCase:
+    """An answer that a cache stored so many seconds ago."""
+    answer = CachedAnswerError("stored", method="GET", path=_PATH)
+    body = msgspec.json.encode(PENDING) if status == 200 else None
+    return _transient(f"{name}, from a cache", answer, _answer(status, body=body, headers={"Age": f"{age}"}))
+
 
 def _rejected(name: str, rejection: Rejection, **fields: object) -> OutcomeCase:
     """An answer that claims an approval, but for what is named, and is none."""
@@ -199,10 +198,12 @@ def _transient(name: str, answer: KeylessError, arrange: Arrangement) -> Outcome
     return OutcomeCase(name=name, rule="O4", answer=answer, arrange=arrange)
 
 
-def _odd(name: str, answer: KeylessError, arrange: Arrangement) -> tuple[OutcomeCase, OutcomeCase]:
+def _odd(
+    name: str, answer: KeylessError, arrange: Arrangement, worker: WorkerDiffers | None = None
+) -> tuple[OutcomeCase, OutcomeCase]:
     """An answer that ends a wait, but not once the operation was seen."""
-    seen = OutcomeCase(name=f"{name}, once it was seen", rule="O5", answer=answer, arrange=arrange, was_seen=True)
-    return seen, OutcomeCase(name=name, rule="O7", answer=answer, arrange=arrange, worker=_CLAIMED)
+    odd = OutcomeCase(name=name, rule="O7", answer=answer, arrange=arrange, worker=worker or _CLAIMED)
+    return replace(odd, name=f"{name}, once it was seen", rule="O5", was_seen=True, worker=worker), odd
 
 
 def _status(kind: type[StatusError], status: int, *, retry_after: float | None = None) -> StatusError:
@@ -214,6 +215,7 @@ def _undecoded(kind: type[DecodeError]) -> DecodeError:
 
 
 _CREATES: Final = WorkerDiffers("a 404 (O5, O6, O7)", WorkerDoes.CREATE, Result.UNANSWERED)
+_ENDS: Final = WorkerDiffers("401 (O5, O7)", WorkerDoes.END, WorkerDoes.END)
 _CLAIMED: Final = WorkerDiffers("another odd answer (O5, O7)", Result.TRANSIENT, Result.UNANSWERED)
 
 
@@ -226,7 +228,7 @@ CASES: Final = (
     OutcomeCase(
         name="approved",
         rule="O1",
-        answer=msgspec.structs.replace(PENDING, state="approved", result=True, auth_type=AUTH_TYPE),
+        answer=APPROVED,
         arrange=Sandbox.approve,
     ),
     _rejected("approved, and result is false", Rejection.RESULT_IS_FALSE, result=False),
@@ -262,18 +264,21 @@ CASES: Final = (
         _undecoded(NotJsonError),
         _answer(200, body=b"<html>Welcome</html>", content_type="text/html"),
     ),
+    _cached("pending", 200, 2),
+    _cached("404", 404, 120),
+    replace(_cached("pending that is a second old", 200, 1), rule="O3", answer=PENDING),
+    OutcomeCase(
+        name="approved, from a cache",
+        rule="O1",
+        answer=APPROVED,
+        arrange=_answer(200, body=msgspec.json.encode(APPROVED), headers={"Age": "120"}),
+    ),
     _missing("404, once the operation was seen", "O5", was_seen=True),
     _missing("404 of a young operation", "O6", is_young=True),
     _missing("404 that is to be waited for", "O6", if_missing="wait"),
     _missing("404 of what the phone will start", "O6", started_by="phone", worker=None),
     _missing("404 otherwise", "O7"),
-    OutcomeCase(
-        name="401",
-        rule="O7",
-        answer=_status(AuthenticationError, 401),
-        arrange=_answer(401),
-        worker=WorkerDiffers("401", WorkerDoes.END, WorkerDoes.END),
-    ),
+    *_odd("401", _status(AuthenticationError, 401), _answer(401), _ENDS),
     *_odd("400", _status(BadRequestError, 400), _answer(400)),
     *_odd("403", _status(PermissionDeniedError, 403), _answer(403)),
     *_odd("a redirect", _status(StatusError, 302), _answer(302, headers={"Location": "/elsewhere"})),

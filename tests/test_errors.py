@@ -24,6 +24,7 @@ from aiokeyless.errors import (
     AuthenticationError,
     BadRequestError,
     BrokerError,
+    CachedAnswerError,
     ClientClosedError,
     ConfigurationError,
     ConflictError,
@@ -67,6 +68,7 @@ TREE: dict[type[KeylessError], tuple[type[BaseException], ...]] = {
     ClientClosedError: (KeylessError, RuntimeError),
     TransportError: (KeylessError,),
     RequestTimeoutError: (TransportError, TimeoutError),
+    CachedAnswerError: (TransportError,),
     DecodeError: (KeylessError,),
     NotJsonError: (DecodeError,),
     StatusError: (KeylessError,),
@@ -291,7 +293,7 @@ def test_a_status_is_transient_or_not_whatever_its_class(status: int, *, transie
 @every_class
 def test_without_a_status_it_is_transient_if_no_usable_answer_came(kind: type[KeylessError]) -> None:
     if not issubclass(kind, StatusError):
-        assert example(kind).is_transient is (kind in {TransportError, RequestTimeoutError, NotJsonError})
+        assert example(kind).is_transient is (issubclass(kind, TransportError) or kind is NotJsonError)
 
 
 def test_a_signature_can_be_verified_later_if_the_keys_were_unavailable() -> None:

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -51,7 +51,7 @@ WIRE: dict[str, Any] = {
     "authType": "biom",
     "state": "approved",
 }
-OPTIONAL = ["externalUserId", "operationPayload", "authType"]
+OPTIONAL = ["id", "timestamp", "nodeId", "externalUserId", "operationPayload", "authType"]
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
@@ -267,43 +267,50 @@ def test_a_result_that_is_only_truthy_is_no_approval() -> None:
 @pytest.mark.parametrize(
     ("text", "created_at"),
     [
-        ("2020-01-02T03:04:05.68", datetime(2020, 1, 2, 3, 4, 5, 680000)),  # noqa: DTZ001
-        ("2025-05-21T10:30:00.000", datetime(2025, 5, 21, 10, 30)),  # noqa: DTZ001
-        ("2020-01-02T03:04:05.242194378", datetime(2020, 1, 2, 3, 4, 5, 242194)),  # noqa: DTZ001
-        ("2020-01-02T03:04:05.999999999", datetime(2020, 1, 2, 3, 4, 5, 999999)),  # noqa: DTZ001
-        ("2020-01-02T03:04:05", datetime(2020, 1, 2, 3, 4, 5)),  # noqa: DTZ001
-        ("2020-01-02T03:04:05.1", datetime(2020, 1, 2, 3, 4, 5, 100000)),  # noqa: DTZ001
-        ("2024-02-29T00:00:00", datetime(2024, 2, 29)),  # noqa: DTZ001
+        ("2020-01-02T03:04:05.68", "2020-01-02T03:04:05.680000"),
+        ("2025-05-21T10:30:00.000", "2025-05-21T10:30:00"),
+        ("2020-01-02T03:04:05.242194378", "2020-01-02T03:04:05.242194"),
+        ("2020-01-02T03:04:05.999999999", "2020-01-02T03:04:05.999999"),
+        ("2024-02-29T00:00:00", "2024-02-29T00:00:00"),
+        ("2020-01-02T03:04:05Z", "2020-01-02T03:04:05"),
+        ("2020-01-02T03:04:05.1+02:00", "2020-01-02T01:04:05.100000"),
+        ("2020-01-02T03:04:05-0930", "2020-01-02T12:34:05"),
+        ("2020-01-02T03:04:05+01", "2020-01-02T02:04:05"),
+        (1577934245680, "2020-01-02T03:04:05.680000"),
+        (1577934245680.5, "2020-01-02T03:04:05.680500"),
+        (-1, "1969-12-31T23:59:59.999000"),
     ],
 )
-def test_a_timestamp_is_a_naive_datetime(text: str, created_at: datetime) -> None:
+def test_a_timestamp_is_a_time_in_utc(text: str | float, created_at: str) -> None:
     got = operation(timestamp=text)
-    assert (got.timestamp, got.created_at) == (text, created_at)
+    assert (got.timestamp, got.created_at) == (text, datetime.fromisoformat(f"{created_at}+00:00"))
+    assert getattr(got.created_at, "tzinfo", None) is UTC
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            "2020-01-02T03:04:05Z",
-            "2020-01-02T03:04:05+00:00",
-            "2020-01-02T03:04:05.",
-            "2020-01-02T03:04:05.1234567890",
-        ),
+        *("2020-01-02T03:04:05.", "2020-01-02T03:04:05.1234567890", "2020-01-02T03:04:05+25:00", None, 1e300, -1e15),
+        *("0001-01-01T00:00:00+01:00", "9999-12-31T23:59:59-00:01", "2020-01-02T03:04:05 Z", "2020-01-02T03:04:05+0"),
         *("2020-02-31T00:00:00", "2023-02-29T00:00:00", "0000-01-01T00:00:00", "2020-01-02T25:00:00"),
         *("2020-01-02T23:59:60", "2020-01-02 03:04:05", "2020-01-02", "20200102T030405", "2020-W01-4T03:04:05"),
         *("٢٠٢٠-01-02T03:04:05", "2020-01-02T03:04:05\n", " 2020-01-02T03:04:05", "1577934245", "yesterday", ""),
     ],
 )
-def test_another_timestamp_is_kept_and_is_no_datetime(text: str) -> None:
+def test_another_timestamp_is_kept_and_is_no_time(text: str | float | None) -> None:
     got = operation(timestamp=text)
     assert (got.timestamp, got.created_at) == (text, None)
 
 
-@given(st.text() | st.from_regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,12})?"))
-def test_no_timestamp_raises(text: str) -> None:
+@given(
+    st.text()
+    | st.from_regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,12})?(Z|[+-]\d\d:?\d\d)?")
+    | st.integers()
+    | st.floats()
+)
+def test_no_timestamp_raises(text: str | float) -> None:
     got = msgspec.structs.replace(operation(), timestamp=text).created_at
-    assert got is None or got.tzinfo is None
+    assert got is None or got.tzinfo is UTC
 
 
 # -- users and devices

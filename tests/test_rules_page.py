@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from aiokeyless import KeylessClient, schedule
+from aiokeyless._http import protocol
 from aiokeyless._rules import backoff, budget, final, outcome, rate, slots, window
 from aiokeyless._waits import holds, machine
 from aiokeyless.errors import TRANSIENT_STATUSES
@@ -66,8 +67,9 @@ SENTENCES = [
     f"If it fails, it is retried for {word(FINAL)} seconds.",
     f"Transient are `TransportError`, {', '.join(map(str, sorted(TRANSIENT_STATUSES)))}, 5xx, and",
     f"After {outcome.UNEXPECTED_FOR:g} s of them, or of a failing key function",
+    f"that a cache stored over a {seconds(protocol._MAX_AGE)} ago",
+    f"nothing but 401s for {outcome.UNEXPECTED_FOR:g} s, unanswered",
     f"a ticket younger than {outcome.YOUNG:g} s.",
-    f"Only the wait of a [hold](#holds) goes on for {holds.LEASE:g} s.",
     # Holds
     f"The wait goes on for {holds.LEASE:g} s after its last hold",
     f"`aclose` ends these {holds.LEASE:g} s.",
@@ -109,7 +111,7 @@ SENTENCES = [
     f"the quickest of {word(window._ROUND)} good answers takes",
     f"over {'twice' if window._TIMES_QUICKEST == 2 else window._TIMES_QUICKEST} the quickest ever",
     f"{window._SECONDS_MORE:g} s more, {window._LEFT:g} of the polls in flight remain, at least {word(window._LEAST)}.",
-    f"since it began, {word(window._LEAST)} at a time remain, or",
+    f"since it began, {word(window._LEAST)} at a time remain;",
     f"After {budget.FAILING_AFTER:g} s of failures, {window._AFTER_OUTAGE:g} are the beginning.",
     # Refusals
     f"its `Retry-After` (at most {backoff.MAX_PAUSE:g} s)",
@@ -123,7 +125,6 @@ OF_FAILURES = [
     f"lets {budget.GAIN} more polls start",
     f"of {budget.FAILING_AFTER:g} s or more, {window._AFTER_OUTAGE:g} are in flight at first",
     f"within {delays(backoff._MANY)[1]:g} s, by its own backoff",
-    f"for {budget.FAILING_AFTER:g} s, or if no token is left, until",
     f"for a {seconds(budget.IN_DOUBT)}, one poll each {budget.RENEWS_EVERY:g} s uses a new connection.",
 ]
 #: Patterns of numbers that no constant has, and why.

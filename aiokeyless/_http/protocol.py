@@ -29,8 +29,10 @@ from aiokeyless.errors import (
     TRANSIENT_STATUSES,
     AuthenticationError,
     BadRequestError,
+    CachedAnswerError,
     ConflictStatusError,
     DecodeError,
+    KeylessError,
     NotAcceptableError,
     NotFoundError,
     NotJsonError,
@@ -47,6 +49,7 @@ from aiokeyless.models import (
     NewExternalUser,
     NewOperation,
     Operation,
+    OperationState,
     PendingOperation,
     Region,
     SuccessAnswer,
@@ -324,6 +327,9 @@ def _external_user_path(external_user_id: str) -> str:
     return f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}"
 
 
+_AGE: Final = istr("Age")
+#: Seconds after which a stored answer hides an approval for too long.
+_MAX_AGE: Final = 1.0
 _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
     400: BadRequestError,
     401: AuthenticationError,
@@ -340,14 +346,23 @@ def read(endpoint: Endpoint[T], path: str, answer: RawAnswer, redaction: Redacti
     """Turn an answer into the endpoint's struct. Messages show the path, and no API key that the answer echoes.
 
     Raises:
+        CachedAnswerError: A cache says, after over a second, that an operation is pending, or that there is none.
         DecodeError: A success whose JSON has the wrong shape or a duplicate key, or repeats the API key.
         NotJsonError: A success whose body is not JSON.
         StatusError: Any other status, as its subclass.
     """
+    is_stored = _AGE in answer.headers and endpoint is GET_OPERATION and _read_age(answer.headers) > _MAX_AGE
     if answer.status not in endpoint.success:
+        if is_stored and answer.status == 404:
+            raise _make_cached_error(path, answer, redaction)
         raise _make_status_error(endpoint.method, path, answer, redaction)
+    failure: KeylessError
     try:
-        return _decode(endpoint, answer.body, redaction)
+        decoded = _decode(endpoint, answer.body, redaction)
+        # An approval stays one.
+        if not (is_stored and isinstance(decoded, Operation) and decoded.state == OperationState.PENDING):
+            return decoded
+        failure = _make_cached_error(path, answer, redaction)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         failure = _make_decode_error(endpoint.method, path, answer, error, redaction)
     # Raised outside the except block, so that no frame keeps the reason: a UnicodeDecodeError contains the body.
@@ -387,6 +402,19 @@ def _is_json(body: bytes) -> bool:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
     return True
+
+
+def _make_cached_error(path: str, answer: RawAnswer, redaction: Redaction) -> CachedAnswerError:
+    via = redaction.redact(answer.headers.get("Via", ""))
+    cache = f"a cache (Via: {via})" if via else "a cache"
+    age = f"{_read_age(answer.headers):g} s ago"
+    message = f"GET {path} was answered by {cache} with what it stored {age}; let it store nothing of this API"
+    return CachedAnswerError(message, method="GET", path=path)
+
+
+def _read_age(headers: Mapping[str, str]) -> float:
+    match = _SECONDS.match(headers["Age"].strip())
+    return float(match[0]) if match else 0.0
 
 
 def _make_status_error(method: str, path: str, answer: RawAnswer, redaction: Redaction) -> StatusError:

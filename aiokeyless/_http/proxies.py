@@ -50,8 +50,8 @@ def read_environment(base_url: str) -> Secret | None:
 
 
 def show_proxy(proxy: Secret) -> str:
-    """Return the URL of a proxy without its user name and password."""
-    return str(URL(proxy.reveal()).with_user(None))
+    """Return the scheme, the host and the port of a proxy."""
+    return str(URL(proxy.reveal()).origin())
 
 
 def _scheme_of(proxy: Secret) -> str | None:

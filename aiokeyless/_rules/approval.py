@@ -15,6 +15,8 @@ from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
+    AuthenticationError,
+    CachedAnswerError,
     ConfigurationError,
     InconsistentOperationError,
     KeylessError,
@@ -156,8 +158,9 @@ def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
 
 def unknown_error(record: WaitRecord, why: Unanswered) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer, or could not be sent."""
-    # Of these, only a function that returned no key does not end a wait before.
-    cause = f" ({record.last_error})" if isinstance(record.last_error, ConfigurationError) else ""
+    # What only the application's operator can change.
+    is_shown = isinstance(record.last_error, AuthenticationError | CachedAnswerError | ConfigurationError)
+    cause = f" ({record.last_error})" if is_shown else ""
     message = (
         f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}{cause}; the outcome is "
         f"unknown; before you repeat anything, {record.check}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.errors import AuthenticationError, ConfigurationError, DecodeError, NotFoundError, StatusError
+from aiokeyless.errors import CachedAnswerError, ConfigurationError, DecodeError, NotFoundError, StatusError
 from aiokeyless.events import PollResult
 from aiokeyless.models import Operation
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _POLL_PENDING: Final = PollResult.PENDING
 #: Seconds after a create within which a replica that lags may answer 404.
 YOUNG: Final = 5.0
-#: Seconds of unexpected failures that end a wait without a deadline.
+#: Seconds of unexpected failures that end a wait without a deadline; of refusals of the key alone, that end all waits.
 UNEXPECTED_FOR: Final = 60.0
 
 
@@ -52,20 +52,23 @@ def poll_verdict(
 def is_failure(error: KeylessError, *, was_seen: bool) -> bool:
     """Return whether the error of a poll is a failure of the moment: of the service, or of a gateway before it.
 
-    Operations do not vanish, and a key that may read one may go on reading it. So once it was seen, any status but 401
-    is odd, and so is an answer that cannot be read.
+    Operations do not vanish, and a key that may read one may go on reading it. So once it was seen, any status is odd,
+    and so is an answer that cannot be read.
     """
-    is_odd = isinstance(error, StatusError | DecodeError) and not isinstance(error, AuthenticationError)
+    is_odd = isinstance(error, StatusError | DecodeError)
     return error.is_transient or (was_seen and is_odd)
 
 
 def is_service_well(answer: Operation | KeylessError, *, was_seen: bool) -> bool | None:
     """Return what the answer to a poll says about the service: it is well, or fails; None: nothing.
 
-    A 404 is a good answer, unless the operation was seen. An error that ends a wait concerns that wait only.
+    A 404 is a good answer, unless the operation was seen. An error that ends a wait concerns that wait only, and what a
+    cache had stored concerns the cache.
     """
     if isinstance(answer, Operation):
         return True
+    if isinstance(answer, CachedAnswerError):
+        return None
     if is_failure(answer, was_seen=was_seen):
         return False
     return True if isinstance(answer, NotFoundError) else None
@@ -74,7 +77,7 @@ def is_service_well(answer: Operation | KeylessError, *, was_seen: bool) -> bool
 def is_unexpected(error: KeylessError) -> bool:
     """Return whether a failure of a poll, see `is_failure`, is not one that the service itself would give.
 
-    It is a gateway's answer, or the application's own function returned no key.
+    It is a gateway's answer, or about the key: it is refused, or the application's own function returned none.
     """
     return not error.is_transient or isinstance(error, ConfigurationError)
 

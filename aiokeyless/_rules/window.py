@@ -45,7 +45,9 @@ class Window:
         self._fell_at = math.inf  # seconds of the quickest answer then, if it was a second fall in a row or a later one
         self._fell_with = 0.0  # the limit before that fall
         self._hangs_after = _SECONDS
-        self._begins_anew = False  # after silence, each good answer lets one more poll be in flight
+        self.begins_anew: bool = False
+        """Whether few polls are in flight after silence, and each good answer lets one more be."""
+        self._last = math.inf  # seconds of the last good answer
 
     def opens_at(self, now: float, started: Sequence[float]) -> float:
         """Return when one more poll may start, if none of those in flight ends before. They `started` in this order."""
@@ -54,11 +56,12 @@ class Window:
 
     def record_success(self, now: float, *, started_at: float) -> bool:
         """Record a good answer. Return whether the limit must be adapted."""
+        self._last = now - started_at
         if started_at < self._since:  # it shows nothing about the present limit
             return False
         answers = self._answers
         answers.append((started_at, now))
-        if self._begins_anew:
+        if self.begins_anew:
             return True
         if len(answers) < _ROUND:
             return False
@@ -71,13 +74,13 @@ class Window:
     def adapt(self, now: float, started: Sequence[float]) -> None:
         """Adapt the limit."""
         answers, self._answers = self._answers, []
-        if self._begins_anew:
+        if self.begins_anew:
             start, at = answers[-1]
             self._hangs_after = max(_SECONDS, _ROUND_TRIPS * (at - start))
-            self._begins_anew = not self._is_late(at - start)
-            self.limit += self._begins_anew
+            self.begins_anew = not self._is_late(at - start)
+            self.limit += self.begins_anew
             if self.limit > _UNUSED * self._count_recent(now, started):
-                self.limit, self._begins_anew = math.inf, False
+                self.limit, self.begins_anew = math.inf, False
             return
         seconds = [at - start for start, at in answers]
         quickest = min(seconds)
@@ -102,17 +105,17 @@ class Window:
     def record_silence(self, now: float, *, started_at: float, answered_at: float) -> None:
         """Record a poll that got no answer. If no other was answered well since it started, begin anew with few polls.
 
-        Perhaps the service's queue is so long that all of its answers come too late. The longer it is silent, the
-        fewer polls it gets.
+        Perhaps the service's queue is so long that all of its answers come too late. If the last ones were slow, the
+        service gets fewer polls the longer it is silent.
         """
         if answered_at < started_at and started_at >= self._since:
-            if self._begins_anew:
+            if self.begins_anew and self._last > _SECONDS:
                 self._hangs_after *= 2.0
             self.begin_anew(now, _LEAST)
 
     def begin_anew(self, now: float, limit: float = _AFTER_OUTAGE) -> None:
         """Let so many polls be in flight, and one more with each good answer that is not late."""
-        self.limit, self._since, self._begins_anew, self._answers = limit, now, True, []
+        self.limit, self._since, self.begins_anew, self._answers = limit, now, True, []
 
     def _is_late(self, seconds: float) -> bool:
         return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE

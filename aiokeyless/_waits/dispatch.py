@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from aiokeyless._rules.budget import Budget
     from aiokeyless._rules.rate import PollRate
 
-#: While polls are short, operations that failed less often in a row go first. From this many failures on, they make no
-#: difference.
-_MOST_FAILURES: Final = 8
 #: The most queued polls that one call skips, because their waits have ended or are about to.
 _MOST_SKIPPED: Final = 384
 
@@ -50,7 +47,7 @@ class Dispatcher:
         self._request_timeout = request_timeout
         self._window = Window()
         # By `_rank`: the order in which they go if not all may start that are due.
-        self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(TimerQueue() for _ in range(_MOST_FAILURES + 2))
+        self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(TimerQueue() for _ in range(4))
         self._proven = self._queues[:1]
         self._untried = self._queues[1]
         self._alternation = Alternation()
@@ -101,8 +98,8 @@ class Dispatcher:
         1. If a final poll is queued and may start, it goes first.
         2. If all slots are taken, the oldest poll gives its slot back once it is a second old.
         3. An ordinary poll starts if it is due, and if the budget, the slots and the rate allow it. The operation that
-           has been due longest goes first. While the budget is short, or operations whose last poll failed hold over a
-           quarter of the slots, the order is that of `_rank`.
+           has been due longest goes first. While the budget is short, polls start slowly after silence, or
+           operations whose last poll failed hold over a quarter of the slots, the order is that of `_rank`.
         4. If no more polls may be in flight, the oldest slow one gives way to one that is due.
         """
         found = self._next_final(now) if any(self._final_polls) else math.inf  # 1
@@ -175,7 +172,7 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_short = self._budget.is_short(now) or self.slots.are_held_by_failing
+        is_short = self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew
         queues = self._queues_in_use()
         if is_short:
             if self._alternation.count_untried(1):
@@ -310,8 +307,6 @@ class Dispatcher:
 def _rank(polled: PolledOperation) -> int:
     """Return the queue of an operation: 0 if it was answered well, 1 if it is untried; else its last poll failed.
 
-    One that was answered well ranks as if it had failed once: it is not the one at fault.
+    Then it is 2 if it was ever answered well, since it is not the one at fault, and 3 if not.
     """
-    if not polled.failures:
-        return polled.pending_at is None
-    return 2 if polled.pending_at is not None else 1 + min(polled.failures, _MOST_FAILURES)
+    return 2 * (polled.failures > 0) + (polled.pending_at is None)

@@ -9,6 +9,7 @@ wait, and `dispatch` which operation is polled next.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -27,7 +28,16 @@ from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL,
 from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_service_well, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import SLOW
-from aiokeyless.errors import ApprovalTimeoutError, KeylessError, RateLimitError, RequestTimeoutError
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    AuthenticationError,
+    CachedAnswerError,
+    DecodeError,
+    KeylessError,
+    RateLimitError,
+    RequestTimeoutError,
+    StatusError,
+)
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
@@ -63,8 +73,8 @@ _PENDING: Final = Verdict.PENDING
 class Machine:
     """The waits of one client.
 
-    Most arguments are the client's. `max_connections` limits all polls in flight. `no_answer` makes the error for a
-    poll without an answer, from the operation id and the seconds in flight.
+    Most arguments are the client's. `max_connections` limits all polls in flight. `path_of` returns the path of an
+    operation, for errors.
     """
 
     def __init__(
@@ -76,10 +86,10 @@ class Machine:
         max_connections: float,
         max_polls_per_second: float | None,
         request_timeout: float,
-        no_answer: Callable[[str, float], KeylessError],
+        path_of: Callable[[str], str],
     ) -> None:
         self._reporter = reporter
-        self._no_answer = no_answer
+        self._path_of = path_of
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
         self._budget = Budget()
@@ -94,6 +104,7 @@ class Machine:
         self._polled: dict[str, PolledOperation] = {}
         # Operations that a 503 holds, with the end of their own backoff. A good answer ends it.
         self._held: dict[PolledOperation, float] = {}
+        self._refused_since = math.inf  # the first of the refusals of the key, if no poll was answered otherwise since
         self._deadlines: TimerQueue[Wait] = TimerQueue()
         self._expired_at = self._woke_at = -math.inf  # when `expire` was called last; when, after the loop stood still
         self._slept = 0.0  # seconds between these calls
@@ -268,6 +279,8 @@ class Machine:
     def _stop_polling(self, polled: PolledOperation) -> None:
         """Stop the polls of an operation after its last wait."""
         del self._polled[polled.operation_id]
+        if not self._polled:
+            self._refused_since = math.inf  # a refusal of an hour ago is another one
         if polled.poll is not None:
             self._dispatcher.cut_off(polled.poll)
         for poll in self._dispatcher.final_in_flight:
@@ -350,7 +363,7 @@ class Machine:
             why = self._dispatcher.why_no_final_poll(now)
         elif poll is not None:
             why = Unanswered.NO_ANSWER
-            wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
+            wait.error = self.no_answer(poll, now)
             # Once for all waits that share it, and not if it started too late to be answered.
             if not poll.is_unanswered and now - poll.started_at >= SLOW - RESOLUTION:
                 poll.is_unanswered = True
@@ -370,7 +383,7 @@ class Machine:
             return None
         poll.is_over = True
         if answer is None and poll.is_overdue:
-            answer = self._no_answer(poll.polled.operation_id, now - poll.started_at)
+            answer = self.no_answer(poll, now)
         self._reporter.report_poll(poll, answer, now)
         if answer is None:  # neither good nor bad
             dispatcher.finish(poll, now)
@@ -386,15 +399,38 @@ class Machine:
             self._record_error(poll, answer, now)
         else:
             self._budget.record_other()
+            if isinstance(answer, CachedAnswerError):
+                self._failures += 1
+                self._reporter.report_unexpected(answer, now)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             dispatcher.finish(poll, now)
             return None
-        result = BatchedResult(poll, answer)
+        is_for_all = self._is_key_revoked(answer, now)
+        result = BatchedResult(poll, answer, self.waits() if is_for_all else None)
         return result if self.apply_more(result, now) else None
+
+    def no_answer(self, poll: Poll, now: float) -> RequestTimeoutError:
+        """Make the error of a poll without an answer."""
+        path = self._path_of(poll.polled.operation_id)
+        text = f"GET {path} got no answer within {now - poll.started_at:.3g} s"
+        return RequestTimeoutError(text, method="GET", path=path)
+
+    def _is_key_revoked(self, answer: Operation | KeylessError, now: float) -> bool:
+        """Return whether all answers have refused the key for a while, so that all waits must end.
+
+        While they do, few polls start, so a single operation has hardly any answers.
+        """
+        if isinstance(answer, AuthenticationError) and not answer.is_transient:
+            self._refused_since = min(self._refused_since, now)
+            return now - self._refused_since >= UNEXPECTED_FOR
+        if isinstance(answer, StatusError | DecodeError):
+            self._refused_since = math.inf
+        return False
 
     def _record_success(self, poll: Poll, now: float) -> None:
         """Record a good answer, and let operations that a 503 holds go on after their own backoff."""
         was_failing = self._budget.is_failing
+        self._refused_since = math.inf
         self._dispatcher.record_success(poll, now)
         self._rate.record_answer()
         if was_failing:
@@ -450,14 +486,23 @@ class Machine:
         """Apply a result to some of its waits; return whether there are more, for the next turn of the loop."""
         batch = result.next_batch()
         try:
-            self._apply(result, batch, now)
+            if result.is_for_all:
+                self._refuse(batch, now)
+            else:
+                self._apply(result, batch, now)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in batch:
                 self.end(wait, error, now)
-        if result.left:
+        if result.has_more:
             return True
         self._dispatcher.finish(result.poll, now)
         return False
+
+    def _refuse(self, waits: list[Wait], now: float) -> None:
+        """End waits because the key is refused. Each error is about the wait's own operation."""
+        for wait in waits:
+            path = self._path_of(wait.polled.operation_id)
+            self.end(wait, AuthenticationError(status=401, method="GET", path=path), now)
 
     def _apply(self, result: BatchedResult, waits: list[Wait], now: float) -> None:
         """Apply a result to these waits."""
@@ -614,12 +659,16 @@ class Machine:
 class BatchedResult:
     """The result of one poll, which is applied to its waits in batches, and the state that all batches share."""
 
-    __slots__ = ("_verdicts", "answer", "delays", "failed", "left", "poll", "retry_at", "served", "was_seen")
+    __slots__ = (
+        *("_verdicts", "_waits", "answer", "delays", "failed", "has_more", "is_for_all", "poll", "retry_at", "served"),
+        "was_seen",
+    )
 
-    def __init__(self, poll: Poll, answer: Operation | KeylessError) -> None:
+    def __init__(self, poll: Poll, answer: Operation | KeylessError, all_waits: Iterator[Wait] | None) -> None:
         self.poll = poll
         self.answer = answer
-        self.left = poll.polled.active_waits()  # to which it was not applied yet
+        self.is_for_all = all_waits is not None  # it ends all waits of the client
+        self._waits = all_waits or iter(poll.polled.active_waits())  # to which it was not applied yet
         self._verdicts: dict[tuple[ApprovalTicket | None, bool], Verdict | Rejection] = {}
         self.was_seen = poll.polled.was_seen  # before this poll
         # The waits that the poll is for.
@@ -630,7 +679,8 @@ class BatchedResult:
 
     def next_batch(self) -> list[Wait]:
         """Take the waits for this turn of the loop."""
-        batch, self.left = self.left[:BATCH], self.left[BATCH:]
+        batch = list(itertools.islice(self._waits, BATCH))
+        self.has_more = len(batch) == BATCH
         return [wait for wait in batch if not wait.done()]
 
     def verdict(self, wait: Wait) -> Verdict | Rejection:

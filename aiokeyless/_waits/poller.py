@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypedDict
 from aiokeyless._http.protocol import operation_path
 from aiokeyless._rules.outcome import YOUNG
 from aiokeyless._tracing import context_without_traces
-from aiokeyless.errors import ClientClosedError, KeylessError, RequestTimeoutError, TransportError
+from aiokeyless.errors import ClientClosedError, KeylessError, TransportError
 
 from .explanation import Explainer
 from .machine import BATCH, EXPIRED_PATIENCE, FRESH, Machine
@@ -82,7 +82,7 @@ class Poller:
             max_connections=transport.max_connections,
             max_polls_per_second=max_polls_per_second,
             request_timeout=transport.request_timeout,
-            no_answer=self._no_answer,
+            path_of=self._path_of,
         )
         self.explainer: Explainer = Explainer(transport)
         """Explains those waits that are to be explained."""
@@ -299,8 +299,7 @@ class Poller:
                 machine.fail_poll(poll, error, now)
             except BaseException as error:  # this task was cancelled from outside, or a hook raised GeneratorExit
                 is_failure = not isinstance(error, asyncio.CancelledError)
-                seconds = clock() - poll.started_at
-                self._finish(poll, self._no_answer(poll.polled.operation_id, seconds) if is_failure else None)
+                self._finish(poll, machine.no_answer(poll, clock()) if is_failure else None)
                 del worker  # it keeps the error, which keeps this frame: asyncio reports it when nothing keeps it
                 raise
             if more is not None:
@@ -323,9 +322,10 @@ class Poller:
         path = operation_path(poll.polled.operation_id)
         return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
 
-    def _no_answer(self, operation_id: str, seconds: float) -> RequestTimeoutError:
-        path = operation_path(operation_id)
-        return RequestTimeoutError(f"GET {path} got no answer within {seconds:.3g} s", method="GET", path=path)
+    def _path_of(self, operation_id: str) -> str:
+        # A method: it references this poller, so a client that outlives the modules at exit is not freed after them.
+        # Otherwise aiohttp's sessions print errors then.
+        return operation_path(operation_id)
 
     def _apply_more(self, result: BatchedResult) -> None:
         """Apply a result to the next of very many waits, in callbacks, which no caller can cancel."""

@@ -119,10 +119,10 @@ class Reporter:
         self._tell(change)
 
     def report_unexpected(self, error: KeylessError, now: float) -> None:
-        """Log, once a minute, that polls go on after a failure that the service itself would not give."""
+        """Log, once a minute, that polls go on after a failure that is not the service's own."""
         if now - self._warned_at >= _WARN_AGAIN:
             self._warned_at = now
-            logger.warning("a poll failed, but the operation, or the key, was good before, so polls go on: %s", error)
+            logger.warning("the key, a gateway or a cache made a poll fail; polls go on: %s", error)
 
     def report_end(self, budget: Budget, now: float) -> None:
         """Report that the client is closed, to listeners that count failing services."""

@@ -198,7 +198,9 @@ OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation
 # NaN is not more than 0.
 Seconds = Annotated[float, limit(lambda value: 0 < value < math.inf, "more than 0 seconds, and not infinite")]
 Timeout = Annotated[float | None, limit(lambda value: value > 0, "more than 0 seconds")]
-OptionalDelay = Annotated[float | None, limit(lambda value: 0 <= value < math.inf, "a number of seconds, at least 0")]
+_delay = limit(lambda value: 0 <= value < math.inf, "a number of seconds, at least 0")
+Delay = Annotated[float, _delay]
+OptionalDelay = Annotated[float | None, _delay]
 _count = limit(lambda value: value >= 1, "at least 1")
 Count = Annotated[int, _count]
 OptionalCount = Annotated[int | None, _count]

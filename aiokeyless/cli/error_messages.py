@@ -20,6 +20,7 @@ from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,
     BadRequestError,
+    CachedAnswerError,
     ConfigurationError,
     ConflictStatusError,
     DecodeError,
@@ -68,7 +69,7 @@ def describe(error: KeylessError) -> str:
             )
         case RequestTimeoutError():
             message = f"{error.method} {error.path} got no answer in time; {_suggest_address()}"
-        case TransportError():
+        case TransportError() if not isinstance(error, CachedAnswerError):
             message = f"{error}; {_suggest_address()}"
         case _:
             message = str(error)

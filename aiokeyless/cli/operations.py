@@ -110,7 +110,7 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> None:
         "Payload": operation.operation_payload,
         "User": operation.user_id,
         "External": operation.external_user_id,
-        "Created": operation.timestamp,
+        "Created": None if operation.timestamp is None else str(operation.timestamp),
     }
     result = {**operation.to_dict(), "is_approved": operation.is_approved}
     print_object(result, facts, bold="State", as_json=as_json)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from datetime import UTC
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -120,7 +119,7 @@ def _show_card(operation: Operation) -> dict[str, object]:
         "operationId": operation.operation_id,
         "operationPayload": _shorten(operation.operation_payload, _MOST_PAYLOAD),
         "externalUserId": operation.external_user_id,
-        "at": created.replace(tzinfo=UTC).timestamp(),
+        "at": created.timestamp(),
     }
 
 

@@ -7,7 +7,7 @@ a delay. docs/rules.md lists the differences of the two engines.
 from __future__ import annotations
 
 import math
-from datetime import UTC, timedelta
+from datetime import timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -171,9 +171,9 @@ def _end(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict,
 
 
 def is_older(operation: Operation, delivery: Delivery) -> bool:
-    """Return whether an operation was there long before its request, or may have been. Its time is read as UTC."""
+    """Return whether an operation was there long before its request, or may have been."""
     created_at = operation.created_at
-    return created_at is None or delivery.message.stored_at - created_at.replace(tzinfo=UTC) > _MUCH_OLDER
+    return created_at is None or delivery.message.stored_at - created_at > _MUCH_OLDER
 
 
 def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:

@@ -252,10 +252,11 @@ class DeliveryProcessor:
         A 404 is none before the deadline, since the operation may not exist yet and the worker creates it, nor if the
         phone has not started the operation.
         """
-        if not isinstance(answer, KeylessError) or answer.is_transient or not is_failure(answer, was_seen=True):
+        # A refused key concerns the worker.
+        if isinstance(answer, Operation | AuthenticationError) or answer.is_transient:
             return False
         may_be_missing = delivery.is_started_by_phone or not is_final(delivery, polled_at)
-        if isinstance(answer, NotFoundError) and may_be_missing:
+        if not is_failure(answer, was_seen=True) or (isinstance(answer, NotFoundError) and may_be_missing):
             return False
         return await self._broker.has_claim(delivery.message)
 
@@ -299,10 +300,12 @@ class DeliveryProcessor:
         if is_well := is_service_well(error, was_seen=was_seen):
             self._record_success()
             return
+        if is_failure(error, was_seen=was_seen):
+            self._reporter.count("transient_failures")
+            log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
         if is_well is None:
             self._budget.record_other()
             return
-        self._reporter.count("transient_failures")
         now = self._now()
         self._budget.record_failure(now, started_at=started_at)
         if isinstance(error, RateLimitError):
@@ -310,7 +313,6 @@ class DeliveryProcessor:
         else:
             self._rate.record_answer()
         self._reporter.report_exchange(error)
-        log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:
         own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0

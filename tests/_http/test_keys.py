@@ -281,19 +281,17 @@ async def test_refusal_of_the_current_key_is_final() -> None:
 
 
 @pytest.mark.looptime
-async def test_waits_go_on_when_the_key_rotates(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("lag", [0, 2, 5, 20])
+async def test_waits_go_on_when_the_key_rotates_and_the_function_lags(sandbox: Sandbox, lag: float) -> None:
     rotation = Rotation(sandbox.api_key)
-
-    def rotate() -> None:
-        sandbox._api._key = rotation.key = SECOND
-
     async with KeylessClient(rotation, base_url=sandbox.url) as client:
         sandbox.latency = 0.2
-        tickets = await asyncio.gather(*(client.create_operation(USER) for _ in range(40)))
+        tickets = await asyncio.gather(*(client.create_operation(USER) for _ in range(60)))
         loop = asyncio.get_running_loop()
-        loop.call_later(5, rotate)
+        loop.call_later(5, setattr, sandbox._api, "_key", SECOND)
+        loop.call_later(5 + lag, setattr, rotation, "key", SECOND)
         for number, ticket in enumerate(tickets):
-            loop.call_later(6 + number / 10, sandbox.approve, ticket.operation_id)
+            loop.call_later(3 + number / 2, sandbox.approve, ticket.operation_id)
         approved = await asyncio.gather(*(client.wait_for_approval(ticket) for ticket in tickets))
     assert all(operation.is_approved for operation in approved)
 

@@ -7,6 +7,7 @@ import json
 import math
 import time
 import unicodedata
+from contextlib import suppress
 from email.utils import formatdate
 from ipaddress import ip_address
 from typing import Any
@@ -53,6 +54,7 @@ from aiokeyless._validation import (
 from aiokeyless.errors import (
     AuthenticationError,
     BadRequestError,
+    CachedAnswerError,
     ConfigurationError,
     ConflictStatusError,
     DecodeError,
@@ -757,6 +759,48 @@ def test_the_id_of_the_exchange_is_found_in_the_usual_headers(headers: dict[str,
     assert undecoded(PAGE, **headers).request_id == request_id
 
 
+# -- Age
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, json.dumps(WIRE | {"state": "pending"}).encode()), (404, b"")])
+@pytest.mark.parametrize(
+    ("age", "is_old"),
+    [
+        *(("0", False), ("1", False), ("2", True), (" 120 ", True), ("120, 0", True), ("0, 120", False)),
+        *(("soon", False), ("-5", False), ("", False), ("9" * 5000, True)),
+    ],
+)
+def test_what_a_cache_stored_over_a_second_ago_does_not_say_that_there_is_no_approval(
+    status: int, body: bytes, age: str, is_old: bool
+) -> None:
+    with pytest.raises(CachedAnswerError) if is_old else suppress(NotFoundError):
+        answered(status, body, {"Age": age})
+
+
+def test_an_approval_and_what_is_no_answer_about_an_operation_count_whatever_their_age() -> None:
+    old = {"Age": "120"}
+    assert answered(200, GOOD["operation"], old).is_approved
+    assert answered(200, GOOD["pending"], old, name="pending")
+    assert type(failed(503, headers=old)) is ServerError
+    with pytest.raises(NotFoundError):
+        answered(404, b"", old, name="devices")
+    with pytest.raises(NotJsonError):
+        answered(200, PAGE, old)
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({}, "a cache with what it stored 120 s ago; let it store nothing of this API"),
+        ({"Via": f"1.1 varnish {KEY}\x00"}, "a cache (Via: 1.1 varnish ***) with what it stored 120 s ago; let"),
+    ],
+)
+def test_the_error_names_the_cache(headers: dict[str, str], words: str) -> None:
+    with pytest.raises(CachedAnswerError) as caught:
+        answered(404, b"", {"Age": "120", **headers})
+    assert str(caught.value).startswith(f"GET {PATH} was answered by {words}")
+
+
 # -- Retry-After
 
 NOW = "Tue, 24 Nov 2026 12:00:00 GMT"
@@ -924,17 +968,18 @@ def test_a_pending_answer_may_have_a_key_twice_since_it_approves_nothing() -> No
     assert answered(200, twice).state == "pending"
 
 
-@pytest.mark.parametrize("number", ["1", "1.0", "-1", "1e3", "0.5", "123456789012345678901234567890"])
-def test_the_services_own_number_is_any_number_of_json(number: str) -> None:
-    body = GOOD["operation"].replace(b'"id": 1', b'"id": ' + number.encode())
-    got = answered(200, body)
+@pytest.mark.parametrize("value", ["1", "1.0", "-1", "1e3", "0.5", "123456789012345678901234567890", "null", '"1"'])
+@pytest.mark.parametrize("name", ["id", "timestamp", "nodeId"])
+def test_what_decides_nothing_is_any_number_or_text_or_none(name: str, value: str) -> None:
+    got = answered(200, json.dumps(WIRE | {name: json.loads(value)}).encode())
     assert got.is_approved
-    assert got.id == json.loads(number)
+    assert {got.id, got.timestamp, got.node_id} >= {json.loads(value)}
 
 
-@pytest.mark.parametrize("number", ["null", '"1"', "true", "[]"])
-def test_the_services_own_number_is_nothing_else(number: str) -> None:
-    undecoded(GOOD["operation"].replace(b'"id": 1', b'"id": ' + number.encode()))
+@pytest.mark.parametrize("value", [True, [], {}])
+@pytest.mark.parametrize("name", ["id", "timestamp", "nodeId"])
+def test_what_decides_nothing_is_nothing_else(name: str, value: object) -> None:
+    undecoded(json.dumps(WIRE | {name: value}).encode())
 
 
 @pytest.mark.parametrize("state", ["approved", "pending"])
@@ -993,12 +1038,11 @@ def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "body", "reason"),
     [
-        ("operation", b"{}", "Object missing required field `id`"),
+        ("operation", b"{}", "Object missing required field `userId`"),
         ("operation", b"[]", "Expected `object`, got `array`"),
-        ("operation", b'{"error": "hunter2"}', "Object missing required field `id`"),
+        ("operation", b'{"error": "hunter2"}', "Object missing required field `userId`"),
         ("operation", GOOD["operation"].replace(b"true", b'"hunter2"'), "Expected `bool`, got `str` - at `$.result`"),
         ("operation", GOOD["operation"].replace(b"true", b"null"), "Expected `bool`, got `null` - at `$.result`"),
-        ("operation", GOOD["operation"].replace(b"1,", b'"1",', 1), "Expected `int | float`, got `str` - at `$.id`"),
         ("operation", GOOD["operation"].replace(b'"approved"', b"7"), "Expected `str`, got `int` - at `$.state`"),
         (
             "operation",

@@ -27,6 +27,7 @@ from outcome_cases import (
 from aiokeyless import (
     ApprovalTicket,
     BadRequestError,
+    CachedAnswerError,
     KeylessError,
     NotFoundError,
     Operation,
@@ -104,11 +105,6 @@ def test_an_answer_about_the_operation_and_a_transient_failure_mean_the_same_in_
 def test_only_a_404_depends_on_whether_the_operation_may_be_missing(case: OutcomeCase) -> None:
     for may_be_missing in (False, True):
         assert verdict(case, may_be_missing=may_be_missing) is expected(case)
-
-
-def test_a_wrong_key_ends_a_wait_also_once_the_operation_was_seen() -> None:
-    [case] = (case for case in CASES if case.name == "401")
-    assert verdict(case, was_seen=True) is Verdict.FAILED
 
 
 def test_an_operation_that_was_seen_is_never_missing_even_where_it_may_be() -> None:
@@ -218,3 +214,8 @@ def test_what_an_error_says_about_the_service_depends_on_whether_the_operation_w
 ) -> None:
     error = kind(status={NotFoundError: 404, BadRequestError: 400, ServerError: 503}[kind], method="GET", path="/")
     assert (is_service_well(error, was_seen=False), is_service_well(error, was_seen=True)) == (before, once_seen)
+
+
+def test_an_answer_from_a_cache_says_nothing_about_the_service() -> None:
+    error = CachedAnswerError("stored", method="GET", path="/")
+    assert [is_service_well(error, was_seen=was_seen) for was_seen in (False, True)] == [None, None]

@@ -219,14 +219,21 @@ class TestBeginningAnew:
         window.record_silence(110.0, started_at=started_at, answered_at=answered_at)
         assert window.limit == limit
 
-    def test_the_longer_the_silence_lasts_the_fewer_polls_are_sent(self) -> None:
+    @pytest.mark.parametrize(
+        ("seconds", "expected"), [(None, [1.0, 2.0, 4.0, 8.0]), (1.1, [1.0, 2.0, 4.0, 8.0]), (1.0, [1.0] * 4)]
+    )
+    def test_the_longer_a_slow_service_is_silent_the_fewer_polls_are_sent(
+        self, seconds: float | None, expected: list[float]
+    ) -> None:
         window = Window()
         gaps = []
+        if seconds is not None:
+            window.record_success(90.0, started_at=90.0 - seconds)
         for now in (110.0, 120.0, 130.0, 140.0):
             window.record_silence(now, started_at=now - 10.0, answered_at=0.0)
             window.record_silence(now, started_at=now - 10.1, answered_at=0.0)  # it began before the last one
             gaps.append(window.opens_at(now, [now, now]) - now)
-        assert gaps == [1.0, 2.0, 4.0, 8.0]
+        assert gaps == expected
         assert window.record_success(141.0, started_at=140.5)
         window.adapt(141.0, [140.5, 140.5])
         assert (window.limit, window.opens_at(141.0, [140.5] * 3)) == (3.0, 140.5 + 3 * 0.5)

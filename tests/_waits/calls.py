@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from tenacity import wait_fixed
 
 from aiokeyless import (
+    AuthenticationError,
+    CachedAnswerError,
     ConfigurationError,
     KeylessError,
     NotFoundError,
     Operation,
     RateLimitError,
-    RequestTimeoutError,
     ServerError,
+    TransportError,
 )
 from aiokeyless._waits.machine import Machine
 from aiokeyless._waits.reporting import Reporter
@@ -90,7 +92,7 @@ def operation(operation_id: str = "op", *, approved: bool = False, **fields: Any
 
 
 def error(status: int, retry_after: float | None = None) -> KeylessError:
-    kind = {404: NotFoundError, 429: RateLimitError}.get(status, ServerError)
+    kind = {401: AuthenticationError, 404: NotFoundError, 429: RateLimitError}.get(status, ServerError)
     return kind(status=status, method="GET", path="/v2/operations/op", retry_after=retry_after)
 
 
@@ -101,9 +103,19 @@ def no_key() -> ConfigurationError:
     return failure
 
 
-def no_answer(operation_id: str, seconds: float) -> RequestTimeoutError:
-    path = f"/v2/operations/{operation_id}"
-    return RequestTimeoutError(f"GET {path} got no answer within {seconds:g} s", method="GET", path=path)
+def replaced_key() -> AuthenticationError:
+    """Return the refusal of a key that was replaced meanwhile."""
+    failure = AuthenticationError(status=401, method="GET", path="/v2/operations/op")
+    failure.key_was_replaced = True
+    return failure
+
+
+def no_answer() -> TransportError:
+    return TransportError("no connection", method="GET", path="/v2/operations/op")
+
+
+def cached() -> CachedAnswerError:
+    return CachedAnswerError("a cache said so", method="GET", path="/v2/operations/op")
 
 
 class Calls(Machine):
@@ -125,7 +137,7 @@ class Calls(Machine):
             max_connections=connections,
             max_polls_per_second=rate,
             request_timeout=TIMEOUT,
-            no_answer=no_answer,
+            path_of="/v2/operations/{}".format,
         )
 
     def wait(

@@ -10,7 +10,15 @@ from rich.pretty import pretty_repr
 from tenacity import wait_exponential, wait_fixed
 from tenacity.wait import wait_base
 
-from aiokeyless import ApprovalTicket, ConfigurationError, DecodeError, DefaultTimeout, KeylessError, wait_adaptive
+from aiokeyless import (
+    ApprovalTicket,
+    AuthenticationError,
+    ConfigurationError,
+    DecodeError,
+    DefaultTimeout,
+    KeylessError,
+    wait_adaptive,
+)
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules.final import Unanswered
 from aiokeyless._waits import machine as machine_module
@@ -18,7 +26,7 @@ from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.state import Poll, WaitPhase
 from aiokeyless.events import Event, PollEnded, ServiceChanged, WaitEnded, WaitOutcome, WaitStarted
 
-from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
+from .calls import TIMEOUT, USER, Calls, Updates, cached, error, names, no_answer, no_key, operation, replaced_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -361,6 +369,15 @@ class TestSlots:
         machine.answer(next(iter(machine._dispatcher.in_flight)), 1.5, error(500))
         assert names(machine.started(1.5)) == ["good"]
 
+    def test_after_silence_those_that_failed_go_last(self) -> None:
+        machine = Calls()
+        for name in ("hangs", "hangs too"):
+            machine.wait(name)
+        for poll in machine.started(0.0):
+            machine.answer(poll, TIMEOUT, machine.no_answer(poll, TIMEOUT))
+        machine.wait("new", at=TIMEOUT + 0.9)
+        assert names(machine.started(TIMEOUT + 1.0))[0] == "new"
+
     def test_a_503_holds_its_operation_until_another_poll_is_answered_well(self) -> None:
         machine = Calls(schedule=wait_fixed(3))
         for name, at in (("held", 0.0), ("well", 1.0)):
@@ -604,7 +621,7 @@ class TestBudget:
         spend(machine, 5.0)
         assert names(machine.started(5.0)) == ["well"]
 
-    def test_good_ones_are_polled_before_failing_ones_and_these_by_their_failures(self) -> None:
+    def test_good_ones_are_polled_before_failing_ones_and_these_last_that_never_were(self) -> None:
         machine = Calls()
         machine.wait("bad")
         for at in (0.0, 0.5):
@@ -617,7 +634,7 @@ class TestBudget:
         machine.answer(machine.one(1.1), 1.1, error(500))
         machine.wait("new", at=1.2)
         machine.wait("gone", at=1.2).is_cancelled = True
-        assert order_after(machine, 2.0) == ["new", "well", "failing", "failed", "bad"]
+        assert order_after(machine, 2.0) == ["new", "well", "failed", "bad", "failing"]
 
     def test_every_second_poll_is_for_one_that_was_never_tried(self) -> None:
         machine = Calls(schedule=wait_fixed(0.1))
@@ -1123,7 +1140,7 @@ class TestResults:
             (operation(user_id="FF"), "OperationMismatchError"),
             (operation(state="denied"), "InconsistentOperationError"),
             (error(404), "NotFoundError"),
-            (error(401), "ServerError"),
+            (error(401), "AuthenticationError"),
             (error(500), ""),
             (operation(), ""),
         ],
@@ -1181,6 +1198,19 @@ class TestResults:
         machine.wait("next", at=0.2)
         assert names(machine.started(0.2)) == ["next"]  # its token was returned
 
+    def test_an_answer_from_a_cache_is_neither_good_nor_bad(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        wait, endless = machine.wait(timeout=200.0), machine.wait(timeout=None)
+        machine.answer(machine.one(0.0), 0.0)
+        spent = machine._budget.room(100.0)
+        polls = machine.run(250.0, lambda *_: cached(), since=100.0)
+        assert (wait.outcome, endless.outcome) == ("ApprovalUnknownError", "")
+        assert "(a cache said so)" in str(wait.result())
+        assert (machine._budget.room(250.0), machine.statistics(250.0).is_failing) == (spent, False)
+        assert machine.statistics(250.0).transient_failures == len(polls) > 20
+        machine.answer(machine.started(260.0)[0], 260.0, "approved")
+        assert endless.outcome == "approved"
+
     def test_a_minute_of_odd_answers_ends_a_wait_without_a_deadline(self) -> None:
         machine = Calls()
         endless, other = machine.wait(), machine.wait(timeout=300.0)
@@ -1190,6 +1220,79 @@ class TestResults:
         ended = next(at for at, _ in polls if at >= first + 60.0)
         assert (endless.outcome, other.outcome) == ("ServerError", "ApprovalUnknownError")
         assert endless.polls == len([at for at, _ in polls if at <= ended])
+
+    @pytest.mark.parametrize("count", [1, 60, 1000])
+    def test_a_minute_of_nothing_but_refusals_of_the_key_ends_all_waits(self, count: int) -> None:
+        machine = Calls()
+        waits = [machine.wait(f"op-{number}", timeout=300.0) for number in range(count)]
+        updates = Updates()
+        waits.append(machine.wait("op-0", timeout=None, updates=updates))
+        polls = machine.run(74.0, lambda _, at: error(401) if at >= 1.0 else "pending")
+        for number, wait in enumerate(waits):
+            ended = wait.result()
+            assert isinstance(ended, AuthenticationError)
+            assert ended.path == f"/v2/operations/op-{number % count}"
+            assert ended.path in str(ended)
+        assert updates.closed
+        assert machine.is_idle
+        assert 61.0 <= polls[-1][0] <= 66.0
+
+    @pytest.mark.parametrize(
+        ("others", "outcome"),
+        [
+            (error(503), ""),
+            (error(429), ""),
+            (error(403), ""),
+            (UNREADABLE, ""),
+            (replaced_key(), ""),
+            (no_key(), "AuthenticationError"),
+            (no_answer(), "AuthenticationError"),
+        ],
+        ids=["503", "429", "403", "unreadable", "replaced key", "no key", "no answer"],
+    )
+    def test_each_other_answer_begins_that_minute_anew(self, others: Any, outcome: str) -> None:
+        machine = Calls()
+        waits = [machine.wait(f"op-{number}", timeout=300.0) for number in range(60)]
+        machine.run(120.0, lambda _, at: (others if at % 40.0 < 4.0 else error(401)) if at >= 1.0 else "pending")
+        assert {wait.outcome for wait in waits} == {outcome}
+
+    def test_refusals_of_the_key_among_good_answers_end_no_wait(self) -> None:
+        machine = Calls()
+        waits = [machine.wait(f"op-{number}", timeout=300.0) for number in range(3)]
+        machine.run(200.0, lambda name, at: error(401) if at and name != "op-0" else "pending")
+        assert {wait.outcome for wait in waits} == {""}
+
+    def test_a_minute_without_an_answer_after_one_refusal_of_the_key_ends_no_wait(self) -> None:
+        machine = Calls()
+        wait = machine.wait(timeout=300.0)
+        machine.run(200.0, lambda _, at: no_answer() if at > 2.0 else error(401) if at else "pending")
+        assert wait.outcome == ""
+
+    def test_a_refusal_of_the_key_from_before_a_time_without_waits_does_not_count(self) -> None:
+        machine = Calls()
+        machine.wait("old")
+        machine.answer(machine.one(0.0), 0.0, error(401))
+        wait, other = machine.wait("op", at=100.0, timeout=60.0), machine.wait("other", at=100.0, timeout=60.0)
+        for poll in machine.started(100.0)[:1]:
+            machine.answer(poll, 100.0, error(401))
+        assert (wait.outcome, other.outcome) == ("AuthenticationError", "")
+
+    def test_very_many_waits_end_over_several_turns_once_the_key_is_revoked(self) -> None:
+        machine = Calls()
+        waits = [machine.wait(f"op-{number}") for number in range(2 * BATCH + 3)]
+        machine.run(60.9, lambda _, at: error(401) if at >= 1.0 else "pending")
+        poll, *others = machine.started(70.0)
+        more = machine.finish_poll(poll, error(401), 70.0)
+        assert more is not None
+        ended = [wait for wait in waits if wait.outcome]
+        assert len(ended) == BATCH
+        machine.give_up(next(wait for wait in waits if not wait.outcome), 70.0)
+        machine.answer(next(poll for poll in others if not poll.is_over), 70.0, "approved")
+        assert machine.apply_more(more, 70.1)
+        assert not machine.apply_more(more, 70.2)
+        outcomes = sorted(wait.outcome for wait in waits)
+        assert outcomes == ["", *["AuthenticationError"] * (2 * BATCH + 1), "approved"]
+        assert machine.is_idle
 
     def test_a_404_that_counted_as_pending_is_no_sight_of_the_operation(self) -> None:
         machine = Calls()

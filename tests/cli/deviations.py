@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
@@ -124,6 +125,23 @@ class Forgetful:
         return None if self._reads == 1 else it.with_fields(state="pending", result=False)
 
 
+class Cache:
+    """One that keeps the good answers to GETs for two minutes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[float, Answer]] = {}
+
+    def __call__(self, it: Exchange) -> Answer | None:
+        if it.method != "GET" or not it.is_good:
+            return None
+        now = asyncio.get_running_loop().time()
+        at, answer = self._kept.get(it.path, (now, it.answer))
+        if now - at > 120:
+            at, answer = now, it.answer
+        self._kept[it.path] = at, answer
+        return answer._replace(headers={**answer.headers, "Age": str(round(now - at))})
+
+
 def overwrites(it: Exchange) -> None:
     if _is_second(it, is_same=False):
         it.service.tamper(it.body["operationId"], operation_payload=it.body["operationPayload"])
@@ -143,11 +161,40 @@ def lists_approved(it: Exchange) -> Answer | None:
     return None
 
 
-def hides_emoji(it: Exchange) -> Answer | None:
-    payload = it.json.get("operationPayload", "") if it.reads else ""
-    return it.with_fields(operationPayload=payload.replace("🦊", "?")) if "🦊" in payload else None
+def reads(when: str = "", /, **fields: Any) -> Callable[[], Callable[[Exchange], Any]]:
+    """Each operation that is read, or each one in this state, has these fields in place of its own."""
+    return lambda: lambda it: it.with_fields(**fields) if it.reads and when in ("", it.json["state"]) else None
 
 
+def payloads(change: Callable[[str], str]) -> Callable[[], Callable[[Exchange], Any]]:
+    return lambda: (
+        lambda it: it.with_fields(operationPayload=change(it.json.get("operationPayload", ""))) if it.reads else None
+    )
+
+
+def creates(status: int, when: Callable[[dict[str, Any]], bool] = lambda _: True) -> Any:
+    """A create with such a body is refused."""
+
+    def refuse(it: Exchange) -> Answer | None:
+        if it.method != "POST" or not when(it.body) or not it.is_good:
+            return None
+        it.service.forget(it.body["operationId"])
+        return it.with_status(status)
+
+    return lambda: refuse
+
+
+def answers(path: str, status: int = 200, value: Any = None) -> Callable[[], Callable[[Exchange], Any]]:
+    """What has this in its path is answered so."""
+    return lambda: lambda it: it.with_json(value)._replace(status=status) if path in it.path else None
+
+
+def at(now: datetime) -> str:
+    return now.isoformat(timespec="milliseconds")
+
+
+NOW = datetime.now(UTC)
+TIMES = "createdAt", "updatedAt"
 #: Which checks differ, and the deviation: one for each check that the service's answers decide.
 DEVIATIONS: dict[str, tuple[set[str], Callable[[], Callable[[Exchange], Any]]]] = {
     "connections are not kept": ({"round_trip"}, lambda: lambda it: it.with_headers(Connection="close")),
@@ -157,30 +204,64 @@ DEVIATIONS: dict[str, tuple[set[str], Callable[[], Callable[[Exchange], Any]]]] 
         {"wrong_key"},
         lambda: lambda it: it.with_status(403) if it.key and it.answer.status == 401 and it.key != "app" else None,
     ),
-    "the key is refused": ({"key"}, lambda: lambda it: it.with_status(401) if it.path.endswith("/pending") else None),
+    "the key is refused": ({"key"}, lambda: lambda it: it.with_status(401) if it.key == it.service.api_key else None),
+    "no key is needed": ({"no_key"}, lambda: lambda it: it.with_status(404) if it.answer.status == 401 else None),
+    "403 without a right key": (
+        {"no_key"},
+        lambda: lambda it: it.with_status(403) if it.answer.status == 401 else None,
+    ),
+    "any key is accepted": (
+        {"wrong_key"},
+        lambda: lambda it: it.with_status(404) if it.key and it.answer.status == 401 else None,
+    ),
+    "the app's key is refused with 403": (set(), lambda: lambda it: it.with_status(403) if it.key == "app" else None),
     "the app's key is accepted": ({"sdk_key"}, lambda: lambda it: it.with_status(404) if it.key == "app" else None),
     "403 for an unknown id": (
-        {"unknown_operation", "id_exact"},
+        {"unknown_operation"},
         lambda: lambda it: it.with_status(403) if _is_unknown(it) else None,
     ),
+    "no search for users": ({"users"}, answers("/external-users/", 400)),
+    "users in another form": ({"users"}, answers("/external-users/", value={"users": []})),
+    "a search that finds everybody": (
+        {"users"},
+        answers("/external-users/", value=[dict.fromkeys(("userId", "biometricPublicSigningKey", *TIMES), "A")]),
+    ),
+    "404 for nobody": (set(), answers("/external-users/", 404)),
+    "devices in another form": ({"devices"}, answers("/devices", value={"devices": []})),
+    "404 for no devices": (set(), answers("/devices", 404)),
     "a create without success": (
         {"created"},
         lambda: lambda it: it.with_json({"success": False}) if it.method == "POST" and it.is_good else None,
     ),
+    "a create with 202": (
+        {"created"},
+        lambda: lambda it: it.with_status(202) if it.method == "POST" and it.is_good else None,
+    ),
+    "a create that is refused": ({"created"}, creates(403)),
+    "a create without effect": ({"created"}, creates(202)),
     "a lagging replica": (set(), Late),
-    "a result before the approval": (
+    "a result before the approval": ({"read_at_once"}, reads("pending", result=True)),
+    "a state in upper case": ({"read_at_once"}, reads("pending", state="PENDING")),
+    "an approval by itself": ({"read_at_once"}, reads("pending", state="approved", result=True)),
+    "no result": ({"read_at_once"}, reads("pending", result=None)),
+    "operations that are never there": (
         {"read_at_once"},
-        lambda: lambda it: it.with_fields(result=True) if it.reads and it.json["state"] == "pending" else None,
+        lambda: lambda it: it.with_status(404) if it.reads else None,
     ),
-    "a factor while pending": (
-        {"pending_factor"},
-        lambda: lambda it: it.with_fields(authType="pin") if it.reads and it.json["state"] == "pending" else None,
-    ),
-    "content without emoji": ({"content_kept"}, lambda: hides_emoji),
-    "slashes end an id": (
+    "a cache": ({"cache"}, Cache),
+    "a factor while pending": ({"pending_factor"}, reads("pending", authType="pin")),
+    "content without emoji": ({"content_kept"}, payloads(lambda text: text.replace("🦊", "?"))),
+    "content of 255 characters": ({"content_kept"}, payloads(lambda text: text[:255])),
+    "content with a prefix": ({"content_kept"}, payloads(lambda text: f"Approve: {text}")),
+    "long content is refused": ({"content_kept"}, creates(400, lambda body: len(body["operationPayload"]) > 255)),
+    "an external user id that is lost": ({"external_user"}, reads(externalUserId=None)),
+    "an external user id that is refused": ({"external_user"}, creates(409, lambda body: "externalUserId" in body)),
+    "a question mark ends an id": (
         {"id_kept"},
-        lambda: lambda it: it.with_status(404) if it.method == "GET" and "%2F" in it.path else None,
+        lambda: lambda it: it.with_status(404) if it.method == "GET" and "%3F" in it.path else None,
     ),
+    "an odd id is refused": ({"id_kept"}, creates(400, lambda body: "?" in body["operationId"])),
+    "ids of one's own": ({"id_kept"}, reads(operationId="4711")),
     "ids without case": ({"id_exact"}, lambda: ignores_case),
     "the same again": ({"id_taken"}, lambda: lambda it: it.with_status(200) if _is_second(it, is_same=True) else None),
     "other content again": (
@@ -189,34 +270,32 @@ DEVIATIONS: dict[str, tuple[set[str], Callable[[], Callable[[Exchange], Any]]]] 
     ),
     "content is overwritten": ({"id_taken_by_other"}, lambda: overwrites),
     "anything again": (
-        {"id_taken", "id_taken_by_other"},
+        {"id_taken_by_other"},
         lambda: lambda it: it.with_status(200) if it.method == "POST" else None,
     ),
     "users in lower case": (
         {"user_case"},
         lambda: lambda it: it.with_fields(userId=it.json["userId"].lower()) if it.reads else None,
     ),
-    "local time": (
-        {"timestamp"},
-        lambda: lambda it: it.with_fields(timestamp="2026-06-01T12:00:00.5") if it.reads else None,
-    ),
-    "a timestamp with a zone": (
-        {"timestamp"},
-        lambda: lambda it: it.with_fields(timestamp="2026-06-01T12:00:00Z") if it.reads else None,
-    ),
+    "another user": ({"user_case"}, reads(userId="BAD0")),
+    "local time": ({"timestamp"}, reads(timestamp=at(NOW + timedelta(hours=2)).partition("+")[0])),
+    "no timestamp": ({"timestamp"}, reads(timestamp=None)),
+    "a timestamp in words": ({"timestamp"}, reads(timestamp="today")),
+    "a timestamp with a zone": (set(), reads(timestamp=at(NOW.astimezone(timezone(timedelta(hours=2)))))),
+    "a timestamp in milliseconds": (set(), reads(timestamp=round(NOW.timestamp() * 1000), id="1", nodeId=None)),
+    "a list of another form": ({"listed"}, answers("/pending", value={"operations": []})),
+    "a list that is forbidden": ({"listed"}, answers("/pending", 403)),
     "an empty list": ({"listed"}, lambda: lambda it: it.with_json([]) if _is_list(it) else None),
-    "an approval without result": (
-        {"approved"},
-        lambda: lambda it: it.with_fields(result=False) if it.reads and it.json["state"] == "approved" else None,
-    ),
+    "an approval without result": ({"approved"}, reads("approved", result=False)),
+    "an approval in upper case": ({"approved"}, reads("approved", state="APPROVED")),
+    "another word for the factor": ({"factor"}, reads("approved", authType="FACE")),
+    "no factor": ({"factor"}, reads(authType=None)),
     "an approval that is forgotten": ({"stays_approved"}, Forgetful),
     "approved ones are listed": ({"unlisted"}, lambda: lists_approved),
     "an id that is free after the approval": (
         {"id_taken_after"},
         lambda: lambda it: it.with_status(200) if _is_second(it, is_same=True, state="approved") else None,
     ),
-    "attempts without an operation": (
-        {"attempt_told"},
-        lambda: lambda it: it.with_json({"content": []}) if "/authentications" in it.path else None,
-    ),
+    "attempts without an operation": ({"attempt_told"}, answers("/authentications", value={"content": []})),
+    "attempts that are forbidden": ({"attempt_told"}, answers("/authentications", 403)),
 }

@@ -11,23 +11,26 @@ import re
 import select
 import ssl
 import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import ANY, AsyncMock
 
 import pytest
 from raw_server import RawServer, answer, refused
 
+from aiokeyless import __version__
+from aiokeyless._http.protocol import ADDRESSES
 from aiokeyless.cli.app import CommandError, InterruptedCommandError, UsageError, app
-from aiokeyless.cli.doctor import describe_connection
+from aiokeyless.cli.doctor import PlainRequests, UnansweredError, describe_connection
 from aiokeyless.cli.findings import CHECKS
-from aiokeyless.models import Secret
+from aiokeyless.models import Region, Secret
 from aiokeyless.sandbox.api import Answer
 
 from .deviations import DEVIATIONS, Exchange, deviate
 from .terminal import ESCAPE, Pipe, Terminal, later
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
@@ -79,8 +82,8 @@ async def test_without_a_user_it_only_reads(monkeypatch: pytest.MonkeyPatch, ser
     assert code == 0
     assert {request.method for request in service.requests} == {"GET"}
     ways = {"connection", "proxy", "round_trip", "clock", "no_key", "wrong_key", "key", "unknown_operation"}
-    assert with_status(report, "as_expected") == ways
-    assert (report["version"], report["user_sha256"], report["operations"]) == (1, None, [])
+    assert with_status(report, "as_expected") == ways | {"users", "cache"}
+    assert (report["version"], report["user"], report["operations"]) == (1, None, [])
 
 
 async def test_a_report_says_of_each_check_what_was_expected_and_found(
@@ -93,7 +96,9 @@ async def test_a_report_says_of_each_check_what_was_expected_and_found(
         "id": "no_key",
         "status": "differs",
         "documented": True,
-        "expected": "401 without a key",
+        "sent": "a GET without a key",
+        "needs": ["connection"],
+        "expected": "401",
         "found": "answered with 403",
         "consequence": CHECKS["no_key"].consequence,
     }
@@ -110,11 +115,29 @@ async def test_a_created_with_201_is_as_expected_and_said(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("person")
-async def test_an_approval_without_a_factor_is_said(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
-    deviate(monkeypatch, service, lambda it: it.with_fields(authType=None) if it.reads else None)
-    _, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
-    [approved] = [check for check in report["checks"] if check["id"] == "approved"]
-    assert "no factor is named" in approved["found"]
+@pytest.mark.parametrize("user", [None, "c0ffee"])
+async def test_a_report_has_the_same_fields_always(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, user: str | None
+) -> None:
+    _, report = await examine(monkeypatch, "--yes", *([] if user is None else ["--user", user]))
+    date = datetime.fromisoformat(report.pop("date"))
+    assert abs(date - datetime.now(UTC)) < timedelta(minutes=1)
+    assert [len(report.pop(name)) for name in ("checks", "operations")] == [len(CHECKS), 3 if user else 0]
+    assert report == {
+        "version": 1,
+        "host": service.url.removeprefix("http://"),
+        "region": None,
+        "library": __version__,
+        "user": user and hashlib.sha256(b"C0FFEE").hexdigest(),
+    }
+
+
+async def test_a_report_names_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", "key")
+    monkeypatch.setenv("KEYLESS_REGION", "sg")
+    monkeypatch.setattr(PlainRequests, "ask", AsyncMock(side_effect=UnansweredError("nothing")))
+    _, report = await examine(monkeypatch)
+    assert (report["region"], report["host"]) == ("sg", ADDRESSES[Region.SG].removeprefix("https://"))
 
 
 async def test_if_nobody_approves_both_causes_are_said(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
@@ -123,7 +146,7 @@ async def test_if_nobody_approves_both_causes_are_said(monkeypatch: pytest.Monke
     assert (code, approved["status"]) == (1, "differs")
     assert "still pending after 30" in approved["found"]
     assert "The phone was not told, or the app cannot approve what a backend created" in approved["consequence"]
-    assert {"stays_approved", "unlisted", "id_taken_after", "attempt_told"} <= with_status(report, "skipped")
+    assert {"factor", "stays_approved", "unlisted", "id_taken_after"} <= with_status(report, "skipped")
     assert len(service.operations) == 3
 
 
@@ -171,10 +194,11 @@ async def test_a_pipe_has_a_plain_line_a_check_and_progress_is_on_stderr(
     assert await app.run_async(["doctor", "--user", "C0FFEE", "--yes"]) == 1
     out, err = capsys.readouterr()
     assert ESCAPE not in out + err
-    assert re.search(r"^✗  no_key +answered with 403\n +expected: 401 without a key\n +Something", out, re.MULTILINE)
-    assert re.search(r"^✓  approved +after 2\d s by face$", out, re.MULTILINE)
+    words = r"answered with 403\n +sent: a GET without a key\n +documented by the vendor: 401\n +Something"
+    assert re.search(rf"^✗  no_key +{words}", out, re.MULTILINE)
+    assert re.search(r"^✓  approved +after \d\d s by face$", out, re.MULTILINE)
     assert re.search(r"^  Skipped +phone_started: without --phone-started$", out, re.MULTILINE)
-    assert re.search(r"^  Found +24 as expected, 1 different$", out, re.MULTILINE)
+    assert re.search(r"^  Found +29 as expected, 1 different$", out, re.MULTILINE)
     assert "poll 1: pending" in err
     assert "approve this on the phone" in err
 
@@ -214,7 +238,7 @@ async def test_neither_key_nor_user_nor_payload_is_on_the_screen_or_in_the_repor
     text = json.dumps(report) + capsys.readouterr().err
     for secret in (service.api_key, "the-key-of-the-app", "C0FFEE0123", "c0ffee0123", "of another user"):
         assert secret not in text
-    assert report["user_sha256"] == hashlib.sha256(b"C0FFEE0123").hexdigest()
+    assert report["user"] == hashlib.sha256(b"C0FFEE0123").hexdigest()
     if status is None:
         payloads = {operation.operation_payload or "" for operation in service.operations.values()}
         assert {made["payload_sha256"] for made in report["operations"]} == {
@@ -234,7 +258,7 @@ async def test_a_proxy_that_is_not_used_differs_and_is_warned_of_once(
     monkeypatch.setattr("aiokeyless._http.proxies.read_environment", lambda _url: named)
     code, report = await examine(monkeypatch)
     assert (code, with_status(report, "differs")) == (1, {"proxy"})
-    assert report["checks"][1]["found"] == "socks5://proxy.example:1080 is not used"
+    assert report["checks"][1]["found"] == "socks5://proxy.example:1080"
     assert len(caplog.records) == 1
 
 
@@ -264,27 +288,32 @@ async def nothing_is_created(monkeypatch: pytest.MonkeyPatch, url: str) -> dict[
 
 async def test_without_a_network_only_the_way_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     report = await nothing_is_created(monkeypatch, refused())
-    assert (with_status(report, "differs"), with_status(report, "as_expected")) == ({"connection"}, {"proxy"})
+    assert (with_status(report, "unknown"), with_status(report, "as_expected")) == ({"connection"}, {"proxy"})
     assert "no answer" in report["checks"][0]["found"]
 
 
 @pytest.mark.parametrize(
-    "answered",
+    ("answered", "differing", "unknown"),
     [
-        answer(b"<html>Log in to the hotel</html>"),
-        answer(b"", b"Location: http://portal.example/", status=b"302 Found"),
-        answer(status=b"401 Unauthorized"),
-        answer(b"<html>blocked</html>", status=b"403 Forbidden"),
-        answer(b"<html>oops</html>", status=b"500 Internal Server Error"),
+        (answer(b"<html>Log in to the hotel</html>"), "no_key", None),
+        (answer(b"", b"Location: https://ann:secret@portal.example/?secret", status=b"302 Found"), None, "connection"),
+        (answer(b"", b"Location: /secret", status=b"307 Temporary Redirect"), None, "connection"),
+        (answer(status=b"401 Unauthorized"), "key", None),
+        (answer(b"<html>blocked</html>", status=b"403 Forbidden"), "no_key", None),
+        (answer(b"<html>oops</html>", status=b"500 Internal Server Error"), None, "connection"),
+        (answer(b"", b"Retry-After: 31", status=b"429 Too Many Requests"), None, "connection"),
     ],
-    ids=["a captive portal", "a redirect", "401", "403", "500"],
+    ids=["a captive portal", "a redirect", "a redirect at the host", "401", "403", "500", "429"],
 )
-async def test_what_answers_everything_the_same_differs_and_nothing_is_created(
-    monkeypatch: pytest.MonkeyPatch, answered: bytes
+async def test_what_answers_everything_the_same_is_one_cause_and_nothing_is_created(
+    monkeypatch: pytest.MonkeyPatch, answered: bytes, differing: str | None, unknown: str | None
 ) -> None:
     async with RawServer(answered) as server:
         report = await nothing_is_created(monkeypatch, server.url)
-        assert "key" in with_status(report, "differs")
+        shown = with_status(report, "differs") - {"round_trip"}, with_status(report, "unknown")
+        assert shown == ({differing} - {None}, {unknown} - {None})
+        assert ("answered with 302 to portal.example" in json.dumps(report)) is (b"302" in answered)
+        assert "secret" not in json.dumps(report)
         assert all(head.startswith(b"GET ") for head in server.heads)
         assert b"x-api-key" not in server.heads[0].lower(), "anything may answer the first request"
 
@@ -302,8 +331,63 @@ async def test_a_service_that_hangs_from_any_request_on_ends_it(
 
     deviate(monkeypatch, service, hang_from)
     code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
-    assert code == 1
-    assert with_status(report, "differs")
+    assert code == (not {"key"} <= with_status(report, "as_expected"))
+    assert with_status(report, "unknown")
+    assert not with_status(report, "differs")
+
+
+@pytest.mark.usefixtures("person")
+@pytest.mark.parametrize("limit", [2, 0])
+async def test_what_is_limited_or_away_for_the_whole_visit_raises_no_alarm(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, limit: int
+) -> None:
+    """Two requests a second, or no answer but 503."""
+    take_effect, times = service._take_effect, list[float]()
+
+    async def answer_some(request: Any) -> Answer:
+        now = asyncio.get_running_loop().time()
+        if sum(now - at < 1 for at in times) >= limit:
+            return Answer(429 if limit else 503, b"{}")
+        times.append(now)
+        return await take_effect(request)
+
+    monkeypatch.setattr(service, "_take_effect", answer_some)
+    code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
+    assert (code, with_status(report, "differs")) == (not limit, set())
+    assert with_status(report, "unknown") == (set() if limit else {"connection"})
+
+
+@pytest.mark.usefixtures("person")
+async def test_a_create_whose_answer_was_lost_says_nothing_about_creates(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    service.drop_next(stored=True, method="POST")
+    code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
+    assert (code, with_status(report, "differs"), with_status(report, "unknown")) == (0, set(), {"created"})
+
+
+@pytest.mark.usefixtures("person")
+async def test_if_nobody_answers_at_the_deadline_that_says_nothing_about_approvals(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    later(25, service.fail_next, 503, None)
+    service.auto_approve = None
+    code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes", "--seconds", "30")
+    assert (code, with_status(report, "differs"), with_status(report, "unknown")) == (0, set(), {"approved"})
+
+
+async def test_a_person_may_approve_at_once(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    service.auto_approve = lambda operation: 0.5 if "please" in (operation.operation_payload or "") else None
+    code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes")
+    assert (code, with_status(report, "differs")) == (0, set())
+
+
+@pytest.mark.usefixtures("person")
+async def test_ten_visits_leave_nothing_that_differs(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    deviate(monkeypatch, service, lambda it: it.with_json(it.json[:5]) if it.path.endswith("/pending") else None)
+    visits = [await examine(monkeypatch, "--user", "C0FFEE", "--yes") for _ in range(10)]
+    assert [(code, with_status(report, "differs")) for code, report in visits] == [(0, set())] * 10
+    assert with_status(visits[-1][1], "unknown") == {"listed"}
 
 
 @pytest.mark.usefixtures("person")
@@ -351,15 +435,30 @@ async def test_the_phone_starts_something_for_a_user_only(service: Sandbox) -> N
 
 
 @pytest.mark.usefixtures("person")
-@pytest.mark.parametrize(("said", "count"), [("yes\n", 3), ("no\n", 0), ("", 0)])
+@pytest.mark.parametrize(("said", "count"), [("yes\n", 3), ("no\n", 0), ("y\n", 0), ("", 0)])
 async def test_a_person_agrees_before_anything_is_created(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, capsys: pytest.CaptureFixture[str], said: str, count: int
 ) -> None:
     monkeypatch.setattr(sys, "stdin", stdin := Terminal(said))
     monkeypatch.setattr(stdin, "isatty", iter([True, False]).__next__)
-    code, _ = await examine(monkeypatch, "--user", "C0FFEE")
-    assert (code, len(service.operations)) == (0, count)
+    code, report = await examine(monkeypatch, "--user", "C0FFEE")
+    assert (code, len(service.operations)) == (count == 0, count)
     assert "Keyless cannot withdraw an operation" in capsys.readouterr().err
+    assert ("declined" in {check["found"] for check in report["checks"]}) is (count == 0)
+
+
+@pytest.mark.usefixtures("person")
+async def test_for_no_seconds_nobody_is_asked_to_approve(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report = await examine(monkeypatch, "--user", "C0FFEE", "--yes", "--phone-started", "--seconds", "0")
+    assert code == 0
+    assert {check["found"] for check in report["checks"] if check["id"] in {"approved", "factor", "phone_started"}} == {
+        "without time to approve"
+    }
+    assert [operation.state for operation in service.operations.values()] == ["pending"] * 3
+    assert not [each for each in service.operations.values() if "please" in (each.operation_payload or "")]
+    assert "and asks nothing" in capsys.readouterr().err
 
 
 # What a person does
@@ -423,8 +522,10 @@ async def test_again_compares_what_the_service_remembers(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, change: str
 ) -> None:
     earlier, now = tmp_path / "earlier.json", tmp_path / "now.json"
+    earlier.touch(0o644)
     _, first = await examine(monkeypatch, "--user", "C0FFEE", "--yes", "--report", str(earlier))
     assert json.loads(earlier.read_bytes()) == first
+    assert os.name == "nt" or earlier.stat().st_mode & 0o777 == 0o600
     changed = first["operations"][1]["operation_id"]
     match change:
         case "state":
@@ -437,7 +538,26 @@ async def test_again_compares_what_the_service_remembers(
     assert with_status(report, "differs") == (set() if change == "nothing" else {"remembered"})
     assert code == (change != "nothing")
     assert report["operations"] == first["operations"], "to look again at any time"
+    said = {"nothing": "", "state": "state is approved", "payload": "another operationPayload", "missing": "missing"}
+    assert said[change] in report["checks"][-1]["found"]
     assert (changed in report["checks"][-1]["found"]) is (change != "nothing")
+
+
+@pytest.mark.usefixtures("person")
+async def test_again_says_what_is_new_and_its_exit_status_is_as_ever(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = str(tmp_path / "report.json")
+    with monkeypatch.context() as patched:
+        deviate(patched, service, lambda it: it.with_status(403) if it.key is None else None)
+        code, first = await examine(monkeypatch, "--report", report)
+        assert code == 1
+        for expected in ("nothing", "no_key (differs, now as_expected)"):
+            capsys.readouterr()
+            assert await examine(monkeypatch, "--again", report) == (code, ANY)
+            assert f"since {first['date']}: {expected}\n" in capsys.readouterr().err
+            patched.undo()
+            code = 0
 
 
 async def test_an_operation_that_was_perhaps_not_created_need_not_be_remembered(
@@ -452,7 +572,9 @@ async def test_an_operation_that_was_perhaps_not_created_need_not_be_remembered(
     assert code == 0
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"operations": [], "date": 1}']
+)
 async def test_what_is_no_report_is_one_line(service: Sandbox, tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "report.json"
     if content is not None:
@@ -466,3 +588,10 @@ async def test_a_report_that_cannot_be_written_is_found_out_first(service: Sandb
     with pytest.raises(IsADirectoryError):
         await app.run_async(["doctor", "--report", str(tmp_path)])
     assert service.requests == []
+
+
+async def test_a_device_in_place_of_a_report_keeps_its_mode(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    assert service.url
+    mode = Path(os.devnull).stat().st_mode
+    await examine(monkeypatch, "--report", os.devnull)
+    assert Path(os.devnull).stat().st_mode == mode

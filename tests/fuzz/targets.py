@@ -90,7 +90,7 @@ def operation(data: bytes) -> None:
     except DecodeError:
         return
     assert repr(found)
-    assert found.created_at is None or found.created_at.tzinfo is None
+    assert found.created_at is None or found.created_at.tzinfo is UTC
     said = plain(data)
     if found.is_approved:
         assert said["state"] == "approved"

@@ -127,6 +127,7 @@ class Process:
         jumps: When its wall clock is set, and by how many seconds.
         closes: When its client is closed, and replaced by a new one.
         rotates: When its key is replaced: the service refuses the one before from then on.
+        lag: Seconds for which its function then returns the old one.
         has_no_key: When its function for the key raises or returns nothing.
     """
 
@@ -139,13 +140,14 @@ class Process:
     jumps: tuple[tuple[float, float], ...] = ()
     closes: tuple[float, ...] = ()
     rotates: tuple[float, ...] = ()
+    lag: float = 0.0
     has_no_key: tuple[tuple[float, float], ...] = ()
 
     def key(self, now: float) -> str:
         """Return its key at a time; the empty text if it has none."""
         if any(begins <= now < ends for begins, ends in self.has_no_key):
             return ""
-        return f"key {sum(at <= now for at in self.rotates)}"
+        return f"key {sum(at + self.lag <= now for at in self.rotates)}"
 
     def accepts_until(self, key: str) -> float:
         """Return until when the service accepts a key."""
@@ -219,6 +221,7 @@ class Application:
             rate=process.rate,
             request_timeout=process.request_timeout,
             max_attempts=process.max_attempts,
+            new_keys=tuple(at + process.lag for at in process.rotates),
             started_at=asyncio.get_running_loop().time(),
         )
 

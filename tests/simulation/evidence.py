@@ -94,12 +94,14 @@ def read(exchange: Exchange, request_timeout: float) -> Reading:
         is_overdue = exchange.ended_at - exchange.sent_at >= request_timeout - EPS
         return Reading("cut") if exchange.was_cut and not is_overdue else Reading("failed")
     if status == 404:
-        return Reading("missing", error="NotFoundError")
+        return Reading("failed") if exchange.was_stored else Reading("missing", error="NotFoundError")
     if status in {401, 408, 425, 429} or 500 <= status < 600:
         return Reading("failed")
     if status != 200:
         return Reading("error", error=_ERRORS.get(status, "StatusError"))
-    return _read_body(exchange.body)
+    reading = _read_body(exchange.body)
+    is_old = exchange.was_stored and reading.said is not None and reading.said["state"] == "pending"
+    return Reading("failed") if is_old else reading
 
 
 @lru_cache(maxsize=4096)
@@ -241,6 +243,8 @@ class Evidence:
         reading = self._readings.get(poll.number)
         if reading is None:
             reading = read(poll, self.client.request_timeout)
+            if poll.status == 401 and not any(poll.sent_at < at <= poll.ended_at for at in self.client.new_keys):
+                reading = Reading("error", error="AuthenticationError")
             if poll.had_no_key:
                 was_good = [self._key_was_good_at < poll.sent_at]
             elif reading.kind in {"missing", "error"}:

@@ -56,6 +56,7 @@ class Fate:
         between_pieces: Seconds between them.
         lie: What the answer says instead of the truth, where it is a success.
         as_of: The time whose truth the answer tells.
+        stored_for: Seconds for which a cache had stored the answer.
     """
 
     latency: float
@@ -71,6 +72,7 @@ class Fate:
     between_pieces: float = 0.0
     lie: Lie | None = None
     as_of: float = math.inf
+    stored_for: float = 0.0
 
 
 class Fault(Protocol):
@@ -172,6 +174,25 @@ class Moved:
         if request.made_at >= self.begins + self.known_for or not self.begins <= request.at < self.ends:
             return None
         return Fate(rng.uniform(0.02, 0.2), as_of=self.begins) if self.failure is None else self.failure.fate(rng)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """For some time a cache stores what polls are answered, and goes on saying that."""
+
+    begins: float
+    ends: float
+    seconds: float
+    _stored: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Answer what is stored, or store what is true."""
+        if request.method != "GET" or not self.begins <= request.at < self.ends:
+            return None
+        stored_at = self._stored.get(request.operation_id, -math.inf)
+        if request.at - stored_at >= self.seconds:
+            self._stored[request.operation_id] = stored_at = request.at
+        return Fate(rng.uniform(0.02, 0.2), as_of=stored_at, stored_for=request.at - stored_at)
 
 
 @dataclass(frozen=True)

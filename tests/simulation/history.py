@@ -33,8 +33,15 @@ class Exchange:
     """The client gave it up."""
     had_no_key: bool = False
     """The function for the key returned none, so that nothing was sent."""
+    stored_for: float = 0.0
+    """Seconds for which a cache had stored the answer."""
     was_dead: bool = False
     """The connection had been kept, and was lost at this use."""
+
+    @property
+    def was_stored(self) -> bool:
+        """Whether that was for more than a second, in whole seconds."""
+        return self.stored_for >= 2.0
 
     def tell(self) -> str:
         """Return it as a line of a timeline."""
@@ -134,6 +141,8 @@ class ObservedClient:
     request_timeout: float
     max_attempts: int
     started_at: float
+    new_keys: tuple[float, ...] = ()
+    """When its function began to return another key."""
     closed_at: float = math.inf
     leftovers: list[str] = field(default_factory=list)
     """What it left behind when its last wait had ended, or when it was closed."""

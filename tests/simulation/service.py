@@ -277,6 +277,7 @@ class _Answer(_Response, _Start):
         assert exchange.status is not None
         self.status = exchange.status
         headers = {} if exchange.retry_after is None else {"Retry-After": f"{exchange.retry_after:g}"}
+        headers |= {"Age": f"{math.floor(fate.stored_for)}"} if fate.stored_for >= 1.0 else {}
         self._headers = CIMultiDictProxy(CIMultiDict(headers))
         self._cache = {}
         self._loop = asyncio.get_running_loop()
@@ -412,6 +413,7 @@ with warnings.catch_warnings():
             if fate.is_lost:
                 raise aiohttp.ServerDisconnectedError
             exchange.status, exchange.body, exchange.retry_after = (status, body, fate.retry_after)
+            exchange.stored_for = fate.stored_for
             answer = _Answer(exchange, fate, partial(self._keep, connection))
             await answer.start(cast("aiohttp.connector.Connection", connection))
             return answer

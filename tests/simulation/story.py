@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from .actors import Actor, Application, Leg, Process, act
 from .faults import (
     LIES,
+    Cache,
     Capacity,
     FailOver,
     Failure,
@@ -198,11 +199,13 @@ def make_up(seed: int) -> Story:
             closes=(moment + rng.uniform(0.0, 60.0),) if closes else (),
             jumps=((moment + rng.uniform(-5.0, 30.0), rng.choice((-3600.0, -40.0, 3.0, 90.0))),) if jumps else (),
             rotates=rotations,
+            lag=random.Random(f"{seed} lag").choice((0.0, 0.0, 2.0, 20.0)),  # noqa: S311  # of its own, as the lies
         )
         for process in processes
     )
     processes += (Process(),) if any(isinstance(fault, Capacity) for fault in trouble) else ()
     crowd, storms, keyless = _storm(seed, begins + 12_000.0, len(processes))
+    storms += _caches(seed, crowd)
     processes += (Process(has_no_key=keyless),) if crowd else ()
     return Story(seed, processes, (*actors, *rush, *crowd), (*storms, *faults))
 
@@ -450,6 +453,15 @@ def _storm_of(rng: random.Random, kind: str, begins: float, ends: float) -> Faul
             return Outage(begins, ends, Failure("status", 502), share=rng.choice((0.3, 0.5, 0.7)), methods="GET")
         case _:
             return Shard(begins, ends, unavailable, rng.randrange(3))
+
+
+def _caches(seed: int, crowd: list[Actor]) -> list[Fault]:
+    """Put a cache before some of the polls of the storm. With random numbers of its own, as the lies."""
+    rng = random.Random(f"{seed} cache")  # noqa: S311
+    if not crowd or rng.random() < 0.8:
+        return []
+    begins = crowd[0].at + rng.uniform(0.0, 30.0)
+    return [Cache(begins, begins + rng.choice((20.0, 100.0)), rng.choice((2.0, 10.0, 120.0)))]
 
 
 def _slow_handlers(seed: int, actors: list[Actor]) -> list[Actor]:

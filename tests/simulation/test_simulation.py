@@ -40,7 +40,7 @@ def test_stories_try_everything() -> None:
     kinds = {kind for kind in vars(faults).values() if hasattr(kind, "fate")} - {faults.Fault, faults.Failure}
     assert {type(fault) for story in stories for fault in story.faults} == kinds
     assert any(leg.handler for leg in legs)
-    for trouble in ("closes", "rotates", "jumps", "has_no_key"):
+    for trouble in ("closes", "rotates", "lag", "jumps", "has_no_key"):
         assert any(getattr(process, trouble) for story in stories for process in story.processes), trouble
     assert any(actor.is_compared for story in stories for actor in story.actors)
 

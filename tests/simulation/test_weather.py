@@ -63,6 +63,11 @@ KEPT = (
     Kept("bad 20% hang"),
     Kept("bad 80% 500 0.9s"),
     Kept("moved 0s 4"),
+    Kept("evolved: outage, 67% hang"),
+    # These are worse than loops: what is left may not grow.
+    Kept("evolved: flaps, 67% hang", times=20.0, lost=0.4),
+    Kept("evolved: up for a round trip", times=12.0, in_outages=5.0),
+    Kept("evolved: flaps, 30% fail", times=3.0),
 )
 
 

@@ -64,7 +64,8 @@ class Tokens:
         for poll in evidence.polls:
             events.append((poll.sent_at, "sent", poll))
             if (kind := evidence.read(poll).kind) != "cut":
-                events.append((poll.ended_at, kinds[kind], poll))
+                is_old = poll.was_stored and kind == "failed"
+                events.append((poll.ended_at, "other" if is_old else kinds[kind], poll))
         sign = -1 if self._is_generous else 1
         return sorted(events, key=lambda event: (event[0], sign * _ORDER[event[1]]))
 

@@ -220,7 +220,7 @@ def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Vi
         if any(fault.begins <= wait.ended_at <= fault.begins + LONGEST_STALE for fault in stale):
             continue
         by = min(wait.started_at if budget.had_expired else budget.deadline for budget in evidence.budgets(wait))
-        if true.approved_at < by:
+        if true.approved_at < by - max((poll.stored_for for poll in ends), default=0.0):
             yield evidence.violation("no approval lost", wait, wait.ended_at, f"approved at {true.approved_at:.4f} s")
 
 

@@ -321,7 +321,22 @@ def _connections() -> Iterator[Weather]:
             yield Weather(f"moved {known_for:g}s {waits}", waits, (moved,), within=5.0, thinks=(15.0, 0.8))
 
 
-TABLE: Final = (*_mixed(), *_outages(), *_busy(), *_refusals(), *_bad_ones(), *_connections())
+def _evolved() -> Iterator[Weather]:
+    """Yield what a search found that lets waits be later than loops, or lost, in weather of many kinds."""
+    hang = Bad(HANGS)
+    outage = Outage(0.8, 11.7, REFUSED._replace(seconds=(1.0, 1.0)))
+    yield Weather("evolved: outage, 67% hang", 79, (hang, outage, RoundTrips(0.6, 0.9)), 158, 120.0, 0.0)
+    flaps = Flapping(0.0, FOREVER, UNAVAILABLE._replace(seconds=(0.01, 2.0)), 11.8, 18.3)
+    yield Weather("evolved: flaps, 67% hang", 118, (hang, flaps, RoundTrips(0.1, 2.0)), 236, 120.0, 40.0)
+    flaps = Flapping(0.0, FOREVER, REFUSED, 5.0, 6.2)
+    yield Weather("evolved: up for a round trip", 100, (flaps, RoundTrips(1.2, 1.4)), 0, 120.0, 5.0)
+    flaps = Flapping(0.0, FOREVER, LOST, 11.9, 15.5)
+    yield Weather(
+        "evolved: flaps, 30% fail", 336, (flaps, Outage(0.0, FOREVER, LOST, 0.3), RoundTrips(0.02, 2.4)), 0, 120.0
+    )
+
+
+TABLE: Final = (*_mixed(), *_outages(), *_busy(), *_refusals(), *_bad_ones(), *_connections(), *_evolved())
 
 
 def random_weather(seed: int) -> Weather:

@@ -349,7 +349,9 @@ def test_what_the_app_sent_in_place_of_what_it_was_given_is_a_mismatch(other: di
         ("2026-11-25T02:00:00", False),  # a zone before UTC
         ("0001-01-01T00:00:00", True),
         ("", True),
-        ("2026-11-24T12:00:00Z", True),
+        (None, True),
+        ("2026-11-24T12:00:00+14:00", False),
+        ("2026-11-24T10:00:00+14:00", True),
     ],
 )
 def test_an_operation_is_older_if_no_zone_and_no_clock_explain_it(timestamp: str, *, expected: bool) -> None:

@@ -111,6 +111,26 @@ async def test_key_that_is_withdrawn_ends_the_worker_and_another_one_finishes_it
     assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
+@pytest.mark.parametrize("lag", [2, 5, 20])
+async def test_requests_survive_a_key_that_rotates_while_the_function_lags(
+    sandbox: Sandbox, memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch, lag: float
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
+    keys, loop = [sandbox.api_key, "the next key"], asyncio.get_running_loop()
+    async with (
+        KeylessClient(lambda: keys[0], base_url=sandbox.url) as client,
+        ApprovalWorker(client, memory) as worker,
+    ):
+        await ask(sandbox, memory, 20)
+        sandbox._api._key = keys[1]
+        loop.call_later(lag, keys.pop, 0)
+        for number, operation_id in enumerate(sandbox.operations):
+            loop.call_later(number * (lag + 10) / 20, sandbox.approve, operation_id)
+        events = await read(memory, 20)
+        assert worker.statistics.created == 20
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
 async def test_stop_finishes_what_is_in_flight_and_leaves_the_rest_to_others_at_once(
     client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
 ) -> None:

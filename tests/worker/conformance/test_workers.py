@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,8 @@ from aiokeyless.worker import ApprovalRequest, ApprovalWorker, FailureReason, Ou
 from ..reading import read  # noqa: TID252
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import Broker
@@ -60,9 +63,29 @@ async def test_one_tap_pays_for_one_of_two_orders_under_one_id(
     assert sorted((event.outcome, event.reason) for event in events) == [(Outcome.APPROVED, None), *others]
 
 
-@pytest.mark.parametrize("timestamp", ["2020-01-02T03:04:05.68", "yesterday"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda at: f"{at:%Y-%m-%dT%H:%M:%S.%f}Z",
+        lambda at: at.astimezone(timezone(timedelta(hours=-9))).isoformat(),
+        lambda at: round(at.timestamp() * 1000),
+    ],
+    ids=["Z", "an offset", "milliseconds"],
+)
+async def test_a_tap_counts_in_whatever_form_its_time_is(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, write: Callable[[datetime], object]
+) -> None:
+    authenticate(sandbox)
+    sandbox.tamper("txn-1", timestamp=write(datetime.now(UTC)), id="1", node_id=None)
+    async with storage.broker() as broker, worker_at(broker, client):
+        await submit(broker)
+        [event] = await read(broker)
+    assert event.outcome is Outcome.APPROVED
+
+
+@pytest.mark.parametrize("timestamp", ["2020-01-02T03:04:05.68", "yesterday", None])
 async def test_an_operation_that_is_older_than_the_claims_that_a_broker_keeps_is_an_earlier_requests(
-    storage: Storage, client: KeylessClient, sandbox: Sandbox, timestamp: str
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, timestamp: str | None
 ) -> None:
     authenticate(sandbox)
     sandbox.tamper("txn-1", timestamp=timestamp)
