@@ -65,7 +65,10 @@ EXAMPLES = Path(__file__).parent / "examples"
 
 #: Why a test may be skipped: with the extra "test" alone, and what a machine or a loop need not have.
 NEEDS_EXAMPLES = 'needs the extra "examples"'
-MAY_BE_MISSING = ("this machine has no IPv6 loopback", "uvloop accepts by none of Python's sockets", NOT_THERE)
+MAY_BE_MISSING = (
+    *("this machine has no IPv6 loopback", "uvloop accepts by none of Python's sockets", NOT_THERE),
+    "which a machine need not have",
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
