@@ -7,6 +7,7 @@ because another thread may hold Python's lock between two.
 from __future__ import annotations
 
 import json
+import os
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -100,7 +101,8 @@ class Store:
         self._path = path
         self._now = now
         self._connection = connect(path, now=now())
-        self._inode = None if path == MEMORY else Path(path).stat().st_ino
+        self._place = None if path == MEMORY else os.path.abspath(path)  # noqa: PTH100  # keeps links
+        self._inodes = None if self._place is None else _find_inodes(self._place)
         self._synchronous = ""
 
     def close(self) -> None:
@@ -115,7 +117,18 @@ class Store:
             retry_while_busy(lambda: self._connection.execute("BEGIN IMMEDIATE"))
             with committing(self._connection):
                 self._put_off([call for call in calls if isinstance(call, PutOff)])
-                return [call.do(self) if isinstance(call, StoreCall) else None for call in calls]
+                results = [call.do(self) if isinstance(call, StoreCall) else None for call in calls]
+                if is_lasting:
+                    self._check_files()
+                return results
+
+    def _check_files(self) -> None:
+        """Raise if the file or its log is not the one that was opened: no other process would see what is stored."""
+        if self._place is not None and _find_inodes(self._place) != self._inodes:
+            raise BrokerError(
+                f"{self._path}, or its log {self._path}-wal, was removed or replaced while it was in use, which may "
+                "lose requests: stop all processes that use it, and start them again"
+            )
 
     def _set_synchronous(self, mode: str) -> None:
         if mode != self._synchronous:
@@ -351,8 +364,7 @@ class Store:
 
     def inspect(self) -> Inspection:
         """Return the state of the fleet."""
-        if self._inode is not None and not _is_there(self._path, self._inode):
-            raise BrokerError(f"{self._path} was removed or replaced while it was in use: start the worker again")
+        self._check_files()
         with broker_errors(self._path):
             waiting, backlog, oldest = retry_while_busy(
                 lambda: self._one(
@@ -402,8 +414,9 @@ class Store:
         return 0.0 if since is None else max(0.0, self._now() - since)
 
 
-def _is_there(path: str, inode: int) -> bool:
+def _find_inodes(place: str) -> tuple[int, int] | None:
+    """Return those of a file and of its log, which is beside the file that a link names; None if one is not there."""
     try:
-        return Path(path).stat().st_ino == inode
+        return Path(place).stat().st_ino, Path(f"{os.path.realpath(place)}-wal").stat().st_ino
     except OSError:
-        return False
+        return None

@@ -388,14 +388,36 @@ async def test_opening_a_file_that_is_held_for_long_is_an_error(path: Path, monk
         assert "locked" in await opening_fails(path)
 
 
-async def test_a_file_that_was_removed_ends_the_worker(broker: SqliteBroker, path: Path) -> None:
-    assert (await broker.inspect()).waiting == 0
-    path.rename(path.with_name("moved.db"))
-    with pytest.raises(BrokerError, match="removed or replaced"):
-        await broker.inspect()
-    path.write_bytes(b"")
-    with pytest.raises(BrokerError, match="removed or replaced"):
-        await broker.inspect()
+@pytest.mark.parametrize("ending", ["", "-wal"])
+async def test_a_file_that_was_removed_ends_the_worker_and_takes_no_request(
+    broker: SqliteBroker, path: Path, ending: str
+) -> None:
+    await submit(broker, "a")
+    [message] = await take_all(broker)
+    file = path.with_name(f"{path.name}{ending}")
+    file.rename(path.with_name("moved"))
+    for _ in ("removed", "replaced"):
+        for call in (broker.inspect, lambda: submit(broker, "b"), lambda: broker.claim(message)):
+            with pytest.raises(BrokerError, match=r"-wal, was removed or replaced.* start them again$"):
+                await call()
+        file.write_bytes(b"")
+    path.with_name("moved").replace(file)
+    assert (await broker.inspect()).waiting == 1  # nothing of a call that raised was stored
+    assert await broker.claim(message) is Claim.NEW
+
+
+async def test_the_log_is_found_through_a_link_from_another_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "a.db").symlink_to(path)
+    monkeypatch.chdir(tmp_path / "link")
+    async with SqliteBroker("a.db") as broker:
+        monkeypatch.chdir("/")
+        async with SqliteBroker(path) as other:  # whose close leaves the log
+            await submit(other, "a")
+        await submit(broker, "b")
+        assert (await broker.inspect()).waiting == 2
 
 
 async def test_the_backup_of_the_guide_has_what_a_broker_in_use_holds(
