@@ -238,9 +238,8 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             if any(due < other.ended_at for other in evidence.around(poll, due)):  # then it comes after that one
                 continue
-            if reading.kind != "said" and evidence.starts_slowly(due):
-                continue
-            if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1):
+            goes_last = reading.kind != "said" and evidence.starts_slowly(due)
+            if not goes_last and evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1):
                 yield evidence.violation("not too late", poll, due, f"the next poll is due, and starts at {sent:.4f} s")
 
 
