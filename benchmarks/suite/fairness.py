@@ -109,7 +109,7 @@ class _PartlyFailing:
     async def fetch(self, request: Request[Any], **_options: Any) -> Any:
         return await self.send(request)
 
-    async def retry(self, attempt: Callable[[int], Awaitable[T]], _may_repeat: object = None) -> T:
+    async def retry(self, attempt: Callable[[int], Awaitable[T]], _may_repeat: object = None, **_options: object) -> T:
         return await attempt(1)
 
     def take_tokens(self, failure: KeylessError, _omitted: str) -> bool:
