@@ -1,9 +1,9 @@
 """Which operation or request goes first while polls fail, so that bad ones do not hold up good ones. Pure.
 
-This order is used while the budget is short, while polls start slowly after silence, and while failing operations hold
-over a quarter of the slots. The one with the fewest transient failures in a row goes first, and among equals the one
-with the lowest `Standing`. Of those that no poll answered well, brokers take the newest first: many bad ones that came
-at once hold up no later one.
+The order is used while the budget is short, while polls start slowly after silence, and while failing operations hold
+over a quarter of the slots. The client's is in `_waits/dispatch.py`. A worker's broker takes those with the
+fewest transient failures in a row first, and of equals those with the lowest `Standing`. Of those that no poll answered
+well it takes the newest first: many bad ones that came at once hold up no later one.
 """
 
 from __future__ import annotations

@@ -172,9 +172,9 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_short = self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew
+        is_ordered = self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew
         queues = self._queues_in_use()
-        if is_short:
+        if is_ordered:
             if self._alternation.count_untried(1):
                 queues = (self._untried, *queues)
         elif self._unproven:

@@ -101,8 +101,10 @@ class Store:
         self._path = path
         self._now = now
         self._connection = connect(path, now=now())
-        self._place = None if path == MEMORY else os.path.abspath(path)  # noqa: PTH100  # keeps links
-        self._inodes = None if self._place is None else _find_inodes(self._place)
+        # The file, of which a link may change, and its log, which is beside the file that the link names.
+        log_file = f"{os.path.realpath(path)}-wal"
+        self._files = () if path == MEMORY else (os.path.abspath(path), log_file)  # noqa: PTH100  # keeps links
+        self._inodes = _find_inodes(self._files)
         self._synchronous = ""
 
     def close(self) -> None:
@@ -124,7 +126,7 @@ class Store:
 
     def _check_files(self) -> None:
         """Raise if the file or its log is not the one that was opened: no other process would see what is stored."""
-        if self._place is not None and _find_inodes(self._place) != self._inodes:
+        if _find_inodes(self._files) != self._inodes:
             raise BrokerError(
                 f"{self._path}, or its log {self._path}-wal, was removed or replaced while it was in use, which may "
                 "lose requests: stop all processes that use it, and start them again"
@@ -414,9 +416,9 @@ class Store:
         return 0.0 if since is None else max(0.0, self._now() - since)
 
 
-def _find_inodes(place: str) -> tuple[int, int] | None:
-    """Return those of a file and of its log, which is beside the file that a link names; None if one is not there."""
+def _find_inodes(files: tuple[str, ...]) -> list[int] | None:
+    """Return the numbers of files; None if one is not there."""
     try:
-        return Path(place).stat().st_ino, Path(f"{os.path.realpath(place)}-wal").stat().st_ino
+        return [Path(file).stat().st_ino for file in files]
     except OSError:
         return None
