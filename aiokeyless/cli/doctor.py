@@ -447,12 +447,12 @@ class PlainRequests:
         self._keys = ApiKeys(Secret(os.environ["KEYLESS_API_KEY"].strip()))  # the client has checked it
         self.connections: list[tuple[asyncio.Transport, str]] = []  # of each answer, with its description
         self.session: aiohttp.ClientSession = _open_session(self.connections)
-        self.oldest, self.was_repeated = 0.0, False  # the highest Age of all answers; the last request
+        self.oldest: float = 0.0  # the highest Age of all answers
+        self.was_repeated: bool = False  # the last request
         self._repetitions = _REPETITIONS
         named = proxies.read_environment(client.base_url)
         self.named_proxy: str = "none" if named is None else proxies.show_proxy(named)
-        # The client has logged that no other proxy is used.
-        proxy = named if self.named_proxy.startswith("http:") else None
+        proxy = named if self.named_proxy.startswith("http:") else None  # the client has logged that no other is used
         self._base_url, timeout = client.base_url, client.request_timeout
         self._options: Any = {"session": self.session, "request_timeout": timeout, "max_attempts": 1, "proxy": proxy}
 

@@ -166,6 +166,15 @@ def reads(when: str = "", /, **fields: Any) -> Callable[[], Callable[[Exchange],
     return lambda: lambda it: it.with_fields(**fields) if it.reads and when in ("", it.json["state"]) else None
 
 
+def reads_now(form: Callable[[datetime], str | int], /, **fields: Any) -> Callable[[], Callable[[Exchange], Any]]:
+    """Each operation that is read has the time at which the service started, in some form."""
+
+    def begin() -> Callable[[Exchange], Any]:
+        return reads(timestamp=form(datetime.now(UTC)), **fields)()
+
+    return begin
+
+
 def payloads(change: Callable[[str], str]) -> Callable[[], Callable[[Exchange], Any]]:
     return lambda: (
         lambda it: it.with_fields(operationPayload=change(it.json.get("operationPayload", ""))) if it.reads else None
@@ -193,7 +202,6 @@ def at(now: datetime) -> str:
     return now.isoformat(timespec="milliseconds")
 
 
-NOW = datetime.now(UTC)
 TIMES = "createdAt", "updatedAt"
 #: Which checks differ, and the deviation: one for each check that the service's answers decide.
 DEVIATIONS: dict[str, tuple[set[str], Callable[[], Callable[[Exchange], Any]]]] = {
@@ -278,11 +286,11 @@ DEVIATIONS: dict[str, tuple[set[str], Callable[[], Callable[[Exchange], Any]]]] 
         lambda: lambda it: it.with_fields(userId=it.json["userId"].lower()) if it.reads else None,
     ),
     "another user": ({"user_case"}, reads(userId="BAD0")),
-    "local time": ({"timestamp"}, reads(timestamp=at(NOW + timedelta(hours=2)).partition("+")[0])),
+    "local time": ({"timestamp"}, reads_now(lambda now: at(now + timedelta(hours=2)).partition("+")[0])),
     "no timestamp": ({"timestamp"}, reads(timestamp=None)),
     "a timestamp in words": ({"timestamp"}, reads(timestamp="today")),
-    "a timestamp with a zone": (set(), reads(timestamp=at(NOW.astimezone(timezone(timedelta(hours=2)))))),
-    "a timestamp in milliseconds": (set(), reads(timestamp=round(NOW.timestamp() * 1000), id="1", nodeId=None)),
+    "a timestamp with a zone": (set(), reads_now(lambda now: at(now.astimezone(timezone(timedelta(hours=2)))))),
+    "a timestamp in milliseconds": (set(), reads_now(lambda now: round(now.timestamp() * 1000), id="1", nodeId=None)),
     "a list of another form": ({"listed"}, answers("/pending", value={"operations": []})),
     "a list that is forbidden": ({"listed"}, answers("/pending", 403)),
     "an empty list": ({"listed"}, lambda: lambda it: it.with_json([]) if _is_list(it) else None),
