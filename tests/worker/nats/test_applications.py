@@ -247,7 +247,7 @@ async def test_an_event_is_kept_for_its_body_and_comes_again_soon_after_its_conn
         ),
         ({"max_expires": 10**6}, "max_expires is 0.001 s, and must be unset"),
         ({"max_ack_pending": 1}, "max_ack_pending is 1, and must be unlimited"),
-        ({"inactive_threshold": 10**9}, "inactive_threshold is 1 s, and must be unset"),
+        ({"inactive_threshold": 60 * 10**9}, "inactive_threshold is 60 s, and must be unset"),
         ({"priority_groups": ["a"], "priority_policy": "overflow"}, "priority_groups is ['a'], and must be unset"),
     ],
     ids=str,
