@@ -54,6 +54,18 @@ def check_operation_id(operation_id: str) -> str:
     return _check_segment(operation_id, "operation_id")
 
 
+def check_requested_id(operation_id: str, started_by: str) -> str:
+    """Return the id of an operation to ask for unchanged. If the library creates it, proxies must not change the id."""
+    check_operation_id(operation_id)
+    if started_by == "backend" and ("/" in operation_id or "\\" in operation_id):
+        raise _wrong_identifier(
+            "operation_id",
+            f"must not contain / or \\, as {operation_id[:80]!r} does: proxies decode or refuse these in a URL, so "
+            "the user would be asked and no poll would find the operation",
+        )
+    return operation_id
+
+
 def check_external_user_id(external_user_id: str) -> str:
     """Return the external user id unchanged, if it can be sent as one path segment.
 

@@ -43,6 +43,7 @@ from ._validation import (
     check_operation_id,
     check_rate,
     check_region,
+    check_requested_id,
     check_schedule,
     check_text,
     check_user_id,
@@ -391,7 +392,7 @@ class KeylessClient:
 
         Args:
             user_id: The user, in hex of either case.
-            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
+            operation_id: The operation's id, unique in the tenant, without slashes and backslashes. Default: a UUID4.
             operation_payload: What the user is asked to approve. Default: none.
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service
@@ -446,19 +447,14 @@ class KeylessClient:
         opened = self._open()
         check_choice(if_exists, IfExists, "if_exists")
         operation = NewOperation(
-            operation_id=str(uuid.uuid4()) if operation_id is None else check_operation_id(operation_id),
+            operation_id=str(uuid.uuid4()) if operation_id is None else check_requested_id(operation_id, started_by),
             operation_payload=check_text(operation_payload, "operation_payload"),
             external_user_id=check_text(external_user_id, "external_user_id"),
         )
         user_id, require_auth_type = check_user_id(user_id), check_auth_type(require_auth_type)
         lifetime = check_lifetime(expires_in, datetime.now(UTC))
         creation = OperationCreation(
-            opened.transport,
-            user_id,
-            operation,
-            id_is_new=operation_id is None,
-            resumes=if_exists == "resume",
-            lasts=min(longest, lifetime.total_seconds() / 4),
+            opened.transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
         )
 
         def make_ticket(*, reconciled: bool) -> ApprovalTicket:
@@ -478,7 +474,7 @@ class KeylessClient:
 
         try:
             if started_by == "backend":
-                reconciled = await creation.run()
+                reconciled = await creation.run(lasts=min(longest, lifetime.total_seconds() / 4))
             else:  # nobody can have used an id that was generated just now
                 reconciled = operation_id is not None and await creation.find()
             ticket = make_ticket(reconciled=reconciled)
@@ -813,7 +809,7 @@ class KeylessClient:
 
         Args:
             user_id: The user, in hex of either case.
-            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
+            operation_id: See `create_operation`. Default: a UUID4.
             operation_payload: What the user is asked to approve. Default: none.
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait, from the create on. Default: 120.

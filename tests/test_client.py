@@ -307,6 +307,19 @@ class TestArguments:
             await client.wait_for_approval("op", on_poll=5)  # type: ignore[arg-type]  # that is the mistake
         assert sandbox.requests == []
 
+    @pytest.mark.parametrize("odd", ["a/b", "/", "a\\b"])
+    async def test_an_id_that_a_proxy_would_change_is_read_but_not_created(
+        self, sandbox: Sandbox, client: KeylessClient, odd: str
+    ) -> None:
+        for create in (client.create_operation, client.request_approval):
+            with pytest.raises(InvalidIdentifierError, match=r"operation_id must not contain / or .*proxies decode"):
+                await create(USER, operation_id=odd)
+        assert sandbox.requests == []
+        call = client.request_approval(
+            USER, operation_id=odd, started_by="phone", on_created=lambda _: sandbox.approve(odd, user_id=USER)
+        )
+        assert (await call).operation_id == (await client.get_operation(odd)).operation_id == odd
+
     async def test_single_calls_refuse_ids_that_cannot_be_sent(self, sandbox: Sandbox, client: KeylessClient) -> None:
         with pytest.raises(InvalidIdentifierError):
             await client.get_operation("")

@@ -50,21 +50,21 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
     After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
     again only if there is none. If it resumes, it also searches after a 409 on the first attempt.
 
-    A creation that `lasts` some seconds goes on after a search that failed transiently. Each POST in doubt then follows
-    a search that found nothing.
+    A creation that lasts some seconds goes on after a search that failed transiently. Each POST in doubt then follows a
+    search that found nothing.
     """
 
-    def __init__(
-        self, transport: Transport, post: protocol.Request[AnswerT], *, resumes: bool = False, lasts: float = 0.0
-    ) -> None:
+    def __init__(self, transport: Transport, post: protocol.Request[AnswerT], *, resumes: bool = False) -> None:
         self._transport = transport
         self._post = post
         self._resumes = resumes
-        self._lasts = lasts
+        self._lasts = 0.0
         self._attempts = 0
+        # What to do after a 409 that only this call can have caused; None if another one may have the id.
+        self._advice: str | None = None
         # The last failure of an attempt that may have taken effect.
         self._ambiguous: KeylessError | None = None
-        # The same, if it is a 409 that only this call can have caused. There is no further POST then.
+        # The same, if it is such a 409. There is no further POST then.
         self._taken: KeylessError | None = None
         # Whether a search has found nothing since the last POST.
         self._is_missing = False
@@ -81,11 +81,12 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
         Raise if it is not what this call was to create, or is approved already.
         """
 
-    async def run(self) -> ResultT:
-        """Create the object, in at most `max_attempts` attempts."""
+    async def run(self, *, lasts: float = 0.0) -> ResultT:
+        """Create the object, in at most `max_attempts` attempts, or more in this time: see `Transport.retry`."""
+        self._lasts = lasts
         try:
             with self._transport.call():
-                return await self._transport.retry(self._attempt, self._may_repeat, lasts=self._lasts)
+                return await self._transport.retry(self._attempt, self._may_repeat, lasts=lasts)
         except KeylessError as error:
             if isinstance(error, TransportError):
                 # An earlier attempt may have taken effect.
@@ -100,8 +101,7 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
         self._attempts = number
         if self._lasts and self._ambiguous is not None and not self._is_missing:
             # The token of this attempt pays for the search.
-            found = await self._look_up(conflicts=self._taken is not None)
-            if found is not None:
+            if (found := await self._look_up(conflicts=self._taken is not None)) is not None:
                 return found
             self._take_token(self._ambiguous, "it was not repeated")
         self._is_missing = False
@@ -114,8 +114,7 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
                 self._transport.quota.give_back()
             return result
         self._remember(failure)
-        found = await self._resolve(conflicts=failure is not self._ambiguous)
-        if found is None:
+        if (found := await self._resolve(conflicts=failure is not self._ambiguous)) is None:
             raise failure
         return found
 
@@ -125,14 +124,16 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
             self._ambiguous = failure
         elif not isinstance(failure, ConflictStatusError):
             raise failure
-        elif self._ambiguous is None:
-            self._ambiguous = self._taken = self._doubt(failure)
-            if self._taken is None and not self._resumes:
-                raise failure
-
-    def _doubt(self, conflict: ConflictStatusError) -> StatusError | None:  # noqa: ARG002  # a subclass uses it
-        """Return what a 409 on the first attempt means if only this call can have caused it; else None."""
-        return None
+        elif self._ambiguous is None and self._advice is not None:
+            self._ambiguous = self._taken = StatusError(
+                status=failure.status,
+                method=failure.method,
+                path=failure.path,
+                request_id=failure.request_id,
+                advice=self._advice,
+            )
+        elif self._ambiguous is None and not self._resumes:
+            raise failure
 
     def _take_token(self, failure: KeylessError, omitted: str) -> None:
         if not self._transport.take_tokens(failure, omitted):
@@ -149,16 +150,16 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
         """Return the result for the object that exists; None if there is none, so that the POST may be sent again."""
         # After a 409 the object exists, so an empty answer comes from a lagging replica. Otherwise it is faster to send
         # the POST again than to wait.
-        pauses = iter(_LAG if conflicts else ())
-        self._is_final = True  # if the search raises
-        while (found := await self._search()) is None:
-            if (pause := next(pauses, None)) is not None:
-                await asyncio.sleep(pause)
-            elif self._taken is not None:
-                raise self._taken
-            else:
-                self._is_final, self._is_missing = False, True
+        self._is_final = True  # if a search raises
+        found = await self._search()
+        for pause in _LAG if conflicts else ():
+            if found is not None:
                 break
+            await asyncio.sleep(pause)
+            found = await self._search()
+        if found is None and self._taken is not None:
+            raise self._taken
+        self._is_final, self._is_missing = False, True
         return found
 
     async def _fetch(self, request: protocol.Request[T], *, may_be_missing: bool = False) -> T | None:
@@ -204,19 +205,17 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        user_id: str,
-        operation: NewOperation,
-        *,
-        id_is_new: bool,
-        resumes: bool,
-        lasts: float = 0.0,
+        self, transport: Transport, user_id: str, operation: NewOperation, *, id_is_new: bool, resumes: bool
     ) -> None:
-        super().__init__(transport, protocol.create_operation(user_id, operation), resumes=resumes, lasts=lasts)
+        super().__init__(transport, protocol.create_operation(user_id, operation), resumes=resumes)
         self._user_id = user_id
         self._operation = operation
         self._id_is_new = id_is_new
+        if id_is_new:
+            self._advice = (
+                "the create may have taken effect, as if a proxy sent it twice; repeat it with "
+                f'operation_id={operation.operation_id!r} and if_exists="resume"'
+            )
         self._get = protocol.get_operation(operation.operation_id)
 
     def _read(self, answer: SuccessAnswer) -> bool:
@@ -224,22 +223,6 @@ class OperationCreation(Creation[SuccessAnswer, bool]):
         if not answer.success:
             raise _make_error(self._post, "without success")
         return False
-
-    def _doubt(self, conflict: ConflictStatusError) -> StatusError | None:
-        if not self._id_is_new:
-            return None
-        return StatusError(
-            status=conflict.status,
-            method=conflict.method,
-            path=conflict.path,
-            request_id=conflict.request_id,
-            retry_after=conflict.retry_after,
-            detail=conflict.detail,
-            advice=(
-                "the create may have taken effect, as if a proxy sent it twice; repeat it with "
-                f'operation_id={self._operation.operation_id!r} and if_exists="resume"'
-            ),
-        )
 
     async def _resolve(self, *, conflicts: bool) -> bool | None:
         if conflicts and self._id_is_new and self._taken is None:

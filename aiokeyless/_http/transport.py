@@ -278,7 +278,7 @@ class Transport:
     ) -> T:
         """Run an attempt, which gets its number. Repeat it while `may_repeat` allows, up to `max_attempts` in total.
 
-        If the call `lasts` some seconds, there may be more attempts in that time, unless `max_attempts` is 1.
+        A call that `lasts` some seconds may have more attempts in that time, unless `max_attempts` is 1.
         """
         until = self._now() + lasts if lasts and self._max_attempts > 1 else None
         try:

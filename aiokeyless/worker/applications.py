@@ -15,7 +15,7 @@ from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import (
     check_auth_type,
     check_choice,
-    check_operation_id,
+    check_requested_id,
     check_text,
     check_user_id,
     finite_seconds,
@@ -75,7 +75,7 @@ def request_to_json(
     request = ApprovalRequest(
         version=VERSION,
         user_id=check_user_id(user_id),
-        operation_id=check_operation_id(operation_id),
+        operation_id=check_requested_id(operation_id, started_by),
         operation_payload=check_text(operation_payload, "operation_payload"),
         external_user_id=check_text(external_user_id, "external_user_id"),
         expires_in=finite_seconds(expires_in, "expires_in"),
@@ -113,8 +113,8 @@ async def submit_approval(
         broker: A broker, or a driver's connection that a broker can use. With a connection, the request is stored if
             and only if its transaction commits.
         user_id: The user, in hex of either case.
-        operation_id: The operation's id, unique in the tenant. An id is for one approval only: to ask again, use
-            a new one. Store it with what the approval is for, before you ask.
+        operation_id: The operation's id, unique in the tenant, without slashes and backslashes. An id is for one
+            approval only: to ask again, use a new one. Store it with what the approval is for, before you ask.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from aiokeyless._validation import check_auth_type, check_operation_id, check_text, check_user_id, seconds
+from aiokeyless._validation import check_auth_type, check_requested_id, check_text, check_user_id, seconds
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.models import StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
@@ -222,7 +222,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
     try:
         request = decode_request(data)
         user_id = check_user_id(request.user_id)
-        operation_id = check_operation_id(request.operation_id)
+        operation_id = check_requested_id(request.operation_id, request.started_by)
         expires_at, created_at = read_times(request, message.stored_at, longest_wait)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")

@@ -526,7 +526,7 @@ async def test_a_taken_id_of_our_own_leaves_the_create_in_doubt_if_the_check(che
         Talk(answer(b"taken", b"X-Request-Id: r", status=b"409 Taken"), check).create(operation_id=None)
     )
     assert isinstance(error, StatusError)
-    assert (error.status, error.operation_id, error.request_id, error.detail) == (409, "a", "r", "taken")
+    assert (error.status, error.operation_id, error.request_id) == (409, "a", "r")
     assert str(error).endswith(
         "answered 409: the create may have taken effect, as if a proxy sent it twice; repeat it with operation_id='a' "
         'and if_exists="resume"'

@@ -46,11 +46,11 @@ async def test_a_text_of_the_service_is_printed_and_never_interpreted(
     monkeypatch: pytest.MonkeyPatch, service: Sandbox, command: str, *, is_terminal: bool
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    await create(service, "[red]a[/]", operation_payload=HOSTILE, external_user_id=HOSTILE)
-    arguments = command, "[red]a[/]" if command == "get" else "C0FFEE"
+    await create(service, "[red]a", operation_payload=HOSTILE, external_user_id=HOSTILE)
+    arguments = command, "[red]a" if command == "get" else "C0FFEE"
     text = await (drawn_by if is_terminal else output_of)(*arguments)
     assert text.count(HARMLESS) == 2
-    assert "[red]a[/]" in text
+    assert "[red]a" in text
     assert text.replace("\n", "").isprintable()
 
 

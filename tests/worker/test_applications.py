@@ -133,6 +133,8 @@ TOO_EARLY = timezone(timedelta(hours=14))
         ({"operation_id": ".."}, "operation_id"),
         ({"operation_id": ""}, "operation_id"),
         ({"operation_id": "a\n"}, "operation_id"),
+        ({"operation_id": "a/b"}, "operation_id must not contain / or"),
+        ({"operation_id": "a\\b"}, "operation_id must not contain / or"),
         ({"operation_id": ApprovalTicket.for_operation("a", user_id="AB").to_json()}, "ApprovalTicket.from_json"),
         ({"operation_payload": 40}, "operation_payload"),
         ({"operation_payload": "\ud800"}, "operation_payload"),

@@ -97,6 +97,7 @@ WRONG: tuple[tuple[Any, ...], ...] = (
     ("version", "Expected `int`", True, None, "1"),
     ("operation_paylod", "unknown field `operation_paylod`", "Pay 40"),
     ("userId", "unknown field `userId`", "c0ffee"),
+    ("operation_id", "operation_id must not contain / or", "a/b", "a\\b"),
     ("user_id", "Expected `str`", None, 12),
     ("user_id", "user_id must be 1 to 512 hex digits", "", "xyz", "c0ffee\n", "a" * 513),
     ("operation_id", "Expected `str`", None),

@@ -208,6 +208,8 @@ NO_REQUESTS = [
     (text_of(operation_id=None), "operation_id must be a text"),
     (text_of(operation_id=""), "operation_id must be a text"),
     (text_of(operation_id="x" * 513), "operation_id must be a text"),
+    (text_of(operation_id="a/b"), "operation_id must not contain a slash"),
+    (text_of(operation_id="a\\b", started_by="backend"), "operation_id must not contain a slash"),
     (text_of(user_id=12), "user_id must be"),
     (text_of(user_id="G"), "user_id must be"),
     (text_of(user_id="AB\n"), "user_id must be"),

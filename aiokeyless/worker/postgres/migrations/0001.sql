@@ -130,6 +130,9 @@ BEGIN
     ELSIF jsonb_typeof(fields -> 'operation_id') IS DISTINCT FROM 'string'
         OR length(fields ->> 'operation_id') NOT BETWEEN 1 AND 512 THEN
         RAISE 'operation_id must be a text of 1 to 512 characters' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF fields ->> 'operation_id' ~ E'[/\\\\]' AND fields ->> 'started_by' IS DISTINCT FROM 'phone' THEN
+        RAISE 'operation_id must not contain a slash or a backslash: proxies decode or refuse these in a URL'
+            USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_typeof(fields -> 'operation_payload') NOT IN ('string', 'null')
         OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null')
         OR jsonb_typeof(fields -> 'created_at') NOT IN ('string', 'null') THEN
