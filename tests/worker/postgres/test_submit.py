@@ -247,6 +247,7 @@ async def test_a_text_that_is_no_request_is_an_error_for_its_sender(admin: Conne
     for text, reason in NO_REQUESTS:
         assert re.search(reason, await refusal(connection, text)), text[:100]
     assert await admin.fetchval("SELECT count(*) FROM keyless.request") == 0
+    assert not await refusal(connection, text_of(operation_id="a/b", started_by="phone"))  # the app chose it
 
 
 @pytest.mark.parametrize("broken", [r"\u0000", r"\ud800", '" ,', r"\x"])
