@@ -57,6 +57,8 @@ FORGOTTEN: Final = (25.0, 75.0)
 LONGEST_PAUSE: Final = 300.0
 #: Mishaps after which all goes on, and soon.
 AWAY: Final = ("full", "read-only", "silent", "vanishes", "no key", "not cleaned", "not corrected")
+#: Seconds by which absences delay an outcome, unless one of them is longer.
+ABSENT: Final = 150.0
 #: Polls of a request from its deadline on, at least, if none is answered.
 REPEATED: Final = 3
 
@@ -232,6 +234,8 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
         heard = any(_says(e, b'"state"') for e in polls if (e.client, e.sent_at) not in checked)
         if not each.event.answered and seen.story.is_steady and heard and not seen.is_lied_about(ask):
             yield ask, each.at, "not answered, and a poll after the deadline was"
+        if seen.story.is_back_in_time and stored and seen.wall(stored.approved_at) < deadline:
+            yield ask, each.at, f"expired, and approved at {stored.approved_at:.3f}"
         begins = max(deadline, seen.wall(seen.story.workers_begin))
         gave_up = begins + seen.story.grace - seen.wall(each.at)
         if not each.event.answered and not seen.story.steps and gave_up > EPS:
@@ -324,7 +328,9 @@ def ends_in_time(seen: Evidence) -> Iterator[Broken]:
     trouble = sum(life.after + seen.lease for lives in story.workers for life in lives) + 2 * seen.lease + 60.0
     trouble += story.workers_begin
     trouble += sum(abs(seconds) + 210.0 for _, seconds in story.steps)
-    trouble += sum(mishap.ends - mishap.begins + seen.lease for mishap in story.mishaps)
+    away = [mishap.ends - mishap.begins for mishap in story.mishaps if mishap.kind == "away"]
+    trouble += max(min(sum(away), ABSENT), *away, 0.0) + max(away, default=0.0)  # one that flaps delays none forever
+    trouble += sum(m.ends - m.begins + seen.lease for m in story.mishaps if m.kind != "away")
     for ask, each in seen.decided:
         stored_at, wall, expires_at = seen.history.stored[ask.operation_id]
         late = each.at - (stored_at + expires_at - wall)
