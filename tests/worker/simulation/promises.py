@@ -156,6 +156,10 @@ class Evidence:
         """Return whether the service may seem to be down to a worker, or asked it for a pause."""
         return len(self.story.asks) >= OPENS or any(e.retry_after is not None for e in self.history.exchanges)
 
+    def is_repeated(self, ask: Ask) -> bool:
+        """Return whether a gateway sent a create twice: its 409 looks like that of another's operation."""
+        return any(post.was_repeated for post in self.sent(ask, "POST"))
+
     def was_created(self, ask: Ask) -> bool:
         """Return whether a worker created the operation."""
         stored = self.history.operations.get(ask.operation_id)
@@ -249,7 +253,7 @@ def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
     for ask, each in seen.decided:
         event = each.event
         was_not = event.asked is False or event.reason in {"rejected", "conflict", "already_approved"}
-        if was_not and seen.was_created(ask) and not seen.is_lied_about(ask):
+        if was_not and seen.was_created(ask) and not (seen.is_lied_about(ask) or seen.is_repeated(ask)):
             yield ask, each.at, f"{event.outcome} {event.reason}, and the user was asked"
         is_asked = seen.sent(ask, "POST") or ask.earlier or ask.phone
         if event.asked and not is_asked and seen.story.is_steady:
@@ -425,7 +429,7 @@ def true_reason(seen: Evidence) -> Iterator[Broken]:
         stored = seen.history.operations.get(ask.operation_id)
         is_anothers = bool(ask.phone) and stored is not None and stored.payload != ask.payload
         allowed = {
-            "conflict": ask.earlier or is_lied_about,
+            "conflict": ask.earlier or is_lied_about or seen.is_repeated(ask),
             "already_approved": ask.earlier == "the same",
             "rejected": "POST" in refused and not may_exist,
             "poll_refused": refused,

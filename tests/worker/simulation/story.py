@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, RoundTrips, Shard, Slowness
+from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, Repeats, RoundTrips, Shard, Slowness
 from simulation.people import Person, someone
 from simulation.service import Service, Stored
 from simulation.story import FAILURES, brief, run_in_virtual_time
@@ -382,7 +382,7 @@ def make_up(seed: int) -> Story:
     story = _with_a_mishap(story, random.Random(f"{seed} mishap"), (*MISHAPS, *[""] * 16))  # noqa: S311
     if not story.mishaps:
         story = _with_a_mishap(story, random.Random(f"{seed} weather"), (*WEATHER, *[""] * 14))  # noqa: S311
-    return _with_phones(story)
+    return _with_phones(_with_repeats(story))
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -503,6 +503,14 @@ def _with_a_bad_moment(story: Story) -> Story:
         refusal = Gateway(0.0, 30.0, Failure("status", 400), share=0.5, methods="POST")
         return replace(story, faults=(doubt, refusal, *story.faults))
     return story
+
+
+def _with_repeats(story: Story) -> Story:
+    """Let a gateway send the creates of some stories twice. Likewise."""
+    rng = random.Random(f"{story.seed} repeats")  # noqa: S311
+    if rng.random() > 0.04:
+        return story
+    return replace(story, faults=(Repeats(0.0, rng.choice((5.0, 30.0))), *story.faults))
 
 
 def _with_phones(story: Story) -> Story:
