@@ -241,8 +241,9 @@ class Broker(ApplicationSide):
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         """Take due requests whose time was over `grace` seconds ago, without waiting for any.
 
-        A worker calls it while Keyless is away, because it can decide these requests without Keyless. A broker that
-        cannot tell them from others may return others as well, which the worker puts off.
+        These seconds are the worker's grace, and those since then that do not count for it. A worker calls it
+        while Keyless is away, because it can decide these requests without Keyless. A broker that cannot tell them from
+        others may return others as well, which the worker puts off.
         """
 
     @abstractmethod

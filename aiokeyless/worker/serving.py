@@ -31,7 +31,8 @@ from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .announcements import Announcements
 from .broker import ExchangeResult, RefusedError, UnavailableError
-from .decisions import Grace, Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
+from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
+from .grace import Grace
 from .logs import RateLimitedLog, log
 from .messages import FailureReason, read_request
 from .monitoring import WorkerReporter, WorkerStatistics
@@ -98,7 +99,7 @@ class Serving:
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._schedule = schedule
         self._limits = limits
-        self._grace = Grace(limits.grace, since=broker.now())
+        self._grace = Grace(limits.grace, now=broker.now())
         self._longest_wait = longest_wait
         self._on_fatal = on_fatal
         self._budget = Budget()
@@ -163,15 +164,16 @@ class Serving:
                 await self._receive(self._broker.take(room, TAKES_FOR, untried=untried), needs_exchange=True)
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
-                may_be_over = self._grace.may_be_over(self._broker.now())
-                if may_be_over and self._is_away(now) and self._key_check is None:
-                    overdue = self._broker.take_overdue(self._limits.max_in_flight, self._grace.seconds)
-                    await self._receive(overdue, needs_exchange=False)
+                overdue = self._grace.overdue(self._broker.now())
+                if overdue is not None and self._is_away(now) and self._key_check is None:
+                    taking = self._broker.take_overdue(self._limits.max_in_flight, overdue)
+                    await self._receive(taking, needs_exchange=False)
                 now = self._loop.time()
                 ready_at = self._ready_at(now)
                 if ready_at <= now:  # the slots are held
                     ready_at = self._slots.slow_at()
                 await self._pause(min(max(ready_at - now, _EARLY), TAKES_FOR))
+            self._grace.record_turn(self._broker.now())
         except UnavailableError as error:
             self._silences += 1
             self._reporter.take_failure = str(error)
@@ -190,7 +192,6 @@ class Serving:
         messages = taken.result()
         if self._silences:
             log(logging.INFO, "broker.available")
-            self._grace.since = self._broker.now()
         self._silences, self._reporter.take_failure = 0, None
         new = sum(message.is_untried for message in messages)
         self._alternation.record(untried=new, others=len(messages) - new)
@@ -346,7 +347,7 @@ class Serving:
         moment = self._broker.now()
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            is_over = delivery.refusal is None and self._grace.left(delivery, moment) < 0
+            is_over = delivery.refusal is None and self._grace.left(delivery, moment) <= 0
             if is_over and self._is_away(now):
                 return after_outage(delivery, now=moment)
         pause = max(0.0, self._ready_at(now) - now)

@@ -13,7 +13,7 @@ from tenacity import wait_fixed
 
 from aiokeyless.errors import InvalidRequestError, ServerError
 from aiokeyless.ticket import payload_digest
-from aiokeyless.worker.decisions import Decided, Grace, Pacing, after_poll, fail_unreadable
+from aiokeyless.worker.decisions import Decided, Pacing, after_poll, fail_unreadable
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
     MAX_DEPTH,
@@ -288,14 +288,9 @@ def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
         ServerError(status=503, method="GET", path="/v2/x"),
         polled_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
-        pacing=Pacing(
-            wait_fixed(1),
-            failures=1,
-            paused_for=0.0,
-            closed_for=0.0,
-            grace=Grace(0.0, since=delivery.ticket.created_at),
-        ),
+        pacing=Pacing(wait_fixed(1), failures=1, paused_for=0.0, closed_for=0.0, grace=0.0),
         was_created=False,
+        grace_left=0.0,
     )
     assert isinstance(decision, Decided)
     event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)

@@ -291,7 +291,11 @@ class PostgresBroker(TableBroker):
         return await self._claims.call((*row_of(message), message.number))
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
-        claimed = await self._fetch_rows("SELECT id, name, was_asked FROM {}.claim($1, $2, $3)", calls)
+        asked_at = self.now()
+        claimed = await self._fetch_rows("SELECT id, name, was_asked, moment FROM {}.claim($1, $2, $3)", calls)
+        if claimed:  # the users are asked next: not after the deadline, although this machine was paused unnoticed
+            moment = max(found["moment"] for found in claimed.values())
+            self._clock.compare(time_of(moment), asked_at=asked_at)
         claims = {row: Claim.HELD if found["was_asked"] else Claim.NEW for row, found in claimed.items()}
         return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 

@@ -49,6 +49,8 @@ class Storage(AbstractAsyncContextManager["Storage"]):
     #: Whether there is a row for each request, for as long as its operation id is used. Then failures are counted for
     #: ever and set the order, a different request under the id is refused, and so is a claim after the decision.
     has_rows = True
+    #: Whether the answer to a claim tells the time, so that a pause that the machine does not know of is noticed.
+    claims_tell_time = False
     #: Whether its clock is the loop's, which moves.
     moves_clock = False
 
@@ -115,6 +117,7 @@ class Nats(Storage):
 
 class Postgres(Storage):
     name = "postgres"
+    claims_tell_time = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -118,12 +118,7 @@ _BREAKAGES: Final = {
         ),
     ),
     "worker/decisions.py": (
-        ("        if left > 0.0:", "        if left > 1e9:", "an unanswered final poll is not repeated"),
-        (
-            "max(delivery.ticket.expires_at, self.since)",
-            "delivery.ticket.expires_at",
-            "the grace ends before workers begin",
-        ),
+        ("        if grace_left > 0.0:", "        if grace_left > 1e9:", "an unanswered final poll is not repeated"),
         (
             "FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED",
             "FailureReason.REJECTED",
@@ -147,6 +142,15 @@ _BREAKAGES: Final = {
             "return delivery.request",
             "each delivery tells the phone",
         ),
+    ),
+    "worker/grace.py": (
+        (
+            "delivery.message.stored_at, self._started_at)",
+            "delivery.message.stored_at)",
+            "the grace ends before workers begin",
+        ),
+        ("            self._absences.append(", "            print(", "the grace ends while the worker is frozen"),
+        ("min(sum(times, _NONE), _ABSENT)", "sum(times, _NONE)", "a broker that flaps delays outcomes forever"),
     ),
     "worker/processor.py": (
         (

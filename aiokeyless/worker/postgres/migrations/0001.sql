@@ -495,20 +495,20 @@ END
 $function$;
 
 CREATE FUNCTION {schema}.claim(ids bigint[], names bigint[], numbers integer[])
-RETURNS TABLE (id bigint, name bigint, was_asked boolean)
+RETURNS TABLE (id bigint, name bigint, was_asked boolean, moment double precision)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
     locked constant bigint[] := {schema}.lock_requests(ids, names);
 BEGIN
-    RETURN QUERY SELECT r.id, r.name, r.asked IS NOT NULL FROM {schema}.request r
-    WHERE r.id = ANY (locked) AND r.decided_at IS NULL;
+    RETURN QUERY SELECT r.id, r.name, r.asked IS NOT NULL, extract(epoch FROM clock_timestamp())::double precision
+    FROM {schema}.request r WHERE r.id = ANY (locked) AND r.decided_at IS NULL;
     UPDATE {schema}.request r SET asked = c.number FROM unnest(locked, numbers) c (id, number)
     WHERE r.id = c.id AND r.decided_at IS NULL;
 END
 $function$;
-COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before. A decided request has no row.';
+COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before, and the time. A decided request has no row.';
 
 CREATE FUNCTION {schema}.unclaim(request bigint, name bigint, number integer) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s' AS $function$
