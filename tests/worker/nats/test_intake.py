@@ -482,7 +482,7 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
         failures.record(number, ExchangeResult.FAILED)
     assert [failures.of(number)[0] for number in (1, 2, 3)] == [2, 0, 1]
     failures.forget(1)
-    assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED)
+    assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED, 0)
 
 
 async def test_what_comes_without_its_body_is_put_off_until_the_consumer_delivers_bodies_again(hand: Hand) -> None:

@@ -327,10 +327,10 @@ async def test_a_take_seeks_what_is_due_in_an_index(admin: Connection, is_analyz
     await fill(admin, 100)
     if is_analyzed:
         await admin.execute("ANALYZE")
-    plans = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, NULL)")
+    plans = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, NULL, 1)")
     (due,) = [plan for plan in plans if "ORDER BY w.due_at" in plan]
     assert re.search(r"Index Cond: \(\(due_at <= .*\) AND \(due_at >= ", due)
-    takes = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, 2)")
+    takes = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, 2, 1)")
     searches = [plan for plan in takes if "ORDER BY w.due_at" in plan]
     assert len(searches) > 1
     for search in searches:
@@ -351,7 +351,7 @@ async def test_a_take_does_not_get_slower_while_a_transaction_elsewhere_is_long(
         floor = await admin.fetchval("SELECT extract(epoch FROM min(due_at))::float FROM keyless.waiting")
 
         async def pages(floor: object) -> int:
-            plans = await explained(admin, f"SELECT * FROM keyless.take(1, 100, {floor}, NULL)")  # noqa: S608  # a number
+            plans = await explained(admin, f"SELECT * FROM keyless.take(1, 100, {floor}, NULL, 1)")  # noqa: S608  # a number
             (plan,) = [plan for plan in plans if "ORDER BY w.due_at" in plan][:1]
             found = re.search(r"Buffers: shared hit=(\d+)", plan)
             assert found is not None
@@ -401,7 +401,7 @@ async def test_an_outcome_that_commits_late_is_read_all_the_same(
 ) -> None:
     async with connection.transaction():
         await connection.execute("SELECT keyless.submit($1)", new_request("late").body.decode())
-        (row,) = await connection.fetch("SELECT * FROM keyless.take(1, 100, NULL, NULL)")
+        (row,) = await connection.fetch("SELECT * FROM keyless.take(1, 100, NULL, NULL, 1)")
         event = msgspec.json.encode(outcome_of(module._message(row))).decode()
         await connection.execute("SELECT keyless.decide($1, $2, '{approved}', $3)", [row["id"]], [row["name"]], [event])
         await decide_all(broker, *(f"payment-{number}" for number in range(20)))
@@ -649,7 +649,9 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
         with pytest.raises(RefusedError, match=r"no answer within 0\.5 s"):
-            await broker._in_transaction(lambda each: each.fetch("SELECT * FROM keyless.take(1, 1, NULL, NULL)"), 0.5)
+            await broker._in_transaction(
+                lambda each: each.fetch("SELECT * FROM keyless.take(1, 1, NULL, NULL, 1)"), 0.5
+            )
     assert len(await take_n(broker, 1)) == 1
 
 
