@@ -62,8 +62,10 @@ _RANKED: Final = (
     " AND due_at <= ? AND version <= ? ORDER BY due_at{} LIMIT ?"
 )
 _DUE: Final = "SELECT id FROM waiting WHERE due_at <= ? AND version {} ? ORDER BY due_at LIMIT ?"
-#: Requests of a later version of one take, at most: they are given back, which must cost little.
+#: Requests of a later version of one take, at most, and seconds in which only workers that know it take one: the others
+#: give it back, which must cost little.
 _MOST_NEWER: Final = 10
+_HEAD_START: Final = 1.0
 #: The outcomes of a reader that an inspection looks at: the first ones by the index, nearly in order of the decisions.
 _UNREAD: Final = (
     "SELECT {} FROM (SELECT id, failures FROM unread WHERE reader = ? ORDER BY id LIMIT ?) u"
@@ -228,7 +230,7 @@ class Store:
 
     def take(self, up_to: int, lease: float, *, untried: int | None) -> list[TableMessage]:
         """Take requests that are due, and beside them a few of a later version."""
-        newer = self._ids(_DUE.format(">"), self._now(), self._version, _MOST_NEWER)
+        newer = self._ids(_DUE.format(">"), self._now() - _HEAD_START, self._version, _MOST_NEWER)
         return self._deliver(
             [*newer, *(self._due(up_to) if untried is None else self._by_order(up_to, untried))], lease
         )

@@ -98,7 +98,7 @@ async def test_requests_of_a_later_version_come_beside_the_others(
             assert {(message.is_untried, message.failures) for message in newer} <= {(True, 0)}
             await asyncio.gather(*(broker.put_off(message, 0.1, ExchangeResult.NONE) for message in newer))
     if storage.has_rows:
-        assert len({"a", "b", "c"} & {*seen[:12]}) == 2
+        assert len({"a", "b", "c"} & {*seen[:12]}) >= 2
         assert not [each for each in await broker.take_overdue(100, -1000.0) if name_of(each) in later]
 
 

@@ -361,9 +361,9 @@ DECLARE
     most_newer constant integer := 10;
     moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
-    newer constant bigint[] := ARRAY(
+    newer constant bigint[] := ARRAY( -- a second later, so that workers that know the version take it before
         SELECT w.id FROM {schema}.waiting w
-        WHERE w.due_at <= moment AND w.due_at >= lowest AND w.version > take.version
+        WHERE w.due_at <= moment - interval '1 s' AND w.due_at >= lowest AND w.version > take.version
         ORDER BY w.due_at LIMIT most_newer FOR UPDATE SKIP LOCKED
     );
     newest bigint[];
