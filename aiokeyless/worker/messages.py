@@ -327,7 +327,7 @@ def read_version(data: bytes) -> int:
 
 def read_newer(message: Message, *, largest_request: int) -> RequestHead | None:
     """Return what this worker can read of a request of a later version; None if it is no such request."""
-    if not read_version(message.body) > REQUEST_VERSION or len(message.body) > largest_request:
+    if len(message.body) > largest_request or read_version(message.body) <= REQUEST_VERSION:
         return None
     try:
         head = _decode(message.body, RequestHead)

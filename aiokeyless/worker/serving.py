@@ -372,6 +372,7 @@ class Serving:
         try:
             delivery = self._read(message)
         except InvalidRequestError as error:
+            self._budget.record_other()
             # A worker that knows a later version may have asked the user before it was replaced.
             is_newer = read_version(message.body) > REQUEST_VERSION
             was_asked = is_newer and await self._may_have_asked(message)

@@ -17,7 +17,7 @@ from waiting import until
 
 from aiokeyless import wait_adaptive
 from aiokeyless._http.transport import Transport
-from aiokeyless._rules.budget import PER_SECOND, PER_WAIT
+from aiokeyless._rules.budget import LEAST, PER_SECOND, PER_WAIT
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
@@ -445,3 +445,14 @@ async def test_a_request_of_a_later_version_costs_a_worker_nothing_and_has_faile
     assert len(sandbox.requests) == asked_before
     told = 'request.newer operation_id="txn-1" error="version 2 is not known here, only up to 1: upgrade" count=1'
     assert [line for line in caplog.messages if line.startswith("request.newer")] == [told]
+
+
+async def test_requests_that_are_none_leave_the_tokens_to_those_that_are(
+    sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    async with working(sandbox, memory) as (worker, _):
+        for number in range(2 * LEAST):
+            await publish(memory, {"operation_id": f"txn-{number}"}, b"{")
+        await read(memory, 2 * LEAST)
+        assert worker._serving is not None
+        assert worker._serving._budget.room(now()) >= LEAST
