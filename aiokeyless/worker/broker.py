@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Self, TypeVar
 
 from aiokeyless.events import Inspection
 
-from .messages import ApprovalEvent, ApprovalRequest, Message
+from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, Message
 
 T = TypeVar("T")
 
@@ -173,11 +173,13 @@ class Broker(ApplicationSide):
         system: Kind of the broker, for listeners, by OpenTelemetry's conventions.
         destination: The place of its requests, by the same conventions.
         forgets_claims: Whether an operation id can be claimed anew after about a day.
+        request_version: The newest version of requests that its workers know.
     """
 
     system: str
     destination: str
     forgets_claims: bool
+    request_version: int = REQUEST_VERSION
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -229,8 +231,10 @@ class Broker(ApplicationSide):
         Several workers may call it at once, even on one broker object. If a call is cancelled, the requests that it has
         taken come again. Requests come in the order in which they are due, or in that of `aiokeyless._rules.order`.
 
+        Those of a later version than `request_version` come beside the others and hold up none: workers give them back.
+
         Args:
-            up_to: How many at most; at least 1.
+            up_to: How many of the others at most; at least 1.
             within: Seconds after which it returns at the latest, even without a request.
             untried: None unless requests fail. Then so many that were never tried come first, and the others by fewest
                 failures. Among equals, those that a poll answered well come first. Those that were tried and no more

@@ -21,7 +21,7 @@ from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
 from .broker import ExchangeResult
-from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, read_context
+from .messages import EVENT_VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, read_rest
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -201,17 +201,21 @@ def fail(delivery: Delivery, reason: FailureReason, detail: str, *, now: datetim
     return _decide(delivery, now, Outcome.FAILED, reason=reason, detail=detail)
 
 
-def fail_unreadable(message: Message, error: KeylessError, *, now: datetime) -> Decided:
-    """Decide that a message that is not a request has failed."""
+def fail_unreadable(
+    message: Message, error: KeylessError, *, now: datetime, reason: FailureReason = FailureReason.INVALID_REQUEST
+) -> Decided:
+    """Decide that a message that is not a request, as far as this worker knows, has failed."""
+    operation_id, context = read_rest(message.body)
     event = ApprovalEvent(
-        version=VERSION,
+        version=EVENT_VERSION,
         outcome=Outcome.FAILED,
-        reason=FailureReason.INVALID_REQUEST,
+        operation_id=operation_id,
+        reason=reason,
         detail=str(error)[:_LONGEST_TEXT],
         requested_at=message.stored_at,
         decided_at=now,
         deliveries=message.number,
-        context=read_context(message.body),
+        context=context,
     )
     return Decided(event)
 
@@ -273,7 +277,7 @@ def _decide(
 ) -> Decided:
     ticket = delivery.ticket
     event = ApprovalEvent(
-        version=VERSION,
+        version=EVENT_VERSION,
         outcome=outcome,
         operation_id=ticket.operation_id,
         user_id=ticket.user_id,

@@ -29,7 +29,7 @@ from aiokeyless.models import Operation
 
 from .broker import Broker, RefusedError, UnavailableError
 from .logs import RateLimitedLog, log
-from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome
+from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome, RequestHead
 
 _EVERY: Final = 5.0  # seconds between two inspections
 #: Seconds for which requests may wait while this worker receives none.
@@ -113,6 +113,7 @@ class WorkerReporter:
         self._fleet = Inspection()
         self._silence: str | None = None  # why the last inspection failed; None if it did not
         self._unsettled = RateLimitedLog(logging.WARNING, "delivery.unsettled")  # of each request, if a disk is full
+        self._newer = RateLimitedLog(logging.ERROR, "request.newer")
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._delivered = 0  # deliveries since the last inspection
@@ -257,6 +258,12 @@ class WorkerReporter:
         if message.number == 1:
             waited = (self._broker.now() - message.stored_at).total_seconds()
             self._longest_wait = max(self._longest_wait, waited)
+
+    def report_newer(self, head: RequestHead) -> None:
+        """Report a request of a later version, which is given back. It shows that the broker delivers."""
+        self._delivered += 1
+        error = f"version {head.version} is not known here, only up to {REQUEST_VERSION}: upgrade"
+        self._newer.log({"operation_id": head.operation_id, "error": error})
 
     def report_settlement(self, number: int, failure: Exception | None, *, started_at: float) -> None:
         """Report that a delivery was settled, or what kept it from being settled."""

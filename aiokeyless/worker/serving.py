@@ -34,7 +34,7 @@ from .broker import ExchangeResult, RefusedError, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
 from .grace import Grace
 from .logs import RateLimitedLog, log
-from .messages import FailureReason, read_request
+from .messages import REQUEST_VERSION, FailureReason, read_newer, read_request, read_version
 from .monitoring import WorkerReporter, WorkerStatistics
 from .processor import DeliveryProcessor, check_key
 
@@ -60,6 +60,9 @@ _LOST: Final = 0.1  # seconds after which a cancellation counts as lost
 TAKES_FOR: Final = 1.0
 #: Most seconds for which a delivery is given back. Longer than a take lasts, so that another worker can take it.
 _HANDED_BACK_FOR: Final = 1.5
+#: Seconds for which a request of a later version is given back, and those since its storing in which it is.
+NEWER_FOR: Final = 2.0
+NEWER_KEPT_FOR: Final = 24 * 3600.0
 #: Seconds after which a request is delivered again whose outcome the broker refused: much less than the lease.
 _REFUSED_FOR: Final = 2.0
 #: Repetitions of a put-off while the broker is away: for about half a minute. A lease is 45 s by default.
@@ -193,10 +196,23 @@ class Serving:
         if self._silences:
             log(logging.INFO, "broker.available")
         self._silences, self._reporter.take_failure = 0, None
-        new = sum(message.is_untried for message in messages)
-        self._alternation.record(untried=new, others=len(messages) - new)
-        for message in messages:
+        newer = {message for message in messages if self._is_for_newer_workers(message)}
+        known = [message for message in messages if message not in newer]
+        new = sum(message.is_untried for message in known)
+        self._alternation.record(untried=new, others=len(known) - new)
+        for message in known:
             self._take(message, needs_exchange=needs_exchange)
+        if newer:
+            await asyncio.gather(*(self._give_back(message, NEWER_FOR) for message in newer))
+
+    def _is_for_newer_workers(self, message: Message) -> bool:
+        """Return whether a request is of a later version, and a worker that knows it may yet come."""
+        head = read_newer(message, largest_request=self._broker.largest_request)
+        # As long as the broker keeps claims, the outcome can say whether the user may have been asked.
+        if head is None or self._age(message) >= min(NEWER_KEPT_FOR, self._longest_wait):
+            return False
+        self._reporter.report_newer(head)
+        return True
 
     def _is_away(self, now: float) -> bool:
         """Return whether the service is down, hangs, or asked for a pause that is longer than the grace."""
@@ -357,7 +373,12 @@ class Serving:
         try:
             delivery = self._read(message)
         except InvalidRequestError as error:
-            return fail_unreadable(message, error, now=self._broker.now())
+            self._budget.record_other()
+            # A worker that knows a later version may have asked the user before it was replaced.
+            is_newer = read_version(message.body) > REQUEST_VERSION
+            was_asked = is_newer and await self._may_have_asked(message)
+            reason = FailureReason.INTERNAL if was_asked else FailureReason.INVALID_REQUEST
+            return fail_unreadable(message, error, now=self._broker.now(), reason=reason)
         if delivery.refusal is not None:
             return fail(delivery, FailureReason.INVALID_REQUEST, delivery.refusal, now=self._broker.now())
         try:
@@ -387,17 +408,22 @@ class Serving:
             self._learn(decision)
 
     async def _add_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
-        """Return the event; if it expired, it now says whether the user was asked, or may have been.
+        """Return the event; if it expired, it now says whether the user was asked, or may have been."""
+        if event.asked is not False:
+            return event
+        return msgspec.structs.replace(event, asked=await self._may_have_asked(message))
+
+    async def _may_have_asked(self, message: Message) -> bool:
+        """Return whether a request's user may have been asked.
 
         A request claims its operation id before it creates the operation. The broker keeps the claim for as long as it
         lets a request wait. An older request, such as after a day without workers, may have lost its claim.
         """
-        if event.asked is not False:
-            return event
-        age = (self._broker.now() - message.stored_at).total_seconds()
-        is_kept = age < self._longest_wait + self._limits.grace
-        asked = not is_kept or await self._broker.has_claim(message)
-        return msgspec.structs.replace(event, asked=asked)
+        is_kept = self._age(message) < self._longest_wait + self._limits.grace
+        return not is_kept or await self._broker.has_claim(message)
+
+    def _age(self, message: Message) -> float:
+        return (self._broker.now() - message.stored_at).total_seconds()
 
     def _learn(self, decided: Decided) -> None:
         """Let the schedule learn when the user approved, or until when they had not."""

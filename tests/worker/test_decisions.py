@@ -47,7 +47,7 @@ from aiokeyless.worker.decisions import (
     is_older,
     observation,
 )
-from aiokeyless.worker.messages import VERSION, ApprovalRequest, Delivery, FailureReason, Outcome
+from aiokeyless.worker.messages import EVENT_VERSION, REQUEST_VERSION, ApprovalRequest, Delivery, FailureReason, Outcome
 
 from .reading import a_message
 
@@ -67,7 +67,7 @@ def at(age: float) -> datetime:
 
 
 REQUEST = ApprovalRequest(
-    version=VERSION,
+    version=REQUEST_VERSION,
     user_id="c0ffee",
     operation_id="txn 1",
     operation_payload="Pay 40",
@@ -149,7 +149,7 @@ def not_created(error: KeylessError, age: float, *, paused_for: float = 0.0, may
 
 def decided(decision: Decision | Next) -> Decided:
     assert isinstance(decision, Decided)
-    assert decision.event.version == VERSION
+    assert decision.event.version == EVENT_VERSION
     return decision
 
 
@@ -549,10 +549,18 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
 def test_a_message_that_is_no_request_has_failed() -> None:
     message = a_message(b'{"context": [1]}', number=2, stored_at=at(0))
     event, _ = fail_unreadable(message, InvalidRequestError("it is none"), now=at(1))
-    assert event.version == VERSION
+    assert event.version == EVENT_VERSION
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")
     assert (event.requested_at, event.decided_at, event.deliveries) == (at(0), at(1), 2)
+
+
+@pytest.mark.parametrize(
+    ("written", "named"), [("txn-1", "txn-1"), ("a/b", "a/b"), ("", None), (7, None), ("x" * 513, None)]
+)
+def test_it_names_its_operation_if_that_can_be_read(written: object, named: str | None) -> None:
+    message = a_message(msgspec.json.encode({"version": "1", "operation_id": written}))
+    assert fail_unreadable(message, InvalidRequestError("it is none"), now=at(1)).event.operation_id == named
 
 
 # -- what a schedule learns

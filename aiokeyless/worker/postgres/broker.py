@@ -252,23 +252,25 @@ class PostgresBroker(TableBroker):
             await asyncio.sleep(pause)
             began = loop.time()
             messages = await self._take_or_give_back(self._take(up_to, untried))
-            self._take_from = began + (_TAKES_AGAIN if len(messages) == up_to else _TAKES_EVERY)
+            self._take_from = began + (_TAKES_AGAIN if len(messages) >= up_to else _TAKES_EVERY)
             if messages:
                 return messages
 
     async def _take(self, up_to: int, untried: int | None) -> list[Message]:
         began = self.now().timestamp()
         with self._floor.search() as search:
-            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4)", up_to, self._lease, search.floor, untried)
+            asked = up_to, self._lease, search.floor, untried, self.request_version
+            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4, $5)", *asked)
             if untried is None:
-                search.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
+                search.oldest = min(began, rows[-1]["due_at"]) if len(rows) >= up_to else began
         return [_message(row) for row in rows]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._take_or_give_back(self._take_overdue(up_to, grace))
 
     async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
-        rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3)", up_to, self._lease, grace)
+        asked = up_to, self._lease, grace, self.request_version
+        rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3, $4)", *asked)
         return [_message(row) for row in rows]
 
     async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:

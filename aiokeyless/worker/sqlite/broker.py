@@ -81,7 +81,8 @@ class SqliteBroker(TableBroker):
             self._clock = lambda: datetime.now(UTC)
             self._thread = ThreadPoolExecutor(1, "aiokeyless-sqlite")
         try:
-            self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
+            known = self.request_version
+            self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp(), known))
             self._is_open = True
         except UnavailableError as error:
             raise BrokerError(str(error)) from None

@@ -60,8 +60,8 @@ _BREAKAGES: Final = {
             "the oldest of those that were only created goes first",
         ),
         (
-            'FROM request WHERE id = last_insert_rowid()", (now,)',
-            'FROM request WHERE id = last_insert_rowid()", (now + 2.0,)',
+            "(now, request.version)",
+            "(now + 2.0, request.version)",
             "a new request is asked for two seconds late",
         ),
         ("return True if found[0] == new.digest else None", "return True", "another request counts as the same"),
@@ -235,8 +235,8 @@ _BREAKAGES: Final = {
             "the phone is not told if the put-off is not confirmed",
         ),
         (
-            "asked = not is_kept or await self._broker.has_claim(message)",
-            "asked = False",
+            "return not is_kept or await self._broker.has_claim(message)",
+            "return False",
             "the event says that nobody was asked",
         ),
         (
