@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 import time
+import traceback
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -79,6 +80,7 @@ _MAX_NAME_AGE: Final = 3
 #: Milliseconds after which the system gives a connection up whose data nobody acknowledges. A firewall that forgot its
 #: connections drops what is sent on a kept one.
 _MAX_SILENCE: Final = 3000
+_ADVICE_FOR_CODE: Final = "a mock, or a middleware or a hook of the session, raised it; look there"
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -471,9 +473,11 @@ class Transport:
             )
         else:
             words = _describe_tls(tls_error, key.redaction) if tls_error is not None else cause and cause.strerror
-            reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
+            place = _find_place(failure)
+            reason = type(failure).__name__ + (f": {words}" if words else f" at {place}" if place else "")
+            advice = _ADVICE_FOR_CODE if place else self._advise(failure, tls_error)
             error = TransportError(
-                f"{method} {path} got no answer ({reason}); {self._advise(failure, tls_error)}",
+                f"{method} {path} got no answer ({reason}); {advice}",
                 method=method,
                 path=path,
                 sent=sent,
@@ -631,6 +635,14 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
     while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
         failure = failure.__cause__ or failure.__context__
+
+
+def _find_place(failure: BaseException) -> str | None:
+    """Return the file and the line that raised what is neither aiohttp's nor the system's: its text may be secret."""
+    if isinstance(failure, aiohttp.ClientError | OSError):
+        return None
+    *_, (frame, line) = traceback.walk_tb(failure.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"
 
 
 def _describe_tls(tls_error: ssl.SSLError, redaction: Redaction) -> str | None:

@@ -121,6 +121,7 @@ class WorkerReporter:
         self._lateness = 0.0  # the same, between the last two inspections
         self.is_draining: bool = False
         self.key_refusal: KeylessError | None = None  # why Keyless seems to refuse the key
+        self.last_failure: str = "its answers take too long"  # of an exchange
         self.take_failure: str | None = None  # of the last take: a full disk fails takes alone, and no inspection
 
     def statistics(self) -> WorkerStatistics:
@@ -239,6 +240,8 @@ class WorkerReporter:
 
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
+        if failure is not None:
+            self.last_failure = str(failure)
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return
@@ -308,7 +311,8 @@ def _log_outcome(event: ApprovalEvent) -> None:
         "reason": event.reason,
         "detail": event.detail,
     }
-    level = logging.WARNING if event.outcome is Outcome.FAILED else logging.INFO
+    is_known = event.outcome is Outcome.APPROVED or event.answered
+    level = logging.INFO if is_known else logging.WARNING
     log(level, f"approval.{event.outcome}", {name: fact for name, fact in facts.items() if fact is not None})
 
 

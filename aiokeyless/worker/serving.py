@@ -348,7 +348,7 @@ class Serving:
             delivery = self._read(message)
             is_over = delivery.refusal is None and self._grace.left(delivery, moment) < 0
             if is_over and self._is_away(now):
-                return after_outage(delivery, now=moment)
+                return after_outage(delivery, self._reporter.last_failure, now=moment)
         pause = max(0.0, self._ready_at(now) - now)
         return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), ExchangeResult.NONE)
 

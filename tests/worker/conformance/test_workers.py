@@ -113,3 +113,16 @@ async def test_the_phone_is_told_once_by_the_delivery_that_first_knows_that_the_
         await read(broker)
         await asyncio.sleep(0)
     assert [(request.operation_id, request.operation_payload) for request in told] == [("txn-1", "Pay 40")]
+
+
+async def test_an_outcome_that_is_unknown_says_what_failed_and_is_a_warning(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with storage.broker() as broker, worker_at(broker, client, grace=0.5):
+        sandbox.fail_next(503, times=1000)
+        await submit(broker, expires_in=1.0)
+        [event] = await read(broker)
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
+    assert "GET /v2/operations/txn-1 answered 503: the service failed" in (event.detail or "")
+    [record] = [record for record in caplog.records if record.message.startswith("approval.")]
+    assert (record.levelname, record.message.count(event.detail or "")) == ("WARNING", 1)
