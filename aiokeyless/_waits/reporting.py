@@ -116,7 +116,8 @@ class Reporter:
             logger.warning("Keyless fails (last: %s): %d waits go on, with few polls", error, change.waiting)
         elif self._service.is_logged:
             logger.info("Keyless answers again, %.1f s after the first failure", change.seconds)
-        self._tell(change)
+        if self._service.is_new:
+            self._tell(change)
 
     def report_unexpected(self, error: KeylessError, now: float) -> None:
         """Log, once a minute, that polls go on after a failure that is not the service's own."""

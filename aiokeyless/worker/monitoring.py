@@ -196,6 +196,7 @@ class WorkerReporter:
                 destination=self._broker.destination,
                 has_ended=has_ended,
                 is_ready=statistics.is_ready,
+                is_failing=statistics.is_failing,
                 in_flight=statistics.in_flight,
                 fleet=statistics.fleet,
                 lateness=statistics.lateness,
@@ -249,7 +250,8 @@ class WorkerReporter:
             log(logging.WARNING, "keyless.failing", {"error": str(failure), "waiting": change.waiting})
         elif self._service.is_logged:
             log(logging.INFO, "keyless.answering", {"seconds": round(change.seconds, 3)})
-        self._listeners.tell(change)
+        if self._service.is_new:
+            self._listeners.tell(change)
 
     # -- deliveries
 
