@@ -494,15 +494,25 @@ class InconsistentOperationError(ApprovalError):
 class BrokerError(KeylessError):
     """The broker cannot be reached, does not permit an action, or is not set up as it must be.
 
-    What to do: fix the address, the permissions or the broker, as the message says, and start again. The broker keeps
-    what it has stored.
+    What to do: if `is_transient`, try again later. Else fix the address, the permissions or the broker, as the message
+    says, and start again. The broker keeps what it has stored.
 
     Attributes:
         operation_id: The operation of a `submit_approval` whose outcome is unknown. Submit it again under this id: it
             is then the same request, even if the broker has stored the first one. Else None.
+        may_pass: Whether the broker was away, locked, late or full, which may pass by itself.
     """
 
     operation_id: str | None = None
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+    @property
+    def is_transient(self) -> bool:
+        """True if it may pass by itself; see `KeylessError.is_transient`."""
+        return self.may_pass
 
 
 class InvalidRequestError(KeylessError):

@@ -165,7 +165,8 @@ async def submit_approval(
     except (UnavailableError, BrokerError) as error:
         unknown = BrokerError(
             f"the request for an approval was not stored, as far as is known ({error}); submit it again under the same "
-            f"operation_id, {operation_id!r}"
+            f"operation_id, {operation_id!r}",
+            may_pass=isinstance(error, UnavailableError) or error.is_transient,
         )
         unknown.operation_id = operation_id
         raise unknown from None
@@ -234,7 +235,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
     try:
         outcome, event = await _next_event(side, reader)
     except UnavailableError as error:
-        raise BrokerError(f"outcomes cannot be read: {error}") from None
+        raise BrokerError(f"outcomes cannot be read: {error}", may_pass=True) from None
     try:
         yield event
     except BaseException:  # after a cancellation, too, the outcome must come again
@@ -246,7 +247,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
     try:
         await outcome.mark_handled()
     except UnavailableError as error:
-        raise BrokerError(f"the outcome may be delivered again: {error}") from None
+        raise BrokerError(f"the outcome may be delivered again: {error}", may_pass=True) from None
 
 
 async def _next_event(side: ApplicationSide, reader: str) -> tuple[OutcomeDelivery, ApprovalEvent]:

@@ -270,7 +270,7 @@ class WorkerReporter:
             self._unsettled.log({"error": str(failure)})
             if isinstance(failure, RefusedError):
                 self._refusal, self._refused_until = str(failure), self._now() + _REFUSED_FOR
-            failure = BrokerError(str(failure))  # `UnavailableError` is internal
+            failure = BrokerError(str(failure), may_pass=True)  # `UnavailableError` is internal
         self._listeners.tell(
             DeliveryEnded(
                 system=self._broker.system,

@@ -165,7 +165,7 @@ class PostgresBroker(TableBroker):
                 await _release(pool, connection)
                 return pool
         except UnavailableError as error:
-            raise BrokerError(f"the database cannot be reached: {error}") from None
+            raise BrokerError(f"the database cannot be reached: {error}", may_pass=True) from None
         except ValueError:  # its text may quote a part of the password
             raise ConfigurationError(
                 "broker must be the URL of a database; in its password, write %2F for a /, %3F for a ? and %23 for a #",
@@ -238,7 +238,7 @@ class PostgresBroker(TableBroker):
                 check_service(stored, service, f"the schema {self._schema!r}")
             await self._measure_time()
         except UnavailableError as error:
-            raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None
+            raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}", may_pass=True) from None
         return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:

@@ -107,7 +107,8 @@ class PostgresOutcome(OutcomeDelivery):
         except UnavailableError as error:
             raise BrokerError(
                 "the transaction of an outcome was not committed, as far as is known; if it was not, the outcome comes "
-                f"again: {error}"
+                f"again: {error}",
+                may_pass=True,
             ) from None
 
     async def _check(self) -> None:

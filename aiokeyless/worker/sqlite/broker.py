@@ -84,7 +84,7 @@ class SqliteBroker(TableBroker):
             self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
             self._is_open = True
         except UnavailableError as error:
-            raise BrokerError(str(error)) from None
+            raise BrokerError(str(error), may_pass=True) from None
         finally:
             if not self._is_open and self._thread is not None:
                 self._thread.shutdown(wait=False)
@@ -144,7 +144,7 @@ class SqliteBroker(TableBroker):
             try:
                 stored = await self._do(lambda store: store.serve(service))
             except UnavailableError as error:
-                raise BrokerError(str(error)) from None
+                raise BrokerError(str(error), may_pass=True) from None
             check_service(stored, service, self._path)
         return self._keep_house(lease)
 
