@@ -602,7 +602,7 @@ def test_the_page_about_the_environment_names_each_variable() -> None:
     page = (DOCS / "reference" / "environment.md").read_text()
     shown = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
     ours = {"KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "KEYLESS_SDK_KEY", "KEYLESS_BROKER", VARIABLE}
-    assert shown == ours | {"HTTPS_PROXY", "SSL_CERT_FILE"}
+    assert shown == ours | {"HTTPS_PROXY", "SSL_CERT_DIR", "SSL_CERT_FILE"}
 
 
 # The pictures

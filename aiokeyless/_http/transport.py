@@ -43,6 +43,7 @@ from . import protocol
 from .calls import Call, Calls
 from .content import UnusableContentError, decode_content, larger_than
 from .meter import Meter
+from .proxies import is_excepted, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -81,6 +82,14 @@ _MAX_NAME_AGE: Final = 3
 #: connections drops what is sent on a kept one.
 _MAX_SILENCE: Final = 3000
 _ADVICE_FOR_CODE: Final = "a mock, or a middleware or a hook of the session, raised it; look there"
+#: What to do, by OpenSSL's reason. The second is all that TLS 1.2 says.
+_TLS_ADVICE: Final = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "lend a session whose SSL context has a client certificate",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "perhaps it wants a client certificate: lend a session whose SSL context has one",
+    "WRONG_VERSION_NUMBER": "what answers there speaks no TLS; check the scheme and the port of base_url",
+}
+#: OpenSSL's codes for certificates that only VERIFY_X509_STRICT refuses.
+_STRICT: Final = range(80, 95)
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -394,7 +403,7 @@ class Transport:
         session, session_of_new_connections = (
             self._untraced_sessions if endpoint.is_personal else (self._session, self._session_of_new_connections)
         )
-        options = self._options if self._proxy is None else {**self._options, "proxy": self._proxy.reveal()}
+        options = self._options if self._proxy is None else {**self._options, **options_for(self._proxy)}
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key and not is_renewal:
             headers = None if self._sends_key and body is None else self._choose_headers(key, body)
@@ -487,22 +496,32 @@ class Transport:
 
     def _advise(self, failure: BaseException, tls_error: ssl.SSLError | None) -> str:
         """Return what to do about an exchange without an answer."""
-        if isinstance(tls_error, ssl.SSLCertVerificationError):
-            return "check base_url, and which authorities the session trusts"
+        if advice := tls_error and self._advise_on_tls(tls_error):
+            return advice
         if isinstance(failure, aiohttp.ClientHttpProxyError):
-            return f"the proxy refused with {failure.status}; check its URL, user name and password"
+            wrong = f"it must let a tunnel to {self._server}:{self._port} pass"
+            if failure.status == 407:
+                wrong = "check its URL, user name and password"
+            return f"the proxy refused with {failure.status}; {wrong}"
         if isinstance(failure, aiohttp.ClientProxyConnectionError):
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
             return "what came is not well-formed HTTP/1.1; check base_url"
-        if isinstance(failure, _NOT_CONNECTED) and self._ignores_proxy():
-            return "$HTTPS_PROXY is set, but not used: make the client, or its session, with trust_env=True"
+        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
+        if is_named and self._proxy is None and isinstance(failure, _NOT_CONNECTED):
+            excepted = "$NO_PROXY excepts this host" if is_excepted(str(self._base)) else ""
+            if excepted or not self._session.trust_env:
+                why = excepted or "make the client, or its session, with trust_env=True"
+                return f"$HTTPS_PROXY is set, but not used: {why}"
         return "try again later"
 
-    def _ignores_proxy(self) -> bool:
-        """Return whether the environment names a proxy for this server that requests do not use."""
-        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
-        return is_named and self._proxy is None and not self._session.trust_env
+    def _advise_on_tls(self, error: ssl.SSLError) -> str | None:
+        if not isinstance(error, ssl.SSLCertVerificationError):
+            return _TLS_ADVICE.get(getattr(error, "reason", ""))  # a hook's may lack it
+        if getattr(error, "verify_code", 0) in _STRICT:
+            return "from 3.13 on, Python checks this: renew the authority's certificate, or lend a session"
+        named = "; name a private one in $SSL_CERT_FILE before the process starts" if self._owned_sessions else ""
+        return f"check base_url, and which authorities the session trusts{named}"
 
 
 class _ConnectionLostError(aiohttp.ClientConnectionError):
