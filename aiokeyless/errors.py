@@ -185,7 +185,8 @@ class StatusError(KeylessError):
         advice: str | None = None,
     ) -> None:
         self.advice = advice or self._advice_for(path)
-        super().__init__(f"{method} {path} answered {status}: {self.advice}")
+        pause = f" (Retry-After: {retry_after:g} s)" if retry_after else ""
+        super().__init__(f"{method} {path} answered {status}{pause}: {self.advice}")
         self.status = status
         self.method = method
         self.path = path
@@ -500,19 +501,18 @@ class BrokerError(KeylessError):
     Attributes:
         operation_id: The operation of a `submit_approval` whose outcome is unknown. Submit it again under this id: it
             is then the same request, even if the broker has stored the first one. Else None.
-        may_pass: Whether the broker was away, locked, late or full, which may pass by itself.
     """
 
     operation_id: str | None = None
 
     def __init__(self, message: str, *, may_pass: bool = False) -> None:
         super().__init__(message)
-        self.may_pass = may_pass
+        self._may_pass = may_pass
 
     @property
     def is_transient(self) -> bool:
-        """True if it may pass by itself; see `KeylessError.is_transient`."""
-        return self.may_pass
+        """True if the broker was away, locked, late or full; see `KeylessError.is_transient`."""
+        return self._may_pass
 
 
 class InvalidRequestError(KeylessError):

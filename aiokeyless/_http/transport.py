@@ -471,26 +471,17 @@ class Transport:
             return TransportError(f"{method} {path}: {failure}", method=method, path=path)
         # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
         sent = not isinstance(failure, _NOT_CONNECTED)
-        error: TransportError
-        cause, tls_error = _find_system_error(failure), _find_tls_error(failure)
-        if isinstance(failure, TimeoutError):
-            error = RequestTimeoutError(
-                f"{method} {path} took longer than request_timeout={self.request_timeout:g} s; try again later",
-                method=method,
-                path=path,
-                sent=sent,
-            )
-        else:
+        cause, tls_error, place = _find_system_error(failure), _find_tls_error(failure), _find_place(failure)
+        kind: type[TransportError] = RequestTimeoutError
+        what = f"took longer than request_timeout={self.request_timeout:g} s"
+        if not isinstance(failure, TimeoutError):
+            own = getattr(failure, "os_error", failure)
             words = _describe_tls(tls_error, key.redaction) if tls_error is not None else cause and cause.strerror
-            place = _find_place(failure)
+            words = words or ("" if own is failure else type(own).__name__)
             reason = type(failure).__name__ + (f": {words}" if words else f" at {place}" if place else "")
-            advice = _ADVICE_FOR_CODE if place else self._advise(failure, tls_error)
-            error = TransportError(
-                f"{method} {path} got no answer ({reason}); {advice}",
-                method=method,
-                path=path,
-                sent=sent,
-            )
+            kind, what = TransportError, f"got no answer ({reason})"
+        advice = _ADVICE_FOR_CODE if place else self._advise(failure, tls_error)
+        error = kind(f"{method} {path} {what}; {advice}", method=method, path=path, sent=sent)
         error.__cause__ = cause
         return error
 
@@ -508,7 +499,8 @@ class Transport:
         if isinstance(failure, aiohttp.ClientResponseError):
             return "what came is not well-formed HTTP/1.1; check base_url"
         is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
-        if is_named and self._proxy is None and isinstance(failure, _NOT_CONNECTED):
+        # A firewall that drops what does not come from the proxy lets connecting time out.
+        if is_named and self._proxy is None and isinstance(failure, (*_NOT_CONNECTED, TimeoutError)):
             excepted = "$NO_PROXY excepts this host" if is_excepted(str(self._base)) else ""
             if excepted or not self._session.trust_env:
                 why = excepted or "make the client, or its session, with trust_env=True"

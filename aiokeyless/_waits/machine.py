@@ -455,6 +455,8 @@ class Machine:
         if isinstance(error, RateLimitError):
             was_good = poll.polled.pending_at is not None and not poll.polled.failures
             self._rate.record_refusal(now, error, started_at=poll.started_at, is_final=poll.final, was_good=was_good)
+            if self._rate.is_limited(now):
+                self._reporter.report_unexpected(error, now)
         else:
             self._rate.record_answer()
         if isinstance(error, RequestTimeoutError):

@@ -113,6 +113,7 @@ class WorkerReporter:
         self._fleet = Inspection()
         self._silence: str | None = None  # why the last inspection failed; None if it did not
         self._unsettled = RateLimitedLog(logging.WARNING, "delivery.unsettled")  # of each request, if a disk is full
+        self._not_ready = RateLimitedLog(logging.WARNING, "worker.not_ready")
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._delivered = 0  # deliveries since the last inspection
@@ -176,7 +177,7 @@ class WorkerReporter:
             return
         except Exception as error:  # noqa: BLE001  # a bug: /readyz must not keep its last figures as if all were well
             log(logging.ERROR, "inspection.failed", exc_info=True)
-            self._silence = f"{type(error).__name__}: {error}"
+            self._silence = f"{type(error).__name__}; see the log"
             return
         self._silence = None
         self._budget.waits = self._fleet.waiting
@@ -189,6 +190,8 @@ class WorkerReporter:
 
     def _publish_inspection(self, *, has_ended: bool = False) -> None:
         statistics = self.statistics()
+        if not (statistics.is_ready or self.is_draining):
+            self._not_ready.log({"problems": statistics.problems})
         self._listeners.tell(
             WorkerInspected(
                 worker=self._worker,

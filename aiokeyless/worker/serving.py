@@ -266,6 +266,7 @@ class Serving:
                 error = self._reporter.key_refusal = refusal
                 continue
             self._key_check = self._reporter.key_refusal = None
+            log(logging.INFO, "keyless.key_accepted")
             self._changed.set()
             return
         self._on_fatal(error)

@@ -250,11 +250,14 @@ async def test_request_timeout_is_exact(seconds: float) -> None:
     assert f"request_timeout={seconds:g} s" in str(error)
 
 
-async def test_connecting_counts_into_request_timeout() -> None:
+async def test_connecting_counts_into_request_timeout_and_may_need_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     with unanswered() as url:
-        async with once(url, request_timeout=6.2) as client:
+        async with once(url.replace("http:", "https:"), request_timeout=6.2) as client:
             started = now()
-            assert isinstance(await failure(client.get_operation("a")), RequestTimeoutError)
+            error = await failure(client.get_operation("a"))
+            assert isinstance(error, RequestTimeoutError)
+            assert str(error).endswith("with trust_env=True")
             assert now() - started == pytest.approx(6.2, abs=1e-3)
 
 

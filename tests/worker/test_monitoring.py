@@ -317,12 +317,14 @@ async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeed
         with monkeypatch.context() as patch:
             patch.setattr(broker, "inspect", fail)
             await asyncio.sleep(5)
-            assert problems(reporter) == ["the broker does not answer: LookupError: no such row"]
+            assert problems(reporter) == ["the broker does not answer: LookupError; see the log"]
         await asyncio.sleep(5)
         assert problems(reporter) == []
-    [record] = caplog.records
-    assert (record.levelname, record.message) == ("ERROR", "inspection.failed")
-    assert record.exc_info
+    failed, unready = caplog.records
+    assert (failed.levelname, failed.message) == ("ERROR", "inspection.failed")
+    assert failed.exc_info
+    words = 'problems=["the broker does not answer: LookupError; see the log"] count=1'
+    assert (unready.levelname, unready.message) == ("WARNING", f"worker.not_ready {words}")
 
 
 def delivery(*, number: int = 1, waited: float = 0.0) -> Message:

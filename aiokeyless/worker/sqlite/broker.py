@@ -13,10 +13,10 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError
+from aiokeyless.errors import ConfigurationError, ConflictError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError, UnreadOutcome
+from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnreadOutcome, public_errors
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Chore, TableBroker, check_service, row_of
 
@@ -81,10 +81,9 @@ class SqliteBroker(TableBroker):
             self._clock = lambda: datetime.now(UTC)
             self._thread = ThreadPoolExecutor(1, "aiokeyless-sqlite")
         try:
-            self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
+            with public_errors():
+                self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
             self._is_open = True
-        except UnavailableError as error:
-            raise BrokerError(str(error), may_pass=True) from None
         finally:
             if not self._is_open and self._thread is not None:
                 self._thread.shutdown(wait=False)
@@ -141,10 +140,8 @@ class SqliteBroker(TableBroker):
     async def prepare(self, *, lease: float, service: str) -> float:
         self._check_open()
         if service:
-            try:
+            with public_errors():
                 stored = await self._do(lambda store: store.serve(service))
-            except UnavailableError as error:
-                raise BrokerError(str(error), may_pass=True) from None
             check_service(stored, service, self._path)
         return self._keep_house(lease)
 
