@@ -131,12 +131,12 @@ async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
     """A broker may deliver a request again while its first delivery is in flight."""
     run, is_overtaken = OperationCreation.run, asyncio.Event()
 
-    async def be_overtaken(creation: OperationCreation) -> object:
+    async def be_overtaken(creation: OperationCreation, **options: Any) -> object:
         if not is_overtaken.is_set():
             is_overtaken.set()
             await memory.claim(a_later_delivery(memory))
             await client.create_operation("C0FFEE", operation_id="txn-1")
-        return await run(creation)
+        return await run(creation, **options)
 
     monkeypatch.setattr(OperationCreation, "run", be_overtaken)
     async with working(sandbox, memory):
