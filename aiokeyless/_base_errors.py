@@ -32,7 +32,7 @@ class KeylessError(Exception):
 
         True for a `TransportError`, for 408, 425, 429 and 5xx, and for a `NotJsonError`: rule 4 of ``docs/rules.md``.
         True also for a 401 if the key has been replaced, and if a function ``api_key`` fails after it returned keys.
-        True for a `SignatureError` if the keys are unavailable.
+        True for a `SignatureError` if the keys are unavailable, and for a `BrokerError` that may pass by itself.
         Repeat a create under the same operation id. An `ApprovalError` is not transient: its wait has ended.
         """
         return False

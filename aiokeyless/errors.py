@@ -185,7 +185,8 @@ class StatusError(KeylessError):
         advice: str | None = None,
     ) -> None:
         self.advice = advice or self._advice_for(path)
-        super().__init__(f"{method} {path} answered {status}: {self.advice}")
+        pause = f" (Retry-After: {retry_after:g} s)" if retry_after else ""
+        super().__init__(f"{method} {path} answered {status}{pause}: {self.advice}")
         self.status = status
         self.method = method
         self.path = path
@@ -425,7 +426,8 @@ class ApprovalError(KeylessError):
     Attributes:
         operation_id: The operation of the wait.
         last_operation: The answer of the deciding poll; None if that poll failed, or no poll was answered.
-        last_error: The last transient failure of the wait, or None.
+        last_error: The last transient failure of the wait; or of its client, if that kept the final poll from being
+            sent; or None.
         polls: Number of polls that were sent for this wait.
         elapsed: Duration of the wait, in seconds.
         ticket: The ticket of the wait; None if it waited for an id.
@@ -493,8 +495,8 @@ class InconsistentOperationError(ApprovalError):
 class BrokerError(KeylessError):
     """The broker cannot be reached, does not permit an action, or is not set up as it must be.
 
-    What to do: fix the address, the permissions or the broker, as the message says, and start again. The broker keeps
-    what it has stored.
+    What to do: if `is_transient`, try again later. Else fix the address, the permissions or the broker, as the message
+    says, and start again. The broker keeps what it has stored.
 
     Attributes:
         operation_id: The operation of a `submit_approval` whose outcome is unknown. Submit it again under this id: it
@@ -502,6 +504,15 @@ class BrokerError(KeylessError):
     """
 
     operation_id: str | None = None
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self._may_pass = may_pass
+
+    @property
+    def is_transient(self) -> bool:
+        """True if the broker was away, locked, late or full; see `KeylessError.is_transient`."""
+        return self._may_pass
 
 
 class InvalidRequestError(KeylessError):

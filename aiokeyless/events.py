@@ -268,6 +268,7 @@ class WorkerInspected(Model, frozen=True, kw_only=True):
         destination: The place of the requests at the broker; it names the fleet.
         has_ended: Whether the worker has ended; this is then its last event.
         is_ready: Whether it has no problems.
+        is_failing: Whether Keyless fails for it, see `ServiceChanged`.
         in_flight: Its deliveries in flight.
         fleet: The figures of the whole fleet.
         lateness: The longest time, in seconds, that a request waited for its first delivery to this worker since the
@@ -281,6 +282,7 @@ class WorkerInspected(Model, frozen=True, kw_only=True):
     destination: str
     has_ended: bool
     is_ready: bool
+    is_failing: bool
     in_flight: int
     fleet: Inspection
     lateness: float

@@ -283,6 +283,7 @@ INSPECTED = WorkerInspected(
     destination="a",
     has_ended=False,
     is_ready=True,
+    is_failing=False,
     in_flight=2,
     fleet=Inspection(
         waiting=5,

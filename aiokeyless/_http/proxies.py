@@ -6,7 +6,8 @@ A proxy's URL may hold a password, so it is a secret, and no function that raise
 from __future__ import annotations
 
 import logging
-from typing import Final
+from base64 import b64encode
+from typing import Any, Final
 from urllib.request import getproxies, proxy_bypass
 
 from yarl import URL
@@ -41,12 +42,25 @@ def find_proxy(base_url: str) -> Secret | None:
 
 def read_environment(base_url: str) -> Secret | None:
     """Return the proxy that the environment names for a service; it may be of any kind."""
-    service = URL(base_url)
-    host, proxies = service.host or "", getproxies()
+    host, proxies = URL(base_url).host or "", getproxies()
     named = proxies.get("https") or proxies.get("all")
-    if not named or is_loopback(host) or proxy_bypass(f"{host}:{service.port}"):
+    if not named or is_loopback(host) or is_excepted(base_url):
         return None
     return Secret(named if "://" in named else f"http://{named}")
+
+
+def is_excepted(base_url: str) -> bool:
+    """Return whether ``$NO_PROXY`` excepts a service's host."""
+    service = URL(base_url)
+    return bool(proxy_bypass(f"{service.host}:{service.port}"))
+
+
+def options_for(proxy: Secret) -> dict[str, Any]:
+    """Return aiohttp's options for requests by a proxy. By itself, aiohttp can send only a password in Latin-1."""
+    url = URL(proxy.reveal())
+    login = b64encode(f"{url.user or ''}:{url.password or ''}".encode()).decode()
+    headers = {"Proxy-Authorization": f"Basic {login}"} if url.raw_user or url.raw_password else {}
+    return {"proxy": url.with_user(None), "proxy_headers": headers}
 
 
 def show_proxy(proxy: Secret) -> str:

@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 import time
+import traceback
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -42,6 +43,7 @@ from . import protocol
 from .calls import Call, Calls
 from .content import UnusableContentError, decode_content, larger_than
 from .meter import Meter
+from .proxies import is_excepted, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -79,6 +81,15 @@ _MAX_NAME_AGE: Final = 3
 #: Milliseconds after which the system gives a connection up whose data nobody acknowledges. A firewall that forgot its
 #: connections drops what is sent on a kept one.
 _MAX_SILENCE: Final = 3000
+_ADVICE_FOR_CODE: Final = "a mock, or a middleware or a hook of the session, raised it; look there"
+#: What to do, by OpenSSL's reason. The second is all that TLS 1.2 says.
+_TLS_ADVICE: Final = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "lend a session whose SSL context has a client certificate",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "perhaps it wants a client certificate: lend a session whose SSL context has one",
+    "WRONG_VERSION_NUMBER": "what answers there speaks no TLS; check the scheme and the port of base_url",
+}
+#: OpenSSL's codes for certificates that only VERIFY_X509_STRICT refuses.
+_STRICT: Final = range(80, 95)
 _USER_AGENT: Final = f"aiokeyless/{__version__}"
 # Looking up an istr takes half the time of a str.
 _CONTENT_ENCODING: Final = istr("Content-Encoding")
@@ -392,7 +403,7 @@ class Transport:
         session, session_of_new_connections = (
             self._untraced_sessions if endpoint.is_personal else (self._session, self._session_of_new_connections)
         )
-        options = self._options if self._proxy is None else {**self._options, "proxy": self._proxy.reveal()}
+        options = self._options if self._proxy is None else {**self._options, **options_for(self._proxy)}
         # Only the session of new connections never sends the key by itself.
         if is_first and endpoint.sends_key and not is_renewal:
             headers = None if self._sends_key and body is None else self._choose_headers(key, body)
@@ -460,45 +471,49 @@ class Transport:
             return TransportError(f"{method} {path}: {failure}", method=method, path=path)
         # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
         sent = not isinstance(failure, _NOT_CONNECTED)
-        error: TransportError
-        cause, tls_error = _find_system_error(failure), _find_tls_error(failure)
-        if isinstance(failure, TimeoutError):
-            error = RequestTimeoutError(
-                f"{method} {path} took longer than request_timeout={self.request_timeout:g} s; try again later",
-                method=method,
-                path=path,
-                sent=sent,
-            )
-        else:
+        cause, tls_error, place = _find_system_error(failure), _find_tls_error(failure), _find_place(failure)
+        kind: type[TransportError] = RequestTimeoutError
+        what = f"took longer than request_timeout={self.request_timeout:g} s"
+        if not isinstance(failure, TimeoutError):
+            own = getattr(failure, "os_error", failure)
             words = _describe_tls(tls_error, key.redaction) if tls_error is not None else cause and cause.strerror
-            reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
-            error = TransportError(
-                f"{method} {path} got no answer ({reason}); {self._advise(failure, tls_error)}",
-                method=method,
-                path=path,
-                sent=sent,
-            )
+            words = words or ("" if own is failure else type(own).__name__)
+            reason = type(failure).__name__ + (f": {words}" if words else f" at {place}" if place else "")
+            kind, what = TransportError, f"got no answer ({reason})"
+        advice = _ADVICE_FOR_CODE if place else self._advise(failure, tls_error)
+        error = kind(f"{method} {path} {what}; {advice}", method=method, path=path, sent=sent)
         error.__cause__ = cause
         return error
 
     def _advise(self, failure: BaseException, tls_error: ssl.SSLError | None) -> str:
         """Return what to do about an exchange without an answer."""
-        if isinstance(tls_error, ssl.SSLCertVerificationError):
-            return "check base_url, and which authorities the session trusts"
+        if advice := tls_error and self._advise_on_tls(tls_error):
+            return advice
         if isinstance(failure, aiohttp.ClientHttpProxyError):
-            return f"the proxy refused with {failure.status}; check its URL, user name and password"
+            wrong = f"it must let a tunnel to {self._server}:{self._port} pass"
+            if failure.status == 407:
+                wrong = "check its URL, user name and password"
+            return f"the proxy refused with {failure.status}; {wrong}"
         if isinstance(failure, aiohttp.ClientProxyConnectionError):
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
             return "what came is not well-formed HTTP/1.1; check base_url"
-        if isinstance(failure, _NOT_CONNECTED) and self._ignores_proxy():
-            return "$HTTPS_PROXY is set, but not used: make the client, or its session, with trust_env=True"
+        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
+        # A firewall that drops what does not come from the proxy lets connecting time out.
+        if is_named and self._proxy is None and isinstance(failure, (*_NOT_CONNECTED, TimeoutError)):
+            excepted = "$NO_PROXY excepts this host" if is_excepted(str(self._base)) else ""
+            if excepted or not self._session.trust_env:
+                why = excepted or "make the client, or its session, with trust_env=True"
+                return f"$HTTPS_PROXY is set, but not used: {why}"
         return "try again later"
 
-    def _ignores_proxy(self) -> bool:
-        """Return whether the environment names a proxy for this server that requests do not use."""
-        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
-        return is_named and self._proxy is None and not self._session.trust_env
+    def _advise_on_tls(self, error: ssl.SSLError) -> str | None:
+        if not isinstance(error, ssl.SSLCertVerificationError):
+            return _TLS_ADVICE.get(getattr(error, "reason", ""))  # a hook's may lack it
+        if getattr(error, "verify_code", 0) in _STRICT:
+            return "from 3.13 on, Python checks this: renew the authority's certificate, or lend a session"
+        named = "; name a private one in $SSL_CERT_FILE before the process starts" if self._owned_sessions else ""
+        return f"check base_url, and which authorities the session trusts{named}"
 
 
 class _ConnectionLostError(aiohttp.ClientConnectionError):
@@ -631,6 +646,14 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
     while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
         failure = failure.__cause__ or failure.__context__
+
+
+def _find_place(failure: BaseException) -> str | None:
+    """Return the file and the line that raised what is neither aiohttp's nor the system's: its text may be secret."""
+    if isinstance(failure, aiohttp.ClientError | OSError):
+        return None
+    *_, (frame, line) = traceback.walk_tb(failure.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"
 
 
 def _describe_tls(tls_error: ssl.SSLError, redaction: Redaction) -> str | None:

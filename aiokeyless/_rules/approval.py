@@ -15,9 +15,6 @@ from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
-    AuthenticationError,
-    CachedAnswerError,
-    ConfigurationError,
     InconsistentOperationError,
     KeylessError,
     OperationMismatchError,
@@ -158,9 +155,7 @@ def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
 
 def unknown_error(record: WaitRecord, why: Unanswered) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer, or could not be sent."""
-    # What only the application's operator can change.
-    is_shown = isinstance(record.last_error, AuthenticationError | CachedAnswerError | ConfigurationError)
-    cause = f" ({record.last_error})" if is_shown else ""
+    cause = "" if record.last_error is None else f" (last failure: {record.last_error})"
     message = (
         f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}{cause}; the outcome is "
         f"unknown; before you repeat anything, {record.check}"

@@ -33,7 +33,7 @@ IN_DOUBT: Final = 1.0
 #: Seconds between two polls that use a new connection to find out.
 RENEWS_EVERY: Final = 1.4
 _ROUNDING: Final = 1e-6
-#: Seconds between two pairs of log lines, of failures and of their end.
+#: Seconds between two pairs of log lines, of the beginning of failures and of their end.
 _LOGS_EVERY: Final = 60.0
 
 
@@ -136,27 +136,33 @@ class ServiceWatch:
     def __init__(self) -> None:
         self.is_failing: bool = False
         """What was noticed last."""
+        self.is_new: bool = False
+        """Whether that is news for listeners."""
         self.is_logged: bool = False
-        """Whether that is for the log, too: a service that comes and goes is logged once a minute."""
+        """Whether that is for the log: one pair of lines a minute at most, so the first may come late."""
         self._since = self._logged_at = -math.inf
+        self._has_begun = False  # in the log
 
     def notice(self, budget: Budget, error: KeylessError | None, now: float) -> ServiceChanged | None:
-        """Return the event if that has changed; a good answer has no error."""
-        if budget.is_failing is self.is_failing:
-            return None
-        if budget.is_failing:
+        """Return the event if it is news, or is to be logged; a good answer has no error."""
+        self.is_new = budget.is_failing is not self.is_failing
+        if self.is_new and budget.is_failing:
             self._since = budget.failing_since
-            self.is_logged = now - self._logged_at >= _LOGS_EVERY
+        self.is_failing = budget.is_failing
+        if self.is_failing:
+            self.is_logged = not self._has_begun and now - self._logged_at >= _LOGS_EVERY
             if self.is_logged:
-                self._logged_at = now
-        return self._change(budget, error, now)
+                self._has_begun, self._logged_at = True, now
+        else:
+            self.is_logged, self._has_begun = self._has_begun, False
+        return self._change(budget, error, now) if self.is_new or self.is_logged else None
 
     def end(self, budget: Budget, error: KeylessError, now: float) -> ServiceChanged | None:
         """Return the event for listeners that count failing services, if this is one: nobody asks it any more."""
-        return self._change(budget, error, now) if self.is_failing else None
+        was_failing, self.is_failing = self.is_failing, False
+        return self._change(budget, error, now) if was_failing else None
 
     def _change(self, budget: Budget, error: KeylessError | None, now: float) -> ServiceChanged:
-        self.is_failing = not self.is_failing
         return ServiceChanged(
             is_failing=self.is_failing,
             error=None if error is None else type(error).__name__,

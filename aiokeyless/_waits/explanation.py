@@ -165,9 +165,10 @@ class Explainer:
                 async with self._slots:
                     answer = await self._transport.send(get_authentications(user_id, subject.operation_id))
         except KeylessError as error:
-            logger.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
             # Not if the key was replaced meanwhile.
             was_refused = isinstance(error, AuthenticationError | PermissionDeniedError) and not error.is_transient
+            level = logging.WARNING if was_refused else logging.DEBUG
+            logger.log(level, "the attempts at operation %r are not known: %s", subject.operation_id, error)
             pause = _REFUSED_FOR if was_refused else requested_pause(error)
             self._not_before = max(self._not_before, self._loop.time() + pause)
         else:

@@ -112,6 +112,7 @@ class Machine:
         self._approvals = 0
         self._timeouts = 0
         self._failures = 0
+        self._last_error: KeylessError | None = None  # of these
 
     # -- what to do next
 
@@ -361,6 +362,8 @@ class Machine:
         poll, why = wait.final_poll, Unanswered.FAILED
         if poll is None and not wait.had_final_poll:
             why = self._dispatcher.why_no_final_poll(now)
+            if why is not Unanswered.NO_SLOT:  # the wait itself may have failed long ago, or never
+                wait.error = self._last_error
         elif poll is not None:
             why = Unanswered.NO_ANSWER
             wait.error = self.no_answer(poll, now)
@@ -445,12 +448,15 @@ class Machine:
     def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
         """Record a transient failure in the budget and, if it is a 429, in the rate."""
         self._failures += 1
+        self._last_error = error
         if is_unexpected(error):
             self._reporter.report_unexpected(error, now)
         self._budget.record_failure(now, started_at=poll.started_at)
         if isinstance(error, RateLimitError):
             was_good = poll.polled.pending_at is not None and not poll.polled.failures
             self._rate.record_refusal(now, error, started_at=poll.started_at, is_final=poll.final, was_good=was_good)
+            if self._rate.is_limited(now):
+                self._reporter.report_unexpected(error, now)
         else:
             self._rate.record_answer()
         if isinstance(error, RequestTimeoutError):

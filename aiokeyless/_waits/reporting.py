@@ -116,13 +116,14 @@ class Reporter:
             logger.warning("Keyless fails (last: %s): %d waits go on, with few polls", error, change.waiting)
         elif self._service.is_logged:
             logger.info("Keyless answers again, %.1f s after the first failure", change.seconds)
-        self._tell(change)
+        if self._service.is_new:
+            self._tell(change)
 
     def report_unexpected(self, error: KeylessError, now: float) -> None:
-        """Log, once a minute, that polls go on after a failure that is not the service's own."""
+        """Log, once a minute, that polls go on after a failure that is not the service's own, or at a limit of rate."""
         if now - self._warned_at >= _WARN_AGAIN:
             self._warned_at = now
-            logger.warning("the key, a gateway or a cache made a poll fail; polls go on: %s", error)
+            logger.warning("polls do not get through, and go on: %s", error)
 
     def report_end(self, budget: Budget, now: float) -> None:
         """Report that the client is closed, to listeners that count failing services."""
@@ -143,8 +144,8 @@ class Reporter:
         if now - self._late_since > _LATE_FOR and not self._late_logged:
             self._late_logged = True
             logger.warning(
-                "polls have been late for over %.0f s, now by %.1f s, with %d waits: raise max_in_flight or "
-                "max_polls_per_second, or give the process more CPU",
+                "polls have been late for over %.0f s, now by %.1f s, with %d waits: unless Keyless answers 429, raise "
+                "max_in_flight or max_polls_per_second, or give the process more CPU",
                 _LATE_FOR,
                 lag,
                 waiting,

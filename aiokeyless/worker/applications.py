@@ -24,7 +24,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError, Ke
 from aiokeyless.models import Secret, StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
-from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
+from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError, public_errors
 from .brokers import broker_for, hide_url
 from .logs import log
 from .messages import (
@@ -165,7 +165,8 @@ async def submit_approval(
     except (UnavailableError, BrokerError) as error:
         unknown = BrokerError(
             f"the request for an approval was not stored, as far as is known ({error}); submit it again under the same "
-            f"operation_id, {operation_id!r}"
+            f"operation_id, {operation_id!r}",
+            may_pass=isinstance(error, UnavailableError) or error.is_transient,
         )
         unknown.operation_id = operation_id
         raise unknown from None
@@ -231,10 +232,8 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
     if not _READER.fullmatch(reader):
         raise ConfigurationError(f"reader must be 1 to 128 letters, digits, '-' and '_', not {reader!r:.80}")
     side = _open_side(broker)
-    try:
+    with public_errors("outcomes cannot be read: "):
         outcome, event = await _next_event(side, reader)
-    except UnavailableError as error:
-        raise BrokerError(f"outcomes cannot be read: {error}") from None
     try:
         yield event
     except BaseException:  # after a cancellation, too, the outcome must come again
@@ -243,10 +242,8 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
         except (UnavailableError, KeylessError) as error:  # it comes again anyway; the body's error is raised
             log(logging.WARNING, "outcome.not_put_off", {"place": outcome.place, "error": str(error)})
         raise
-    try:
+    with public_errors("the outcome may be delivered again: "):
         await outcome.mark_handled()
-    except UnavailableError as error:
-        raise BrokerError(f"the outcome may be delivered again: {error}") from None
 
 
 async def _next_event(side: ApplicationSide, reader: str) -> tuple[OutcomeDelivery, ApprovalEvent]:

@@ -8,12 +8,14 @@ each request, and delivers that to each reader until the reader has handled it. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum, IntEnum, auto
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
+from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
 
 from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, Message
@@ -41,6 +43,15 @@ class UnavailableError(Exception):
 
 class RefusedError(UnavailableError):
     """The broker refused, because a disk or a stream is full, for example; or it did not answer in time."""
+
+
+@contextmanager
+def public_errors(what: str = "") -> Iterator[None]:
+    """Raise an `UnavailableError` as a `BrokerError` that may pass, which begins with these words."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise BrokerError(f"{what}{error}", may_pass=True) from None
 
 
 class NewRequest(NamedTuple):

@@ -148,8 +148,9 @@ def _end(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict,
         reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
         return fail(delivery, reason, str(answer), now=now)
     # If the answer does not show that the user was asked, the claim may.
-    asked = isinstance(answer, Operation)
-    return _decide(delivery, now, Outcome.EXPIRED, answered=verdict is Verdict.PENDING, asked=asked)
+    asked, answered = isinstance(answer, Operation), verdict is Verdict.PENDING
+    detail = None if answered else str(answer)
+    return _decide(delivery, now, Outcome.EXPIRED, answered=answered, asked=asked, detail=detail)
 
 
 def is_older(operation: Operation, delivery: Delivery) -> bool:
@@ -185,9 +186,10 @@ def after_failed_creation(
     return fail(delivery, reason, str(error), now=now)
 
 
-def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
+def after_outage(delivery: Delivery, failure: str, *, now: datetime) -> Decided:
     """Decide about a request whose final poll got no answer in time, and can get none soon."""
-    return _decide(delivery, now, Outcome.EXPIRED, answered=False, asked=False)
+    detail = f"no final poll could be sent, since Keyless is away: {failure}"
+    return _decide(delivery, now, Outcome.EXPIRED, answered=False, asked=False, detail=detail)
 
 
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:

@@ -142,7 +142,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve.
             Always True if the phone starts the operation.
         reason: If failed, why; see `FailureReason`.
-        detail: If failed, what happened, in words.
+        detail: If failed, what happened, in words. If the final poll was not answered, the last failure.
         requested_at: When `expires_in` began to count.
         decided_at: When the outcome was known, by the broker's clock as the worker last measured it.
         deliveries: How often the broker delivered the request: about the number of polls.

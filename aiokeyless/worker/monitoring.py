@@ -114,6 +114,7 @@ class WorkerReporter:
         self._silence: str | None = None  # why the last inspection failed; None if it did not
         self._unsettled = RateLimitedLog(logging.WARNING, "delivery.unsettled")  # of each request, if a disk is full
         self._newer = RateLimitedLog(logging.ERROR, "request.newer")
+        self._not_ready = RateLimitedLog(logging.WARNING, "worker.not_ready")
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._delivered = 0  # deliveries since the last inspection
@@ -122,6 +123,7 @@ class WorkerReporter:
         self._lateness = 0.0  # the same, between the last two inspections
         self.is_draining: bool = False
         self.key_refusal: KeylessError | None = None  # why Keyless seems to refuse the key
+        self.last_failure: str = "its answers take too long"  # of an exchange
         self.take_failure: str | None = None  # of the last take: a full disk fails takes alone, and no inspection
 
     def statistics(self) -> WorkerStatistics:
@@ -176,7 +178,7 @@ class WorkerReporter:
             return
         except Exception as error:  # noqa: BLE001  # a bug: /readyz must not keep its last figures as if all were well
             log(logging.ERROR, "inspection.failed", exc_info=True)
-            self._silence = f"{type(error).__name__}: {error}"
+            self._silence = f"{type(error).__name__}; see the log"
             return
         self._silence = None
         self._budget.waits = self._fleet.waiting
@@ -189,6 +191,8 @@ class WorkerReporter:
 
     def _publish_inspection(self, *, has_ended: bool = False) -> None:
         statistics = self.statistics()
+        if not (statistics.is_ready or self.is_draining):
+            self._not_ready.log({"problems": statistics.problems})
         self._listeners.tell(
             WorkerInspected(
                 worker=self._worker,
@@ -196,6 +200,7 @@ class WorkerReporter:
                 destination=self._broker.destination,
                 has_ended=has_ended,
                 is_ready=statistics.is_ready,
+                is_failing=statistics.is_failing,
                 in_flight=statistics.in_flight,
                 fleet=statistics.fleet,
                 lateness=statistics.lateness,
@@ -240,6 +245,8 @@ class WorkerReporter:
 
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
+        if failure is not None:
+            self.last_failure = str(failure)
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return
@@ -247,7 +254,8 @@ class WorkerReporter:
             log(logging.WARNING, "keyless.failing", {"error": str(failure), "waiting": change.waiting})
         elif self._service.is_logged:
             log(logging.INFO, "keyless.answering", {"seconds": round(change.seconds, 3)})
-        self._listeners.tell(change)
+        if self._service.is_new:
+            self._listeners.tell(change)
 
     # -- deliveries
 
@@ -272,7 +280,7 @@ class WorkerReporter:
             self._unsettled.log({"error": str(failure)})
             if isinstance(failure, RefusedError):
                 self._refusal, self._refused_until = str(failure), self._now() + _REFUSED_FOR
-            failure = BrokerError(str(failure))  # `UnavailableError` is internal
+            failure = BrokerError(str(failure), may_pass=True)  # `UnavailableError` is internal
         self._listeners.tell(
             DeliveryEnded(
                 system=self._broker.system,
@@ -315,7 +323,8 @@ def _log_outcome(event: ApprovalEvent) -> None:
         "reason": event.reason,
         "detail": event.detail,
     }
-    level = logging.WARNING if event.outcome is Outcome.FAILED else logging.INFO
+    is_known = event.outcome is Outcome.APPROVED or event.answered
+    level = logging.INFO if is_known else logging.WARNING
     log(level, f"approval.{event.outcome}", {name: fact for name, fact in facts.items() if fact is not None})
 
 

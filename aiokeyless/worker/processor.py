@@ -14,7 +14,7 @@ from aiokeyless._http.creation import OperationCreation
 from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
-from aiokeyless._rules.outcome import is_failure, is_service_well
+from aiokeyless._rules.outcome import is_failure, is_service_well, is_unexpected
 from aiokeyless.errors import (
     AlreadyApprovedError,
     AuthenticationError,
@@ -45,7 +45,7 @@ from .decisions import (
     is_final,
     is_older,
 )
-from .logs import log
+from .logs import RateLimitedLog, log
 from .messages import FailureReason, Outcome
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class DeliveryProcessor:
         self._grace = grace
         self._clock = broker.now
         self._reporter = reporter
+        self._refused = RateLimitedLog(logging.WARNING, "keyless.refusing")
 
     async def process(self, delivery: Delivery) -> Decision:
         """Create the operation, or poll it. An error is this worker's, and not the request's."""
@@ -321,6 +322,8 @@ class DeliveryProcessor:
                 self._grace.record_pause(self._clock(), self._rate.paused_until - now)
         else:
             self._rate.record_answer()
+        if is_unexpected(error) or self._rate.is_limited(now):
+            self._refused.log({"error": str(error)})
         self._reporter.report_exchange(error)
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:

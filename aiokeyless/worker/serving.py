@@ -283,6 +283,7 @@ class Serving:
                 error = self._reporter.key_refusal = refusal
                 continue
             self._key_check = self._reporter.key_refusal = None
+            log(logging.INFO, "keyless.key_accepted")
             self._changed.set()
             return
         self._on_fatal(error)
@@ -365,7 +366,7 @@ class Serving:
             delivery = self._read(message)
             is_over = delivery.refusal is None and self._grace.left(delivery, moment) <= 0
             if is_over and self._is_away(now):
-                return after_outage(delivery, now=moment)
+                return after_outage(delivery, self._reporter.last_failure, now=moment)
         pause = max(0.0, self._ready_at(now) - now)
         return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), ExchangeResult.NONE)
 

@@ -6,12 +6,14 @@ from collections.abc import AsyncGenerator
 from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from tables import DATABASE_URL, Order, Table
 
+from aiokeyless import BrokerError
 from aiokeyless.worker import submit_approval
 
 engine = create_async_engine(DATABASE_URL.replace("postgresql:", "postgresql+asyncpg:", 1), pool_pre_ping=True)
@@ -28,6 +30,20 @@ async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+@app.exception_handler(OSError)
+@app.exception_handler(DBAPIError)
+@app.exception_handler(BrokerError)
+async def fail(_request: Request, error: OSError | DBAPIError | BrokerError) -> JSONResponse:
+    """Answer 503 if another try is worth it, else 500. On a session, a database that is away is its driver's error."""
+    if isinstance(error, DBAPIError):
+        may_pass = error.connection_invalidated
+    else:
+        may_pass = not isinstance(error, BrokerError) or error.is_transient
+    if not may_pass:
+        raise error
+    return JSONResponse({"error": "The shop is busy. Try again."}, 503, {"Retry-After": "1"})
 
 
 class NewOrder(BaseModel):

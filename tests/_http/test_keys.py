@@ -163,7 +163,7 @@ async def test_wrong_key_for_a_moment_is_a_failure_of_the_moment(
         loop.call_later(10, sandbox.approve, ticket.operation_id)
         await client.wait_for_approval(ticket)
         assert loop.time() < 11.5
-    [warning] = [record for record in caplog.records if "polls go on" in record.getMessage()]
+    [warning] = [record for record in caplog.records if "go on: " in record.getMessage()]
     assert "it raised LookupError" in warning.getMessage()
 
 

@@ -250,11 +250,14 @@ async def test_request_timeout_is_exact(seconds: float) -> None:
     assert f"request_timeout={seconds:g} s" in str(error)
 
 
-async def test_connecting_counts_into_request_timeout() -> None:
+async def test_connecting_counts_into_request_timeout_and_may_need_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     with unanswered() as url:
-        async with once(url, request_timeout=6.2) as client:
+        async with once(url.replace("http:", "https:"), request_timeout=6.2) as client:
             started = now()
-            assert isinstance(await failure(client.get_operation("a")), RequestTimeoutError)
+            error = await failure(client.get_operation("a"))
+            assert isinstance(error, RequestTimeoutError)
+            assert str(error).endswith("with trust_env=True")
             assert now() - started == pytest.approx(6.2, abs=1e-3)
 
 
@@ -315,7 +318,9 @@ async def test_failed_tls_was_not_sent() -> None:
     ):
         error = await failure(client.get_operation("a"))
     assert type(error) is TransportError
-    assert re.search(r"got no answer \(ClientConnectorSSLError: [A-Z_]+\); try again later$", str(error))
+    assert re.search(
+        r"got no answer \(ClientConnectorSSLError: [A-Z_]+\); what answers there speaks no TLS; check", str(error)
+    )
     assert error.__cause__ is None
     assert not error.sent
 
@@ -337,7 +342,7 @@ async def test_service_whose_certificate_is_not_trusted_is_sent_nothing(certific
     assert type(error) is TransportError
     assert re.search(
         r"got no answer \(ClientConnectorCertificateError: self.signed certificate\); check base_url, and which "
-        "authorities the session trusts$",
+        r"authorities the session trusts; name a private one in \$SSL_CERT_FILE before the process starts$",
         str(error),
     )
     assert error.__cause__ is None  # OpenSSL's number 1 is not the operating system's

@@ -342,10 +342,12 @@ def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
 
 @pytest.mark.parametrize("why", Unanswered)
 def test_an_unanswered_final_poll_says_why_the_outcome_is_unknown(why: Unanswered) -> None:
-    assert str(unknown_error(record(), why)) == (
-        f"operation 'txn-1': time is up after 120.0 s and 7 polls, and {why.value}; the outcome is unknown; before you "
-        "repeat anything, wait for its ticket again, which polls once"
+    start, end = (
+        f"operation 'txn-1': time is up after 120.0 s and 7 polls, and {why.value}",
+        ("; the outcome is unknown; before you repeat anything, wait for its ticket again, which polls once"),
     )
+    assert str(unknown_error(record(), why)) == f"{start} (last failure: {record().last_error}){end}"
+    assert str(unknown_error(record(last_error=None), why)) == start + end
 
 
 def test_a_rejected_answer_is_to_be_treated_as_refused() -> None:

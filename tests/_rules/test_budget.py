@@ -206,6 +206,19 @@ def test_a_service_that_comes_and_goes_is_logged_once_a_minute() -> None:
     assert logged == [True, False, False, True, False, True]
 
 
+def test_one_that_goes_within_the_minute_and_stays_away_is_logged_then() -> None:
+    budget, watch = Budget(), ServiceWatch()
+    noticed = []
+    for now in (100.0, 101.0, 120.0, 159.0, 160.0, 161.0, 300.0):
+        if now == 101.0:
+            budget.record_success(now)
+        else:
+            budget.record_failure(now, started_at=now - 10.0)
+        noticed.append((watch.notice(budget, ERROR, now) is not None and watch.is_new, watch.is_logged))
+    news, logged = (True, True), (False, True)
+    assert noticed == [news, news, (True, False), (False, False), logged, (False, False), (False, False)]
+
+
 def test_whoever_counts_failing_services_hears_of_the_end_of_the_client() -> None:
     budget, watch = budget_of(1), ServiceWatch()
     budget.record_failure(110.0, started_at=100.0)

@@ -316,13 +316,16 @@ class TestTrouble:
         assert client.statistics.transient_failures == 0
         assert not client.statistics.is_failing
 
-    async def test_telemetry_that_is_forbidden_rests_two_minutes(self, service: Service, client: KeylessClient) -> None:
+    async def test_telemetry_that_is_forbidden_rests_two_minutes(
+        self, service: Service, client: KeylessClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
         service.answers(403)
         tickets = [await created(client, name) for name in "ab"]
         later(119, service.approve, "a")
         later(119, service.approve, "b")
         await asyncio.gather(*(client.wait_for_approval(ticket, explain=True) for ticket in tickets))
         assert len(service.asked()) == 2  # both at the same time; neither again
+        assert [record.levelname for record in caplog.records if "are not known" in record.message] == ["WARNING"] * 2
 
     async def test_telemetry_that_refuses_a_key_that_was_replaced_meanwhile_is_asked_again_with_the_new_one(
         self, service: Service

@@ -898,18 +898,20 @@ class TestDeadlines:
         assert len(machine.started(1.0)) == (20 if why is Unanswered.NO_SLOT else 1)
         sent = [wait for wait in waits if wait.final_poll is not None]
         machine.expire(3.0)
-        for wait in waits:
-            assert f"and {(Unanswered.NO_ANSWER if wait in sent else why).value};" in str(wait.result())
+        for wait in waits:  # if the service is at fault, with what another wait's poll has met
+            reason = Unanswered.NO_ANSWER if wait in sent else why
+            cause = ";" if reason is Unanswered.NO_SLOT else " (last failure: GET /v2/operations/op-"
+            assert f"and {reason.value}{cause}" in str(wait.result())
 
     def test_a_wait_whose_final_poll_failed_says_so_even_if_the_repetition_could_not_be_sent(self) -> None:
         machine = Calls(connections=1, schedule=wait_fixed(60))
         wait = machine.wait(timeout=1.0, is_fresh=True)
-        machine.answer(machine.one(1.0), 1.0, error(500))
+        machine.answer(machine.one(1.0), 1.0, failure := error(500))
         machine.wait("busy", at=1.0)
         machine.one(1.0)
         assert machine.started(1.5) == []
         machine.expire(3.0)
-        assert "and its final poll failed;" in str(wait.result())
+        assert f"and its final poll failed (last failure: {failure});" in str(wait.result())
 
     @pytest.mark.parametrize(("at", "starts"), [(2.5, True), (2.51, False)])
     def test_a_final_poll_does_not_start_in_its_last_half_second(self, at: float, *, starts: bool) -> None:
@@ -1205,7 +1207,7 @@ class TestResults:
         spent = machine._budget.room(100.0)
         polls = machine.run(250.0, lambda *_: cached(), since=100.0)
         assert (wait.outcome, endless.outcome) == ("ApprovalUnknownError", "")
-        assert "(a cache said so)" in str(wait.result())
+        assert "(last failure: a cache said so)" in str(wait.result())
         assert (machine._budget.room(250.0), machine.statistics(250.0).is_failing) == (spent, False)
         assert machine.statistics(250.0).transient_failures == len(polls) > 20
         machine.answer(machine.started(260.0)[0], 260.0, "approved")

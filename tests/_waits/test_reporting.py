@@ -12,8 +12,10 @@ from tenacity.wait import wait_fixed
 from aiokeyless._rules.budget import Budget
 from aiokeyless._waits.reporting import Reporter
 from aiokeyless.errors import ServerError
+from aiokeyless.events import PollEnded, PollResult, ServiceChanged
 
 if TYPE_CHECKING:
+    from aiokeyless.events import Event
     from aiokeyless.sandbox import Sandbox
 
 USER = "C0FFEE"
@@ -115,21 +117,46 @@ def test_unexpected_failures_are_a_line_a_minute(reporter: Reporter, caplog: pyt
 
 
 @pytest.mark.looptime
-async def test_a_client_logs_an_outage_of_its_service(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("operations", [1, 20])
+async def test_a_client_logs_an_outage_and_at_the_first_good_answer_its_end(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, operations: int
+) -> None:
     caplog.set_level(logging.INFO, "aiokeyless")
-    async with sandbox.client(schedule=wait_fixed(1)) as client, asyncio.TaskGroup() as tasks:
-        for number in range(20):
+    told: list[Event] = []
+    async with sandbox.client(schedule=wait_fixed(1), listeners=[told.append]) as client, asyncio.TaskGroup() as tasks:
+        for number in range(operations):
             await client.create_operation(USER, operation_id=f"op-{number}")
             tasks.create_task(client.wait_for_approval(f"op-{number}", timeout=300))
         await asyncio.sleep(5)
         sandbox.fail_next(503, times=None)
         await asyncio.sleep(20)
+        assert [level for level, _ in lines(caplog)] == ["WARNING"]
         sandbox.recover()
         await asyncio.sleep(20)
-        for number in range(20):
+        for number in range(operations):
             sandbox.approve(f"op-{number}")
     opened, closed = lines(caplog)
-    assert opened[0] == "WARNING"
-    assert "20 waits" in opened[1]
+    assert f"{operations} waits" in opened[1]
     assert closed[0] == "INFO"
+    began, ended = (number for number, event in enumerate(told) if isinstance(event, ServiceChanged))
+    meanwhile = [event.result for event in told[began:ended] if isinstance(event, PollEnded)]
+    assert meanwhile == [*[PollResult.FAILED] * (len(meanwhile) - 1), PollResult.PENDING]
     assert sandbox.api_key not in opened[1] + closed[1]
+
+
+@pytest.mark.looptime
+async def test_a_client_logs_a_limit_of_its_rate(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless")
+    async with sandbox.client(schedule=wait_fixed(1)) as client, asyncio.TaskGroup() as tasks:
+        for number in range(30):
+            await client.create_operation(USER, operation_id=f"op-{number}")
+            tasks.create_task(client.wait_for_approval(f"op-{number}", timeout=300))
+        await asyncio.sleep(5)
+        sandbox.fail_next(429, times=14, retry_after=40)  # so many that it is the tenant's
+        await asyncio.sleep(1.5)
+        for number in range(30):
+            sandbox.approve(f"op-{number}")
+    [(level, message)] = [line for line in lines(caplog) if "polls have been late" not in line[1]]
+    assert level == "WARNING"
+    assert message.startswith("polls do not get through, and go on: GET /v2/operations/op-")
+    assert " answered 429 (Retry-After: 40 s): too many requests" in message

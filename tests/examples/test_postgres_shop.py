@@ -156,3 +156,20 @@ async def test_a_pin_pays_nothing_whoever_submitted_the_request(tmp_path: Path) 
 async def place_later(session: aiohttp.ClientSession, shop: ExampleServer, number: int) -> None:
     await asyncio.sleep(number * 0.12)
     await place(session, shop, number)
+
+
+async def test_the_shop_answers_503_while_its_database_is_away_and_500_if_it_has_no_schema(
+    server: PostgresServer, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    url = server.url(server.new_database())
+    async with (
+        ExampleServer(EXAMPLE / "orders.py", sandbox, tmp_path, port="SHOP_PORT", DATABASE_URL=url) as shop,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+    ):
+        order = {"id": "order-1", "user_id": "C0FFEE", "amount": "1.00"}
+        for status in (500, 503, 503):
+            async with session.post(f"{shop.url}/orders", json=order) as answer:
+                assert answer.status == status
+            if status == 500:
+                server.kill()
+    assert "(the schema 'keyless' is missing" in shop.log.read_text()

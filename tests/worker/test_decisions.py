@@ -291,7 +291,7 @@ def test_every_outcome_says_when_it_was_decided() -> None:
         after_unclaimed(DELIVERY, operation(**APPROVED), now=now),
         after_unclaimed(DELIVERY, operation(), now=now),
         after_unclaimed(DELIVERY, operation(user_id="BAD"), now=now),
-        after_outage(DELIVERY, now=now),
+        after_outage(DELIVERY, "it is down", now=now),
     ]
     assert {decided(outcome).event.decided_at for outcome in outcomes} == {now}
 
@@ -329,7 +329,7 @@ def test_what_the_phone_started_is_no_news_to_the_application() -> None:
 
 @pytest.mark.parametrize(("answer", "is_answered"), [(MISSING, True), (UNREACHABLE, False)], ids=str)
 def test_the_application_asked_the_user_itself(answer: KeylessError, *, is_answered: bool) -> None:
-    expired = polled(answer, LATE, delivery=PHONE), after_outage(PHONE, now=at(LATE))
+    expired = polled(answer, LATE, delivery=PHONE), after_outage(PHONE, "it is down", now=at(LATE))
     assert [decided(each).event.asked for each in expired] == [True, True]
     assert decided(expired[0]).event.answered is is_answered
 
@@ -410,7 +410,8 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
 
 
 def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
-    event, polled_at = after_outage(DELIVERY, now=at(LATE))
+    event, polled_at = after_outage(DELIVERY, "it is down", now=at(LATE))
+    assert event.detail == "no final poll could be sent, since Keyless is away: it is down"
     assert (event.outcome, event.answered, event.asked, event.reason) == (Outcome.EXPIRED, False, False, None)
     assert polled_at is None
 
@@ -420,7 +421,7 @@ def test_an_odd_answer_about_what_it_may_have_created_ends_and_creates_nothing(a
     assert SHORTEST <= delay_after_failure(polled(answer, 10, was_created=True)) <= 0.5
     assert SHORTEST <= delay_after_failure(polled(answer, FINAL, was_created=True, grace=30)) <= 0.5
     event, *_ = decided(polled(answer, FINAL, was_created=True))
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
+    assert (event.outcome, event.answered, event.detail) == (Outcome.EXPIRED, False, str(answer))
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import re
 from contextlib import asynccontextmanager
@@ -227,6 +228,9 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
     assert (failing.levelname, answering.levelname) == ("WARNING", "INFO")
     assert re.fullmatch(r'keyless.failing error=".*503.*" waiting=6', failing.message)
     assert answering.message == f"keyless.answering seconds={round(ended.seconds, 3)}"
+    assert [told for told, _ in itertools.groupby(told.of(WorkerInspected), lambda event: event.is_failing)] == [
+        *(False, True, False)
+    ]
 
 
 async def test_a_service_that_comes_and_goes_is_two_lines_a_minute(
@@ -240,8 +244,12 @@ async def test_a_service_that_comes_and_goes_is_two_lines_a_minute(
             await asyncio.sleep(15)
             sandbox.recover()
             await asyncio.sleep(2)
-    assert [change.is_failing for change in told.of(ServiceChanged)] == [True, False] * 3
-    assert len([record for record in caplog.records if record.message.startswith("keyless.")]) == 2
+        assert [change.is_failing for change in told.of(ServiceChanged)] == [True, False] * 3
+        assert len([record for record in caplog.records if record.message.startswith("keyless.")]) == 2
+        sandbox.fail_next(503, times=None)  # and now it stays away
+        await asyncio.sleep(30)
+    assert [change.is_failing for change in told.of(ServiceChanged)] == [True, False] * 4  # the last: the worker ends
+    assert len([record for record in caplog.records if record.message.startswith("keyless.")]) == 3
 
 
 async def test_a_service_that_fails_when_its_worker_ends_is_told_to_fail_no_more(told: Told, sandbox: Sandbox) -> None:
@@ -309,12 +317,14 @@ async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeed
         with monkeypatch.context() as patch:
             patch.setattr(broker, "inspect", fail)
             await asyncio.sleep(5)
-            assert problems(reporter) == ["the broker does not answer: LookupError: no such row"]
+            assert problems(reporter) == ["the broker does not answer: LookupError; see the log"]
         await asyncio.sleep(5)
         assert problems(reporter) == []
-    [record] = caplog.records
-    assert (record.levelname, record.message) == ("ERROR", "inspection.failed")
-    assert record.exc_info
+    failed, unready = caplog.records
+    assert (failed.levelname, failed.message) == ("ERROR", "inspection.failed")
+    assert failed.exc_info
+    words = 'problems=["the broker does not answer: LookupError; see the log"] count=1'
+    assert (unready.levelname, unready.message) == ("WARNING", f"worker.not_ready {words}")
 
 
 def delivery(*, number: int = 1, waited: float = 0.0) -> Message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import uuid
 from datetime import UTC, datetime
 from functools import partial
@@ -190,7 +191,7 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
         released.set()
 
 
-async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox) -> None:
+async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     async with working(sandbox, max_in_flight=4, schedule=wait_fixed(0.5)) as (worker, memory):
         for _ in range(30):
             await submit(memory, "C0FFEE")
@@ -203,6 +204,8 @@ async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox) -> None:
         assert not sandbox.requests
         await asyncio.sleep(3)
         assert sandbox.requests
+    [line] = [record.message for record in caplog.records if record.message.startswith("keyless.")]
+    assert re.fullmatch(r'keyless\.refusing error="GET .* answered 429 \(Retry-After: 20 s\): .*" count=1', line)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

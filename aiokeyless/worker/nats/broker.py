@@ -92,6 +92,7 @@ class NatsBroker(Broker):
         self._settings = settings or StreamSettings()
         if self._connection is not None:
             self.largest_request: int = find_largest_request(self._connection)
+        self._has_stored = False  # a request, so there is a stream
         self._loss: BrokerError | None = None  # why the connection will not come back
         self._clock = BrokerClock()
         self._intake: Intake | None = None  # None until a worker has prepared it
@@ -174,11 +175,13 @@ class NatsBroker(Broker):
                     stored = await self._stream().publish(
                         self._fleet.request_subject, new.body, stream=self._fleet.requests, headers=headers
                     )
+                self._has_stored = True
                 return bool(stored.duplicate)
             except NoStreamError:  # raised at once, and also while the stream has no leader
                 if loop.time() >= give_up_at:
                     raise BrokerError(
-                        "no stream took it; start a worker first, it makes the stream, or JetStream is off"
+                        "no stream took it; start a worker first, it makes the stream, or JetStream is off",
+                        may_pass=self._has_stored,  # the stream has no leader
                     ) from None
             except UnavailableError:
                 failures += 1
@@ -190,7 +193,10 @@ class NatsBroker(Broker):
         connection = self._open_connection()
         if reader not in self._readers:
             self._readers[reader] = Reader(connection, self._fleet, reader, self._event_keys)
-        return await self._readers[reader].next()
+        try:
+            return await self._readers[reader].next()
+        except BrokerError as error:
+            raise (self._loss or error) from None  # as in `prepare`
 
     # -- for workers
 

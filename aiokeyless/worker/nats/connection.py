@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import ssl
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -100,7 +101,10 @@ async def connect(nats_url: str, options: Mapping[str, object], *, on_loss: Call
         is_summary = isinstance(error, nats.errors.NoServersError | TimeoutError)
         cause = client.failures[-1] if client.failures and is_summary else error
         reason = str(cause) or type(cause).__name__
-        raise BrokerError(f"no connection to the broker at {_hosts(servers)}: {reason}") from None
+        # It is away, hangs, or has too many connections. Others are about TLS, the login or the address.
+        is_away = isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError)
+        may_pass = is_away or "connections exceeded" in reason
+        raise BrokerError(f"no connection to the broker at {_hosts(servers)}: {reason}", may_pass=may_pass) from None
     client.is_made = True
     client.options.update(_FOREVER)
     return client

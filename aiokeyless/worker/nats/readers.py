@@ -111,7 +111,8 @@ class Reader(Intake):
                 return await ensure_reader(self._stream, self._fleet, self._name)
         raise BrokerError(
             "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
-            f"{self._fleet.prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its inbox?"
+            f"{self._fleet.prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its inbox?",
+            may_pass=True,
         )
 
     async def _is_believed(self, message: NatsMessage) -> bool:

@@ -169,12 +169,13 @@ async def prepare(
         await _ensure_stream(stream, fleet.claims, wanted_streams(fleet, settings, window)[fleet.claims])
         consumer = await ensure_workers(stream, fleet, ack_wait)
     except nats.js.errors.APIError as error:
-        raise BrokerError(_refusal(error, fleet)) from None
+        raise BrokerError(_refusal(error, fleet), may_pass=error.err_code in _CLUSTER_INCOMPLETE) from None
     except nats.errors.Error as error:
         raise BrokerError(
             f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, are most "
             f"servers of a cluster up, and may this user publish to {fleet.prefix}.>, $JS.ACK.>, "
-            f"{fleet.name}.approvals.* and {fleet.name}.claims.*?"
+            f"{fleet.name}.approvals.* and {fleet.name}.claims.*?",
+            may_pass=True,
         ) from None
     if problem := describe_wrong(f"the consumer {fleet.consumer}", consumer, wanted_consumer(ack_wait)):
         raise BrokerError(f"{problem}; delete it, and the workers make it again")

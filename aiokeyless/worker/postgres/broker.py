@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 import asyncpg
 import msgspec
 
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 from aiokeyless.worker.batches import Batches
@@ -29,6 +29,7 @@ from aiokeyless.worker.broker import (
     OutcomeDelivery,
     UnavailableError,
     UnreadOutcome,
+    public_errors,
     without_frames,
 )
 from aiokeyless.worker.clock import BrokerClock
@@ -146,7 +147,7 @@ class PostgresBroker(TableBroker):
 
     async def _connect(self, url: Secret) -> Pool:
         try:
-            with broker_errors(self._schema, ERRORS):
+            with public_errors("the database cannot be reached: "), broker_errors(self._schema, ERRORS):
                 # No cache of prepared statements, and each statement in a transaction: so a pooler such as pgbouncer
                 # may use any of its connections for the next one. No minimum of open connections: a pool with one logs
                 # a traceback whenever the database is away.
@@ -164,8 +165,6 @@ class PostgresBroker(TableBroker):
                 _warn_of_plaintext(connection)
                 await _release(pool, connection)
                 return pool
-        except UnavailableError as error:
-            raise BrokerError(f"the database cannot be reached: {error}") from None
         except ValueError:  # its text may quote a part of the password
             raise ConfigurationError(
                 "broker must be the URL of a database; in its password, write %2F for a /, %3F for a ? and %23 for a #",
@@ -230,15 +229,13 @@ class PostgresBroker(TableBroker):
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> float:
-        try:
+        with public_errors(f"the schema {self._schema!r} cannot be prepared: "):
             await self._in_transaction(lambda connection: prepare(connection, self._schema), patience=_TIDIES_WITHIN)
             await self._tidy("SELECT {}.restore()")
             if service:
                 ((stored,),) = await self._fetch("SELECT {}.serve($1)", service)
                 check_service(stored, service, f"the schema {self._schema!r}")
             await self._measure_time()
-        except UnavailableError as error:
-            raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None
         return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError, InvalidRequestError
-from aiokeyless.worker.broker import NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import NewRequest, OutcomeDelivery, UnavailableError, public_errors
 from aiokeyless.worker.tables import Row
 
 from .failures import broker_errors, first_line, lasting_error, state_of
@@ -97,18 +97,14 @@ class PostgresOutcome(OutcomeDelivery):
             await self._driver.release()
 
     async def _commit(self) -> None:
-        try:
-            with (
-                broker_errors(self._driver.schema, self._driver.errors),
-                self._driver.limit(self._driver.answers_within),
-            ):
-                await self._check()
-                await self._driver.commit()
-        except UnavailableError as error:
-            raise BrokerError(
-                "the transaction of an outcome was not committed, as far as is known; if it was not, the outcome comes "
-                f"again: {error}"
-            ) from None
+        doubt = "the transaction of an outcome was not committed, as far as is known; then it comes again: "
+        with (
+            public_errors(doubt),
+            broker_errors(self._driver.schema, self._driver.errors),
+            self._driver.limit(self._driver.answers_within),
+        ):
+            await self._check()
+            await self._driver.commit()
 
     async def _check(self) -> None:
         """Check that there is a transaction to commit. A COMMIT of a failed one is a silent rollback."""

@@ -13,10 +13,10 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError
+from aiokeyless.errors import ConfigurationError, ConflictError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnavailableError, UnreadOutcome
+from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest, OutcomeDelivery, UnreadOutcome, public_errors
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.tables import Chore, TableBroker, check_service, row_of
 
@@ -82,10 +82,9 @@ class SqliteBroker(TableBroker):
             self._thread = ThreadPoolExecutor(1, "aiokeyless-sqlite")
         try:
             known = self.request_version
-            self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp(), known))
+            with public_errors():
+                self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp(), known))
             self._is_open = True
-        except UnavailableError as error:
-            raise BrokerError(str(error)) from None
         finally:
             if not self._is_open and self._thread is not None:
                 self._thread.shutdown(wait=False)
@@ -142,10 +141,8 @@ class SqliteBroker(TableBroker):
     async def prepare(self, *, lease: float, service: str) -> float:
         self._check_open()
         if service:
-            try:
+            with public_errors():
                 stored = await self._do(lambda store: store.serve(service))
-            except UnavailableError as error:
-                raise BrokerError(str(error)) from None
             check_service(stored, service, self._path)
         return self._keep_house(lease)
 

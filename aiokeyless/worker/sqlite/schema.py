@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sqlite3
@@ -80,6 +81,8 @@ _MIGRATIONS: Final = (
 _REMOTE: Final = frozenset(
     {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
 )
+#: Errors of the system that may pass by themselves: a full disk, a disk that fails, too many open files.
+_PASSING: Final = frozenset({errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC})
 _MOUNTS: Final = Path("/proc/self/mounts")
 _LARGEST_LOG: Final = 16 << 20  # bytes that the log keeps after a long read of another program has made it grow
 
@@ -113,7 +116,8 @@ def _create(path: str) -> None:
         if not Path(path).is_file():  # to close one here would end the locks of the other brokers of this process
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
-        raise BrokerError(f"{path} cannot be opened for writing: {error.strerror}") from None
+        may_pass = error.errno in _PASSING
+        raise BrokerError(f"{path} cannot be opened for writing: {error.strerror}", may_pass=may_pass) from None
 
 
 def _list_files(path: str) -> list[tuple[Path, os.stat_result]]:

@@ -178,3 +178,16 @@ async def test_nobody_is_asked_after_the_deadline_although_no_clock_of_the_machi
 ) -> None:
     seen = await ask_ten_and_sleep(storage, client, monkeypatch, "monotonic", "clock_gettime", is_claimed=False)
     assert (seen, sandbox.operations) == ({(Outcome.EXPIRED, False)}, {})
+
+
+async def test_an_outcome_that_is_unknown_says_what_failed_and_is_a_warning(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with storage.broker() as broker, worker_at(broker, client, grace=0.5):
+        sandbox.fail_next(503, times=1000)
+        await submit(broker, expires_in=1.0)
+        [event] = await read(broker)
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
+    assert "GET /v2/operations/txn-1 answered 503: the service failed" in (event.detail or "")
+    [record] = [record for record in caplog.records if record.message.startswith("approval.")]
+    assert (record.levelname, record.message.count(event.detail or "")) == ("WARNING", 1)
