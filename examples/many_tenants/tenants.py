@@ -1,0 +1,127 @@
+"""The tenants in the application's database, and what runs for each: it follows the table, without a restart."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from sqlalchemy import ForeignKey, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from aiokeyless import ConfigurationError, KeylessClient
+from aiokeyless.shutdown import Closable
+
+T = TypeVar("T", bound=Closable)
+log = logging.getLogger("tenants")
+DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql:///shop")
+READS_EVERY = 5.0  # seconds: until then, changes of the table have no effect
+
+engine = create_async_engine(
+    DATABASE_URL.replace("postgresql:", "postgresql+asyncpg:", 1),
+    pool_pre_ping=True,
+    hide_parameters=True,  # errors would quote keys and tickets
+    connect_args={"timeout": 10, "command_timeout": 10},
+)
+sessions = async_sessionmaker(engine, expire_on_commit=False)
+
+
+class Table(DeclarativeBase):
+    """What all tables are made from."""
+
+
+class Tenant(Table):
+    """A tenant."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(primary_key=True)  # in logs and metrics, so of no person
+    api_key: Mapped[str]  # a real site encrypts it, with a key from elsewhere
+    region: Mapped[str] = mapped_column(server_default="eu")
+    base_url: Mapped[str | None]  # in place of the region's: a sandbox's, for tests
+    state: Mapped[str] = mapped_column(server_default="active")  # then draining: nobody is asked; or suspended
+
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """Where its users are asked."""
+        return self.region, self.base_url
+
+
+class Approval(Table):
+    """What a user was asked, and how it ended."""
+
+    __tablename__ = "approvals"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    order: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str]
+    ticket: Mapped[str]
+    state: Mapped[str] = mapped_column(default="asked")  # then approved, refused or timed out
+
+
+def make_client(tenant: Tenant, api_key: Callable[[], str]) -> KeylessClient:
+    """Make the client of a tenant."""
+    region = None if tenant.base_url else tenant.region
+    return KeylessClient(api_key, region=region, base_url=tenant.base_url, name=tenant.name)
+
+
+class Registry(Generic[T]):
+    """What runs for each tenant that is not suspended, such as its client. It follows the table."""
+
+    def __init__(self, make: Callable[[Tenant, Callable[[], str]], T]) -> None:
+        self._make = make
+        self._tenants: dict[str, Tenant] = {}
+        self._running: dict[str, T] = {}
+        self._closing: set[asyncio.Task[object]] = set()
+        self._following: asyncio.Task[None]
+
+    async def __aenter__(self) -> Self:
+        await self._read()
+        self._following = asyncio.create_task(self._follow())
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all, and make nothing any more."""
+        self._following.cancel()
+        await asyncio.gather(*self._closing, *(each.aclose() for each in self._running.values()))
+
+    def get(self, name: str, *, to_ask: bool = False) -> T | None:
+        """Return what runs for a tenant; None if nothing does, or if nobody may be asked."""
+        is_closed = to_ask and name in self._tenants and self._tenants[name].state != "active"
+        return None if is_closed else self._running.get(name)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(READS_EVERY)
+            try:
+                await self._read()
+            except (SQLAlchemyError, OSError) as error:  # what runs goes on with what was read before
+                log.warning("tenants are not read: %s", error)
+
+    async def _read(self) -> None:
+        async with sessions() as session:
+            rows = await session.scalars(select(Tenant).where(Tenant.state != "suspended"))
+            now = {tenant.name: tenant for tenant in rows}
+        before, self._tenants = self._tenants, now
+        for name in [*self._running]:
+            if name not in now or now[name].place != before[name].place:
+                closing = asyncio.create_task(self._running.pop(name).aclose())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        for name in now.keys() - self._running.keys():
+            try:
+                self._running[name] = self._make(now[name], partial(self._key, name))
+            except ConfigurationError as error:  # such as an unknown region: of this tenant alone
+                log.warning("tenant %s: %s", name, error)
+
+    def _key(self, name: str) -> str:
+        return self._tenants[name].api_key
