@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from sqlalchemy import ForeignKey, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -39,7 +38,7 @@ class Tenant(Table):
 
     __tablename__ = "tenants"
 
-    name: Mapped[str] = mapped_column(primary_key=True)  # in logs and metrics, so of no person
+    name: Mapped[str] = mapped_column(primary_key=True)  # in logs, metrics and schemas: [a-z0-9_], and of no person
     api_key: Mapped[str]  # a real site encrypts it, with a key from elsewhere
     region: Mapped[str] = mapped_column(server_default="eu")
     base_url: Mapped[str | None]  # in place of the region's: a sandbox's, for tests
@@ -57,7 +56,7 @@ class Approval(Table):
     __tablename__ = "approvals"
 
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
-    order: Mapped[str] = mapped_column(primary_key=True)
+    order_id: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[str]
     ticket: Mapped[str]
     state: Mapped[str] = mapped_column(default="asked")  # then approved, refused or timed out
@@ -104,8 +103,8 @@ class Registry(Generic[T]):
             await asyncio.sleep(READS_EVERY)
             try:
                 await self._read()
-            except (SQLAlchemyError, OSError) as error:  # what runs goes on with what was read before
-                log.warning("tenants are not read: %s", error)
+            except Exception as error:  # noqa: BLE001  # whatever it is, what runs goes on
+                log.warning("tenants are not read: %r", error)
 
     async def _read(self) -> None:
         async with sessions() as session:

@@ -66,7 +66,7 @@ async def ask(order: str, who: Annotated[Login, Depends(login)]) -> dict[str, st
         require_auth_type="biom",
     )
     async with sessions.begin() as session:  # before asking
-        values = {"tenant": who.tenant, "order": order, "user_id": who.user_id, "ticket": new.to_json()}
+        values = {"tenant": who.tenant, "order_id": order, "user_id": who.user_id, "ticket": new.to_json()}
         await session.execute(insert(Approval).values(values).on_conflict_do_nothing())
     row = await find(order, who)
     ticket = ApprovalTicket.from_json(row.ticket)
@@ -119,7 +119,7 @@ async def find(order: str, who: Login) -> Approval:
 async def decide(asked: Approval, state: str) -> str:
     """Store an outcome before anybody is told: the first one counts, and an approval after it changes nothing."""
     async with sessions.begin() as session:
-        row = await session.get(Approval, (asked.tenant, asked.order), with_for_update=True)
+        row = await session.get(Approval, (asked.tenant, asked.order_id), with_for_update=True)
         if row is None:  # the tenant was deleted
             raise HTTPException(404)
         if row.state == "asked":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import sys
 import weakref
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import aiohttp
+import asyncpg
 import pytest
 from example_server import ExampleServer
 from leaks import armed_timers, tasks_since
@@ -21,7 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from waiting import PATIENCE, until
 
-from aiokeyless import ClientClosedError
+from aiokeyless import ApprovalTicket, AuthenticationError, ClientClosedError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from aiokeyless.sandbox import RequestRecord
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "many_tenants"
+PAGE = EXAMPLE.parents[1] / "docs" / "howto" / "many-tenants.md"
 SITE = Path(__file__).parent / "servers" / "tenants_site.py"
 sys.path.insert(0, str(EXAMPLE))
 
@@ -291,6 +294,38 @@ async def test_nothing_is_left_of_a_thousand_tenants_that_came_and_went(sandbox:
     assert not armed_timers()
 
 
+@pytest.mark.usefixtures("database")
+async def test_the_clients_go_on_while_the_database_restarts_and_then_follow_it(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = 0
+
+    def fail() -> NoReturn:
+        nonlocal failures
+        failures += 1
+        raise asyncpg.CannotConnectNowError  # which SQLAlchemy does not translate
+
+    await execute(a_row("acme", sandbox, "old"))
+    async with tenants.Registry(tenants.make_client) as registry:
+        client = registry.get("acme")
+        assert client is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(tenants, "sessions", fail)
+            await until(lambda: failures > 1)
+            with pytest.raises(AuthenticationError):
+                await client.create_operation("C0FFEE")
+        await execute("UPDATE tenants SET api_key = 'sandbox-key'")
+
+        async def is_accepted() -> bool:
+            try:
+                return bool(await client.create_operation("C0FFEE"))
+            except AuthenticationError:
+                return False
+
+        await until(is_accepted)
+        assert registry.get("acme") is client
+
+
 async def test_each_tenant_has_a_worker_that_starts_again_and_stops_no_other(
     database: str, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,3 +354,29 @@ async def outcome(database: str, schema: str, order: str = "order-1") -> None:
         await submit_approval(broker, "C0FFEE", operation_id=order)
         async with next_outcome(broker, "shop") as event:
             assert (event.operation_id, event.outcome) == (order, "approved")
+
+
+async def test_the_pages_queries_find_what_is_left_and_its_statements_leave_nothing(database: str) -> None:
+    await prepare(database, "keyless_gone")
+    ticket = ApprovalTicket.for_operation("id-1", user_id="C0FFEE", require_auth_type="biom")
+    await execute("INSERT INTO tenants (name, api_key) VALUES ('gone', 'key')")
+    async with tenants.sessions.begin() as session:
+        session.add(tenants.Approval(tenant="gone", order_id="order-1", user_id="C0FFEE", ticket=ticket.to_json()))
+    async with PostgresBroker(database, "keyless_gone") as broker:
+        await submit_approval(broker, "C0FFEE", operation_id="id-2")
+    drain, still_open, waiting, delete, forgotten = (
+        block.replace("acme", "gone") for block in re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    )
+
+    def run(statement: str) -> list[list[str]]:
+        return shared_server().execute(statement, database.partition("@/")[2].partition("?")[0])
+
+    run(drain)
+    assert run("SELECT state FROM tenants") == [["draining"]]
+    assert run(still_open) == [["order-1"]]
+    assert run(waiting) == [["1"], ["0"]]
+    everything = ["approval order-1", *(f"role keyless_gone_{name}" for name in ("asker", "owner", "reader", "worker"))]
+    assert sorted(run(forgotten)) == [[each] for each in (*everything, "schema keyless_gone")]
+    run(delete)
+    assert run(forgotten) == []
+    assert run("SELECT * FROM tenants") == []
