@@ -398,6 +398,14 @@ def test_what_the_benchmarks_say_about_the_memory_of_a_fleet_was_measured() -> N
     assert grown["growth of the worker's objects, an hour"] < 1
 
 
+def test_what_the_page_of_many_tenants_says_was_measured() -> None:
+    page = (DOCS / "howto" / "many-tenants.md").read_text()
+    costs, late = (table["rows"] for table in saved("tenants")["tables"])
+    for _, memory, sockets, start, stop, _ in costs[:2]:
+        assert f"| {memory} MB | {sockets} | {start} s | {stop} s |" in page
+    assert {f"{float(row[1].split()[0]):.1f} s (p95)" in page for row in late} == {True}
+
+
 def test_what_the_benchmarks_say_about_good_requests_was_measured() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     measured: dict[str, list[str]] = {}

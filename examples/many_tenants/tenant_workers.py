@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
 
 import asyncpg
 from tenants import DATABASE_URL, Registry, Tenant, make_client
@@ -19,8 +18,8 @@ AGAIN = 10.0  # seconds after which a worker that has ended is started again
 class Supervisor:
     """The worker of a tenant, which is started again whenever it ends."""
 
-    def __init__(self, tenant: Tenant, api_key: Callable[[], str], pool: asyncpg.Pool) -> None:
-        self._client = make_client(tenant, api_key)
+    def __init__(self, tenant: Tenant, pool: asyncpg.Pool) -> None:
+        self._client = make_client(tenant)
         self._running = asyncio.create_task(self._run(pool, f"keyless_{tenant.name}"))
 
     async def aclose(self) -> None:
@@ -51,7 +50,7 @@ async def main() -> None:
         asyncpg.create_pool(
             DATABASE_URL, min_size=0, max_size=20, statement_cache_size=0, timeout=10, reset=reset_nothing
         ) as pool,
-        Registry(lambda tenant, api_key: Supervisor(tenant, api_key, pool)),
+        Registry(lambda tenant: Supervisor(tenant, pool)),
     ):
         await stopped.wait()
 

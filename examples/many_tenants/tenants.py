@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -62,19 +61,18 @@ class Approval(Table):
     state: Mapped[str] = mapped_column(default="asked")  # then approved, refused or timed out
 
 
-def make_client(tenant: Tenant, api_key: Callable[[], str]) -> KeylessClient:
+def make_client(tenant: Tenant) -> KeylessClient:
     """Make the client of a tenant."""
     region = None if tenant.base_url else tenant.region
-    return KeylessClient(api_key, region=region, base_url=tenant.base_url, name=tenant.name)
+    return KeylessClient(lambda: tenant.api_key, region=region, base_url=tenant.base_url, name=tenant.name)
 
 
 class Registry(Generic[T]):
     """What runs for each tenant that is not suspended, such as its client. It follows the table."""
 
-    def __init__(self, make: Callable[[Tenant, Callable[[], str]], T]) -> None:
+    def __init__(self, make: Callable[[Tenant], T]) -> None:
         self._make = make
-        self._tenants: dict[str, Tenant] = {}
-        self._running: dict[str, T] = {}
+        self._running: dict[str, tuple[Tenant, T]] = {}
         self._closing: set[asyncio.Task[object]] = set()
         self._following: asyncio.Task[None]
 
@@ -91,12 +89,12 @@ class Registry(Generic[T]):
     async def aclose(self) -> None:
         """Close all, and make nothing any more."""
         self._following.cancel()
-        await asyncio.gather(*self._closing, *(each.aclose() for each in self._running.values()))
+        await asyncio.gather(*self._closing, *(each.aclose() for _, each in self._running.values()))
 
     def get(self, name: str, *, to_ask: bool = False) -> T | None:
         """Return what runs for a tenant; None if nothing does, or if nobody may be asked."""
-        is_closed = to_ask and name in self._tenants and self._tenants[name].state != "active"
-        return None if is_closed else self._running.get(name)
+        tenant, each = self._running.get(name, (None, None))
+        return None if to_ask and tenant and tenant.state != "active" else each
 
     async def _follow(self) -> None:
         while True:
@@ -110,17 +108,16 @@ class Registry(Generic[T]):
         async with sessions() as session:
             rows = await session.scalars(select(Tenant).where(Tenant.state != "suspended"))
             now = {tenant.name: tenant for tenant in rows}
-        before, self._tenants = self._tenants, now
-        for name in [*self._running]:
-            if name not in now or now[name].place != before[name].place:
-                closing = asyncio.create_task(self._running.pop(name).aclose())
+        for name, (tenant, each) in [*self._running.items()]:
+            if name in now and now[name].place == tenant.place:
+                tenant.api_key, tenant.state = now[name].api_key, now[name].state
+            else:  # an old place never gets a new key
+                del self._running[name]
+                closing = asyncio.create_task(each.aclose())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
         for name in now.keys() - self._running.keys():
             try:
-                self._running[name] = self._make(now[name], partial(self._key, name))
+                self._running[name] = now[name], self._make(now[name])
             except ConfigurationError as error:  # such as an unknown region: of this tenant alone
                 log.warning("tenant %s: %s", name, error)
-
-    def _key(self, name: str) -> str:
-        return self._tenants[name].api_key

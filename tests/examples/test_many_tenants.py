@@ -279,8 +279,8 @@ async def come_and_go(registry: tenants.Registry[KeylessClient], sandbox: Sandbo
 async def test_nothing_is_left_of_a_thousand_tenants_that_came_and_went(sandbox: Sandbox) -> None:
     made: list[weakref.ref[KeylessClient]] = []
 
-    def make(tenant: tenants.Tenant, api_key: Callable[[], str]) -> KeylessClient:
-        client = tenants.make_client(tenant, api_key)
+    def make(tenant: tenants.Tenant) -> KeylessClient:
+        client = tenants.make_client(tenant)
         made.append(weakref.ref(client))
         return client
 
@@ -292,6 +292,23 @@ async def test_nothing_is_left_of_a_thousand_tenants_that_came_and_went(sandbox:
         assert [client() for client in made] == [None] * 1000
     await until(lambda: not tasks_since(before))
     assert not armed_timers()
+
+
+@pytest.mark.usefixtures("database")
+async def test_the_place_that_a_tenant_left_never_gets_its_new_key(sandbox: Sandbox) -> None:
+    made: list[tenants.Tenant] = []
+
+    def make(tenant: tenants.Tenant) -> KeylessClient:
+        made.append(tenant)
+        return tenants.make_client(tenant)
+
+    await execute(a_row("acme", sandbox, "first"))
+    async with tenants.Registry(make):
+        await execute("UPDATE tenants SET api_key = 'second'")
+        await until(lambda: made[0].api_key == "second")
+        await execute("UPDATE tenants SET api_key = 'third', base_url = NULL")
+        await until(lambda: len(made) == 2)
+        assert [tenant.api_key for tenant in made] == ["second", "third"]
 
 
 @pytest.mark.usefixtures("database")
