@@ -76,6 +76,16 @@ class TestConstruction:
         assert repr(KeylessClient(KEY)) == "<KeylessClient region='us'>"
         assert repr(KeylessClient(KEY, region=Region.SG)) == "<KeylessClient region='sg'>"
 
+    def test_a_name_tells_clients_apart(self) -> None:
+        client = KeylessClient(KEY, name="Acme \u00c4G")
+        assert (client.name, repr(client)) == ("Acme \u00c4G", "<KeylessClient name='Acme \u00c4G' region='eu'>")
+        assert KeylessClient(KEY, name="x" * 64).name == "x" * 64
+
+    @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb", "a\u202eb", 5])
+    def test_a_name_that_a_log_could_not_show_is_refused(self, name: Any) -> None:
+        with pytest.raises(ConfigurationError, match=r"^name must be 1 to 64 printable characters, or None$"):
+            KeylessClient(KEY, name=name)
+
     def test_an_empty_region_in_the_environment_counts_as_unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KEYLESS_REGION", "")
         monkeypatch.setenv("KEYLESS_BASE_URL", "")

@@ -35,6 +35,7 @@ import aiokeyless.worker
 from aiokeyless import KeylessClient, Operation, OperationMismatchError, Region, wait_adaptive
 from aiokeyless.cli.app import app
 from aiokeyless.events import (
+    ClientEvent,
     DeliveryEnded,
     Event,
     Inspection,
@@ -49,7 +50,6 @@ from aiokeyless.events import (
     WaitStarted,
     WorkerInspected,
 )
-from aiokeyless.models import Model
 from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
@@ -398,6 +398,14 @@ def test_what_the_benchmarks_say_about_the_memory_of_a_fleet_was_measured() -> N
     assert grown["growth of the worker's objects, an hour"] < 1
 
 
+def test_what_the_page_of_many_tenants_says_was_measured() -> None:
+    page = (DOCS / "howto" / "many-tenants.md").read_text()
+    costs, late = (table["rows"] for table in saved("tenants")["tables"])
+    for _, memory, sockets, start, stop, _ in costs[:2]:
+        assert f"| {memory} MB | {sockets} | {start} s | {stop} s |" in page
+    assert {f"{float(row[1].split()[0]):.1f} s (p95)" in page for row in late} == {True}
+
+
 def test_what_the_benchmarks_say_about_good_requests_was_measured() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     measured: dict[str, list[str]] = {}
@@ -696,7 +704,7 @@ EVENTS: tuple[Event, ...] = (
 
 def test_each_kind_of_event_is_told_to_listeners_and_tried_here() -> None:
     own = [kind for kind in vars(aiokeyless.events).values() if getattr(kind, "__module__", "") == "aiokeyless.events"]
-    kinds = {kind for kind in own if isinstance(kind, type) and issubclass(kind, Model)}
+    kinds = {kind for kind in own if isinstance(kind, type) and ClientEvent in kind.__bases__}
     assert kinds == set(get_args(Event)) == {type(event) for event in EVENTS}
     assert all(json.loads(json.dumps(event.to_dict())).keys() == {*event.__struct_fields__} for event in EVENTS)
     assert {kind.__name__ for kind in own if isinstance(kind, type)} <= set(aiokeyless.events.__all__)
@@ -705,7 +713,7 @@ def test_each_kind_of_event_is_told_to_listeners_and_tried_here() -> None:
 def test_each_figure_of_a_worker_is_a_metric() -> None:
     page = (DOCS / "reference" / "events.md").read_text()
     figures = {*WorkerInspected.__struct_fields__, *Inspection.__struct_fields__}
-    figures -= {"worker", "system", "destination", "has_ended", "fleet", "problems"}
+    figures -= {"worker", "system", "destination", "has_ended", "fleet", "problems", "client"}
     figures -= {"is_failing"}  # clients have it, too: `aiokeyless.service.failing`
     metrics = re.findall(r"^\| `aiokeyless\.worker\.(\w+)` \|", page, re.MULTILINE)
     assert {figure.removeprefix("is_") for figure in figures} == set(metrics)

@@ -598,8 +598,9 @@ async def test_what_a_body_raises_puts_the_outcome_off_and_is_raised(
 
 
 def test_neither_repr_nor_pickle_show_the_key() -> None:
-    client = KeylessClient("secret-key", base_url="https://keyless.example")
-    assert repr(client) == "<sync.KeylessClient base_url='https://keyless.example'>"
+    client = KeylessClient("secret-key", base_url="https://keyless.example", name="acme")
+    assert repr(client) == "<sync.KeylessClient name='acme' base_url='https://keyless.example'>"
+    assert client.name == "acme"
     with pytest.raises(TypeError, match="pickled"):
         pickle.dumps(client)
 

@@ -225,7 +225,7 @@ class ApprovalWorker:
             longest_wait=longest_wait,
             on_fatal=self._fail,
             on_created=self._on_created,
-            listeners=Listeners(self._client.listeners),
+            listeners=Listeners(self._client.listeners, self._client.name),
         )
         if self._stopping:
             self._serving.stop()
