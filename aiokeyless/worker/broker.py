@@ -14,7 +14,10 @@ from enum import Enum, IntEnum, auto
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
+import msgspec
+
 from aiokeyless.events import Inspection
+from aiokeyless.models import Private
 
 from .messages import ApprovalEvent, ApprovalRequest, Message
 
@@ -43,7 +46,7 @@ class RefusedError(UnavailableError):
     """The broker refused, because a disk or a stream is full, for example; or it did not answer in time."""
 
 
-class NewRequest(NamedTuple):
+class NewRequest(Private, msgspec.Struct, frozen=True):
     """A request to store."""
 
     request: ApprovalRequest  # already checked
