@@ -15,8 +15,11 @@ from enum import Enum, IntEnum, auto
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
+import msgspec
+
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
+from aiokeyless.models import Private
 
 from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, Message
 
@@ -54,7 +57,7 @@ def public_errors(what: str = "") -> Iterator[None]:
         raise BrokerError(f"{what}{error}", may_pass=True) from None
 
 
-class NewRequest(NamedTuple):
+class NewRequest(Private, msgspec.Struct, frozen=True):
     """A request to store."""
 
     request: ApprovalRequest  # already checked

@@ -26,7 +26,7 @@ from aiokeyless._validation import (
     seconds,
 )
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
-from aiokeyless.models import StartedBy
+from aiokeyless.models import Private, StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
 
 __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
@@ -89,7 +89,9 @@ class FailureReason(StrEnum):
     unknown; check the operation at Keyless."""
 
 
-class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class ApprovalRequest(
+    Private, msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """A request for an approval, as JSON at the broker.
 
     Attributes:
@@ -120,11 +122,8 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     require_auth_type: str | None = None
     started_by: StartedBy = "backend"
 
-    def __repr__(self) -> str:  # neither a payload nor an application's context belongs in a log
-        return f"<ApprovalRequest of user {self.user_id!r}, operation {self.operation_id!r}>"
 
-
-class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ApprovalEvent(Private, msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a request ended, as JSON at the broker.
 
     Attributes:
@@ -178,12 +177,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         """
         return msgspec.json.decode(self.context, type=type)
 
-    def __repr__(self) -> str:
-        hint = "" if self.context == _NOTHING else f", context of {len(self.context)} bytes: see read_context"
-        return f"<ApprovalEvent {self.outcome} of operation {self.operation_id!r}{hint}>"
 
-
-class Message(msgspec.Struct, kw_only=True, eq=False):
+class Message(Private, msgspec.Struct, kw_only=True, eq=False):
     """One delivery of a request to a worker. A broker adds fields by which it recognizes the request."""
 
     body: bytes  # the request as JSON
@@ -199,7 +194,7 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
         return 0 < self.number - 1 <= self.failures
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+class Delivery(Private, msgspec.Struct, frozen=True, kw_only=True):
     """One delivery of a request: what the request asks for, and the broker's message.
 
     Attributes:
@@ -217,9 +212,6 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     def is_started_by_phone(self) -> bool:
         """Whether the app starts the operation, so that the worker creates none."""
         return self.ticket.started_by == "phone"
-
-    def __repr__(self) -> str:  # as above
-        return f"<Delivery {self.message.number} of operation {self.ticket.operation_id!r}>"
 
 
 def read_request(message: Message, *, longest_wait: float, largest_request: int) -> Delivery:

@@ -12,9 +12,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import msgspec
+
 from aiokeyless._rules.order import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
+from aiokeyless.models import Private
 from aiokeyless.worker.broker import (
     LONGEST_PAUSE,
     MOST_UNREAD,
@@ -83,7 +86,7 @@ class PutOff(NamedTuple):
     result: ExchangeResult
 
 
-class Unread(NamedTuple):
+class Unread(Private, msgspec.Struct, frozen=True):
     """An outcome that is delivered to a reader."""
 
     reader: str
