@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import looptime
+import msgspec
 import pytest
 from cyclopts import CycloptsError
 from factors import ApprovingSandbox
@@ -555,6 +556,11 @@ def test_a_command_with_a_wrong_option_does_not_parse() -> None:
 
 
 FROM_AN_INDEX = re.compile(r"""install\b[^\n#]*[ "']aiokeyless(?=[\s"'\[=<>~])""")
+
+
+def test_the_page_of_the_sandbox_shows_each_field_of_an_operation() -> None:
+    [shown] = re.findall(r"```json\n(.*?)```", (DOCS / "reference" / "sandbox-api.md").read_text(), re.DOTALL)
+    assert json.loads(shown).keys() == {field.encode_name for field in msgspec.structs.fields(Operation)}
 
 
 def test_no_text_installs_the_package_from_an_index_on_which_it_is_not() -> None:

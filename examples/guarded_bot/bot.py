@@ -133,8 +133,8 @@ class Teller:
                 await shown.edit_text(f"{title}\n{news(update)}: {ticket.remaining():.0f} s left.")
             except TelegramRetryAfter as error:
                 self._next_edit = clock() + error.retry_after
-            except AiogramError as error:  # a message that was deleted, a gateway's page: it is only progress
-                _LOGGER.info("progress was not shown: %s", error)
+            except Exception:  # a message that was deleted, a gateway's page: it is only progress
+                _LOGGER.info("progress was not shown", exc_info=True)
 
         try:
             ticket = await self._ask(operation_id, user, payload)

@@ -392,6 +392,21 @@ async def test_telegram_failing_at_progress_does_not_end_the_wait(bots: Bots) ->
         assert len(bots.transfers) == 1
 
 
+async def test_a_bug_in_progress_does_not_end_the_wait(bots: Bots, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    def fail(update: object) -> None:
+        tried.append(update)
+        raise ValueError
+
+    monkeypatch.setattr(example, "news", fail)
+    async with bots.running():
+        await bots.order()
+        await until(lambda: len(tried) > 1)
+        await bots.approve()
+        await bots.read("Approved and transferred.")
+
+
 async def test_the_end_is_reported_also_where_the_message_was_deleted(bots: Bots) -> None:
     async with bots.running():
         await bots.order()
