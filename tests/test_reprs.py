@@ -28,7 +28,7 @@ from aiokeyless.models import Secret
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, Outcome
 from aiokeyless.worker.broker import NewRequest
 from aiokeyless.worker.decisions import Decided, Redeliver
-from aiokeyless.worker.messages import Delivery, Message, _Context
+from aiokeyless.worker.messages import Delivery, Message, RequestHead, _Rest
 from aiokeyless.worker.nats.intake import NatsMessage
 from aiokeyless.worker.sqlite.store import Unread
 from aiokeyless.worker.tables import Row, TableMessage
@@ -67,7 +67,7 @@ EVENT = ApprovalEvent(
     deliveries=1,
 )
 RAW = Msg(_client=None, subject="requests", data=DATA, headers={"Context": HIDDEN})  # type: ignore[arg-type]
-ON_NATS = NatsMessage(**MESSAGE, id=1, raw=RAW, arrived_at=0.0, standing=Standing.ANSWERED)
+ON_NATS = NatsMessage(**MESSAGE, id=1, raw=RAW, arrived_at=0.0, standing=Standing.ANSWERED, version=1)
 IN_A_TABLE = TableMessage(**MESSAGE, row=Row(1, 2))
 UPDATE: dict[str, Any] = {"error": None, "polls": 1, "elapsed": 0.1, "next_poll_in": None}
 LINK: dict[str, Any] = {"user_id": "C0FFEE", "external_user_id": HIDDEN, "created_at": "", "updated_at": ""}
@@ -92,6 +92,8 @@ THINGS: list[object] = [
     Unread("shop", Row(1, 2), 1, DATA),
     Redeliver(1.0, created=REQUEST),
     Decided(EVENT),
+    RequestHead(version=2, operation_id="txn-1", context=msgspec.Raw(DATA)),
+    _Rest("txn-1", msgspec.Raw(DATA)),
 ]
 every_thing = pytest.mark.parametrize("thing", THINGS, ids=lambda thing: type(thing).__name__)
 
@@ -143,7 +145,7 @@ def private_classes() -> Iterator[type]:
 
 
 def test_each_class_with_private_data_is_among_the_things() -> None:
-    assert set(private_classes()) <= {type(thing) for thing in THINGS} | {_Context}
+    assert set(private_classes()) <= {type(thing) for thing in THINGS}
 
 
 def test_a_repr_says_all_the_rest() -> None:

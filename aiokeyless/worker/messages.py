@@ -251,7 +251,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
     return Delivery(message=message, request=request, ticket=ticket, refusal=refusal)
 
 
-class _Version(msgspec.Struct):
+class _Version(Private, msgspec.Struct):
     version: int
 
 
@@ -265,7 +265,7 @@ class RequestHead(_Version):
     expires_in: ClassVar[float] = DEFAULT_LIFETIME  # a later version may write it in another form
 
 
-class _Rest(msgspec.Struct):
+class _Rest(Private, msgspec.Struct):
     operation_id: Any = None
     context: msgspec.Raw = _NOTHING
 

@@ -72,7 +72,7 @@ async def submit_newer(broker: Broker, *operation_ids: str) -> None:
         new = new_request(operation_id)
         request = msgspec.structs.replace(new.request, version=2)
         body = msgspec.json.encode(request)[:-1] + FIELD
-        assert not await broker.submit(new._replace(request=request, body=body))
+        assert not await broker.submit(msgspec.structs.replace(new, request=request, body=body))
 
 
 @pytest.fixture(autouse=True)
