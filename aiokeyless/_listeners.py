@@ -21,13 +21,14 @@ class Listeners:
 
     def __init__(self, listeners: tuple[Listener, ...], client: str | None = None) -> None:
         self._listeners = listeners
-        self._client = client
+        self.client: str | None = client
+        """The client's name."""
         self._failed: set[tuple[int, type[BaseException]]] = set()
 
     def tell(self, event: Event) -> None:
         """Call each listener with an event. If one raises, that is logged, and the others are still called."""
-        if self._client is not None:
-            event = msgspec.structs.replace(event, client=self._client)
+        if self.client is not None:
+            event = msgspec.structs.replace(event, client=self.client)
         for listener in self._listeners:
             try:
                 listener(event)

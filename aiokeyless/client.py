@@ -301,6 +301,7 @@ class KeylessClient:
                 max_in_flight=self._max_in_flight,
                 max_polls_per_second=self._max_polls_per_second,
                 listeners=listeners,
+                name=self._name,
             )
             self._opened = _Opened(loop, listeners, transport, poller, Holds(poller))
         elif self._opened.loop is not loop:

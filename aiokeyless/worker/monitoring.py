@@ -250,10 +250,11 @@ class WorkerReporter:
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return
+        who = {} if self._listeners.client is None else {"client": self._listeners.client}
         if self._service.is_logged and change.is_failing:
-            log(logging.WARNING, "keyless.failing", {"error": str(failure), "waiting": change.waiting})
+            log(logging.WARNING, "keyless.failing", {**who, "error": str(failure), "waiting": change.waiting})
         elif self._service.is_logged:
-            log(logging.INFO, "keyless.answering", {"seconds": round(change.seconds, 3)})
+            log(logging.INFO, "keyless.answering", {**who, "seconds": round(change.seconds, 3)})
         if self._service.is_new:
             self._listeners.tell(change)
 
