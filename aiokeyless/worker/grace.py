@@ -1,11 +1,8 @@
-"""The grace of a worker: for how long past its deadline a request's final poll is repeated if it got no answer. Pure.
-
-Keyless, the broker and the worker's machine may all fail at once, and be back one after the other. So only seconds
-count in which the worker could have asked. Times are by the broker's clock.
-"""
+"""For how long past its deadline a request's final poll is repeated if it got no answer. Pure."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
@@ -16,6 +13,7 @@ if TYPE_CHECKING:
     from .messages import Delivery
 
 _NONE: Final = timedelta()
+_STEP: Final = timedelta(milliseconds=1)
 #: The longest time between two turns of the intake that is no absence.
 _TURN: Final = timedelta(seconds=3)
 #: Of all absences together, what does not count. A broker that flaps must not delay an outcome forever.
@@ -23,11 +21,10 @@ _ABSENT: Final = timedelta(seconds=150)
 
 
 class Grace:
-    """Counts the seconds after a deadline in which the worker could have asked.
+    """Counts the seconds after a deadline in which the worker could have asked. Times are by the broker's clock.
 
-    These do not count: those before the worker's start and before the request was stored; absences, in which the intake
-    had no turn, since the process was frozen or the broker away; and the last pause that Keyless asked for, unless it
-    is longer than the grace. Absences do not count for 150 s in all, or for as long as the longest if that is more.
+    After a freeze, or after the broker was away, Keyless may be back a moment later than the worker. docs/rules.md says
+    what does not count.
     """
 
     def __init__(self, seconds: float, *, now: datetime) -> None:
@@ -54,10 +51,9 @@ class Grace:
 
     def overdue(self, at: datetime) -> float | None:
         """Return how many seconds ago a deadline was that is past the grace now; None if there can be none yet."""
-        since = at - self._grace
-        while (earlier := at - self._grace - self._skipped(since, at)) < since:
-            since = earlier
-        return None if since < self._started_at else (at - since).total_seconds()
+        steps = range((at - self._started_at) // _STEP + 1)
+        ago = bisect_left(steps, self._grace, key=lambda step: step * _STEP - self._skipped(at - step * _STEP, at))
+        return (ago * _STEP).total_seconds() if ago < len(steps) else None
 
     def _skipped(self, since: datetime, at: datetime) -> timedelta:
         """Return for how long of a time the worker could not ask."""

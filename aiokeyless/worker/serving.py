@@ -167,8 +167,8 @@ class Serving:
                 await self._receive(self._broker.take(room, TAKES_FOR, untried=untried), needs_exchange=True)
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
-                overdue = self._grace.overdue(self._broker.now())
-                if overdue is not None and self._is_away(now) and self._key_check is None:
+                is_away = self._is_away(now) and self._key_check is None
+                if is_away and (overdue := self._grace.overdue(self._broker.now())) is not None:
                     taking = self._broker.take_overdue(self._limits.max_in_flight, overdue)
                     await self._receive(taking, needs_exchange=False)
                 now = self._loop.time()
