@@ -315,7 +315,7 @@ class DeliveryProcessor:
             self._rate.record_refusal(now, error, started_at=started_at, is_final=is_final, was_good=was_good)
         else:
             self._rate.record_answer()
-        if is_unexpected(error) or self._rate.is_limited(now):
+        if is_unexpected(error) or (isinstance(error, RateLimitError) and self._rate.is_limited(now)):
             self._refused.log({"error": str(error)})
         self._reporter.report_exchange(error)
 
