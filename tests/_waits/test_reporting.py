@@ -68,8 +68,8 @@ def test_a_service_that_comes_and_goes_is_a_pair_of_lines_a_minute(
         fail(reporter, budget, float(now))
         answer(reporter, budget, now + 1.0)
     assert [level for level, _ in lines(caplog)] == ["WARNING", "INFO"] * 2
-    for now in (205.0, 215.0, 220.0, 230.0):  # and now it stays away
-        fail(reporter, budget, now)
+    for later in (205.0, 215.0, 220.0, 230.0):  # and now it stays away
+        fail(reporter, budget, later)
     assert len(lines(caplog)) == 5
 
 
