@@ -48,15 +48,6 @@ class RefusedError(UnavailableError):
     """The broker refused, because a disk or a stream is full, for example; or it did not answer in time."""
 
 
-@contextmanager
-def public_errors(what: str = "") -> Iterator[None]:
-    """Raise an `UnavailableError` as a `BrokerError` that may pass, which begins with these words."""
-    try:
-        yield
-    except UnavailableError as error:
-        raise BrokerError(f"{what}{error}", may_pass=True) from None
-
-
 class NewRequest(Private, msgspec.Struct, frozen=True):
     """A request to store."""
 
@@ -313,6 +304,15 @@ class Broker(ApplicationSide):
     async def list_unread(self, up_to: int) -> Sequence[UnreadOutcome]:  # noqa: ARG002  # for brokers that can tell
         """Return the oldest of the outcomes that `inspect` counts; none if the broker cannot tell them apart."""
         return ()
+
+
+@contextmanager
+def public_errors(what: str = "") -> Iterator[None]:
+    """Raise an `UnavailableError` as a `BrokerError` that may pass, which begins with these words."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise BrokerError(f"{what}{error}", may_pass=True) from None
 
 
 async def without_frames(connecting: Awaitable[T]) -> T:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sized
 from typing import Final
 
@@ -36,6 +37,7 @@ _EVERY: Final = 5.0  # seconds between two inspections
 _STALLED_FOR: Final = 30.0
 #: Seconds for which a refusal counts: longer than the lease, after which the broker repeats the delivery.
 _REFUSED_FOR: Final = 60.0
+_PATH: Final = re.compile(r"^[A-Z]+ /\S+ ")  # which names another request's operation or user
 _COUNTS: Final = ("deliveries", "polls", "created", *Outcome, "duplicates", "transient_failures", "unsettled")
 #: Numbers of the workers of this process.
 _WORKERS: Final = itertools.count(1)
@@ -246,7 +248,7 @@ class WorkerReporter:
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
         if failure is not None:
-            self.last_failure = str(failure)
+            self.last_failure = _PATH.sub("", str(failure))
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return

@@ -322,7 +322,7 @@ class DeliveryProcessor:
                 self._grace.record_pause(self._clock(), self._rate.paused_until - now)
         else:
             self._rate.record_answer()
-        if is_unexpected(error) or self._rate.is_limited(now):
+        if is_unexpected(error) or (isinstance(error, RateLimitError) and self._rate.is_limited(now)):
             self._refused.log({"error": str(error)})
         self._reporter.report_exchange(error)
 

@@ -80,6 +80,9 @@ def test_a_service_that_comes_and_goes_is_a_pair_of_lines_a_minute(
         fail(reporter, budget, float(now))
         answer(reporter, budget, now + 1.0)
     assert [level for level, _ in lines(caplog)] == ["WARNING", "INFO"] * 2
+    for later in (205.0, 215.0, 220.0, 230.0):  # and now it stays away
+        fail(reporter, budget, later)
+    assert len(lines(caplog)) == 5
 
 
 def test_a_client_that_is_closed_in_an_outage_logs_no_end_of_it(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
-from aiokeyless import AuthenticationError, BrokerError
+from aiokeyless import AuthenticationError, BrokerError, ServerError
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules.budget import Budget
 from aiokeyless.events import (
@@ -329,6 +329,13 @@ async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeed
 
 def delivery(*, number: int = 1, waited: float = 0.0) -> Message:
     return cast("Message", SimpleNamespace(number=number, stored_at=NOW - timedelta(seconds=waited)))
+
+
+async def test_the_last_failure_names_nobody_elses_operation(broker: FakeBroker) -> None:
+    async with reporting(broker) as reporter:
+        assert reporter.last_failure == "its answers take too long"
+        reporter.report_exchange(ServerError(status=503, method="POST", path="/v2/users/C0FFEE/operations"))
+        assert reporter.last_failure == "answered 503: the service failed; try again later"
 
 
 async def test_a_broker_that_is_gone_for_good_ends_the_worker(broker: FakeBroker) -> None:
