@@ -102,18 +102,20 @@ async def _measure_clients(server: Server, side: str, count: int, seconds: float
 
         session = await first.enter_async_context(bare_session()) if side == _SHARED else None
         shared, memory, sockets = await client(session=session), _memory(), _sockets()
-        tasks: list[asyncio.Task[Any]] = []
         began = time.perf_counter()
+        waits: list[Coroutine[Any, Any, Any]] = []
         for _ in range(count):
             name = str(uuid.uuid4())
-            wait: Coroutine[Any, Any, Any]
             if side == BARE:
-                wait = poll(BareClient(await stack.enter_async_context(bare_session()), server), name)
+                waits.append(poll(BareClient(await stack.enter_async_context(bare_session()), server), name))
             else:
                 ours = shared if side == _ONE else await client(session=session)
-                wait = ours.wait_for_approval(name, timeout=_TIMEOUT)
-            tasks.append(asyncio.create_task(wait))
+                waits.append(ours.wait_for_approval(name, timeout=_TIMEOUT))
         start = time.perf_counter() - began
+        tasks: list[asyncio.Task[Any]] = []
+        for wait in waits:  # spread over a second, as those of tenants are
+            tasks.append(asyncio.create_task(wait))
+            await asyncio.sleep(_POLLED_EVERY / count)
         await asyncio.sleep(min(_WARM_FOR, seconds))
         cpu = time.process_time()
         await asyncio.sleep(seconds)
