@@ -1,7 +1,7 @@
 """Many tenants in one process: what a client for each costs, and small ones beside one that has many waits.
 
 Each measurement has a process of its own. For the first table, each client has one wait, which is polled once a
-second. The shared session has no limits and no cookies. CPU is that of ten seconds.
+second, by turns. The shared session has no limits and no cookies. CPU is that of ten seconds.
 
 For the second one, each of the small tenants asks once. Its operation is approved after 5 to 25 seconds. Late is from
 then until its wait has ended. The large tenant's waits are never approved.
