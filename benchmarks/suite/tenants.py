@@ -1,7 +1,7 @@
 """Many tenants in one process: what a client for each costs, and small ones beside one that has many waits.
 
 Each measurement has a process of its own. For the first table, each client has one wait, which is polled once a
-second. The shared session has no limits and no cookies. CPU is that of ten seconds.
+second, by turns. The shared session has no limits and no cookies. CPU is that of ten seconds.
 
 For the second one, each of the small tenants asks once. Its operation is approved after 5 to 25 seconds. Late is from
 then until its wait has ended. The large tenant's waits are never approved.
@@ -102,18 +102,20 @@ async def _measure_clients(server: Server, side: str, count: int, seconds: float
 
         session = await first.enter_async_context(bare_session()) if side == _SHARED else None
         shared, memory, sockets = await client(session=session), _memory(), _sockets()
-        tasks: list[asyncio.Task[Any]] = []
         began = time.perf_counter()
+        waits: list[Coroutine[Any, Any, Any]] = []
         for _ in range(count):
             name = str(uuid.uuid4())
-            wait: Coroutine[Any, Any, Any]
             if side == BARE:
-                wait = poll(BareClient(await stack.enter_async_context(bare_session()), server), name)
+                waits.append(poll(BareClient(await stack.enter_async_context(bare_session()), server), name))
             else:
                 ours = shared if side == _ONE else await client(session=session)
-                wait = ours.wait_for_approval(name, timeout=_TIMEOUT)
-            tasks.append(asyncio.create_task(wait))
+                waits.append(ours.wait_for_approval(name, timeout=_TIMEOUT))
         start = time.perf_counter() - began
+        tasks: list[asyncio.Task[Any]] = []
+        for wait in waits:  # spread over a second, as those of tenants are
+            tasks.append(asyncio.create_task(wait))
+            await asyncio.sleep(_POLLED_EVERY / count)
         await asyncio.sleep(min(_WARM_FOR, seconds))
         cpu = time.process_time()
         await asyncio.sleep(seconds)

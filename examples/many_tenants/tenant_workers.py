@@ -7,7 +7,6 @@ import signal
 import asyncpg
 from tenants import DATABASE_URL, Registry, Tenant, make_client
 
-from aiokeyless import KeylessError
 from aiokeyless.worker import ApprovalWorker
 from aiokeyless.worker.postgres import PostgresBroker
 
@@ -33,7 +32,7 @@ class Supervisor:
             try:
                 async with PostgresBroker(pool, schema) as broker, ApprovalWorker(self._client, broker):
                     await asyncio.Event().wait()  # until it fails, or is cancelled
-            except KeylessError as error:
+            except Exception as error:  # noqa: BLE001  # such as a wrong key; nothing ends the supervisor
                 log.warning("%s: %s", schema, error)
             await asyncio.sleep(AGAIN)
 

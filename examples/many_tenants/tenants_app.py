@@ -57,7 +57,7 @@ async def ask(order: str, who: Annotated[Login, Depends(login)]) -> dict[str, st
     client = clients.get(who.tenant, to_ask=True)
     if client is None:
         raise HTTPException(403)
-    text = f"Pay order {order}"  # a real site has it from the order
+    text = f"Pay order {order}"  # a real site has it from the order, and asks a user few at once
     new = ApprovalTicket.for_operation(
         str(uuid.uuid4()),
         user_id=who.user_id,
