@@ -18,6 +18,9 @@ import aiohttp
 import msgspec
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from chromium import chromium
 from example_server import ExampleServer
 from waiting import until
 
@@ -379,3 +382,36 @@ async def test_nobody_is_asked_after_the_time_is_up(site: Site) -> None:
 async def test_a_link_asks_nobody(site: Site) -> None:
     assert await site.answer("link") in {404, "not asked"}
     assert not site.sandbox.requests
+
+
+EVIL = """
+    <form method="post" action="{0}"></form>
+    <script>
+        fetch("{0}", {{method: "POST", mode: "no-cors", credentials: "include"}}).then(() => document.forms[0].submit())
+    </script>
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("running", [name for name in PROGRAMS if PROGRAMS[name].has_users], indirect=True)
+async def test_in_one_browser_neither_another_site_nor_another_account_asks_or_reads(site: Site) -> None:
+    url = f"{site.url}{site.program.ask.format('mine')}"
+
+    async def evil(_request: web.Request) -> web.Response:
+        return web.Response(text=EVIL.format(url), content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/", evil)
+    site.place("mine")
+    site.place("of another", user="BEEF")
+    async with chromium() as browser, TestServer(app, host="localhost") as server:
+        page = await browser.new_page()
+        await page.goto(f"{site.url}/login/C0FFEE")
+        await page.goto(str(server.make_url("/")))
+        await page.wait_for_url(url)  # of the form; the site answers that nobody is logged in
+        assert site.asked == []
+        assert (await page.request.post(url)).ok
+        await page.goto(f"{site.url}/login/BEEF")  # another account in the same browser
+        answers = [await page.request.post(url), await page.request.get(f"{site.url}/payments/mine")]
+        assert [answer.status for answer in answers] == [404, 404]
+    assert len(site.asked) == 1
