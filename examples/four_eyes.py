@@ -29,7 +29,7 @@ def prepare(record: sqlite3.Connection, payload: str, *, requested_by: str, seco
     record.execute("INSERT INTO payments VALUES (?, 'asked')", (payment,))
     for user, person in people.items():
         ticket = ApprovalTicket.for_operation(
-            f"{payment}/{person}",
+            f"{payment}-{person}",
             user_id=user,
             operation_payload=payload,
             expires_in=seconds,

@@ -36,7 +36,7 @@ class Treasury:
         self.payment: str = self._names["prepare"](record, PAYLOAD, requested_by="dave")
 
     def operation(self, person: str) -> str:
-        return f"{self.payment}/{person}"
+        return f"{self.payment}-{person}"
 
     async def decide(self, client: KeylessClient) -> bool:
         paid: bool = await self._names["decide"](client, self._record, self.payment)

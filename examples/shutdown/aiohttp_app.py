@@ -22,7 +22,7 @@ async def create(request: web.Request) -> web.Response:
 async def approval(request: web.Request) -> web.Response:
     """Answer a long poll."""
     answer, status = await state(request.app[CLIENT], USER, request.match_info["order"])
-    return web.json_response(answer, status=status)
+    return web.json_response(answer, status=status, headers={"Cache-Control": "no-store"})
 
 
 async def make_client(app: web.Application) -> None:

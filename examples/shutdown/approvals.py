@@ -26,6 +26,7 @@ QUESTIONS, HOLDS = 3, 2  # of one user at once: nobody rings a phone all day, or
 OPEN = ("asking", "asked")  # asking: the answer to the create may be lost, and the phone was not told
 
 Answer: TypeAlias = tuple[dict[str, str], int]  # its JSON, and its status
+TOO_MANY = {"error": "Too many pages of yours wait already. Close one, or ask again in a second."}
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def record() -> Iterator[sqlite3.Connection]:
         db.execute("BEGIN IMMEDIATE")
         db.execute("CREATE TABLE IF NOT EXISTS orders (id PRIMARY KEY, user_id, text)")  # your site's
         db.execute("CREATE TABLE IF NOT EXISTS approvals (id PRIMARY KEY, user_id, ticket, state, ends)")
-        db.execute("CREATE TABLE IF NOT EXISTS holds (id PRIMARY KEY, user_id, ends)")
+        db.execute("CREATE TABLE IF NOT EXISTS places (id PRIMARY KEY, who, ends)")
         yield db
 
 
@@ -46,10 +47,20 @@ def find(db: sqlite3.Connection, user: str, order: str) -> tuple[str, str, str]:
     return text, ticket or "", state or ""
 
 
-def is_full(db: sqlite3.Connection, table: str, user: str, most: int) -> bool:
-    """Return whether so many rows of a user are open."""
-    query = f"SELECT count(*) FROM {table} WHERE user_id = ? AND ends > ?"  # noqa: S608  # each caller passes a constant
-    return bool(db.execute(query, (user, datetime.now(UTC).timestamp())).fetchone()[0] >= most)
+@contextmanager
+def place(who: str, most: int) -> Iterator[bool]:
+    """Take one of so many places, if there is one. Those of a killed process count for 30 seconds."""
+    place, now = str(uuid.uuid4()), datetime.now(UTC).timestamp()
+    with record() as db:
+        db.execute("DELETE FROM places WHERE ends < ?", (now,))
+        is_free = db.execute("SELECT count(*) FROM places WHERE who = ?", (who,)).fetchone()[0] < most
+        if is_free:
+            db.execute("INSERT INTO places VALUES (?, ?, ?)", (place, who, now + 30))
+    try:
+        yield is_free
+    finally:
+        with record() as db:
+            db.execute("DELETE FROM places WHERE id = ?", (place,))
 
 
 async def ask(client: KeylessClient, user: str, order: str) -> Answer:
@@ -59,7 +70,8 @@ async def ask(client: KeylessClient, user: str, order: str) -> Answer:
         if not text:
             return {"error": "There is no such order."}, 404
         if not stored:  # before asking
-            if is_full(db, "approvals", user, QUESTIONS):
+            query = "SELECT count(*) FROM approvals WHERE user_id = ? AND ends > ?"
+            if db.execute(query, (user, datetime.now(UTC).timestamp())).fetchone()[0] >= QUESTIONS:
                 return {"error": "Your phone shows three questions. Answer one of them first."}, 429
             new = ApprovalTicket.for_operation(
                 str(uuid.uuid4()), user_id=user, operation_payload=text, expires_in=EXPIRES_IN, require_auth_type="biom"
@@ -70,9 +82,18 @@ async def ask(client: KeylessClient, user: str, order: str) -> Answer:
     if not is_about(ticket, user, text):
         return {"error": "This order has changed since you were asked. Ask about it under a new number."}, 409
     if state == "asking" and ticket.remaining():
+        return await create(client, order, ticket, text)
+    return {"state": state}, 200
+
+
+async def create(client: KeylessClient, order: str, ticket: ApprovalTicket, text: str) -> Answer:
+    """Create the operation, or find it if the answer to an earlier create was lost."""
+    with place(f"{ticket.user_id} asks", QUESTIONS) as is_free:
+        if not is_free:
+            return TOO_MANY, 429
         try:
             await client.create_operation(
-                user, operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
+                ticket.user_id, operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
             )
         except AlreadyApprovedError:
             pass  # `state` finds the approval
@@ -80,12 +101,11 @@ async def ask(client: KeylessClient, user: str, order: str) -> Answer:
             if not error.is_transient:
                 raise
             return {"state": "not asked"}, 200  # perhaps: the browser asks once more
-        state = "asked"
-        with record() as db:
-            change = "UPDATE approvals SET state = 'asked' WHERE id = ? AND state = 'asking'"
-            if db.execute(change, (order,)).rowcount == 1:
-                notify_phone(ticket)
-    return {"state": state}, 200
+    with record() as db:
+        change = "UPDATE approvals SET state = 'asked' WHERE id = ? AND state = 'asking'"
+        if db.execute(change, (order,)).rowcount == 1:
+            notify_phone(ticket)
+    return {"state": "asked"}, 200
 
 
 def is_about(ticket: ApprovalTicket, user: str, text: str) -> bool:
@@ -100,27 +120,17 @@ def notify_phone(ticket: ApprovalTicket) -> None:
 
 async def state(client: KeylessClient, user: str, order: str) -> Answer:
     """Answer once an order is decided, or after 25 seconds that it is pending: the caller then asks again."""
-    hold, now = str(uuid.uuid4()), datetime.now(UTC)
     with record() as db:
         _, stored, state = find(db, user, order)
-        if not stored:
-            return {"state": "not asked"}, 200
+    if state in OPEN:
         ticket = ApprovalTicket.from_json(stored)
-        waits = state in OPEN and ticket.remaining(now - LATE)
-        if waits:
-            if is_full(db, "holds", user, HOLDS):
-                return {"error": "Two pages of yours wait already. Close one, or ask again in a second."}, 429
-            db.execute("DELETE FROM holds WHERE ends < ?", (now.timestamp(),))  # those of a killed process
-            db.execute("INSERT INTO holds VALUES (?, ?, ?)", (hold, user, now.timestamp() + 30))
-    if waits:
-        try:
+        if not ticket.remaining(datetime.now(UTC) - LATE):
+            return {"state": decide(user, order, "timed out")}, 200
+        with place(f"{user} waits", HOLDS) as is_free:
+            if not is_free:
+                return TOO_MANY, 429
             state = await wait(client, user, order, ticket)
-        finally:
-            with record() as db:
-                db.execute("DELETE FROM holds WHERE id = ?", (hold,))
-    elif state in OPEN:
-        state = decide(user, order, "timed out")
-    return {"state": state}, 200
+    return {"state": state or "not asked"}, 200
 
 
 async def wait(client: KeylessClient, user: str, order: str, ticket: ApprovalTicket) -> str:

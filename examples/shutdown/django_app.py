@@ -31,7 +31,7 @@ async def approval(request: ASGIRequest, order: str) -> JsonResponse:
     """Ask the user, or answer a long poll."""
     view = ask if request.method == "POST" else state  # a POST, so that your project's CSRF middleware guards it
     answer, status = await view(keyless(), USER, order)
-    return JsonResponse(answer, status=status)
+    return JsonResponse(answer, status=status, headers={"Cache-Control": "no-store"})
 
 
 urlpatterns = [path("approvals/<order>", approval)]

@@ -30,4 +30,4 @@ async def create(request: Request, order: str) -> JSONResponse:
 @app.get("/approvals/{order}")
 async def approval(request: Request, order: str) -> JSONResponse:
     """Answer a long poll."""
-    return JSONResponse(*await state(request.state.client, USER, order))
+    return JSONResponse(*await state(request.state.client, USER, order), headers={"Cache-Control": "no-store"})

@@ -30,7 +30,7 @@ async def create(request: Request[None, None, State], order: str) -> Response[di
 async def approval(request: Request[None, None, State], order: str) -> Response[dict[str, str]]:
     """Answer a long poll."""
     answer, status = await state(request.app.state.client, USER, order)
-    return Response(answer, status_code=status)
+    return Response(answer, status_code=status, headers={"Cache-Control": "no-store"})
 
 
 app = Litestar([create, approval], lifespan=[lifespan])

@@ -30,6 +30,6 @@ async def create(order: str) -> Answer:
 
 
 @app.get("/approvals/<order>")
-async def approval(order: str) -> Answer:
+async def approval(order: str) -> tuple[dict[str, str], int, dict[str, str]]:
     """Answer a long poll."""
-    return await state(app.config["client"], USER, order)
+    return *await state(app.config["client"], USER, order), {"Cache-Control": "no-store"}

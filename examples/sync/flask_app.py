@@ -35,11 +35,11 @@ keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # whoever only i
 @contextmanager
 def record() -> Iterator[sqlite3.Connection]:
     """Begin a transaction while nobody else has one. In another database, lock the rows of the user and the order."""
-    with closing(sqlite3.connect(app.config["PAYMENTS_DB"], isolation_level=None)) as db, db:
+    with closing(sqlite3.connect(app.config["PAYMENTS_DB"], timeout=30, isolation_level=None)) as db, db:
         db.execute("BEGIN IMMEDIATE")
         db.execute("CREATE TABLE IF NOT EXISTS orders (id PRIMARY KEY, user_id, text)")  # your site's
         db.execute("CREATE TABLE IF NOT EXISTS payments (id PRIMARY KEY, user_id, ticket, state, ends)")
-        db.execute("CREATE TABLE IF NOT EXISTS holds (id PRIMARY KEY, user_id, ends)")
+        db.execute("CREATE TABLE IF NOT EXISTS places (id PRIMARY KEY, who, ends)")
         yield db
 
 
@@ -57,12 +57,20 @@ def find(db: sqlite3.Connection, order: str) -> tuple[str, str | None, str]:
     return found or abort(404)
 
 
-def limit(db: sqlite3.Connection, table: str, most: int, sentence: str) -> None:
-    """Refuse one more row of a user while so many are open."""
-    now = datetime.now(UTC).timestamp()
-    query = f"SELECT count(*) FROM {table} WHERE user_id = ? AND ends > ?"  # noqa: S608  # each caller passes a constant
-    if db.execute(query, (user(), now)).fetchone()[0] >= most:
-        abort(429, sentence)
+@contextmanager
+def place(who: str, most: int) -> Iterator[None]:
+    """Take one of so many places: each occupies a thread. Those of a killed process count for 30 seconds."""
+    place, now = str(uuid.uuid4()), datetime.now(UTC).timestamp()
+    with record() as db:
+        db.execute("DELETE FROM places WHERE ends < ?", (now,))
+        if db.execute("SELECT count(*) FROM places WHERE who = ?", (who,)).fetchone()[0] >= most:
+            abort(429, "Too many pages of yours wait already. Close one, or ask again in a second.")
+        db.execute("INSERT INTO places VALUES (?, ?, ?)", (place, who, now + 30))
+    try:
+        yield
+    finally:
+        with record() as db:
+            db.execute("DELETE FROM places WHERE id = ?", (place,))
 
 
 def is_about(ticket: ApprovalTicket, text: str) -> bool:
@@ -79,7 +87,9 @@ def pay(order: str) -> dict[str, str]:
             str(uuid.uuid4()), user_id=user(), operation_payload=text, expires_in=EXPIRES_IN, require_auth_type="biom"
         )
         if stored is None:  # before asking
-            limit(db, "payments", QUESTIONS, "Your phone shows three questions. Answer one of them first.")
+            query = "SELECT count(*) FROM payments WHERE user_id = ? AND ends > ?"
+            if db.execute(query, (user(), datetime.now(UTC).timestamp())).fetchone()[0] >= QUESTIONS:
+                abort(429, "Your phone shows three questions. Answer one of them first.")
             stored, state, ends = new.to_json(), "asking", new.expires_at.timestamp()
             db.execute("INSERT INTO payments VALUES (?, ?, ?, ?, ?)", (order, user(), stored, state, ends))
     ticket = ApprovalTicket.from_json(stored)
@@ -87,9 +97,10 @@ def pay(order: str) -> dict[str, str]:
         abort(409, "This order has changed since you were asked. Ask about it under a new number.")
     if state == "asking" and ticket.remaining():
         try:
-            keyless.create_operation(
-                user(), operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
-            )
+            with place(f"{user()} asks", QUESTIONS):
+                keyless.create_operation(
+                    user(), operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
+                )
         except AlreadyApprovedError:
             pass  # `payment` finds the approval
         except KeylessError as error:
@@ -112,23 +123,17 @@ def notify_phone(ticket: ApprovalTicket) -> None:
 @app.get("/payments/<order>")
 def payment(order: str) -> tuple[dict[str, str], dict[str, str]]:
     """Answer once a payment is decided, or that it is pending: the page then asks again."""
-    hold, now = str(uuid.uuid4()), datetime.now(UTC)
     with record() as db:
         _, stored, state = find(db, order)
-        ticket = ApprovalTicket.from_json(stored or abort(404))
-        waits = state in OPEN and ticket.remaining(now - LATE)
-        if waits:
-            limit(db, "holds", HOLDS, "Two pages of yours wait already. Close one, or ask again in a second.")
-            db.execute("DELETE FROM holds WHERE ends < ?", (now.timestamp(),))  # those of a killed process
-            db.execute("INSERT INTO holds VALUES (?, ?, ?)", (hold, user(), now.timestamp() + 30))
-    if waits:
-        try:
-            state = wait(order, ticket)
-        finally:
-            with record() as db:
-                db.execute("DELETE FROM holds WHERE id = ?", (hold,))
-    elif state in OPEN:
-        state = decide(order, "timed out")
+    if state in OPEN:
+        ticket = ApprovalTicket.from_json(stored or "")
+        if ticket.remaining(datetime.now(UTC) - LATE):
+            with place(f"{user()} waits", HOLDS):
+                state = wait(order, ticket)
+        else:
+            state = decide(order, "timed out")
+    elif stored is None:
+        abort(404)
     return {"state": state}, {"Cache-Control": "no-store"}
 
 

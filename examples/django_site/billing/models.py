@@ -25,6 +25,29 @@ class Customer(models.Model):
             Customer.objects.filter(pk=self.pk).update(user_id=self.user_id)
             yield
 
+    @contextmanager
+    def place(self, kind: str, most: int) -> Iterator[bool]:
+        """Take one of so many places, if there is one: each occupies a thread."""
+        place = Place(customer=self, kind=kind, ends=datetime.now(UTC) + timedelta(seconds=30))
+        with self.locked():
+            self.place_set.filter(ends__lt=datetime.now(UTC)).delete()  # of a killed process
+            is_free = self.place_set.filter(kind=kind).count() < most
+            if is_free:
+                place.save()
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                place.delete()
+
+
+class Place(models.Model):
+    """A request of a customer that waits."""
+
+    customer = models.ForeignKey(Customer, models.CASCADE)
+    kind = models.CharField(max_length=10)
+    ends = models.DateTimeField()
+
 
 class Order(models.Model):
     """An order, which your site may change. Before it does, it locks the customer."""
@@ -68,10 +91,3 @@ class Payment(models.Model):
             print(f"{order.number!r}: pay", flush=True)  # once: after a crash right here, repeat it under this number
         self.refresh_from_db()
         return str(self.state)
-
-
-class Hold(models.Model):
-    """A browser that waits. Those of a killed process count until their end."""
-
-    customer = models.ForeignKey(Customer, models.CASCADE)
-    ends = models.DateTimeField()

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from django.core.exceptions import PermissionDenied
 from django.db import close_old_connections, transaction
@@ -22,10 +22,11 @@ from aiokeyless import (
 )
 from aiokeyless.sync import KeylessClient
 
-from .models import OPEN, Customer, Hold, Order, Payment
+from .models import OPEN, Customer, Order, Payment
 
 EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
 QUESTIONS, HOLDS = 3, 2  # of one user at once: nobody rings a phone all day, or occupies all threads
+TOO_MANY = "Too many pages of yours wait already. Close one, or ask again in a second."
 
 keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # manage.py imports this module, and needs no key
 
@@ -63,9 +64,12 @@ def pay(request: HttpRequest, number: str) -> JsonResponse:
     state, ticket = found.state, ApprovalTicket.from_json(found.ticket)
     if state == "asking" and ticket.remaining():
         try:
-            keyless.create_operation(
-                customer.user_id, operation_id=ticket.operation_id, operation_payload=order.text, if_exists="resume"
-            )
+            with customer.place("asks", QUESTIONS) as is_free:
+                if not is_free:
+                    return refuse(429, TOO_MANY)
+                keyless.create_operation(
+                    customer.user_id, operation_id=ticket.operation_id, operation_payload=order.text, if_exists="resume"
+                )
         except AlreadyApprovedError:
             pass  # `payment` finds the approval
         except KeylessError as error:
@@ -92,25 +96,17 @@ def notify_phone(ticket: ApprovalTicket) -> None:
 @transaction.non_atomic_requests  # with ATOMIC_REQUESTS, it would hold a transaction
 def payment(request: HttpRequest, number: str) -> JsonResponse:
     """Answer once a payment is decided, or that it is pending: the page then asks again."""
-    customer, now = customer_of(request), datetime.now(UTC)
-    hold = Hold(customer=customer, ends=now + timedelta(seconds=30))
-    with customer.locked():
-        found = get_object_or_404(Payment, order__number=number, customer=customer)
-        waits = found.state in OPEN and not found.is_late
-        if waits:
-            if customer.hold_set.filter(ends__gt=now).count() >= HOLDS:
-                return refuse(429, "Two pages of yours wait already. Close one, or ask again in a second.")
-            customer.hold_set.filter(ends__lt=now).delete()  # those of a killed process
-            hold.save()
+    customer = customer_of(request)
+    found = get_object_or_404(Payment, order__number=number, customer=customer)
     state = found.state
-    if waits:
-        close_old_connections()  # a wait needs none; CONN_MAX_AGE keeps it nevertheless
-        try:
-            state = wait(found)
-        finally:
-            hold.delete()
-    elif state in OPEN:
+    if state in OPEN and found.is_late:
         state = found.decide("timed out")
+    elif state in OPEN:
+        with customer.place("waits", HOLDS) as is_free:
+            if not is_free:
+                return refuse(429, TOO_MANY)
+            close_old_connections()  # a wait needs none; CONN_MAX_AGE keeps it nevertheless
+            state = wait(found)
     return JsonResponse({"state": state})
 
 

@@ -17,6 +17,7 @@ settings.configure(
             "ENGINE": "django.db.backends.sqlite3",
             "NAME": os.environ["PAYMENTS_DB"],
             "ATOMIC_REQUESTS": True,
+            "OPTIONS": {"timeout": 60},
         }
     },
     INSTALLED_APPS=["billing"],
@@ -27,7 +28,7 @@ import django  # noqa: E402  # it needs the settings
 
 django.setup()
 
-from billing.models import Customer, Hold, Order, Payment  # noqa: E402
+from billing.models import Customer, Order, Payment, Place  # noqa: E402
 from billing.views import urlpatterns as of_the_example  # noqa: E402
 from django.core.management import execute_from_command_line  # noqa: E402
 from django.db import connection  # noqa: E402
@@ -46,6 +47,6 @@ urlpatterns = [*of_the_example, path("login/<user_id>", log_in)]
 if __name__ == "__main__":
     if not connection.introspection.table_names():
         with connection.schema_editor() as editor:
-            for model in (Customer, Order, Payment, Hold):
+            for model in (Customer, Order, Payment, Place):
                 editor.create_model(model)
     execute_from_command_line(["manage.py", "runserver", "--noreload", f"127.0.0.1:{os.environ['PORT']}"])
