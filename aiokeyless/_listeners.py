@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 if TYPE_CHECKING:
     from .events import Event, Listener
 
@@ -15,14 +17,18 @@ DEFAULT_LISTENERS: Final[list[Listener]] = []
 
 
 class Listeners:
-    """The listeners of one client. A client without listeners has None instead, and builds no events."""
+    """The listeners of one client, and its name. A client without listeners has None instead, and builds no events."""
 
-    def __init__(self, listeners: tuple[Listener, ...]) -> None:
+    def __init__(self, listeners: tuple[Listener, ...], client: str | None = None) -> None:
         self._listeners = listeners
+        self.client: str | None = client
+        """The client's name."""
         self._failed: set[tuple[int, type[BaseException]]] = set()
 
     def tell(self, event: Event) -> None:
         """Call each listener with an event. If one raises, that is logged, and the others are still called."""
+        if self.client is not None:
+            event = msgspec.structs.replace(event, client=self.client)
         for listener in self._listeners:
             try:
                 listener(event)

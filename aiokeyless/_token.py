@@ -18,11 +18,12 @@ from typing import Any, Final, NamedTuple
 
 import jwt
 import jwt.types
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from ._rules.approval import is_same_user
 from .errors import SignatureError, SignatureReason
-from .models import SignedTransaction
+from .models import Private, SignedTransaction
 
 #: Characters of a token, at most.
 MAX_TOKEN: Final = 16_384
@@ -65,7 +66,7 @@ _SIGNATURE_ONLY: Final[jwt.types.Options] = {
 }
 
 
-class Token(NamedTuple):
+class Token(Private, msgspec.Struct, frozen=True):
     """A token whose form is right. Nothing in it is verified."""
 
     text: str
@@ -74,7 +75,7 @@ class Token(NamedTuple):
     claims: dict[str, Any]
 
 
-class Expectation(NamedTuple):
+class Expectation(Private, msgspec.Struct, frozen=True):
     """The expected claims of a token, as `TransactionVerifier` describes them; the user is in upper case."""
 
     user_id: str

@@ -324,6 +324,12 @@ def check_handler(handler: object, name: str, *, is_plain: bool = False) -> None
         )
 
 
+def check_name(name: object) -> str | None:
+    if name is not None and not (isinstance(name, str) and name.isprintable() and 1 <= len(name) <= 64):
+        raise _wrong("name", "must be 1 to 64 printable characters, or None")
+    return name
+
+
 def check_listeners(listeners: object) -> tuple[Listener, ...]:
     if not isinstance(listeners, Iterable) or isinstance(listeners, str | bytes):
         raise _wrong("listeners", f"must be an iterable of functions, such as a list, not {type(listeners).__name__}")

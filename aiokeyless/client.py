@@ -40,6 +40,7 @@ from ._validation import (
     check_flag,
     check_handler,
     check_listeners,
+    check_name,
     check_operation_id,
     check_rate,
     check_region,
@@ -142,6 +143,8 @@ class KeylessClient:
             that only this client uses.
         listeners: Functions that are called with each `Event` while it happens. A slow one delays polls and waits. If
             one raises, that is logged. Default: none.
+        name: Tells this client's log lines, events, spans and metrics from those of others, such as one a tenant:
+            1 to 64 printable characters. Clients of one name share their metrics. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong; the message names it and states the valid values.
@@ -169,9 +172,11 @@ class KeylessClient:
         max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),
+        name: str | None = None,
     ) -> None:
         self._region: Region | None = None
         self._base_url: str = ""
+        self._name: str | None = None
         keys = make_api_keys(_from_environment(api_key, "KEYLESS_API_KEY"))
         if isinstance(keys, ConfigurationError):
             keys = _name_source(keys, api_key, "KEYLESS_API_KEY")
@@ -198,13 +203,20 @@ class KeylessClient:
         self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
         self._listeners: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
+        self._name = check_name(name)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KeylessClient cannot be pickled or copied: create one where it is used")
 
     def __repr__(self) -> str:
         where = f"region={self._region.value!r}" if self._region is not None else f"base_url={self._base_url!r}"
-        return f"<KeylessClient {where}{' closed' if self._closing is not None else ''}>"
+        name = f"name={self._name!r} " if self._name is not None else ""
+        return f"<KeylessClient {name}{where}{' closed' if self._closing is not None else ''}>"
+
+    @property
+    def name(self) -> str | None:
+        """What tells it from other clients; None if it has no name."""
+        return self._name
 
     @property
     def base_url(self) -> str:
@@ -273,7 +285,7 @@ class KeylessClient:
         except RuntimeError:
             raise ConfigurationError("the client runs on asyncio, whose event loop does not run here") from None
         if self._opened is None:
-            listeners = Listeners(self._listeners) if self._listeners else None
+            listeners = Listeners(self._listeners, self._name) if self._listeners else None
             transport = Transport(
                 self._base_url,
                 self._api_keys,
@@ -289,6 +301,7 @@ class KeylessClient:
                 max_in_flight=self._max_in_flight,
                 max_polls_per_second=self._max_polls_per_second,
                 listeners=listeners,
+                name=self._name,
             )
             self._opened = _Opened(loop, listeners, transport, poller, Holds(poller))
         elif self._opened.loop is not loop:

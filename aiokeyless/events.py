@@ -14,6 +14,7 @@ import msgspec
 from .models import Model
 
 __all__ = [
+    "ClientEvent",
     "DeliveryEnded",
     "Event",
     "Inspection",
@@ -31,7 +32,17 @@ __all__ = [
 ]
 
 
-class RequestEnded(Model, frozen=True, kw_only=True):
+class ClientEvent(Model, frozen=True, kw_only=True):
+    """What each event has.
+
+    Attributes:
+        client: The `name` of the client, for a worker of the worker's client; None if it has no name.
+    """
+
+    client: str | None = None
+
+
+class RequestEnded(ClientEvent, frozen=True, kw_only=True):
     """One HTTP exchange with the service has ended, for a single call or for a poll.
 
     Attributes:
@@ -58,7 +69,7 @@ class RequestEnded(Model, frozen=True, kw_only=True):
     request_id: str | None
 
 
-class OperationCreated(Model, frozen=True, kw_only=True):
+class OperationCreated(ClientEvent, frozen=True, kw_only=True):
     """A call or a worker has created an operation, or has found it after a lost answer: it can be told to the phone.
 
     Attributes:
@@ -70,7 +81,7 @@ class OperationCreated(Model, frozen=True, kw_only=True):
     user_id: str
 
 
-class WaitStarted(Model, frozen=True, kw_only=True):
+class WaitStarted(ClientEvent, frozen=True, kw_only=True):
     """A wait has started; the listener runs in the context of its caller.
 
     Attributes:
@@ -108,7 +119,7 @@ class WaitOutcome(StrEnum):
     """No other hold came within 10 s of the last one."""
 
 
-class WaitEnded(Model, frozen=True, kw_only=True):
+class WaitEnded(ClientEvent, frozen=True, kw_only=True):
     """A wait has ended.
 
     Attributes:
@@ -147,7 +158,7 @@ class PollResult(StrEnum):
     """It was cut off: no wait needed it any more, or its task was cancelled from outside."""
 
 
-class PollEnded(Model, frozen=True, kw_only=True):
+class PollEnded(ClientEvent, frozen=True, kw_only=True):
     """A poll has ended; one poll serves all waits for its operation.
 
     Attributes:
@@ -170,7 +181,7 @@ class PollEnded(Model, frozen=True, kw_only=True):
     lag: float | None
 
 
-class ServiceChanged(Model, frozen=True, kw_only=True):
+class ServiceChanged(ClientEvent, frozen=True, kw_only=True):
     """The service has begun to fail, for a client or a worker, or it answers again.
 
     It fails if there was nothing but failures for 10 s, or if so many polls failed that few may start.
@@ -189,7 +200,7 @@ class ServiceChanged(Model, frozen=True, kw_only=True):
     waiting: int
 
 
-class DeliveryEnded(Model, frozen=True, kw_only=True):
+class DeliveryEnded(ClientEvent, frozen=True, kw_only=True):
     """A worker has processed a delivery of a request: usually one poll, after which the request is delivered again.
 
     Attributes:
@@ -208,7 +219,7 @@ class DeliveryEnded(Model, frozen=True, kw_only=True):
     seconds: float
 
 
-class OutcomePublished(Model, frozen=True, kw_only=True):
+class OutcomePublished(ClientEvent, frozen=True, kw_only=True):
     """A worker has decided a request, and the broker has stored the event. One worker of the fleet reports it, once.
 
     Attributes:
@@ -257,7 +268,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...] = ()
 
 
-class WorkerInspected(Model, frozen=True, kw_only=True):
+class WorkerInspected(ClientEvent, frozen=True, kw_only=True):
     """The figures of a worker and its fleet, every 5 seconds and once more at the end.
 
     The figures are those of `aiokeyless.worker.WorkerStatistics`.

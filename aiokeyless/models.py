@@ -1,17 +1,16 @@
 """The service's requests and answers as frozen msgspec structs, their enums, and `Secret`.
 
 Names are snake_case here and camelCase on the wire. Unknown fields are ignored, so that a newer service does not break
-an older client. Nothing here does I/O, and no ``repr`` of an answer shows a key or a payload.
+an older client. Nothing here does I/O, and no ``repr`` shows a key or a payload.
 """
 
 from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -106,8 +105,46 @@ class Secret:
         return Secret, ("",)
 
 
-#: A repr shows only the length of these: a payload is confidential, an external user id may be personal data.
-_REDACTED: Final = frozenset({"operation_payload", "external_user_id", "transaction_data"})
+#: A payload is confidential, an external user id may be personal data, and a digest confirms a guess of the payload.
+_PRIVATE: Final = frozenset(
+    {
+        *("operation_payload", "transaction_data", "payload_sha256", "signed_sha256", "digest"),
+        *("external_user_id", "context", "body", "data", "raw", "claims", "text"),
+    }
+)
+
+
+class Private:
+    """Base of all that holds private data: a ``repr``, also that of rich, shows at most its length."""
+
+    __slots__ = ()
+    __struct_fields__: ClassVar[tuple[str, ...]]
+
+    def __rich_repr__(self) -> Any:  # as msgspec has it
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            yield name, _Redacted(value) if name in _PRIVATE and value is not None else value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+
+class _Redacted:
+    """Placeholder for private data in a ``repr``. It is not a string, since rich would quote that."""
+
+    __slots__ = ("_shown",)
+
+    def __init__(self, value: object) -> None:
+        match value:
+            case str():
+                self._shown = f"<{len(value)} characters>"
+            case bytes() | msgspec.Raw():
+                self._shown = f"<{len(value)} bytes>"
+            case _:
+                self._shown = "<...>"
+
+    def __repr__(self) -> str:
+        return self._shown
 
 
 def _plain(value: object) -> object:
@@ -126,36 +163,12 @@ def _plain(value: object) -> object:
     return value
 
 
-class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of private texts."""
+class Model(Private, msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Base of the structs: wire names in camelCase, and a ``repr`` that shows nothing private."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data under the attribute names, private texts too, without ``api_key``; times in ISO format."""
         return {name: _plain(getattr(self, name)) for name in self.__struct_fields__ if name != "api_key"}
-
-    def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if name in _REDACTED and value is not None:
-                yield name, _Redacted(value)
-            else:
-                yield name, value
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
-        return f"{type(self).__name__}({fields})"
-
-
-class _Redacted:
-    """Placeholder for a private text in a ``repr``. It is not a string, since rich would quote that."""
-
-    __slots__ = ("_length",)
-
-    def __init__(self, text: str) -> None:
-        self._length = len(text)
-
-    def __repr__(self) -> str:
-        return f"<{self._length} characters>"
 
 
 #: The documented form, at most nine fractional digits, and a zone that is not documented.

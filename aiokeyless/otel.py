@@ -154,7 +154,7 @@ class OpenTelemetryListener:
             case WorkerInspected():
                 self._record_worker(event)
             case ServiceChanged():
-                self._services.update({event.is_failing: 1})
+                self._services[event.client] += 1 if event.is_failing else -1
             case OperationCreated():  # it names a user, and the request is recorded
                 pass
             case _:
@@ -162,6 +162,7 @@ class OpenTelemetryListener:
 
     def _record_request(self, event: RequestEnded) -> None:
         attributes: dict[str, str | int] = {
+            **_named(event.client),
             "http.request.method": event.method,
             "server.address": event.server,
             "server.port": event.port,
@@ -175,24 +176,27 @@ class OpenTelemetryListener:
         self._requests.record(event.seconds, attributes)
 
     def _record_poll(self, event: PollEnded) -> None:
-        self._polls.add(1, {"aiokeyless.poll.result": event.result.value})
+        name = _named(event.client)
+        self._polls.add(1, {**name, "aiokeyless.poll.result": event.result.value})
         if event.lag is not None:
-            self._lag.record(event.lag)
+            self._lag.record(event.lag, name)
         if event.error is not None:
             for wait in event.waits:
                 if wait in self._spans:
                     self._spans[wait].add_event("aiokeyless.poll.failed", {"error.type": event.error})
 
     def _start_wait(self, event: WaitStarted) -> None:
-        self._active.add(1)
+        name = _named(event.client)
+        self._active.add(1, name)
         links = [] if event.traceparent is None else [Link(_position(event.traceparent))]
-        span = self._tracer.start_span("aiokeyless.wait", links=links)
+        span = self._tracer.start_span("aiokeyless.wait", links=links, attributes=name)
         if span.is_recording():
             self._spans[event.wait] = span
 
     def _end_wait(self, event: WaitEnded) -> None:
-        outcome = {"aiokeyless.wait.outcome": event.outcome.value}
-        self._active.add(-1)
+        name = _named(event.client)
+        outcome = {**name, "aiokeyless.wait.outcome": event.outcome.value}
+        self._active.add(-1, name)
         self._durations.record(event.seconds, outcome)
         span = self._spans.pop(event.wait, None)
         if span is None:
@@ -213,7 +217,7 @@ class OpenTelemetryListener:
 
     def _record_outcome(self, event: OutcomePublished) -> None:
         """Record the wait of a worker's request, which is over: as one span, from when the approval was asked for."""
-        outcome = {"aiokeyless.wait.outcome": event.outcome.value}
+        outcome = {**_named(event.client), "aiokeyless.wait.outcome": event.outcome.value}
         self._durations.record(event.age, outcome)
         end = time.time_ns()
         span = self._tracer.start_span(
@@ -243,7 +247,7 @@ class OpenTelemetryListener:
 class _Observed(NamedTuple):
     """What gauges are read from."""
 
-    services: Counter[bool]  # how often one began to fail (True), and ceased to
+    services: Counter[str | None]  # how many fail, by the name of their client
     workers: dict[int, WorkerInspected]  # the last report of each one that runs, by its number
 
 
@@ -257,11 +261,11 @@ def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
     """
     if (known := _OBSERVED.get(provider)) is not None:
         return known
-    services: Counter[bool] = Counter()
+    services: Counter[str | None] = Counter({None: 0})
     workers: dict[int, WorkerInspected] = {}
 
-    def is_any_failing(_options: CallbackOptions) -> list[Observation]:
-        return [Observation(int(services[True] > services[False]))]
+    def are_failing(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(int(count > 0), _named(client)) for client, count in [*services.items()]]
 
     def of_workers(
         field: str, combine: Callable[[Iterable[float]], float]
@@ -269,7 +273,7 @@ def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
         return lambda _options: _of_fleets([*workers.values()], field, combine)  # an exporter has a thread of its own
 
     meter.create_observable_gauge(
-        "aiokeyless.service.failing", [is_any_failing], "1", "Whether Keyless fails for a client or a worker: 0 or 1."
+        "aiokeyless.service.failing", [are_failing], "1", "Whether Keyless fails for a client or a worker: 0 or 1."
     )
     for name, (field, unit, combine, description) in _WORKER_GAUGES.items():
         meter.create_observable_gauge(f"aiokeyless.worker.{name}", [of_workers(field, combine)], unit, description)
@@ -280,18 +284,27 @@ def _of_fleets(
     reports: list[WorkerInspected], field: str, combine: Callable[[Iterable[float]], float]
 ) -> list[Observation]:
     """Return one observation for each fleet that this process has workers of, or for each of its readers."""
-    groups: dict[tuple[str, str | None], tuple[dict[str, str], list[float]]] = {}
+    groups: dict[tuple[str | None, str, str | None], tuple[dict[str, str], list[float]]] = {}
     for event in reports:
         figure = attrgetter(field)(event)
         for reader, value in (figure if isinstance(figure, dict) else {None: figure}).items():
             attributes = _messaging(event) if reader is None else {**_messaging(event), "reader": reader}
-            groups.setdefault((event.destination, reader), (attributes, []))[1].append(float(value))
+            groups.setdefault((event.client, event.destination, reader), (attributes, []))[1].append(float(value))
     return [Observation(combine(values), attributes) for attributes, values in groups.values()]
 
 
 def _messaging(event: DeliveryEnded | OutcomePublished | WorkerInspected) -> dict[str, str]:
-    """Return the attributes by the conventions for messaging."""
-    return {"messaging.system": event.system, "messaging.destination.name": event.destination}
+    """Return the attributes by the conventions for messaging, and the client's name."""
+    return {
+        **_named(event.client),
+        "messaging.system": event.system,
+        "messaging.destination.name": event.destination,
+    }
+
+
+def _named(client: str | None) -> dict[str, str]:
+    """Return the attribute of what belongs to a client, which may have no name."""
+    return {} if client is None else {"aiokeyless.client.name": client}
 
 
 def _context(traceparent: str | None) -> Context:

@@ -7,25 +7,33 @@ ends with its client. So the client must be closed first, when the signal arrive
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from types import FrameType
-from typing import Final, TypeAlias
-
-from .client import KeylessClient
+from typing import Any, Final, Protocol, TypeAlias
 
 _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int
 
-__all__ = ["close_on_signals"]
+__all__ = ["Closable", "close_on_signals"]
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: Seconds after which a stack is closed again, as clients may be entered while the server still stops.
+_AGAIN: Final = 0.05
+
+
+class Closable(Protocol):
+    """Anything with `aclose`: a client, an `AsyncExitStack`, your own class. Closing it again must do no harm."""
+
+    def aclose(self) -> Coroutine[Any, Any, object]:
+        """Close it."""
 
 
 @asynccontextmanager
-async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None]:
+async def close_on_signals(*clients: Closable) -> AsyncGenerator[None, None]:
     """Close clients when the process receives SIGTERM or SIGINT, or at the end of the block, whichever comes first.
 
     Each wait and each call under way then ends with `ClientClosedError`. The handler that was installed before gets the
@@ -37,7 +45,8 @@ async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None
     In another one, such as in Starlette's test client, the clients are closed at the end of the block only.
 
     Args:
-        clients: The clients to close, all of this event loop.
+        clients: What to close, all of this event loop: clients, or an `AsyncExitStack` into which they are entered
+            later. One that is entered after the signal is closed at once.
 
     Raises:
         ConfigurationError: A client belongs to another event loop; raised at the end of the block.
@@ -52,15 +61,29 @@ async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None
     """
     loop = asyncio.get_running_loop()
 
+    closed: asyncio.Future[None] = loop.create_future()  # what was there at the signal
+    has_ended = asyncio.Event()
+
     async def close() -> None:
-        await asyncio.gather(*(client.aclose() for client in clients))
+        is_last = False
+        while not is_last:
+            is_last = has_ended.is_set()
+            ends = await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
+            if not closed.done():
+                closed.set_result(None)
+            for error in ends:
+                if isinstance(error, BaseException):
+                    raise error
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(has_ended.wait(), _AGAIN)
 
     start = functools.cache(lambda: loop.create_task(close()))
     in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = [_Handling(number, loop, start) for number in _SIGNALS if in_main_thread and _is_handled(number)]
+    handlers = [_Handling(number, start, closed) for number in _SIGNALS if in_main_thread and _is_handled(number)]
     try:
         yield
     finally:
+        has_ended.set()
         try:
             await asyncio.shield(start())
         finally:
@@ -74,14 +97,12 @@ def _is_handled(number: signal.Signals) -> bool:
 
 
 class _Handling:
-    """The handler of one signal while the block is open. `start` starts once, and returns the task that closes."""
+    """The handler of one signal while the block is open. It starts closing, which happens once, until `closed`."""
 
-    def __init__(
-        self, number: signal.Signals, loop: asyncio.AbstractEventLoop, start: Callable[[], asyncio.Task[None]]
-    ) -> None:
+    def __init__(self, number: signal.Signals, start: Callable[[], object], closed: asyncio.Future[None]) -> None:
         self._number = number
-        self._loop = loop
         self._start_closing = start
+        self._closed = closed
         self._is_first = True
         # Not loop.add_signal_handler, which keeps one handler only: aiohttp's and hypercorn's live there, and are still
         # called. This takes the place of handlers such as uvicorn's, and calls them.
@@ -91,16 +112,16 @@ class _Handling:
         """Handle the signal; runs in the main thread, between any two instructions."""
         is_first, self._is_first = self._is_first, False
         if is_first:
-            self._loop.call_soon_threadsafe(self._start)
+            self._closed.get_loop().call_soon_threadsafe(self._start)
         if callable(self._previous):
             self._previous(number, frame)
         elif not is_first:
             self._end_process()
 
     def _start(self) -> None:
-        closing = self._start_closing()
+        self._start_closing()
         if not callable(self._previous):
-            closing.add_done_callback(lambda _: self._end_process())
+            self._closed.add_done_callback(lambda _: self._end_process())
 
     def _end_process(self) -> None:
         self.remove()

@@ -417,6 +417,8 @@ class KeylessClient:
             that only this client uses.
         listeners: Functions that are called with each `Event` while it happens, in the thread of the event loop. A slow
             one delays polls and waits. If one raises, that is logged. Default: none.
+        name: Tells this client's log lines, events, spans and metrics from those of others, such as one a tenant:
+            1 to 64 printable characters. Clients of one name share their metrics. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong; the message names it and states the valid values.
@@ -428,6 +430,7 @@ class KeylessClient:
 
     # On the class, since __del__ and __repr__ read them even if __init__ raised.
     _base_url = ""
+    _name: str | None = None
     _background: _Background | None = None
     _closed = False
 
@@ -444,6 +447,7 @@ class KeylessClient:
         max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),
+        name: str | None = None,
     ) -> None:
         reveal = _hide(api_key)
         del api_key  # before anything is raised: error reporters print local variables
@@ -458,14 +462,21 @@ class KeylessClient:
             max_polls_per_second=max_polls_per_second,
             schedule=schedule,
             listeners=listeners,
+            name=name,
         )
-        self._base_url = self._client.base_url
+        self._base_url, self._name = self._client.base_url, name
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KeylessClient cannot be pickled or copied: create one where it is used")
 
     def __repr__(self) -> str:
-        return f"<sync.KeylessClient base_url={self._base_url!r}{' closed' if self._closed else ''}>"
+        name = f"name={self._name!r} " if self._name is not None else ""
+        return f"<sync.KeylessClient {name}base_url={self._base_url!r}{' closed' if self._closed else ''}>"
+
+    @property
+    def name(self) -> str | None:
+        """What tells it from other clients; None if it has no name."""
+        return self._name
 
     @property
     def base_url(self) -> str:

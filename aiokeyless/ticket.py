@@ -23,7 +23,7 @@ from ._validation import (
     finite_seconds,
     is_traceparent,
 )
-from .models import StartedBy
+from .models import Private, StartedBy
 
 __all__ = ["ApprovalTicket", "DefaultTimeout", "WaitTimeout"]
 
@@ -54,7 +54,7 @@ def payload_digest(payload: str | None) -> str:
     return hashlib.sha256((payload or "").encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
+class ApprovalTicket(Private, msgspec.Struct, frozen=True, kw_only=True):
     """The data needed to resume a wait for an operation, also in another process.
 
     It contains no secret, and only a hash of the payload. `KeylessClient.create_operation` returns one;

@@ -9,7 +9,6 @@ AIOHTTP = tuple(map(int, aiohttp.__version__.split(".")[:2]))
 #: The end of the reasons below, for tests/conftest.py.
 NOT_THERE = "of this aiohttp"
 
-needs_middlewares = pytest.mark.skipif(AIOHTTP < (3, 12), reason=f"no middlewares {NOT_THERE}")
 #: aiohttp 3.10 keeps what was reset until the garbage collector comes.
 may_not_leak = pytest.mark.skipif(AIOHTTP < (3, 11), reason=f"a flaw {NOT_THERE}")
 #: Before 3.14, a server refuses a body of just the size that it allows.

@@ -16,10 +16,11 @@ import pytest
 from aiohttp.web_protocol import RequestHandler
 from aiohttp_version import AIOHTTP, NOT_THERE
 from hypothesis import settings
+from mocked_service import MockedService
 from nats_server import NatsServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -142,6 +143,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture
 def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
     return keyless_sandbox
+
+
+@pytest.fixture
+def mocked() -> Iterator[MockedService]:
+    with (service := MockedService()):
+        yield service
 
 
 @pytest.fixture

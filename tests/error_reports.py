@@ -51,6 +51,13 @@ def by_structlog(error: BaseException) -> str:
     return json.dumps(transformer((type(error), error, error.__traceback__)))
 
 
+def by_structlog_console(error: BaseException) -> str:
+    render = structlog.dev.ConsoleRenderer(
+        colors=False, exception_formatter=structlog.dev.RichTracebackFormatter(width=400, locals_max_length=99)
+    )
+    return render(None, "error", {"event": "it failed", "exc_info": error})
+
+
 class Recording(Transport):
     """Sentry's way out, which keeps what would be sent."""
 
@@ -80,6 +87,7 @@ REPORTERS: dict[str, Reporter] = {
     "loguru": by_loguru,
     "rich": by_rich,
     "structlog": by_structlog,
+    "structlog's console": by_structlog_console,
     "sentry": by_sentry,
     "pickle": by_pickle,
 }

@@ -27,7 +27,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        *("request", "waits", "herd", "lateness", "limits", "weather", "fairness", "distributed"),
+        *("request", "waits", "tenants", "herd", "lateness", "limits", "weather", "fairness", "distributed"),
         *("soak --uvloop", "soak_failover", "soak_fleet", "soak_nats", "soak_pods"),
     ],
 )

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import looptime
+import msgspec
 import pytest
 from cyclopts import CycloptsError
 from factors import ApprovingSandbox
@@ -35,6 +36,7 @@ import aiokeyless.worker
 from aiokeyless import KeylessClient, Operation, OperationMismatchError, Region, wait_adaptive
 from aiokeyless.cli.app import app
 from aiokeyless.events import (
+    ClientEvent,
     DeliveryEnded,
     Event,
     Inspection,
@@ -49,7 +51,6 @@ from aiokeyless.events import (
     WaitStarted,
     WorkerInspected,
 )
-from aiokeyless.models import Model
 from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
@@ -398,6 +399,14 @@ def test_what_the_benchmarks_say_about_the_memory_of_a_fleet_was_measured() -> N
     assert grown["growth of the worker's objects, an hour"] < 1
 
 
+def test_what_the_page_of_many_tenants_says_was_measured() -> None:
+    page = (DOCS / "howto" / "many-tenants.md").read_text()
+    costs, late = (table["rows"] for table in saved("tenants")["tables"])
+    for _, memory, sockets, start, stop, _ in costs[:2]:
+        assert f"| {memory} MB | {sockets} | {start} s | {stop} s |" in page
+    assert {f"{float(row[1].split()[0]):.1f} s (p95)" in page for row in late} == {True}
+
+
 def test_what_the_benchmarks_say_about_good_requests_was_measured() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     measured: dict[str, list[str]] = {}
@@ -549,6 +558,11 @@ def test_a_command_with_a_wrong_option_does_not_parse() -> None:
 FROM_AN_INDEX = re.compile(r"""install\b[^\n#]*[ "']aiokeyless(?=[\s"'\[=<>~])""")
 
 
+def test_the_page_of_the_sandbox_shows_each_field_of_an_operation() -> None:
+    [shown] = re.findall(r"```json\n(.*?)```", (DOCS / "reference" / "sandbox-api.md").read_text(), re.DOTALL)
+    assert json.loads(shown).keys() == {field.encode_name for field in msgspec.structs.fields(Operation)}
+
+
 def test_no_text_installs_the_package_from_an_index_on_which_it_is_not() -> None:
     """Anybody could register the name there."""
     assert FROM_AN_INDEX.search('pip install -q "aiokeyless[cli]"')
@@ -696,7 +710,7 @@ EVENTS: tuple[Event, ...] = (
 
 def test_each_kind_of_event_is_told_to_listeners_and_tried_here() -> None:
     own = [kind for kind in vars(aiokeyless.events).values() if getattr(kind, "__module__", "") == "aiokeyless.events"]
-    kinds = {kind for kind in own if isinstance(kind, type) and issubclass(kind, Model)}
+    kinds = {kind for kind in own if isinstance(kind, type) and ClientEvent in kind.__bases__}
     assert kinds == set(get_args(Event)) == {type(event) for event in EVENTS}
     assert all(json.loads(json.dumps(event.to_dict())).keys() == {*event.__struct_fields__} for event in EVENTS)
     assert {kind.__name__ for kind in own if isinstance(kind, type)} <= set(aiokeyless.events.__all__)
@@ -705,7 +719,7 @@ def test_each_kind_of_event_is_told_to_listeners_and_tried_here() -> None:
 def test_each_figure_of_a_worker_is_a_metric() -> None:
     page = (DOCS / "reference" / "events.md").read_text()
     figures = {*WorkerInspected.__struct_fields__, *Inspection.__struct_fields__}
-    figures -= {"worker", "system", "destination", "has_ended", "fleet", "problems"}
+    figures -= {"worker", "system", "destination", "has_ended", "fleet", "problems", "client"}
     figures -= {"is_failing"}  # clients have it, too: `aiokeyless.service.failing`
     metrics = re.findall(r"^\| `aiokeyless\.worker\.(\w+)` \|", page, re.MULTILINE)
     assert {figure.removeprefix("is_") for figure in figures} == set(metrics)

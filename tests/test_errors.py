@@ -275,21 +275,6 @@ def test_facts_that_were_not_given_are_absent_not_invented() -> None:
 # -- what is transient: rule 4
 
 
-@pytest.mark.parametrize(
-    ("status", "transient"),
-    [
-        *((status, True) for status in (408, 425, 429, 500, 502, 503, 504, 599)),
-        *((status, False) for status in (199, 204, 302, 400, 401, 403, 404, 406, 407, 409)),
-        *((status, False) for status in (415, 424, 426, 428, 430, 499, 600)),
-    ],
-)
-def test_a_status_is_transient_or_not_whatever_its_class(status: int, *, transient: bool) -> None:
-    for kind in (StatusError, NotFoundError, ServerError):
-        error = kind(status=status, method="GET", path=PATH, retry_after=1.0)
-        assert error.is_transient is transient
-        assert pickled(error).is_transient is transient
-
-
 @every_class
 def test_without_a_status_it_is_transient_if_no_usable_answer_came(kind: type[KeylessError]) -> None:
     if not issubclass(kind, StatusError):

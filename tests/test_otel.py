@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from msgspec.structs import replace
 from tenacity.wait import wait_fixed
 
-from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, NotFoundError, otel
+from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, NotFoundError, events, otel
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.broker import NewRequest
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.util.types import AttributeValue
+
+    from aiokeyless.events import Event
 
 USER = "C0FFEE"
 
@@ -78,8 +80,8 @@ class Recorder:
 
     @property
     def failing(self) -> int:
-        """The one value of the gauge of failing services."""
-        [point] = self.points["aiokeyless.service.failing"]
+        """The value of the gauge of failing services, for clients without a name."""
+        point = self.points["aiokeyless.service.failing"][0]
         value: int = point.value
         return value
 
@@ -270,11 +272,44 @@ class TestMetrics:
         await asyncio.gather(*waits, return_exceptions=True)
 
 
-def test_a_service_fails_until_it_answers_all_of_its_clients(recorder: Recorder) -> None:
+def test_a_service_fails_until_it_answers_all_of_its_clients_of_one_name(recorder: Recorder) -> None:
     assert recorder.failing == 0  # before anything has happened
     for is_failing, number in ((True, 1), (True, 1), (False, 1), (False, 0)):
-        recorder.listener(ServiceChanged(is_failing=is_failing, error=None, seconds=1.0, waiting=1))
+        event = ServiceChanged(is_failing=is_failing, error=None, seconds=1.0, waiting=1)
+        recorder.listener(event)
         assert recorder.failing == number
+        for name in ("acme", "globex"):
+            recorder.listener(replace(event, client=name, is_failing=is_failing or name == "globex"))
+        acme, globex = recorder.points["aiokeyless.service.failing"][1:]
+        assert (acme.attributes, acme.value) == ({"aiokeyless.client.name": "acme"}, number)
+        assert (globex.attributes, globex.value) == ({"aiokeyless.client.name": "globex"}, 1)
+
+
+@pytest.mark.looptime
+async def test_events_spans_and_metrics_have_the_name_of_their_client_and_those_of_a_worker_too(
+    sandbox: Sandbox, recorder: Recorder, memory: SqliteBroker
+) -> None:
+    told: list[Event] = []
+    async with (
+        sandbox.client(listeners=[recorder.listener, told.append], name="acme") as client,
+        ApprovalWorker(client, memory),
+    ):
+        await submit_approval(memory, USER, operation_id="txn-1")
+        ticket = await client.create_operation(USER, operation_id="txn-2")
+        for operation_id in ("txn-1", "txn-2"):
+            asyncio.get_running_loop().call_later(2, sandbox.approve, operation_id)
+        await client.wait_for_approval(ticket)
+        await next_event(memory)
+        sandbox.fail_next(503, times=None)
+        with pytest.raises(ApprovalUnknownError):
+            await client.wait_for_approval("txn-3", timeout=30)
+        observed = recorder.points
+    assert {type(event) for event in told} == set(get_args(events.Event))
+    assert {event.client for event in told} == {"acme"}
+    points = [point for name in observed for point in observed[name] if name != "aiokeyless.service.failing"]
+    assert len(points) > 20
+    for attributes in (*(point.attributes for point in points), *(span.attributes or {} for span in recorder.spans)):
+        assert attributes["aiokeyless.client.name"] == "acme"
 
 
 INSPECTED = WorkerInspected(

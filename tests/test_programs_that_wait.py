@@ -135,6 +135,15 @@ TABLE: Mapping[str, Row] = {
     ),
     "examples/logs/dict_config.py": NOTHING,
     "examples/logs/structlog_lines.py": NOTHING,
+    "examples/many_tenants/tenants_app.py": asked_in(
+        "examples/test_many_tenants.py",
+        "test_an_approval_after_the_timeout_counts_for_nothing",
+        "test_a_pin_is_refused_for_good",
+        "test_an_order_is_of_the_user_and_of_the_tenant_that_asked",
+        "each order has an operation of its own",
+        "test_open_waits_of_all_tenants_end_at_a_signal_and_the_next_process_goes_on",
+        "test_an_order_that_is_asked_about_twice_at_once_is_one_operation",
+    ),
     "examples/message_handler.py": asked_in(
         "examples/test_message_handler.py",
         "test_an_approval_after_the_timeout_pays_nothing",

@@ -12,7 +12,7 @@ from aiokeyless._http import protocol
 from aiokeyless._rules import backoff, budget, final, outcome, rate, slots, window
 from aiokeyless._waits import holds, machine
 from aiokeyless.errors import TRANSIENT_STATUSES
-from aiokeyless.worker import ApprovalWorker, decisions, processor, serving
+from aiokeyless.worker import ApprovalWorker, decisions, grace, processor, serving
 from aiokeyless.worker.nats import StreamSettings, load_shedding
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -86,6 +86,9 @@ SENTENCES = [
     f"would have made by now, at most {schedule._MAX_COUNTED}",
     f"a wait that began within a {seconds(machine.FRESH)} of its create",
     f"NATS stretches delays up to {load_shedding._MAX_FACTOR:g} times",
+    # The grace of a worker
+    f"took nothing for over {grace._TURN.total_seconds():g} s since it was frozen or its broker away:",
+    f"{grace._ABSENT.total_seconds():g} s in all, or one that is longer",
     # The rate
     f"`max_polls_per_second` ({signature(KeylessClient).parameters['max_polls_per_second'].default:g} by default)",
     f"a {seconds(rate._BURST)}'s worth of polls may start at once",

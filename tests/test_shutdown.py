@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import pytest
 from waiting import PATIENCE, until
@@ -104,6 +107,55 @@ async def test_all_clients_are_closed(sandbox: Sandbox) -> None:
         async with asyncio.timeout(PATIENCE):
             ends = await asyncio.gather(*waits, return_exceptions=True)
     assert [type(end) for end in ends] == [ClientClosedError, ClientClosedError]
+
+
+async def test_a_client_that_is_entered_into_a_stack_is_closed_too_and_at_once_after_the_signal(
+    sandbox: Sandbox, received: list[int]
+) -> None:
+    stack = AsyncExitStack()
+    async with close_on_signals(stack), asyncio.timeout(PATIENCE):
+        early = await waiting(await stack.enter_async_context(sandbox.client()))
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(ClientClosedError):
+            await early
+        for _ in range(2):
+            late = await stack.enter_async_context(sandbox.client())
+            with pytest.raises(ClientClosedError):
+                await late.request_approval("C0FFEE")
+        last = await stack.enter_async_context(sandbox.client())
+    assert "closed" in repr(last)
+    assert received == [signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("received")
+async def test_one_that_cannot_be_closed_keeps_none_of_the_others_open(client: KeylessClient) -> None:
+    stack = AsyncExitStack()
+    stack.callback(divmod, 1, 0)
+    wait = await waiting(client)
+    block = close_on_signals(stack, client)
+    await block.__aenter__()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(ClientClosedError):
+        await wait
+    with pytest.raises(ZeroDivisionError):
+        await block.__aexit__(None, None, None)
+
+
+@pytest.mark.usefixtures("received")
+async def test_nothing_is_left_of_clients_that_came_and_went(sandbox: Sandbox) -> None:
+    class Tenants(dict[str, KeylessClient]):
+        async def aclose(self) -> None:
+            await asyncio.gather(*(client.aclose() for client in self.values()))
+
+    tenants = Tenants()
+    gone: WeakSet[KeylessClient] = WeakSet()
+    async with close_on_signals(tenants):
+        for _ in range(1000):
+            tenants["acme"] = sandbox.client()
+            gone.add(tenants["acme"])
+            await tenants.pop("acme").aclose()
+        gc.collect()
+        assert len(gone) == 0
 
 
 @pytest.mark.usefixtures("received")

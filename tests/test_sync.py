@@ -36,7 +36,6 @@ from aiokeyless import (
     ClientClosedError,
     ConfigurationError,
     NotApproved,
-    NotFoundError,
     sync,
     worker,
 )
@@ -138,11 +137,6 @@ async def test_operations_are_created_and_read(keyless: KeylessClient) -> None:
     assert await asyncio.to_thread(program) == ["op-1", "op-1"]
 
 
-async def test_an_error_is_that_of_the_other_face(keyless: KeylessClient) -> None:
-    with pytest.raises(NotFoundError):
-        await asyncio.to_thread(keyless.get_operation, "none")
-
-
 def test_its_settings_are_those_of_the_client_in_the_loop() -> None:
     def listener(_event: Event) -> None:
         pass
@@ -168,23 +162,6 @@ async def test_a_call_runs_in_the_callers_context(sandbox: Sandbox) -> None:
 
 
 # -- waits
-
-
-async def test_a_wait_returns_the_approved_operation(sandbox: Sandbox, keyless: KeylessClient) -> None:
-    waiting = asyncio.create_task(asyncio.to_thread(keyless.request_approval, "C0FFEE", operation_id="op-1"))
-    await until(lambda: "op-1" in sandbox.operations)
-    sandbox.approve("op-1")
-    assert (await waiting).is_approved
-
-
-async def test_a_wait_ends_with_the_errors_of_the_other_face(keyless: KeylessClient) -> None:
-    def program() -> None:
-        ticket = keyless.create_operation("C0FFEE")
-        with pytest.raises(ApprovalTimeoutError):
-            keyless.wait_for_approval(ticket, timeout=0.1)
-        assert keyless.hold_for_approval(ticket, seconds=0.1) is None
-
-    await asyncio.to_thread(program)
 
 
 async def test_on_poll_runs_in_the_waiting_thread_and_holds_no_other(sandbox: Sandbox, keyless: KeylessClient) -> None:
@@ -598,8 +575,9 @@ async def test_what_a_body_raises_puts_the_outcome_off_and_is_raised(
 
 
 def test_neither_repr_nor_pickle_show_the_key() -> None:
-    client = KeylessClient("secret-key", base_url="https://keyless.example")
-    assert repr(client) == "<sync.KeylessClient base_url='https://keyless.example'>"
+    client = KeylessClient("secret-key", base_url="https://keyless.example", name="acme")
+    assert repr(client) == "<sync.KeylessClient name='acme' base_url='https://keyless.example'>"
+    assert client.name == "acme"
     with pytest.raises(TypeError, match="pickled"):
         pickle.dumps(client)
 

@@ -69,9 +69,12 @@ def show_proxy(proxy: Secret) -> str:
 
 
 def _scheme_of(proxy: Secret) -> str | None:
-    """Return the scheme of a proxy's URL; None if it is no URL of a host."""
+    """Return the scheme of a proxy's URL; None if it is no URL of a host.
+
+    What follows the port may be the rest of a password that has an ``@`` and a ``/``; or the slash was forgotten.
+    """
     try:
         url = URL(proxy.reveal())
     except ValueError:
         return None
-    return url.scheme if url.host else None
+    return url.scheme if url.host and url.path_qs == "/" and not url.fragment else None

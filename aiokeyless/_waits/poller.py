@@ -69,12 +69,13 @@ class Poller:
         max_in_flight: int,
         max_polls_per_second: float | None = None,
         listeners: Listeners | None = None,
+        name: str | None = None,
     ) -> None:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         # Not the context of the first caller, whose trace and logging variables concern only its own call.
         self._context = context_without_traces()
-        self._reporter = Reporter(listeners)
+        self._reporter = Reporter(listeners, name)
         self._machine = Machine(
             self._reporter,
             schedule=schedule,

@@ -44,10 +44,11 @@ _OUTCOMES: Final[dict[type, WaitOutcome]] = {
 
 
 class Reporter:
-    """Reports for one poller. Without listeners, no event is built."""
+    """Reports for one poller. Without listeners, no event is built. The log lines begin with the client's name."""
 
-    def __init__(self, listeners: Listeners | None) -> None:
+    def __init__(self, listeners: Listeners | None, client: str | None = None) -> None:
         self._listeners = listeners
+        self._who = "" if client is None else f"client {client!r}: "
         self._service = ServiceWatch()
         self._late_since: float | None = None  # the first of the late polls; None: the last one was in time
         self._late_logged = False
@@ -113,9 +114,11 @@ class Reporter:
         if change is None:
             return
         if self._service.is_logged and change.is_failing:
-            logger.warning("Keyless fails (last: %s): %d waits go on, with few polls", error, change.waiting)
+            logger.warning(
+                "%sKeyless fails (last: %s): %d waits go on, with few polls", self._who, error, change.waiting
+            )
         elif self._service.is_logged:
-            logger.info("Keyless answers again, %.1f s after the first failure", change.seconds)
+            logger.info("%sKeyless answers again, %.1f s after the first failure", self._who, change.seconds)
         if self._service.is_new:
             self._tell(change)
 
@@ -123,7 +126,7 @@ class Reporter:
         """Log, once a minute, that polls go on after a failure that is not the service's own, or at a limit of rate."""
         if now - self._warned_at >= _WARN_AGAIN:
             self._warned_at = now
-            logger.warning("polls do not get through, and go on: %s", error)
+            logger.warning("%spolls do not get through, and go on: %s", self._who, error)
 
     def report_end(self, budget: Budget, now: float) -> None:
         """Report that the client is closed, to listeners that count failing services."""
@@ -144,8 +147,9 @@ class Reporter:
         if now - self._late_since > _LATE_FOR and not self._late_logged:
             self._late_logged = True
             logger.warning(
-                "polls have been late for over %.0f s, now by %.1f s, with %d waits: unless Keyless answers 429, raise "
-                "max_in_flight or max_polls_per_second, or give the process more CPU",
+                "%spolls have been late for over %.0f s, now by %.1f s, with %d waits: unless Keyless answers 429, "
+                "raise max_in_flight or max_polls_per_second, or give the process more CPU",
+                self._who,
                 _LATE_FOR,
                 lag,
                 waiting,

@@ -11,6 +11,8 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
+from aiokeyless.models import Private
+
 from .app import CommandError
 from .render import escape, is_terminal, new_console, print_fact
 
@@ -84,7 +86,7 @@ _SIGNS: Final = {True: ("✓", "+", "green"), False: ("✗", "x", "bold red"), "
 _WHO: Final = {True: "documented by the vendor", False: "assumed by aiokeyless", None: "expected"}
 
 
-class CreatedOperation(msgspec.Struct):
+class CreatedOperation(Private, msgspec.Struct):
     """An operation that was created, and its latest state; without one, it may not exist."""
 
     operation_id: str

@@ -53,6 +53,7 @@ class ClientOptions(TypedDict, total=False):
     max_polls_per_second: float | None
     schedule: wait_base | None
     listeners: Iterable[Listener]
+    name: str | None
 
 
 class Sandbox(Service):

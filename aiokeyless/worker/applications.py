@@ -28,7 +28,7 @@ from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableErr
 from .brokers import broker_for, hide_url
 from .logs import log
 from .messages import (
-    VERSION,
+    REQUEST_VERSION,
     ApprovalEvent,
     ApprovalRequest,
     NewerVersionError,
@@ -73,7 +73,7 @@ def request_to_json(
         ConfigurationError: An argument is wrong.
     """
     request = ApprovalRequest(
-        version=VERSION,
+        version=REQUEST_VERSION,
         user_id=check_user_id(user_id),
         operation_id=check_requested_id(operation_id, started_by),
         operation_payload=check_text(operation_payload, "operation_payload"),

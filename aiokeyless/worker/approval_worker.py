@@ -55,8 +55,8 @@ class ApprovalWorker:
             the broker, for this worker or another. A 429 halves the rate, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
         grace: Seconds for which a final poll that got no answer is repeated; 0: not at all. They count from the
-            deadline, but no earlier than from the worker's start or its broker's return. Give all workers of a broker
-            the same. Default: 30.
+            deadline, but only while the worker runs, its broker answers, and Keyless asks for no short pause. Give all
+            workers of a broker the same. Default: 30.
         on_created: Called with the `ApprovalRequest` once its operation is created; may be async, and must not block.
             It sends your app's push notification. It runs beside the deliveries, up to `max_in_flight` calls at once,
             each within 10 s of the create. If it raises, that is logged, and the request goes on. It is seldom called
@@ -225,7 +225,7 @@ class ApprovalWorker:
             longest_wait=longest_wait,
             on_fatal=self._fail,
             on_created=self._on_created,
-            listeners=Listeners(self._client.listeners),
+            listeners=Listeners(self._client.listeners, self._client.name),
         )
         if self._stopping:
             self._serving.stop()

@@ -15,10 +15,13 @@ from enum import Enum, IntEnum, auto
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
+import msgspec
+
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
+from aiokeyless.models import Private
 
-from .messages import ApprovalEvent, ApprovalRequest, Message
+from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, Message
 
 T = TypeVar("T")
 
@@ -45,7 +48,7 @@ class RefusedError(UnavailableError):
     """The broker refused, because a disk or a stream is full, for example; or it did not answer in time."""
 
 
-class NewRequest(NamedTuple):
+class NewRequest(Private, msgspec.Struct, frozen=True):
     """A request to store."""
 
     request: ApprovalRequest  # already checked
@@ -175,11 +178,13 @@ class Broker(ApplicationSide):
         system: Kind of the broker, for listeners, by OpenTelemetry's conventions.
         destination: The place of its requests, by the same conventions.
         forgets_claims: Whether an operation id can be claimed anew after about a day.
+        request_version: The newest version of requests that its workers know.
     """
 
     system: str
     destination: str
     forgets_claims: bool
+    request_version: int = REQUEST_VERSION
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -231,8 +236,10 @@ class Broker(ApplicationSide):
         Several workers may call it at once, even on one broker object. If a call is cancelled, the requests that it has
         taken come again. Requests come in the order in which they are due, or in that of `aiokeyless._rules.order`.
 
+        Those of a later version than `request_version` come beside the others and hold up none: workers give them back.
+
         Args:
-            up_to: How many at most; at least 1.
+            up_to: How many of the others at most; at least 1.
             within: Seconds after which it returns at the latest, even without a request.
             untried: None unless requests fail. Then so many that were never tried come first, and the others by fewest
                 failures. Among equals, those that a poll answered well come first. Those that were tried and no more
@@ -243,8 +250,9 @@ class Broker(ApplicationSide):
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         """Take due requests whose time was over `grace` seconds ago, without waiting for any.
 
-        A worker calls it while Keyless is away, because it can decide these requests without Keyless. A broker that
-        cannot tell them from others may return others as well, which the worker puts off.
+        These seconds are the worker's grace, and those since then that do not count for it. A worker calls it
+        while Keyless is away, because it can decide these requests without Keyless. A broker that cannot tell them from
+        others may return others as well, which the worker puts off.
         """
 
     @abstractmethod

@@ -19,14 +19,20 @@ def _wall() -> datetime:
     return datetime.now(UTC)
 
 
+def _elapsed() -> float:
+    """Return the seconds since some moment. If the system can tell, those count in which it was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class BrokerClock:
     """The time of the broker, as measured by its answers.
 
     Between two measurements only a monotonic clock counts. A step of this machine's wall clock, which gives the time
-    until the first measurement, moves no deadline.
+    until the first measurement, moves no deadline. If a virtual machine was paused and no clock of it tells, the next
+    measurement does.
     """
 
-    def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = _elapsed) -> None:
         self._wall = wall
         self._monotonic = monotonic
         self._started_at = monotonic()

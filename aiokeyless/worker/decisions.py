@@ -21,7 +21,7 @@ from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
 from .broker import ExchangeResult
-from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, read_context
+from .messages import EVENT_VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, read_rest
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -68,27 +68,6 @@ class Next(Enum):
     """The operation id is taken, perhaps by an earlier delivery of this request: poll the operation."""
 
 
-class Grace:
-    """For how long past its deadline a request's final poll is repeated if it got no answer.
-
-    A worker that was away, or whose broker was, finds requests long after their deadlines. Keyless may be back a moment
-    later than they are, so the grace does not begin before the worker takes requests.
-    """
-
-    def __init__(self, seconds: float, *, since: datetime) -> None:
-        self.seconds = seconds
-        self.since = since
-        """When the worker began to take requests, or the broker came back; by the broker's clock."""
-
-    def left(self, delivery: Delivery, at: datetime) -> float:
-        """Return the seconds until a request is past its deadline and the grace; negative if it is."""
-        return (max(delivery.ticket.expires_at, self.since) - at).total_seconds() + self.seconds
-
-    def may_be_over(self, at: datetime) -> bool:
-        """Return whether it can be over for any request."""
-        return (at - self.since).total_seconds() > self.seconds
-
-
 class Pacing(NamedTuple):
     """What sets the delays of redeliveries."""
 
@@ -96,11 +75,12 @@ class Pacing(NamedTuple):
     failures: int  # of the request in a row, this one included, that count for its backoff
     paused_for: float  # seconds for which the answer asked the request to pause; 0 or less for none
     closed_for: float  # seconds until the budget and the rate let polls start; 0 or less if they do
-    grace: Grace
+    grace: float  # seconds
 
     def after_failure(self, most: float = math.inf) -> float:
-        """Return a random number of seconds to wait after a failure. `most` limits all but the backoff."""
-        return max(error_delay(self.failures), min(max(self.paused_for, self.closed_for), most))
+        """Return a random number of seconds to wait after a failure. `most` limits a pause longer than the grace."""
+        pause = max(self.paused_for, self.closed_for)
+        return max(error_delay(self.failures), pause if pause <= self.grace else min(pause, most))
 
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
@@ -129,8 +109,11 @@ def after_poll(
     now: datetime,
     pacing: Pacing,
     was_created: bool,
+    grace_left: float,
 ) -> Decision | Next:
     """Decide by the result of a poll. Return `Next.CREATE` if there is no operation, and it is not too late for it.
+
+    `grace_left` is `Grace.left` when the poll started, so a pause that its answer asks for is not in it.
 
     If this request may have created the operation, as far as the broker knows, an odd answer says nothing about it: see
     `is_failure`.
@@ -151,10 +134,9 @@ def after_poll(
     if verdict is Verdict.TRANSIENT:
         if not was_final:
             return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), ExchangeResult.FAILED)
-        left = pacing.grace.left(delivery, polled_at)
         # If no poll may start for longer than that, the application still gets an outcome in time.
-        if left > 0.0:  # no caller waits for the outcome, so the repetition may be later than that
-            return Redeliver(pacing.after_failure(left), ExchangeResult.FAILED)
+        if grace_left > 0.0:  # no caller waits for the outcome, so the repetition may be later than that
+            return Redeliver(pacing.after_failure(grace_left), ExchangeResult.FAILED)
     return _end(delivery, answer, verdict, now)._replace(polled_at=polled_at)
 
 
@@ -221,17 +203,21 @@ def fail(delivery: Delivery, reason: FailureReason, detail: str, *, now: datetim
     return _decide(delivery, now, Outcome.FAILED, reason=reason, detail=detail)
 
 
-def fail_unreadable(message: Message, error: KeylessError, *, now: datetime) -> Decided:
-    """Decide that a message that is not a request has failed."""
+def fail_unreadable(
+    message: Message, error: KeylessError, *, now: datetime, reason: FailureReason = FailureReason.INVALID_REQUEST
+) -> Decided:
+    """Decide that a message that is not a request, as far as this worker knows, has failed."""
+    operation_id, context = read_rest(message.body)
     event = ApprovalEvent(
-        version=VERSION,
+        version=EVENT_VERSION,
         outcome=Outcome.FAILED,
-        reason=FailureReason.INVALID_REQUEST,
+        operation_id=operation_id,
+        reason=reason,
         detail=str(error)[:_LONGEST_TEXT],
         requested_at=message.stored_at,
         decided_at=now,
         deliveries=message.number,
-        context=read_context(message.body),
+        context=context,
     )
     return Decided(event)
 
@@ -293,7 +279,7 @@ def _decide(
 ) -> Decided:
     ticket = delivery.ticket
     event = ApprovalEvent(
-        version=VERSION,
+        version=EVENT_VERSION,
         outcome=outcome,
         operation_id=ticket.operation_id,
         user_id=ticket.user_id,

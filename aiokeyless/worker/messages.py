@@ -6,25 +6,36 @@ returns the application's context byte for byte.
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from hashlib import sha256
-from typing import Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 
-from aiokeyless._validation import check_auth_type, check_requested_id, check_text, check_user_id, seconds
+from aiokeyless._validation import (
+    check_auth_type,
+    check_operation_id,
+    check_requested_id,
+    check_text,
+    check_user_id,
+    seconds,
+)
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
-from aiokeyless.models import StartedBy
+from aiokeyless.models import Private, StartedBy
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
 
 __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 
 T = TypeVar("T")
 
-VERSION: Final = 1
+#: The newest versions of both forms. Requests and events of each version from 1 on are read.
+REQUEST_VERSION: Final = 1
+EVENT_VERSION: Final = 1
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit where its request did
 #: Levels of nested lists and objects. A recursive decoder must cope with them wherever it is called.
 MAX_DEPTH: Final = 64
@@ -74,10 +85,13 @@ class FailureReason(StrEnum):
     UNREADABLE = "unreadable"
     """The service answered with JSON of another shape than documented. The outcome is unknown."""
     INTERNAL = "internal"
-    """The worker itself failed; its log says more. The outcome is unknown; check the operation at Keyless."""
+    """The worker itself failed, or no worker knew the request's version any more; its log says more. The outcome is
+    unknown; check the operation at Keyless."""
 
 
-class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class ApprovalRequest(
+    Private, msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """A request for an approval, as JSON at the broker.
 
     Attributes:
@@ -108,18 +122,15 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     require_auth_type: str | None = None
     started_by: StartedBy = "backend"
 
-    def __repr__(self) -> str:  # neither a payload nor an application's context belongs in a log
-        return f"<ApprovalRequest of user {self.user_id!r}, operation {self.operation_id!r}>"
 
-
-class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ApprovalEvent(Private, msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a request ended, as JSON at the broker.
 
     Attributes:
         version: Version of this form, 1.
         outcome: See `Outcome`.
         operation_id: The operation's id. None only if the request was too broken to have one.
-        user_id: The user, in upper-case hex. None in the same case.
+        user_id: The user, in upper-case hex. None if the request could not be read.
         external_user_id: Your own id of the user, or None.
         payload_sha256: ``hashlib.sha256(payload.encode()).hexdigest()``; of an empty text if the request had none.
             Compare it and `user_id` with your request, because an operation id alone does not say what the user
@@ -166,12 +177,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         """
         return msgspec.json.decode(self.context, type=type)
 
-    def __repr__(self) -> str:
-        hint = "" if self.context == _NOTHING else f", context of {len(self.context)} bytes: see read_context"
-        return f"<ApprovalEvent {self.outcome} of operation {self.operation_id!r}{hint}>"
 
-
-class Message(msgspec.Struct, kw_only=True, eq=False):
+class Message(Private, msgspec.Struct, kw_only=True, eq=False):
     """One delivery of a request to a worker. A broker adds fields by which it recognizes the request."""
 
     body: bytes  # the request as JSON
@@ -187,7 +194,7 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
         return 0 < self.number - 1 <= self.failures
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+class Delivery(Private, msgspec.Struct, frozen=True, kw_only=True):
     """One delivery of a request: what the request asks for, and the broker's message.
 
     Attributes:
@@ -205,9 +212,6 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     def is_started_by_phone(self) -> bool:
         """Whether the app starts the operation, so that the worker creates none."""
         return self.ticket.started_by == "phone"
-
-    def __repr__(self) -> str:  # as above
-        return f"<Delivery {self.message.number} of operation {self.ticket.operation_id!r}>"
 
 
 def read_request(message: Message, *, longest_wait: float, largest_request: int) -> Delivery:
@@ -247,30 +251,50 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
     return Delivery(message=message, request=request, ticket=ticket, refusal=refusal)
 
 
-class _Version(msgspec.Struct):
+class _Version(Private, msgspec.Struct):
     version: int
 
 
-class _Context(msgspec.Struct):
+class RequestHead(_Version):
+    """What a request has in each version, and is checked in each."""
+
+    operation_id: str
+    created_at: datetime | None = None
+    context: msgspec.Raw = _NOTHING
+    started_by: Any = "backend"
+    expires_in: ClassVar[float] = DEFAULT_LIFETIME  # a later version may write it in another form
+
+
+class _Rest(Private, msgspec.Struct):
+    operation_id: Any = None
     context: msgspec.Raw = _NOTHING
 
 
 def _decode(data: bytes, kind: type[T]) -> T:
-    """Decode a message.
+    """Decode a message, or a part of it.
+
+    Raises:
+        msgspec.DecodeError: It is not of that kind.
+    """
+    try:
+        data.decode()  # a context, which is not decoded, could hold bytes that are not text
+        return msgspec.json.decode(data, type=kind)
+    except (UnicodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None
+
+
+def _decode_version(data: bytes, kind: type[T], newest: int) -> T:
+    """Decode a message of a version from 1 to the newest that is known.
 
     Raises:
         msgspec.DecodeError: It is not of that kind. If it is of a later version, a `NewerVersionError`.
     """
-    try:
-        data.decode()  # a context, which is not decoded, could hold bytes that are not text
-        version = msgspec.json.decode(data, type=_Version).version
-        if version > VERSION:
-            raise NewerVersionError(f"version {version} is not known here, only {VERSION}: upgrade")
-        if version != VERSION:
-            raise msgspec.DecodeError(f"version {version} is not known here, only {VERSION}")
-        return msgspec.json.decode(data, type=kind)
-    except (UnicodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from None
+    version = _decode(data, _Version).version
+    if version > newest:
+        raise NewerVersionError(f"version {version} is not known here, only up to {newest}: upgrade")
+    if version < 1:
+        raise msgspec.DecodeError(f"version {version} is not known here, only from 1 to {newest}")
+    return _decode(data, kind)
 
 
 def decode_request(data: bytes) -> ApprovalRequest:
@@ -280,12 +304,35 @@ def decode_request(data: bytes) -> ApprovalRequest:
         InvalidRequestError: It is not a request.
     """
     try:
-        return _decode(data, ApprovalRequest)
+        return _decode_version(data, ApprovalRequest, REQUEST_VERSION)
     except msgspec.DecodeError as error:
         raise InvalidRequestError(f"the message is no request for an approval: {str(error)[:200]}") from None
 
 
-def read_times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
+def read_version(data: bytes) -> int:
+    """Return the version of a request; 0 if that cannot be read."""
+    try:
+        return _decode(data, _Version).version
+    except msgspec.DecodeError:
+        return 0
+
+
+def read_newer(message: Message, *, largest_request: int) -> RequestHead | None:
+    """Return what this worker can read of a request of a later version; None if it is no such request."""
+    if len(message.body) > largest_request or read_version(message.body) <= REQUEST_VERSION:
+        return None
+    try:
+        head = _decode(message.body, RequestHead)
+        check_requested_id(head.operation_id, head.started_by)
+        read_times(head, message.stored_at, math.inf)
+    except (msgspec.DecodeError, ConfigurationError, InvalidRequestError):
+        return None
+    return head if context_refusal(head.context) is None else None
+
+
+def read_times(
+    request: ApprovalRequest | RequestHead, stored_at: datetime, longest: float
+) -> tuple[datetime, datetime]:
     """Return when waiting for a request ends, and when it began.
 
     Raises:
@@ -319,7 +366,7 @@ def read_event(data: bytes | str) -> ApprovalEvent:
         msgspec.DecodeError: It is not an event of a known form, or of a later version than this library knows.
     """
     encoded = data.encode(errors="surrogatepass") if isinstance(data, str) else data
-    event = _decode(encoded, ApprovalEvent)
+    event = _decode_version(encoded, ApprovalEvent, EVENT_VERSION)
     if (reason := context_refusal(event.context)) is not None:
         raise msgspec.DecodeError(reason)
     return event
@@ -329,14 +376,16 @@ class NewerVersionError(msgspec.DecodeError):
     """A message is of a later version: a newer program understands it."""
 
 
-def read_context(data: bytes) -> msgspec.Raw:
-    """Return the context of a message that is not a request, as far as it can be read."""
+def read_rest(data: bytes) -> tuple[str | None, msgspec.Raw]:
+    """Return the operation id and the context of a message that is not a request, as far as they can be read."""
     try:
-        data.decode()
-        context = msgspec.json.decode(data, type=_Context).context
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return _NOTHING
-    return context if context_refusal(context) is None else _NOTHING
+        rest = _decode(data, _Rest)
+    except msgspec.DecodeError:
+        return None, _NOTHING
+    operation_id = None
+    with suppress(ConfigurationError):
+        operation_id = check_operation_id(rest.operation_id)
+    return operation_id, rest.context if context_refusal(rest.context) is None else _NOTHING
 
 
 def context_refusal(context: msgspec.Raw) -> str | None:

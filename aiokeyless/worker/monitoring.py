@@ -30,7 +30,7 @@ from aiokeyless.models import Operation
 
 from .broker import Broker, RefusedError, UnavailableError
 from .logs import RateLimitedLog, log
-from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome
+from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome, RequestHead
 
 _EVERY: Final = 5.0  # seconds between two inspections
 #: Seconds for which requests may wait while this worker receives none.
@@ -115,6 +115,7 @@ class WorkerReporter:
         self._fleet = Inspection()
         self._silence: str | None = None  # why the last inspection failed; None if it did not
         self._unsettled = RateLimitedLog(logging.WARNING, "delivery.unsettled")  # of each request, if a disk is full
+        self._newer = RateLimitedLog(logging.ERROR, "request.newer")
         self._not_ready = RateLimitedLog(logging.WARNING, "worker.not_ready")
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
@@ -251,10 +252,11 @@ class WorkerReporter:
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return
+        who = {} if self._listeners.client is None else {"client": self._listeners.client}
         if self._service.is_logged and change.is_failing:
-            log(logging.WARNING, "keyless.failing", {"error": str(failure), "waiting": change.waiting})
+            log(logging.WARNING, "keyless.failing", {**who, "error": str(failure), "waiting": change.waiting})
         elif self._service.is_logged:
-            log(logging.INFO, "keyless.answering", {"seconds": round(change.seconds, 3)})
+            log(logging.INFO, "keyless.answering", {**who, "seconds": round(change.seconds, 3)})
         if self._service.is_new:
             self._listeners.tell(change)
 
@@ -267,6 +269,12 @@ class WorkerReporter:
         if message.number == 1:
             waited = (self._broker.now() - message.stored_at).total_seconds()
             self._longest_wait = max(self._longest_wait, waited)
+
+    def report_newer(self, head: RequestHead) -> None:
+        """Report a request of a later version, which is given back. It shows that the broker delivers."""
+        self._delivered += 1
+        error = f"version {head.version} is not known here, only up to {REQUEST_VERSION}: upgrade"
+        self._newer.log({"operation_id": head.operation_id, "error": error})
 
     def report_settlement(self, number: int, failure: Exception | None, *, started_at: float) -> None:
         """Report that a delivery was settled, or what kept it from being settled."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.creation import OperationCreation
@@ -57,7 +58,8 @@ if TYPE_CHECKING:
     from aiokeyless._rules.rate import PollRate
 
     from .broker import Broker
-    from .decisions import Decision, Grace
+    from .decisions import Decision
+    from .grace import Grace
     from .messages import Delivery
     from .monitoring import WorkerReporter
 
@@ -213,6 +215,7 @@ class DeliveryProcessor:
     async def _poll(self, delivery: Delivery) -> Decision | Next:
         """Poll the operation. Return `Next.CREATE` if there is none and it is not too late to create it."""
         polled_at, started_at = self._clock(), self._now()
+        grace_left = self._grace.left(delivery, polled_at) if is_final(delivery, polled_at) else math.inf
         answer = await self._get(delivery, polled_at)
         was_created = await self._was_created(delivery, answer, polled_at)
         if isinstance(answer, KeylessError):
@@ -228,6 +231,7 @@ class DeliveryProcessor:
             now=self._clock(),
             pacing=self._pacing(delivery, answer),
             was_created=was_created,
+            grace_left=grace_left,
         )
         if isinstance(answer, Operation) and _needs_claim(delivery, step):
             return await self._disown(delivery, answer) or step
@@ -312,7 +316,10 @@ class DeliveryProcessor:
         now = self._now()
         self._budget.record_failure(now, started_at=started_at)
         if isinstance(error, RateLimitError):
+            before = self._rate.paused_until
             self._rate.record_refusal(now, error, started_at=started_at, is_final=is_final, was_good=was_good)
+            if self._rate.paused_until > before:
+                self._grace.record_pause(self._clock(), self._rate.paused_until - now)
         else:
             self._rate.record_answer()
         if is_unexpected(error) or (isinstance(error, RateLimitError) and self._rate.is_limited(now)):
@@ -332,7 +339,7 @@ class DeliveryProcessor:
             ),
             paused_for=own_pause,
             closed_for=max(self._budget.ready_at(now), self._rate.ready_at(now)) - now,
-            grace=self._grace,
+            grace=self._grace.seconds,
         )
 
 

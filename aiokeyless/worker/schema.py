@@ -15,13 +15,12 @@ import msgspec
 from aiokeyless._validation import MAX_IDENTIFIER
 from aiokeyless.models import AuthType
 
-from .messages import VERSION, ApprovalEvent, ApprovalRequest
+from .messages import EVENT_VERSION, REQUEST_VERSION, ApprovalEvent, ApprovalRequest
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _ATTRIBUTE: Final = re.compile(r"^    (\w+): (.*(?:\n      +.*)*)", re.MULTILINE)
 _TIME: Final[dict[str, object]] = {"format": "date-time"}  # msgspec adds it only to times that must have a zone
 _LIMITS: Final[dict[str, dict[str, object]]] = {
-    "version": {"const": VERSION},
     "user_id": {"pattern": f"^[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}$"},
     "operation_id": {"minLength": 1, "maxLength": MAX_IDENTIFIER},
     "expires_in": {"exclusiveMinimum": 0},
@@ -34,12 +33,14 @@ _LIMITS: Final[dict[str, dict[str, object]]] = {
 
 def message_schema(message: type[ApprovalRequest | ApprovalEvent]) -> dict[str, Any]:
     """Return the JSON Schema of a kind of message, in the dialect of draft 2020-12."""
+    newest = REQUEST_VERSION if message is ApprovalRequest else EVENT_VERSION
+    limits: dict[str, dict[str, object]] = {"version": {"const": newest}, **_LIMITS}
     described = dict(_ATTRIBUTE.findall((inspect.getdoc(message) or "").replace("``", "`")))
     fields: list[Any] = []
     for field in msgspec.structs.fields(message):
         # A context is kept as the received bytes; in JSON it is any value.
         kind, default = (Any, None) if field.type is msgspec.Raw else (field.type, field.default)
-        extra = {"description": " ".join(described.get(field.name, "").split()), **_LIMITS.get(field.name, {})}
+        extra = {"description": " ".join(described.get(field.name, "").split()), **limits.get(field.name, {})}
         annotated = Annotated[kind, msgspec.Meta(extra_json_schema=extra)]  # type: ignore[valid-type]  # a run time type
         fields.append((field.name, annotated) if field.required else (field.name, annotated, default))
     strict = message.__struct_config__.forbid_unknown_fields

@@ -31,9 +31,10 @@ from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .announcements import Announcements
 from .broker import ExchangeResult, RefusedError, UnavailableError
-from .decisions import Grace, Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
+from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, observation
+from .grace import Grace
 from .logs import RateLimitedLog, log
-from .messages import FailureReason, read_request
+from .messages import REQUEST_VERSION, FailureReason, read_newer, read_request, read_version
 from .monitoring import WorkerReporter, WorkerStatistics
 from .processor import DeliveryProcessor, check_key
 
@@ -59,6 +60,9 @@ _LOST: Final = 0.1  # seconds after which a cancellation counts as lost
 TAKES_FOR: Final = 1.0
 #: Most seconds for which a delivery is given back. Longer than a take lasts, so that another worker can take it.
 _HANDED_BACK_FOR: Final = 1.5
+#: Seconds for which a request of a later version is given back, and those since its storing in which it is.
+NEWER_FOR: Final = 2.0
+NEWER_KEPT_FOR: Final = 24 * 3600.0
 #: Seconds after which a request is delivered again whose outcome the broker refused: much less than the lease.
 _REFUSED_FOR: Final = 2.0
 #: Repetitions of a put-off while the broker is away: for about half a minute. A lease is 45 s by default.
@@ -98,7 +102,7 @@ class Serving:
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._schedule = schedule
         self._limits = limits
-        self._grace = Grace(limits.grace, since=broker.now())
+        self._grace = Grace(limits.grace, now=broker.now())
         self._longest_wait = longest_wait
         self._on_fatal = on_fatal
         self._budget = Budget()
@@ -163,15 +167,16 @@ class Serving:
                 await self._receive(self._broker.take(room, TAKES_FOR, untried=untried), needs_exchange=True)
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
-                may_be_over = self._grace.may_be_over(self._broker.now())
-                if may_be_over and self._is_away(now) and self._key_check is None:
-                    overdue = self._broker.take_overdue(self._limits.max_in_flight, self._grace.seconds)
-                    await self._receive(overdue, needs_exchange=False)
+                is_away = self._is_away(now) and self._key_check is None
+                if is_away and (overdue := self._grace.overdue(self._broker.now())) is not None:
+                    taking = self._broker.take_overdue(self._limits.max_in_flight, overdue)
+                    await self._receive(taking, needs_exchange=False)
                 now = self._loop.time()
                 ready_at = self._ready_at(now)
                 if ready_at <= now:  # the slots are held
                     ready_at = self._slots.slow_at()
                 await self._pause(min(max(ready_at - now, _EARLY), TAKES_FOR))
+            self._grace.record_turn(self._broker.now())
         except UnavailableError as error:
             self._silences += 1
             self._reporter.take_failure = str(error)
@@ -190,12 +195,24 @@ class Serving:
         messages = taken.result()
         if self._silences:
             log(logging.INFO, "broker.available")
-            self._grace.since = self._broker.now()
         self._silences, self._reporter.take_failure = 0, None
-        new = sum(message.is_untried for message in messages)
-        self._alternation.record(untried=new, others=len(messages) - new)
-        for message in messages:
+        newer = {message for message in messages if self._is_for_newer_workers(message)}
+        known = [message for message in messages if message not in newer]
+        new = sum(message.is_untried for message in known)
+        self._alternation.record(untried=new, others=len(known) - new)
+        for message in known:
             self._take(message, needs_exchange=needs_exchange)
+        if newer:
+            await asyncio.gather(*(self._give_back(message, NEWER_FOR) for message in newer))
+
+    def _is_for_newer_workers(self, message: Message) -> bool:
+        """Return whether a request is of a later version, and a worker that knows it may yet come."""
+        head = read_newer(message, largest_request=self._broker.largest_request)
+        # As long as the broker keeps claims, the outcome can say whether the user may have been asked.
+        if head is None or self._age(message) >= min(NEWER_KEPT_FOR, self._longest_wait):
+            return False
+        self._reporter.report_newer(head)
+        return True
 
     def _is_away(self, now: float) -> bool:
         """Return whether the service is down, hangs, or asked for a pause that is longer than the grace."""
@@ -347,7 +364,7 @@ class Serving:
         moment = self._broker.now()
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            is_over = delivery.refusal is None and self._grace.left(delivery, moment) < 0
+            is_over = delivery.refusal is None and self._grace.left(delivery, moment) <= 0
             if is_over and self._is_away(now):
                 return after_outage(delivery, self._reporter.last_failure, now=moment)
         pause = max(0.0, self._ready_at(now) - now)
@@ -357,7 +374,12 @@ class Serving:
         try:
             delivery = self._read(message)
         except InvalidRequestError as error:
-            return fail_unreadable(message, error, now=self._broker.now())
+            self._budget.record_other()
+            # A worker that knows a later version may have asked the user before it was replaced.
+            is_newer = read_version(message.body) > REQUEST_VERSION
+            was_asked = is_newer and await self._may_have_asked(message)
+            reason = FailureReason.INTERNAL if was_asked else FailureReason.INVALID_REQUEST
+            return fail_unreadable(message, error, now=self._broker.now(), reason=reason)
         if delivery.refusal is not None:
             return fail(delivery, FailureReason.INVALID_REQUEST, delivery.refusal, now=self._broker.now())
         try:
@@ -387,17 +409,22 @@ class Serving:
             self._learn(decision)
 
     async def _add_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
-        """Return the event; if it expired, it now says whether the user was asked, or may have been.
+        """Return the event; if it expired, it now says whether the user was asked, or may have been."""
+        if event.asked is not False:
+            return event
+        return msgspec.structs.replace(event, asked=await self._may_have_asked(message))
+
+    async def _may_have_asked(self, message: Message) -> bool:
+        """Return whether a request's user may have been asked.
 
         A request claims its operation id before it creates the operation. The broker keeps the claim for as long as it
         lets a request wait. An older request, such as after a day without workers, may have lost its claim.
         """
-        if event.asked is not False:
-            return event
-        age = (self._broker.now() - message.stored_at).total_seconds()
-        is_kept = age < self._longest_wait + self._limits.grace
-        asked = not is_kept or await self._broker.has_claim(message)
-        return msgspec.structs.replace(event, asked=asked)
+        is_kept = self._age(message) < self._longest_wait + self._limits.grace
+        return not is_kept or await self._broker.has_claim(message)
+
+    def _age(self, message: Message) -> float:
+        return (self._broker.now() - message.stored_at).total_seconds()
 
     def _learn(self, decided: Decided) -> None:
         """Let the schedule learn when the user approved, or until when they had not."""

@@ -47,7 +47,7 @@ class Payment(msgspec.Struct, frozen=True):
     payment_id: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
     user_id: Annotated[str, Meta(pattern=r"\A[0-9A-Fa-f]{1,128}\Z")]
     amount: Annotated[str, Meta(pattern=r"\A[0-9]{1,9}\.[0-9]{2}\Z")]
-    payee: Annotated[str, Meta(pattern=r"\A[\w .,'-]{1,70}\Z")]
+    payee: Annotated[str, Meta(pattern=r"\A[A-Za-z][A-Za-z .'-]{0,39}\Z")]  # a phone shows each of these letters
     requested_at: Annotated[datetime, Meta(tz=True)]
     approve_by: Annotated[datetime, Meta(tz=True)]
 

@@ -22,7 +22,8 @@ from aiogram.types import Message
 
 import aiokeyless
 
-ORDER = re.compile(r"(?=.*[1-9])([0-9]{1,6}(?:\.[0-9]{2})?) +(\S.{0,63})")
+# The payee as it may stand in a text on a phone: no line break, no letter that is invisible or looks like another one.
+ORDER = re.compile(r"(?=.*[1-9])([0-9]{1,6}(?:\.[0-9]{2})?) +([A-Za-z][A-Za-z .'-]{0,39})")
 USAGE = "Send /transfer 40 alice, and approve it on your phone."
 TOO_LATE = "Nothing was transferred. If you approve it later, nothing is transferred either."
 SETTLED = {
@@ -100,7 +101,7 @@ class Teller:
         task = asyncio.current_task()
         if user is None or task is None:
             await message.answer("This bot does not know you.")
-        elif order is None or not order[0].isprintable():
+        elif order is None:
             await message.answer(USAGE)
         elif user in self._asked:
             await message.answer("Another transfer waits for you. Approve it, or let its time run out.")
@@ -132,8 +133,8 @@ class Teller:
                 await shown.edit_text(f"{title}\n{news(update)}: {ticket.remaining():.0f} s left.")
             except TelegramRetryAfter as error:
                 self._next_edit = clock() + error.retry_after
-            except AiogramError as error:  # a message that was deleted, a gateway's page: it is only progress
-                _LOGGER.info("progress was not shown: %s", error)
+            except Exception:  # a message that was deleted, a gateway's page: it is only progress
+                _LOGGER.info("progress was not shown", exc_info=True)
 
         try:
             ticket = await self._ask(operation_id, user, payload)

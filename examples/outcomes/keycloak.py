@@ -1,19 +1,20 @@
 """Keycloak's HTTP authentication channel (CIBA): Keycloak asks here, and gets what the user decided."""
 
 import asyncio
-import base64
-import json
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import aiohttp
+import jwt
 from aiohttp import web
 
 from aiokeyless import ApprovalTicket, KeylessClient
 
-CALLBACK = "{realm}/protocol/openid-connect/ext/ciba/auth/callback"
+REALM = "{realm}/protocol/openid-connect"
+CALLBACK, KEYS = f"{REALM}/ext/ciba/auth/callback", f"{REALM}/certs"
 log = logging.getLogger("keycloak")
 USERS = {"alice": "C0FFEE"}  # your own record: the Keyless user of each user name at Keycloak
 
@@ -23,10 +24,9 @@ def notify_phone(ticket: ApprovalTicket) -> None:
     print(f"push to {ticket.user_id}: {ticket.operation_id}")
 
 
-def question(wanted: dict[str, Any], bearer: str) -> str:
+def question(wanted: dict[str, Any], client: str) -> str:
     """Return what the user is asked: which client wants the login, and to which scopes Keycloak stores a consent."""
-    claims = bearer.split(".")[1]  # of a signed token, which Keycloak verifies when it gets the result
-    parts = [f"Log in to {json.loads(base64.urlsafe_b64decode(claims + '=='))['azp']}"]
+    parts = [f"Log in to {client}"]
     if message := wanted.get("binding_message"):
         parts.append(message)
     if wanted["is_consent_required"]:  # or a text that the client added under this name: none makes it false
@@ -39,27 +39,50 @@ class Channel:
 
     async def connect(self, _app: web.Application) -> AsyncGenerator[None]:
         """Keep the connections. At the end the client closes first, so the logins that wait are refused."""
-        self.callback = CALLBACK.format(realm=os.environ["KEYCLOAK_REALM"])
+        self.realm = os.environ["KEYCLOAK_REALM"]
+        self.keys: dict[str, jwt.PyJWK] = {}
+        self.fetch_after = 0.0
         async with aiohttp.ClientSession() as self.http, asyncio.TaskGroup() as self.logins, KeylessClient() as keyless:
             self.keyless = keyless
             yield
 
     async def delegate(self, request: web.Request) -> web.Response:
         """Receive an authentication delegation request: answer it at once, and ask the user meanwhile."""
-        wanted, bearer = await request.json(), request.headers["Authorization"]
+        bearer = request.headers.get("Authorization", "")
+        client = await self.verify(bearer.removeprefix("Bearer "))
+        wanted = await request.json()
         user_id = USERS.get(wanted["login_hint"])
         if user_id is None:
             raise web.HTTPNotFound
-        self.logins.create_task(self.log_in(user_id, wanted, bearer))
+        self.logins.create_task(self.log_in(user_id, wanted, client, bearer))
         return web.Response(status=201)
 
-    async def log_in(self, user_id: str, wanted: dict[str, Any], bearer: str) -> None:
+    async def verify(self, token: str) -> str:
+        """Return which client wants the login. Only Keycloak signs a token for itself: users have others of its."""
+        try:
+            key = await self.find_key(jwt.get_unverified_header(token)["kid"])
+            required: jwt.types.Options = {"require": ["exp", "jti"]}
+            claims = jwt.decode(token, key, [key.algorithm_name], required, audience=self.realm, issuer=self.realm)
+            return str(claims["azp"])
+        except (jwt.PyJWTError, KeyError) as error:
+            raise web.HTTPUnauthorized from error
+
+    async def find_key(self, kid: str) -> jwt.PyJWK:
+        """Return a key of the realm. For an unknown one, fetch the keys, at most once in 10 seconds."""
+        if kid not in self.keys and time.monotonic() > self.fetch_after:
+            self.fetch_after = time.monotonic() + 10
+            async with self.http.get(KEYS.format(realm=self.realm)) as answer:
+                keys = (await answer.json())["keys"]
+                self.keys = {each["kid"]: jwt.PyJWK(each) for each in keys if each["use"] == "sig"}
+        return self.keys[kid]
+
+    async def log_in(self, user_id: str, wanted: dict[str, Any], client: str, bearer: str) -> None:
         """Ask the user, and post the result to Keycloak, once."""
         status = "SUCCEED"
         try:
             await self.keyless.request_approval(
                 user_id,
-                operation_payload=question(wanted, bearer),
+                operation_payload=question(wanted, client),
                 expires_in=110,
                 require_auth_type="biom",
                 on_created=notify_phone,
@@ -67,9 +90,9 @@ class Channel:
         except Exception as error:  # noqa: BLE001  # also of the push service: one login ends no other
             log.warning("not logged in: %r", error)
             status = "UNAUTHORIZED"
-        headers = {"Authorization": bearer}
+        callback, headers = CALLBACK.format(realm=self.realm), {"Authorization": bearer}
         try:
-            async with self.http.post(self.callback, json={"status": status}, headers=headers) as answer:
+            async with self.http.post(callback, json={"status": status}, headers=headers) as answer:
                 answer.raise_for_status()
         except (aiohttp.ClientError, TimeoutError) as error:  # its repr would show the token
             log.warning("Keycloak did not take the result: %s %s", type(error).__name__, error)

@@ -3,7 +3,7 @@
 import os
 
 from aiohttp import web
-from approvals import ask, state
+from approvals import USER, ask, state
 
 from aiokeyless import KeylessClient
 
@@ -14,13 +14,15 @@ CLIENT = web.AppKey("client", KeylessClient)
 @routes.post("/approvals/{order}")
 async def create(request: web.Request) -> web.Response:
     """Ask the user."""
-    return web.json_response(await ask(request.app[CLIENT], request.match_info["order"]))
+    answer, status = await ask(request.app[CLIENT], USER, request.match_info["order"])
+    return web.json_response(answer, status=status)
 
 
 @routes.get("/approvals/{order}")
 async def approval(request: web.Request) -> web.Response:
     """Answer a long poll."""
-    return web.json_response(await state(request.app[CLIENT], request.match_info["order"]))
+    answer, status = await state(request.app[CLIENT], USER, request.match_info["order"])
+    return web.json_response(answer, status=status)
 
 
 async def make_client(app: web.Application) -> None:

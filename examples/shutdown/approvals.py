@@ -3,86 +3,152 @@
 import os
 import sqlite3
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import TypeAlias
 
 from aiokeyless import (
     AlreadyApprovedError,
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
-    ApprovalUnknownError,
     ClientClosedError,
     KeylessClient,
     KeylessError,
 )
 
-USER, PAYLOAD = "C0FFEE", "Pay 40 to Alice"  # a real site has them from its login and from the order
+USER = "C0FFEE"  # a real site has it from its login, and in upper case
 EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
+LATE = timedelta(seconds=2)  # after them, for a browser on its way: what is found later pays nothing
+QUESTIONS, HOLDS = 3, 2  # of one user at once: nobody rings a phone all day, or occupies all connections
+OPEN = ("asking", "asked")  # asking: the answer to the create may be lost, and the phone was not told
+
+Answer: TypeAlias = tuple[dict[str, str], int]  # its JSON, and its status
 
 
-def record() -> closing[sqlite3.Connection]:
-    """Open the record. A real site has its database, and keeps the user who may read it with each order."""
-    db = sqlite3.connect(os.environ.get("APPROVALS_DB", "approvals.sqlite3"), isolation_level=None)  # statements commit
-    db.execute("CREATE TABLE IF NOT EXISTS approvals (id PRIMARY KEY, ticket, state)")
-    return closing(db)
+@contextmanager
+def record() -> Iterator[sqlite3.Connection]:
+    """Begin a transaction while nobody else has one. In another database, lock the rows of the user and the order."""
+    with closing(sqlite3.connect(os.environ.get("APPROVALS_DB", "approvals.sqlite3"), isolation_level=None)) as db, db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE IF NOT EXISTS orders (id PRIMARY KEY, user_id, text)")  # your site's
+        db.execute("CREATE TABLE IF NOT EXISTS approvals (id PRIMARY KEY, user_id, ticket, state, ends)")
+        db.execute("CREATE TABLE IF NOT EXISTS holds (id PRIMARY KEY, user_id, ends)")
+        yield db
 
 
-def find(order: str) -> list[tuple[str, str]]:
-    """Return ticket and state of an order, if it was asked about."""
-    with record() as db:
-        return db.execute("SELECT ticket, state FROM approvals WHERE id = ?", (order,)).fetchall()
+def find(db: sqlite3.Connection, user: str, order: str) -> tuple[str, str, str]:
+    """Return an order's text of now, and ticket and state of its approval; empty texts if it is another user's."""
+    query = "SELECT text, ticket, state FROM orders o LEFT JOIN approvals USING (id) WHERE (id, o.user_id) = (?, ?)"
+    text, ticket, state = db.execute(query, (order, user)).fetchone() or ("", "", "")
+    return text, ticket or "", state or ""
 
 
-async def ask(client: KeylessClient, order: str) -> dict[str, str]:
+def is_full(db: sqlite3.Connection, table: str, user: str, most: int) -> bool:
+    """Return whether so many rows of a user are open."""
+    query = f"SELECT count(*) FROM {table} WHERE user_id = ? AND ends > ?"  # noqa: S608  # each caller passes a constant
+    return bool(db.execute(query, (user, datetime.now(UTC).timestamp())).fetchone()[0] >= most)
+
+
+async def ask(client: KeylessClient, user: str, order: str) -> Answer:
     """Ask the user about an order, once, however often the browser or the next process repeats it."""
-    new = ApprovalTicket.for_operation(
-        str(uuid.uuid4()), user_id=USER, operation_payload=PAYLOAD, expires_in=EXPIRES_IN, require_auth_type="biom"
-    )
-    with record() as db:  # before asking
-        db.execute("INSERT OR IGNORE INTO approvals VALUES (?, ?, 'asked')", (order, new.to_json()))
-    [(stored, state)] = find(order)
+    with record() as db:
+        text, stored, state = find(db, user, order)
+        if not text:
+            return {"error": "There is no such order."}, 404
+        if not stored:  # before asking
+            if is_full(db, "approvals", user, QUESTIONS):
+                return {"error": "Your phone shows three questions. Answer one of them first."}, 429
+            new = ApprovalTicket.for_operation(
+                str(uuid.uuid4()), user_id=user, operation_payload=text, expires_in=EXPIRES_IN, require_auth_type="biom"
+            )
+            stored, state, ends = new.to_json(), "asking", new.expires_at.timestamp()
+            db.execute("INSERT INTO approvals VALUES (?, ?, ?, ?, ?)", (order, user, stored, state, ends))
     ticket = ApprovalTicket.from_json(stored)
-    if state == "asked" and ticket.remaining():
+    if not is_about(ticket, user, text):
+        return {"error": "This order has changed since you were asked. Ask about it under a new number."}, 409
+    if state == "asking" and ticket.remaining():
         try:
             await client.create_operation(
-                USER, operation_id=ticket.operation_id, operation_payload=PAYLOAD, if_exists="resume"
+                user, operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
             )
-            # here, notify the phone
         except AlreadyApprovedError:
             pass  # `state` finds the approval
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            state = "not asked"  # perhaps: the browser asks once more
-    return {"state": state}
+            return {"state": "not asked"}, 200  # perhaps: the browser asks once more
+        state = "asked"
+        with record() as db:
+            change = "UPDATE approvals SET state = 'asked' WHERE id = ? AND state = 'asking'"
+            if db.execute(change, (order,)).rowcount == 1:
+                notify_phone(ticket)
+    return {"state": state}, 200
 
 
-async def state(client: KeylessClient, order: str) -> dict[str, str]:
+def is_about(ticket: ApprovalTicket, user: str, text: str) -> bool:
+    """Return whether this user was asked for exactly this."""
+    return (ticket.user_id, ticket.payload_sha256) == (user, sha256(text.encode()).hexdigest())
+
+
+def notify_phone(ticket: ApprovalTicket) -> None:
+    """Send a push notification: your own function. It is called once, after the operation is there."""
+    print(f"push to {ticket.user_id}: {ticket.operation_id}", flush=True)
+
+
+async def state(client: KeylessClient, user: str, order: str) -> Answer:
     """Answer once an order is decided, or after 25 seconds that it is pending: the caller then asks again."""
-    if not (found := find(order)):
-        return {"state": "not asked"}
-    [(stored, state)] = found
-    if state == "asked":
-        try:
-            ticket = ApprovalTicket.from_json(stored)
-            operation = await client.hold_for_approval(ticket, seconds=25, if_missing="wait")
-            state = "pending" if operation is None else decide(order, "approved")
-        except ApprovalUnknownError:  # perhaps approved: the caller asks again in a while, which polls once more
-            state = "unknown"
-        except ApprovalTimeoutError:
-            state = decide(order, "timed out")
-        except ApprovalError:  # a PIN, or an answer about something else
-            state = decide(order, "refused")
-        except ClientClosedError:  # the server stops: the caller asks the next one
-            state = "pending"
-    return {"state": state}
-
-
-def decide(order: str, state: str) -> str:
-    """Store an outcome before anybody is told: the first one counts, and an approval after it changes nothing."""
+    hold, now = str(uuid.uuid4()), datetime.now(UTC)
     with record() as db:
-        change = "UPDATE approvals SET state = ? WHERE id = ? AND state = 'asked'"
-        if db.execute(change, (state, order)).rowcount == 1 and state == "approved":
-            print(f"{order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
-    [(_, decided)] = find(order)
-    return decided
+        _, stored, state = find(db, user, order)
+        if not stored:
+            return {"state": "not asked"}, 200
+        ticket = ApprovalTicket.from_json(stored)
+        waits = state in OPEN and ticket.remaining(now - LATE)
+        if waits:
+            if is_full(db, "holds", user, HOLDS):
+                return {"error": "Two pages of yours wait already. Close one, or ask again in a second."}, 429
+            db.execute("DELETE FROM holds WHERE ends < ?", (now.timestamp(),))  # those of a killed process
+            db.execute("INSERT INTO holds VALUES (?, ?, ?)", (hold, user, now.timestamp() + 30))
+    if waits:
+        try:
+            state = await wait(client, user, order, ticket)
+        finally:
+            with record() as db:
+                db.execute("DELETE FROM holds WHERE id = ?", (hold,))
+    elif state in OPEN:
+        state = decide(user, order, "timed out")
+    return {"state": state}, 200
+
+
+async def wait(client: KeylessClient, user: str, order: str, ticket: ApprovalTicket) -> str:
+    """Wait for a piece of the time, and return the state."""
+    try:
+        approved = await client.hold_for_approval(ticket, seconds=25, if_missing="wait")
+        return "pending" if approved is None else decide(user, order, "approved")
+    except ApprovalTimeoutError:  # also if it is unknown: nobody finds an approval later
+        return decide(user, order, "timed out")
+    except ApprovalError:  # a PIN, or an answer about something else
+        return decide(user, order, "refused")
+    except ClientClosedError:  # the server stops: the caller asks the next one
+        return "pending"
+
+
+def decide(user: str, order: str, state: str) -> str:
+    """Store an outcome before anybody is told: the first one counts, and it must be about the order of now."""
+    with record() as db:
+        text, stored, decided = find(db, user, order)
+        if decided not in OPEN:
+            return decided or "refused"  # or the order is no longer there
+        ticket = ApprovalTicket.from_json(stored)
+        if state == "approved" and not ticket.remaining(datetime.now(UTC) - LATE):
+            state = "timed out"
+        elif state == "approved" and not is_about(ticket, user, text):
+            state = "refused"
+        # Your site stores what else follows from a payment here, in the same transaction.
+        db.execute("UPDATE approvals SET state = ?, ends = 0 WHERE id = ?", (state, order))
+    if state == "approved":
+        print(f"{order!r}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
+    return state

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
 
-from approvals import ask, state
+from approvals import USER, ask, state
 from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.core.handlers.asgi import ASGIRequest
@@ -29,8 +29,9 @@ def keyless() -> KeylessClient:
 @require_http_methods(["GET", "POST"])
 async def approval(request: ASGIRequest, order: str) -> JsonResponse:
     """Ask the user, or answer a long poll."""
-    answer = ask if request.method == "POST" else state  # a POST, so that your project's CSRF middleware guards it
-    return JsonResponse(await answer(keyless(), order))
+    view = ask if request.method == "POST" else state  # a POST, so that your project's CSRF middleware guards it
+    answer, status = await view(keyless(), USER, order)
+    return JsonResponse(answer, status=status)
 
 
 urlpatterns = [path("approvals/<order>", approval)]

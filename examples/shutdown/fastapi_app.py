@@ -3,8 +3,9 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from approvals import ask, state
+from approvals import USER, ask, state
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 
 from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
@@ -21,12 +22,12 @@ app = FastAPI(lifespan=lifespan)
 
 
 @app.post("/approvals/{order}")
-async def create(request: Request, order: str) -> dict[str, str]:
+async def create(request: Request, order: str) -> JSONResponse:
     """Ask the user."""
-    return await ask(request.state.client, order)
+    return JSONResponse(*await ask(request.state.client, USER, order))
 
 
 @app.get("/approvals/{order}")
-async def approval(request: Request, order: str) -> dict[str, str]:
+async def approval(request: Request, order: str) -> JSONResponse:
     """Answer a long poll."""
-    return await state(request.state.client, order)
+    return JSONResponse(*await state(request.state.client, USER, order))

@@ -3,8 +3,8 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from approvals import ask, state
-from litestar import Litestar, Request, get, post
+from approvals import USER, ask, state
+from litestar import Litestar, Request, Response, get, post
 from litestar.datastructures import State
 
 from aiokeyless import KeylessClient
@@ -20,15 +20,17 @@ async def lifespan(app: Litestar) -> AsyncGenerator[None]:
 
 
 @post("/approvals/{order:str}")
-async def create(request: Request[None, None, State], order: str) -> dict[str, str]:
+async def create(request: Request[None, None, State], order: str) -> Response[dict[str, str]]:
     """Ask the user."""
-    return await ask(request.app.state.client, order)
+    answer, status = await ask(request.app.state.client, USER, order)
+    return Response(answer, status_code=status)
 
 
 @get("/approvals/{order:str}")
-async def approval(request: Request[None, None, State], order: str) -> dict[str, str]:
+async def approval(request: Request[None, None, State], order: str) -> Response[dict[str, str]]:
     """Answer a long poll."""
-    return await state(request.app.state.client, order)
+    answer, status = await state(request.app.state.client, USER, order)
+    return Response(answer, status_code=status)
 
 
 app = Litestar([create, approval], lifespan=[lifespan])

@@ -6,7 +6,7 @@ they have waited for their requests: then run one process for each worker, and l
 
 from collections.abc import AsyncGenerator
 
-from approvals import ask, state
+from approvals import USER, Answer, ask, state
 from quart import Quart
 
 from aiokeyless import KeylessClient
@@ -24,12 +24,12 @@ async def lifespan() -> AsyncGenerator[None]:
 
 
 @app.post("/approvals/<order>")
-async def create(order: str) -> dict[str, str]:
+async def create(order: str) -> Answer:
     """Ask the user."""
-    return await ask(app.config["client"], order)
+    return await ask(app.config["client"], USER, order)
 
 
 @app.get("/approvals/<order>")
-async def approval(order: str) -> dict[str, str]:
+async def approval(order: str) -> Answer:
     """Answer a long poll."""
-    return await state(app.config["client"], order)
+    return await state(app.config["client"], USER, order)

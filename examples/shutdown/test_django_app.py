@@ -18,6 +18,9 @@ pytestmark = pytest.mark.asyncio
 def browser(keyless_client: KeylessClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncClient:
     monkeypatch.setattr(django_app, "keyless", lambda: keyless_client)
     monkeypatch.setenv("APPROVALS_DB", str(tmp_path / "approvals.sqlite3"))
+    with approvals.record() as db:
+        for order in range(4, 8):
+            db.execute("INSERT INTO orders VALUES (?, ?, 'Pay 40 to Alice')", (f"order-{order}", approvals.USER))
     return AsyncClient(headers={"host": "127.0.0.1"})
 
 
@@ -27,7 +30,7 @@ async def test_an_approval_pays_once(
     await browser.post(APPROVAL)
     keyless_sandbox.approve(*keyless_sandbox.operations)
     assert [(await browser.get(APPROVAL)).json() for _ in range(2)] == [{"state": "approved"}] * 2
-    assert capsys.readouterr().out == "order-7: pay\n"
+    assert capsys.readouterr().out.count("'order-7': pay\n") == 1
 
 
 async def test_a_pin_pays_nothing(
@@ -36,7 +39,7 @@ async def test_a_pin_pays_nothing(
     await browser.post(APPROVAL)
     keyless_sandbox.approve(*keyless_sandbox.operations, auth_type="pin")
     assert (await browser.get(APPROVAL)).json() == {"state": "refused"}
-    assert capsys.readouterr().out == ""
+    assert ": pay" not in capsys.readouterr().out
 
 
 async def test_an_approval_after_the_timeout_pays_nothing(
@@ -47,4 +50,22 @@ async def test_an_approval_after_the_timeout_pays_nothing(
     assert (await browser.get(APPROVAL)).json() == {"state": "timed out"}
     keyless_sandbox.approve(*keyless_sandbox.operations)
     assert (await browser.get(APPROVAL)).json() == {"state": "timed out"}
-    assert capsys.readouterr().out == ""
+    assert ": pay" not in capsys.readouterr().out
+
+
+async def test_an_approval_of_another_text_than_the_orders_pays_nothing(
+    browser: AsyncClient, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await browser.post(APPROVAL)
+    with approvals.record() as db:
+        db.execute("UPDATE orders SET text = 'Pay 4000 to Mallory'")
+    assert (await browser.post(APPROVAL)).status_code == 409
+    keyless_sandbox.approve(*keyless_sandbox.operations)
+    assert (await browser.get(APPROVAL)).json() == {"state": "refused"}
+    assert ": pay" not in capsys.readouterr().out
+
+
+async def test_a_phone_shows_three_questions_at_most(browser: AsyncClient, keyless_sandbox: Sandbox) -> None:
+    answers = [await browser.post(f"/approvals/order-{order}") for order in range(4, 8)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert len(keyless_sandbox.operations) == 3

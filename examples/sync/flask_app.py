@@ -3,7 +3,10 @@
 import os
 import sqlite3
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 
 from flask import Flask, abort, session
 
@@ -12,14 +15,15 @@ from aiokeyless import (
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
-    ApprovalUnknownError,
     ClientClosedError,
     KeylessError,
 )
 from aiokeyless.sync import KeylessClient
 
-PAYLOAD = "Pay 40 to Alice"  # your site makes it of the order
 EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
+LATE = timedelta(seconds=2)  # after them, for a browser on its way: what is found later pays nothing
+QUESTIONS, HOLDS = 3, 2  # of one user at once: nobody rings a phone all day, or occupies all threads
+OPEN = ("asking", "asked")  # asking: the answer to the create may be lost, and the phone was not told
 
 app = Flask(__name__)
 app.config["SESSION_COOKIE_SAMESITE"] = "Lax"  # a form of another site starts no payment
@@ -28,79 +32,132 @@ app.config.from_prefixed_env()  # $FLASK_SECRET_KEY signs the sessions
 keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # whoever only imports this module needs no key
 
 
-def record() -> closing[sqlite3.Connection]:
-    """Open the record of the payments. The session is no place for it: an old cookie can be sent again."""
-    db = sqlite3.connect(app.config["PAYMENTS_DB"], isolation_level=None)  # each statement commits
-    db.execute("CREATE TABLE IF NOT EXISTS payments (id PRIMARY KEY, user_id, ticket, state)")
-    return closing(db)
+@contextmanager
+def record() -> Iterator[sqlite3.Connection]:
+    """Begin a transaction while nobody else has one. In another database, lock the rows of the user and the order."""
+    with closing(sqlite3.connect(app.config["PAYMENTS_DB"], isolation_level=None)) as db, db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE IF NOT EXISTS orders (id PRIMARY KEY, user_id, text)")  # your site's
+        db.execute("CREATE TABLE IF NOT EXISTS payments (id PRIMARY KEY, user_id, ticket, state, ends)")
+        db.execute("CREATE TABLE IF NOT EXISTS holds (id PRIMARY KEY, user_id, ends)")
+        yield db
 
 
 def user() -> str:
-    """Return the user whom your login stored in the session, by their id at Keyless."""
-    user_id: str = session.get("user_id") or abort(401)
-    return user_id
+    """Return the user whom your login stored in the session, by their id at Keyless, in upper case."""
+    return str(session.get("user_id") or abort(401)).upper()
 
 
-def find(order: str) -> tuple[str, str]:
-    """Return ticket and state of the payment of an order. There is none for another user."""
-    with record() as db:
-        query = "SELECT ticket, state FROM payments WHERE id = ? AND user_id = ?"
-        found: tuple[str, str] = db.execute(query, (order, user())).fetchone() or abort(404)
-    return found
+def find(db: sqlite3.Connection, order: str) -> tuple[str, str | None, str]:
+    """Return an order's text of now, and ticket and state of its payment. There is none for another user."""
+    found: tuple[str, str | None, str] | None = db.execute(
+        "SELECT text, ticket, state FROM orders o LEFT JOIN payments USING (id) WHERE id = ? AND o.user_id = ?",
+        (order, user()),
+    ).fetchone()
+    return found or abort(404)
+
+
+def limit(db: sqlite3.Connection, table: str, most: int, sentence: str) -> None:
+    """Refuse one more row of a user while so many are open."""
+    now = datetime.now(UTC).timestamp()
+    query = f"SELECT count(*) FROM {table} WHERE user_id = ? AND ends > ?"  # noqa: S608  # each caller passes a constant
+    if db.execute(query, (user(), now)).fetchone()[0] >= most:
+        abort(429, sentence)
+
+
+def is_about(ticket: ApprovalTicket, text: str) -> bool:
+    """Return whether this user was asked for exactly this."""
+    return (ticket.user_id, ticket.payload_sha256) == (user(), sha256(text.encode()).hexdigest())
 
 
 @app.post("/payments/<order>")
 def pay(order: str) -> dict[str, str]:
-    """Ask the user's phone about an order, once, however often the browser repeats it.
-
-    Your site looks up whose order it is. Here, it is of the user who asks first.
-    """
-    new = ApprovalTicket.for_operation(
-        str(uuid.uuid4()), user_id=user(), operation_payload=PAYLOAD, expires_in=EXPIRES_IN, require_auth_type="biom"
-    )
-    with record() as db:  # before asking
-        db.execute("INSERT OR IGNORE INTO payments VALUES (?, ?, ?, 'asked')", (order, user(), new.to_json()))
-    stored, state = find(order)
+    """Ask the user's phone about an order, once, however often the browser repeats it."""
+    with record() as db:
+        text, stored, state = find(db, order)
+        new = ApprovalTicket.for_operation(
+            str(uuid.uuid4()), user_id=user(), operation_payload=text, expires_in=EXPIRES_IN, require_auth_type="biom"
+        )
+        if stored is None:  # before asking
+            limit(db, "payments", QUESTIONS, "Your phone shows three questions. Answer one of them first.")
+            stored, state, ends = new.to_json(), "asking", new.expires_at.timestamp()
+            db.execute("INSERT INTO payments VALUES (?, ?, ?, ?, ?)", (order, user(), stored, state, ends))
     ticket = ApprovalTicket.from_json(stored)
-    if state == "asked" and ticket.remaining():
+    if not is_about(ticket, text):
+        abort(409, "This order has changed since you were asked. Ask about it under a new number.")
+    if state == "asking" and ticket.remaining():
         try:
             keyless.create_operation(
-                user(), operation_id=ticket.operation_id, operation_payload=PAYLOAD, if_exists="resume"
+                user(), operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
             )
-            # here, notify the phone
         except AlreadyApprovedError:
             pass  # `payment` finds the approval
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            state = "not asked"  # perhaps: the browser asks once more
+            return {"state": "not asked"}  # perhaps: the browser asks once more
+        state = "asked"
+        with record() as db:
+            change = "UPDATE payments SET state = 'asked' WHERE id = ? AND state = 'asking'"
+            if db.execute(change, (order,)).rowcount == 1:
+                notify_phone(ticket)
     return {"state": state}
+
+
+def notify_phone(ticket: ApprovalTicket) -> None:
+    """Send a push notification: your own function. It is called once, after the operation is there."""
+    print(f"push to {ticket.user_id}: {ticket.operation_id}", flush=True)
 
 
 @app.get("/payments/<order>")
 def payment(order: str) -> tuple[dict[str, str], dict[str, str]]:
     """Answer once a payment is decided, or that it is pending: the page then asks again."""
-    stored, state = find(order)
-    if state == "asked":
+    hold, now = str(uuid.uuid4()), datetime.now(UTC)
+    with record() as db:
+        _, stored, state = find(db, order)
+        ticket = ApprovalTicket.from_json(stored or abort(404))
+        waits = state in OPEN and ticket.remaining(now - LATE)
+        if waits:
+            limit(db, "holds", HOLDS, "Two pages of yours wait already. Close one, or ask again in a second.")
+            db.execute("DELETE FROM holds WHERE ends < ?", (now.timestamp(),))  # those of a killed process
+            db.execute("INSERT INTO holds VALUES (?, ?, ?)", (hold, user(), now.timestamp() + 30))
+    if waits:
         try:
-            approved = keyless.hold_for_approval(ApprovalTicket.from_json(stored), seconds=25, if_missing="wait")
-            state = "pending" if approved is None else decide(order, "approved")
-        except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
-            state = "unknown"
-        except ApprovalTimeoutError:
-            state = decide(order, "timed out")
-        except ApprovalError:  # a PIN, or an answer about something else
-            state = decide(order, "refused")
-        except ClientClosedError:  # the server stops: the page asks the next one
-            state = "pending"
+            state = wait(order, ticket)
+        finally:
+            with record() as db:
+                db.execute("DELETE FROM holds WHERE id = ?", (hold,))
+    elif state in OPEN:
+        state = decide(order, "timed out")
     return {"state": state}, {"Cache-Control": "no-store"}
 
 
+def wait(order: str, ticket: ApprovalTicket) -> str:
+    """Wait for a piece of the time, and return the state."""
+    try:
+        approved = keyless.hold_for_approval(ticket, seconds=25, if_missing="wait")
+        return "pending" if approved is None else decide(order, "approved")
+    except ApprovalTimeoutError:  # also if it is unknown: nobody finds an approval later
+        return decide(order, "timed out")
+    except ApprovalError:  # a PIN, or an answer about something else
+        return decide(order, "refused")
+    except ClientClosedError:  # the server stops: the page asks the next one
+        return "pending"
+
+
 def decide(order: str, state: str) -> str:
-    """Store an outcome before anybody is told: the first one counts, and an approval after it changes nothing."""
+    """Store an outcome before anybody is told: the first one counts, and it must be about the order of now."""
     with record() as db:
-        change = "UPDATE payments SET state = ? WHERE id = ? AND state = 'asked'"
-        if db.execute(change, (state, order)).rowcount == 1 and state == "approved":
-            print(f"{order}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
-    _, decided = find(order)
-    return decided
+        text, stored, decided = find(db, order)
+        ticket = ApprovalTicket.from_json(stored or abort(404))
+        if decided not in OPEN:
+            return decided
+        if state == "approved" and not ticket.remaining(datetime.now(UTC) - LATE):
+            state = "timed out"
+        elif state == "approved" and not is_about(ticket, text):
+            state = "refused"
+        # Your site stores what else follows from a payment here, in the same transaction.
+        db.execute("UPDATE payments SET state = ?, ends = 0 WHERE id = ?", (state, order))
+    if state == "approved":
+        print(f"{order!r}: pay", flush=True)  # once: after a crash right here, repeat it under the same order
+    return state

@@ -20,6 +20,9 @@ def browser(keyless_client: KeylessClient, monkeypatch: pytest.MonkeyPatch, tmp_
     browser = flask_app.app.test_client()
     with browser.session_transaction() as session:
         session["user_id"] = "C0FFEE"
+    with flask_app.record() as db:
+        for order in range(4, 8):
+            db.execute("INSERT INTO orders VALUES (?, 'C0FFEE', 'Pay 40 to Alice')", (f"order-{order}",))
     return browser
 
 
@@ -29,14 +32,14 @@ def test_an_approval_pays_once(
     browser.post(PAYMENT)
     keyless_sandbox.approve(*keyless_sandbox.operations)
     assert [browser.get(PAYMENT).json for _ in range(2)] == [{"state": "approved"}] * 2
-    assert capsys.readouterr().out == "order-7: pay\n"
+    assert capsys.readouterr().out.count("'order-7': pay\n") == 1
 
 
 def test_a_pin_pays_nothing(browser: FlaskClient, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
     browser.post(PAYMENT)
     keyless_sandbox.approve(*keyless_sandbox.operations, auth_type="pin")
     assert browser.get(PAYMENT).json == {"state": "refused"}
-    assert capsys.readouterr().out == ""
+    assert ": pay" not in capsys.readouterr().out
 
 
 def test_an_approval_after_the_timeout_pays_nothing(
@@ -50,4 +53,21 @@ def test_an_approval_after_the_timeout_pays_nothing(
     assert browser.get(PAYMENT).json == {"state": "timed out"}
     keyless_sandbox.approve(*keyless_sandbox.operations)
     assert browser.get(PAYMENT).json == {"state": "timed out"}
-    assert capsys.readouterr().out == ""
+    assert ": pay" not in capsys.readouterr().out
+
+
+def test_an_approval_of_another_text_than_the_orders_pays_nothing(
+    browser: FlaskClient, keyless_sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    browser.post(PAYMENT)
+    with flask_app.record() as db:
+        db.execute("UPDATE orders SET text = 'Pay 4000 to Mallory'")
+    assert browser.post(PAYMENT).status_code == 409
+    keyless_sandbox.approve(*keyless_sandbox.operations)
+    assert browser.get(PAYMENT).json == {"state": "refused"}
+    assert ": pay" not in capsys.readouterr().out
+
+
+def test_a_phone_shows_three_questions_at_most(browser: FlaskClient, keyless_sandbox: Sandbox) -> None:
+    assert [browser.post(f"/payments/order-{order}").status_code for order in range(4, 8)] == [200, 200, 200, 429]
+    assert len(keyless_sandbox.operations) == 3

@@ -1,5 +1,6 @@
 """A workflow that moves money only after its owner has approved on the phone."""
 
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ with workflow.unsafe.imports_passed_through():  # they do I/O, in activities alo
     from activities import Approvals, Bank, Outcome, Request
 
 TASK_QUEUE = "approvals"
+PAYEE = re.compile(r"[A-Za-z][A-Za-z .'-]{0,39}")  # a phone shows each of these letters
 HEARTBEAT_TIMEOUT = timedelta(seconds=60)  # so long a dead worker is not noticed; also more than a create may take
 
 
@@ -29,6 +31,8 @@ class Transfer:
     @workflow.run
     async def run(self, order: Order) -> str:
         """Return what became of the order."""
+        if not PAYEE.fullmatch(order.payee):
+            return "Not asked: the payee's name must be of plain letters."
         request = Request(
             operation_id=str(workflow.uuid4()),  # the same in a replay, and of no other run
             user_id=order.user_id,

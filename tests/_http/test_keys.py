@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from error_reports import reports
-from raw_server import RawServer, answer, operation, reset
+from mocked_service import URL, MockedService
+from raw_server import RawServer, answer, failure, operation, reset
 
 from aiokeyless import (
     ApprovalUnknownError,
     AuthenticationError,
     ConfigurationError,
     KeylessClient,
-    KeylessError,
     Secret,
 )
 from aiokeyless._http.keys import ApiKey, ApiKeys, make_api_keys
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
 USER = "C0FFEE"
+PATH = "/v2/operations/a"
 # Made here, so that no line of source that a reporter quotes holds them.
 FIRST, SECOND, THIRD, FOURTH = (f"key-{secrets.token_hex(8)}" for _ in range(4))
 
@@ -47,14 +48,8 @@ class Rotation:
         return self.key
 
 
-def sent_keys(server: RawServer) -> list[str]:
-    return [head.partition(b"X-Api-Key: ")[2].partition(b"\r\n")[0].decode() for head in server.heads]
-
-
-async def failure(client: KeylessClient) -> KeylessError:
-    with pytest.raises(KeylessError) as caught:
-        await client.get_operation("a")
-    return caught.value
+def sent_keys(mocked: MockedService) -> list[str]:
+    return [headers["X-Api-Key"] for headers in mocked.sent_headers]
 
 
 def after(*returned: str) -> ApiKey:
@@ -139,10 +134,10 @@ WRONG: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("key", "words"), WRONG.values(), ids=WRONG.keys())
-async def test_wrong_key_ends_the_call_and_sends_nothing(key: object, words: str) -> None:
-    async with RawServer(answer(operation())) as server, KeylessClient(Rotation(key), base_url=server.url) as client:
-        error = await failure(client)
-        assert server.heads == []
+async def test_wrong_key_ends_the_call_and_sends_nothing(mocked: MockedService, key: object, words: str) -> None:
+    async with KeylessClient(Rotation(key), base_url=URL) as client:
+        error = await failure(client.get_operation("a"))
+    assert not mocked.requests
     assert type(error) is ConfigurationError
     assert error.argument == "api_key"
     assert str(error).startswith(words)
@@ -221,45 +216,40 @@ async def test_function_is_not_called_before_the_first_exchange() -> None:
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
-async def test_each_exchange_carries_the_key_of_its_time(borrowed: bool) -> None:
+async def test_each_exchange_carries_the_key_of_its_time(mocked: MockedService, borrowed: bool) -> None:
     rotation = Rotation()
+    for status in (503, 200, 200):
+        mocked.get(PATH, status=status, body=operation())
     async with (
         aiohttp.ClientSession() as session,
-        RawServer(answer(b"", status=b"503 Busy"), answer(operation())) as server,
-        KeylessClient(rotation, base_url=server.url, session=session if borrowed else None) as client,
+        KeylessClient(rotation, base_url=URL, session=session if borrowed else None) as client,
     ):
         await client.get_operation("a")
         rotation.key = SECOND
         await client.get_operation("a")
-        assert sent_keys(server) == [FIRST, FIRST, SECOND]
+    assert sent_keys(mocked) == [FIRST, FIRST, SECOND]
 
 
 # 401
 
 
-def refuse_and(then: Callable[[], object]) -> Any:
-    """Refuse a key while something happens."""
-
-    async def handler(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        then()
-        writer.write(answer(b"", status=b"401 No"))
-
-    return handler
-
-
-async def test_refusal_of_a_key_that_was_replaced_meanwhile_is_repeated_with_the_new_one() -> None:
+def refuse_and_rotate(mocked: MockedService) -> Rotation:
+    """Return a key that changes while it is refused."""
     rotation = Rotation()
-    rotate = refuse_and(lambda: setattr(rotation, "key", SECOND))
-    async with RawServer(rotate, answer(operation())) as server, KeylessClient(rotation, base_url=server.url) as client:
+    mocked.get(PATH, status=401, callback=lambda *_, **__: setattr(rotation, "key", SECOND))
+    return rotation
+
+
+async def test_refusal_of_a_key_that_was_replaced_meanwhile_is_repeated_with_the_new_one(mocked: MockedService) -> None:
+    async with KeylessClient(refuse_and_rotate(mocked), base_url=URL) as client:
+        mocked.get(PATH, body=operation())
         await client.get_operation("a")
-        assert sent_keys(server) == [FIRST, SECOND]
+    assert sent_keys(mocked) == [FIRST, SECOND]
 
 
-async def test_refusal_of_a_replaced_key_says_so() -> None:
-    rotation = Rotation()
-    rotate = refuse_and(lambda: setattr(rotation, "key", SECOND))
-    async with RawServer(rotate) as server, KeylessClient(rotation, base_url=server.url, max_attempts=1) as client:
-        error = await failure(client)
+async def test_refusal_of_a_replaced_key_says_so(mocked: MockedService) -> None:
+    async with KeylessClient(refuse_and_rotate(mocked), base_url=URL, max_attempts=1) as client:
+        error = await failure(client.get_operation("a"))
     assert isinstance(error, AuthenticationError)
     assert error.key_was_replaced
     assert error.is_transient
@@ -267,13 +257,11 @@ async def test_refusal_of_a_replaced_key_says_so() -> None:
     assert str(error) == "GET /v2/operations/a answered 401: the key was replaced meanwhile; try again"
 
 
-async def test_refusal_of_the_current_key_is_final() -> None:
-    async with (
-        RawServer(answer(b"", status=b"401 No")) as server,
-        KeylessClient(Rotation(), base_url=server.url) as client,
-    ):
-        error = await failure(client)
-        assert len(server.heads) == 1
+async def test_refusal_of_the_current_key_is_final(mocked: MockedService) -> None:
+    mocked.get(PATH, status=401)
+    async with KeylessClient(Rotation(), base_url=URL) as client:
+        error = await failure(client.get_operation("a"))
+    assert len(mocked.sent_headers) == 1
     assert isinstance(error, AuthenticationError)
     assert not error.key_was_replaced
     assert not error.is_transient
@@ -313,7 +301,7 @@ async def test_no_report_shows_a_key_or_the_one_before(answered: Any, make: Call
         await client.get_operation("a")
         if isinstance(function, Rotation):
             function.key = SECOND
-        error = await failure(client)
+        error = await failure(client.get_operation("a"))
     for name, text in reports(error).items():
         assert type(error).__name__ in text
         assert SECOND not in text, name
@@ -335,12 +323,11 @@ async def test_repr_shows_no_function() -> None:
     assert SECOND not in repr(client._api_keys)
 
 
-async def test_answer_that_repeats_the_key_before_is_refused() -> None:
+async def test_answer_that_repeats_the_key_before_is_refused(mocked: MockedService) -> None:
     rotation = Rotation()
-    async with (
-        RawServer(answer(operation()), answer(operation(nodeId=FIRST))) as server,
-        KeylessClient(rotation, base_url=server.url) as client,
-    ):
+    mocked.get(PATH, body=operation())
+    mocked.get(PATH, body=operation(nodeId=FIRST))
+    async with KeylessClient(rotation, base_url=URL) as client:
         await client.get_operation("a")
         rotation.key = SECOND
-        assert "repeats the API key" in str(await failure(client))
+        assert "repeats the API key" in str(await failure(client.get_operation("a")))

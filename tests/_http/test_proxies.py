@@ -87,7 +87,14 @@ def test_proxy_of_another_kind_is_not_used_and_warned_of(
     assert PASSWORD not in record.getMessage()
 
 
-@pytest.mark.parametrize("text", ["http://", f"http://ann:{PASSWORD}@proxy:port", f"//ann:{PASSWORD}@", "http://[::1"])
+NO_PROXIES = [
+    *("http://", f"http://ann:{PASSWORD}@proxy:port", f"//ann:{PASSWORD}@", "http://[::1"),
+    *(f"http:/ann:{PASSWORD}@proxy", f"http//ann:{PASSWORD}@proxy", f"socks5:/ann:{PASSWORD}@proxy"),
+    *(f"http://ann:p@{PASSWORD}{sign}word@proxy" for sign in "/?#"),
+]
+
+
+@pytest.mark.parametrize("text", NO_PROXIES)
 def test_text_that_is_no_proxy_is_an_error_that_does_not_show_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("HTTPS_PROXY", text)
     del text  # reports print the local variables of tests, too

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from error_reports import reports
+from mocked_service import URL, MockedService
 from raw_server import RawServer, answer, hang, operation, refused, reset
 
 from aiokeyless import ApprovalTicket, ConfigurationError, KeylessClient
@@ -186,30 +187,24 @@ HOOKS: dict[str, Callable[[str], BaseException]] = {
 @pytest.mark.parametrize("call", [get, wait])
 @pytest.mark.parametrize("make", HOOKS.values(), ids=HOOKS.keys())
 async def test_no_report_shows_what_a_hook_says_about_the_headers(
-    make: Callable[[str], BaseException], call: Call
+    mocked: MockedService, make: Callable[[str], BaseException], call: Call
 ) -> None:
-    async def start(_session: object, _context: object, params: aiohttp.TraceRequestStartParams) -> None:
-        raise make(str(dict(params.headers)))
+    def say(_url: object, *, headers: dict[str, str], **_options: object) -> None:
+        raise make(str(headers))
 
-    hooks = aiohttp.TraceConfig()
-    hooks.on_request_start.append(start)
-    async with (
-        aiohttp.ClientSession(trace_configs=[hooks]) as session,
-        KeylessClient(KEY, base_url="http://127.0.0.1:1", session=session, max_attempts=2) as client,
-    ):
+    mocked.get("/v2/operations/a", callback=say, repeat=True)
+    async with KeylessClient(KEY, base_url=URL, max_attempts=2) as client:
         error = await failed(call, client)
     for name, text in reports(error).items():
         assert KEY not in text, name
 
 
-async def test_no_report_of_a_create_shows_the_payload() -> None:
+async def test_no_report_of_a_create_shows_the_payload(mocked: MockedService) -> None:
     async def create_it(client: KeylessClient) -> None:
         await client.create_operation("C0FFEE", operation_payload=os.environ["PAYLOAD"])
 
-    async with (
-        RawServer(answer(b"", status=b"400 Bad")) as server,
-        KeylessClient(KEY, base_url=server.url, max_attempts=1) as client,
-    ):
+    mocked.post("/v2/users/C0FFEE/operations", status=400)
+    async with KeylessClient(KEY, base_url=URL, max_attempts=1) as client:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PAYLOAD", PAYLOAD)
             error = await failed(create_it, client)

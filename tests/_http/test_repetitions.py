@@ -85,6 +85,7 @@ async def test_lone_failure_is_repeated_and_checked_as_ever(sandbox: Sandbox, cl
 
 REPEATED: dict[str, Call] = {
     "get_operation": lambda client: client.get_operation("a"),
+    "get_authentications": lambda client: client.get_authentications(user_id=USER),
     "find_users": lambda client: client.find_users("ann"),
     "update_external_user": lambda client: client.update_external_user(USER, "ann"),
     "delete_external_user": lambda client: client.delete_external_user("ann"),

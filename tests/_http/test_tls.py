@@ -196,7 +196,7 @@ async def test_a_proxy_that_hangs_is_not_said_to_be_unused(monkeypatch: pytest.M
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         client = KeylessClient("key", base_url=SERVICE, session=session, max_attempts=1, request_timeout=0.2)
         async with client:
-            with pytest.raises(RequestTimeoutError, match="try again later$"):
+            with pytest.raises(RequestTimeoutError, match=r"try again later$"):
                 await client.get_operation("a")
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-from aiohttp_version import may_not_leak, needs_free_sessions, needs_middlewares
+from aiohttp_version import may_not_leak, needs_free_sessions
+from mocked_service import URL, MockedService
 from raw_server import RawServer, answer, drip, failure, hang, now, operation, refused, reset, then_hang, unanswered
 from waiting import spin_until
 
@@ -43,13 +44,14 @@ from aiokeyless import (
 )
 from aiokeyless._http import protocol, transport
 from aiokeyless._http.keys import ApiKeys
-from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from raw_server import Handler
+
+    from aiokeyless.sandbox import Sandbox
 
 pytestmark = [pytest.mark.platform, pytest.mark.looptime]
 
@@ -144,17 +146,16 @@ async def test_last_failure_is_raised_when_the_attempts_are_used_up(sandbox: San
     assert sandbox.request_count == attempts
 
 
-async def test_json_of_the_wrong_shape_is_raised_at_once(sandbox: Sandbox, client: KeylessClient) -> None:
-    sandbox.fail_next(200, body=b'{"id": 1}')
-    assert type(await failure(client.get_operation("a"))) is DecodeError
-    assert sandbox.request_count == 1
-
-
-async def test_lasting_failure_ends_the_attempts(sandbox: Sandbox, client: KeylessClient) -> None:
-    sandbox.fail_next(503)
-    sandbox.fail_next(401)
-    assert isinstance(await failure(client.get_operation("a")), AuthenticationError)
-    assert sandbox.request_count == 2
+@pytest.mark.parametrize(
+    ("lasting", "kind"), [({"status": 401}, AuthenticationError), ({"body": b'{"id": 1}'}, DecodeError)]
+)
+async def test_lasting_failure_ends_the_attempts(
+    mocked: MockedService, lasting: dict[str, Any], kind: type[KeylessError]
+) -> None:
+    for options in ({"status": 503}, lasting):
+        mocked.get("/v2/operations/a", **options)
+    async with KeylessClient(KEY, base_url=URL) as client:
+        assert type(await failure(client.get_operation("a"))) is kind
 
 
 # When it is tried again
@@ -574,17 +575,16 @@ async def test_headers_of_many_answers_on_one_connection_do_not_add_up() -> None
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_redirect_is_not_followed(sandbox: Sandbox, client: KeylessClient, status: int) -> None:
-    async with Sandbox() as other:
-        for statuses in ([status], [503, status]):
-            for answered in statuses:
-                sandbox.fail_next(answered, headers={"Location": f"{other.url}/v2/operations/a"})
+async def test_redirect_is_not_followed(mocked: MockedService, status: int) -> None:
+    for answered in (status, 503, status):
+        mocked.get("/v2/operations/a", status=answered, headers={"Location": f"{URL}/elsewhere"})
+    async with KeylessClient(KEY, base_url=URL) as client:
+        for _ in range(2):
             error = await failure(client.get_operation("a"))
             assert type(error) is StatusError
             assert error.status == status
             assert "redirect" in str(error)
-        assert other.requests == []
-    assert sandbox.request_count == 3
+    assert len(mocked.sent_headers) == 3
 
 
 async def test_cookies_are_not_kept() -> None:
@@ -765,28 +765,19 @@ async def test_a_session_without_a_connector_bounds_nothing(
         assert closed._open().transport.max_connections == math.inf
 
 
-async def test_key_is_not_put_on_a_borrowed_session(session: aiohttp.ClientSession) -> None:
-    async with RawServer(answer(operation())) as server, once(server.url, session=session) as client:
-        await client.get_operation("a")
-        async with session.get(server.url):
-            pass
-        assert b"X-Api-Key: " + KEY.encode() in server.heads[0]
-        assert b"x-api-key" not in server.heads[1].lower()
-    assert "X-Api-Key" not in session.headers
-
-
 @pytest.mark.parametrize(
-    ("headers", "sent"), [({"user-agent": "shop/2"}, f"shop/2 {OWN_NAME}"), ({"X-Mine": "1"}, OWN_NAME), ({}, OWN_NAME)]
+    ("headers", "name"),
+    [({"user-agent": "shop/2", "X-Api-Key": "another"}, f"shop/2 {OWN_NAME}"), ({"X-Mine": "1"}, OWN_NAME)],
 )
-async def test_name_of_the_client_is_appended_to_that_of_the_session(headers: dict[str, str], sent: str) -> None:
-    async with (
-        RawServer(answer(operation())) as server,
-        aiohttp.ClientSession(headers=headers) as session,
-        once(server.url, session=session) as client,
-    ):
+async def test_headers_of_a_borrowed_session_are_sent_with_ours_which_are_not_put_on_it(
+    mocked: MockedService, headers: dict[str, str], name: str
+) -> None:
+    mocked.get("/v2/operations/a", body=operation())
+    async with aiohttp.ClientSession(headers=headers) as session, once(URL, session=session) as client:
         await client.get_operation("a")
-        assert f"\r\nUser-Agent: {sent}\r\n".encode() in server.heads[0]
-    assert dict(session.headers) == headers
+        assert dict(session.headers) == headers
+    [sent] = mocked.sent_headers
+    assert (sent["User-Agent"], sent["X-Api-Key"], sent.get("X-Mine")) == (name, KEY, headers.get("X-Mine"))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -976,20 +967,19 @@ async def test_deadline_at_the_instant_of_closing_stays_one(sandbox: Sandbox, fi
     assert {type(outcome) for outcome in outcomes} == {type(None), TimeoutError}
 
 
-@needs_middlewares
-async def test_failure_in_place_of_the_cancellation_is_that_of_closing() -> None:
-    async def middleware(request: aiohttp.ClientRequest, handle: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+async def test_failure_in_place_of_the_cancellation_is_that_of_closing(mocked: MockedService) -> None:
+    async def answer_nothing(*_: object, **__: object) -> None:
         try:
-            return await handle(request)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             raise aiohttp.ClientConnectionError("gone") from None
 
-    async with RawServer(hang) as server, aiohttp.ClientSession(middlewares=[middleware]) as session:
-        client = KeylessClient(KEY, base_url=server.url, session=session)
-        call = begin(client)
-        await spin_until(lambda: server.heads)
-        await client.aclose()
-        error = await failure(call)
+    mocked.get("/v2/operations/a", callback=answer_nothing)
+    client = KeylessClient(KEY, base_url=URL)
+    call = begin(client)
+    await spin_until(lambda: mocked.requests)
+    await client.aclose()
+    error = await failure(call)
     assert isinstance(error, ClientClosedError)
     assert "during GET /v2/operations/a" in str(error)
 
@@ -1126,17 +1116,14 @@ async def test_cancellation_in_the_turn_in_which_the_timeout_passes_is_not_lost(
         assert call.cancelled()
 
 
-@needs_middlewares
 @pytest.mark.parametrize("max_attempts", [1, 2])
 @pytest.mark.parametrize("name", ["get_operation", "create_operation"])
-async def test_call_in_an_except_block_leaves_the_handled_error_its_traceback(name: str, max_attempts: int) -> None:
-    async def refuse(_request: aiohttp.ClientRequest, _handle: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        raise LookupError("a failure of which the handled error is the context")
-
-    async with (
-        aiohttp.ClientSession(middlewares=[refuse]) as session,
-        KeylessClient(KEY, base_url=refused(), session=session, max_attempts=max_attempts) as client,
-    ):
+async def test_call_in_an_except_block_leaves_the_handled_error_its_traceback(
+    mocked: MockedService, name: str, max_attempts: int
+) -> None:
+    # Its context is the handled error.
+    mocked.get(f"/v2/operations/{USER}", exception=LookupError, repeat=True)
+    async with KeylessClient(KEY, base_url=URL, max_attempts=max_attempts) as client:
         tracebacks: list[TracebackType | None] = []
         try:
             int("the application's own failure")

@@ -61,6 +61,18 @@ def test_an_outage_is_two_lines(reporter: Reporter, budget: Budget, caplog: pyte
     ]
 
 
+def test_the_lines_of_a_client_begin_with_its_name(budget: Budget, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless")
+    reporter = Reporter(None, "100 %s")
+    fail(reporter, budget, 11.0)
+    answer(reporter, budget, 15.0)
+    reporter.report_unexpected(FAILURE, 15.0)
+    for now in (15.0, 21.0):
+        reporter.report_lag(2.0, now, waiting=7)
+    assert len(lines(caplog)) == 4
+    assert all(line.startswith("client '100 %s': ") for _, line in lines(caplog))
+
+
 def test_a_service_that_comes_and_goes_is_a_pair_of_lines_a_minute(
     reporter: Reporter, budget: Budget, caplog: pytest.LogCaptureFixture
 ) -> None:

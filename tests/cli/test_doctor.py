@@ -19,7 +19,7 @@ from unittest.mock import ANY, AsyncMock
 import pytest
 from raw_server import RawServer, answer, refused
 
-from aiokeyless import __version__
+from aiokeyless import ConfigurationError, __version__
 from aiokeyless._http.protocol import ADDRESSES
 from aiokeyless.cli.app import CommandError, InterruptedCommandError, UsageError, app
 from aiokeyless.cli.doctor import PlainRequests, UnansweredError, describe_connection
@@ -272,6 +272,28 @@ async def test_a_proxy_is_used_and_its_password_is_not_shown(
         assert report["checks"][1]["found"] == proxy.url
         assert {head.split()[1].partition(b"/v2")[0] for head in proxy.heads} == {b"http://127.0.0.1:1"}
     assert "pass-word" not in capsys.readouterr().err + json.dumps(report)
+
+
+@pytest.mark.parametrize("misspelt", ["http://ann:p@55-w0rd@{}", "ann:w0rd@{}", "http:/ann:w0rd@{}"])
+async def test_no_misspelling_of_a_proxy_shows_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    misspelt: str,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("KEYLESS_BASE_URL", "https://keyless.example")
+    monkeypatch.setenv("KEYLESS_API_KEY", "key-of-the-server")
+    monkeypatch.setenv("HTTPS_PROXY", misspelt.format(refused().removeprefix("http://")))
+    shown = []
+    for options in ([], ["--json"], ["--report", str(tmp_path / "report")]):
+        try:
+            await app.run_async(["doctor", *options])
+        except ConfigurationError as error:
+            shown.append(str(error))
+    shown += [*capsys.readouterr(), caplog.text, *(report.read_text() for report in tmp_path.iterdir())]
+    assert "proxy" in "".join(shown)
+    assert "w0rd" not in "".join(shown)
 
 
 # If all goes wrong

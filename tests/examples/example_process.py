@@ -6,8 +6,9 @@ import asyncio
 import os
 import re
 import signal
+import sqlite3
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING
 
 from waiting import PATIENCE
@@ -100,3 +101,12 @@ async def output_of(commands: str, *, folder: Path, environment: Mapping[str, st
     output, _ = await shell.communicate()
     assert shell.returncode == 0, output.decode()
     return output.decode()
+
+
+def add_orders(path: Path, *orders: str, user: str = "C0FFEE") -> str:
+    """Store orders as the site of an example has them, before it starts; return the path."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as record:
+        record.execute("CREATE TABLE IF NOT EXISTS orders (id PRIMARY KEY, user_id, text)")
+        for order in orders:
+            record.execute("INSERT INTO orders VALUES (?, ?, 'Pay 40 to Alice')", (order, user))
+    return str(path)

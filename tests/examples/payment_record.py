@@ -14,7 +14,7 @@ class PaymentRecord:
     def __init__(self, database: sqlite3.Connection) -> None:
         self.database = database  # in autocommit
         database.executescript("""
-            CREATE TABLE payments (id TEXT PRIMARY KEY, asked_at TEXT, state TEXT);
+            CREATE TABLE payments (id PRIMARY KEY, user_id, asked_at, state);
             CREATE TABLE moved (id TEXT);
             CREATE TRIGGER move AFTER UPDATE ON payments WHEN NEW.state = 'paid' BEGIN
                 INSERT INTO moved VALUES (NEW.id);

@@ -17,6 +17,7 @@ from mcp.types import TextContent
 from pydantic import ValidationError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
+from unshown import UNSHOWN
 from waiting import until
 
 from aiokeyless import ApprovalTicket
@@ -101,7 +102,7 @@ async def test_phone_shows_what_the_code_wrote(gate: Gate, sandbox: Sandbox) -> 
     ("amount", "recipient"),
     [
         *((amount, "Alice") for amount in ("0", "-40", "NaN", "1e9", "0.001")),
-        *(("40", recipient) for recipient in ("", "Alice\n(approved)", "\u202eecilA", "A" * 41)),
+        *(("40", recipient) for recipient in ("", "Alice\n(approved)", "A" * 41, *UNSHOWN)),
     ],
 )
 def test_arguments_that_would_mislead_are_refused(amount: str, recipient: str) -> None:

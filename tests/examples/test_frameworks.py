@@ -68,4 +68,4 @@ def test_the_tests_of_a_program_pass_as_they_stand_in_its_page(
     shutil.copytree(FOLDER / folder, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     pytester.makepyfile(settings=SETTINGS)
     pytester.makeini(f"[pytest]\npythonpath = .\n{INI}")
-    pytester.runpytest_subprocess(tests, "-W", "error", *options, timeout=PATIENCE).assert_outcomes(passed=3)
+    pytester.runpytest_subprocess(tests, "-W", "error", *options, timeout=PATIENCE).assert_outcomes(passed=5)

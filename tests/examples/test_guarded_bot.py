@@ -26,6 +26,7 @@ import bot as example  # examples are programs, not a package
 from bot_api import TOKEN, ApiError, BotApiServer, Message, refusal
 from example_process import example_process
 from leaks import tasks_since
+from unshown import UNSHOWN
 from waiting import PATIENCE, until
 
 from aiokeyless._waits import explanation
@@ -344,7 +345,8 @@ async def test_user_is_asked_one_question_at_a_time(bots: Bots) -> None:
 async def test_a_malformed_order_starts_no_operation(bots: Bots) -> None:
     commands = [
         *("/transfer", "/transfer alice 40", "/transfer 0.00 alice", "/transfer -40 alice"),
-        *("/transfer 40 alice\nand more", "/transfer 40 alice\N{RIGHT-TO-LEFT OVERRIDE}bob"),
+        *("/transfer 40 alice\nand more", "/transfer 40 <b>alice</i> & [bob](tg://user?id=1)"),
+        *(f"/transfer 40 {payee}" for payee in UNSHOWN),
     ]
     async with bots.running():
         for command in commands:
@@ -366,7 +368,7 @@ async def test_group_is_no_place_for_an_order(bots: Bots) -> None:
 
 
 async def test_users_text_is_shown_as_text(bots: Bots) -> None:
-    payee = "<b>alice</i> & [bob](tg://user?id=1) *_`"
+    payee = "Alice O'Hara-Smith Jr."
     async with bots.running(edit_every=0.05):
         await bots.order(f"/transfer 40 {payee}")
         await bots.read("Waiting for your approval: ")
@@ -388,6 +390,21 @@ async def test_telegram_failing_at_progress_does_not_end_the_wait(bots: Bots) ->
         await bots.approve()
         await bots.read("Approved and transferred.")
         assert len(bots.transfers) == 1
+
+
+async def test_a_bug_in_progress_does_not_end_the_wait(bots: Bots, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    def fail(update: object) -> None:
+        tried.append(update)
+        raise ValueError
+
+    monkeypatch.setattr(example, "news", fail)
+    async with bots.running():
+        await bots.order()
+        await until(lambda: len(tried) > 1)
+        await bots.approve()
+        await bots.read("Approved and transferred.")
 
 
 async def test_the_end_is_reported_also_where_the_message_was_deleted(bots: Bots) -> None:

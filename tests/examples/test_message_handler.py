@@ -45,9 +45,15 @@ class Process:
     def __init__(self, program: ModuleType) -> None:
         self.program = program
         self.fates: list[str] = []
+        self.returns = 0
 
     async def deliver(self, **fields: str) -> None:
         await self.program.broker.publish(PAYMENT | fields, "payments")
+
+    async def deliver_later(self, payment: dict[str, str]) -> None:
+        """Do what RabbitMQ does with the queue of the messages that go back."""
+        self.returns += 1
+        asyncio.get_running_loop().call_later(5, lambda: asyncio.ensure_future(self.deliver(**payment)))
 
     async def close_client(self) -> None:
         """Do what a signal does."""
@@ -68,6 +74,7 @@ async def process(sandbox: Sandbox) -> AsyncGenerator[Process]:
                 process.fates.append(fate)
 
             patch.setattr(RabbitMessage, fate, meet)
+        program.broker.subscriber("payments.later")(process.deliver_later)
         async with TestRabbitBroker(program.broker), TestApp(program.app):
             yield process
 
@@ -108,6 +115,41 @@ async def test_an_approval_after_the_timeout_pays_nothing(sandbox: Sandbox, reco
         await handler.deliver()
     assert not sandbox.requests
     assert (record.states, record.moved) == (ENDED, [])
+
+
+async def test_a_fourth_payment_of_a_user_goes_back_and_is_asked_when_one_ends(
+    sandbox: Sandbox, record: PaymentRecord
+) -> None:
+    async def tap() -> None:
+        await until(lambda: len(sandbox.operations) == 3)
+        await asyncio.sleep(60)
+        assert (len(sandbox.operations), handler.returns > 9) == (3, True)
+        sandbox.approve(next(iter(sandbox.operations)))
+        await until(lambda: len(sandbox.operations) == 4)
+        for payment in sandbox.operations:
+            sandbox.approve(payment)
+
+    payments = {"1st": "C0FFEE", "2nd": "c0ffee", "3rd": "C0FFEE", "4th": "c0ffee"}
+    async with process(sandbox) as handler:
+        await asyncio.gather(*[handler.deliver(id=each, user_id=user) for each, user in payments.items()], tap())
+        await until(lambda: len(record.moved) == 4)
+    assert set(handler.fates) == {"ack"}
+    assert sorted(record.moved) == sorted(sandbox.operations) == sorted(payments)
+
+
+async def test_nobody_waits_behind_a_hundred_payments_of_another_user(sandbox: Sandbox, record: PaymentRecord) -> None:
+    async with process(sandbox) as handler:
+        greedy = [asyncio.ensure_future(handler.deliver(id=f"greedy-{number}")) for number in range(100)]
+        await until(lambda: sum(each.done() for each in greedy) == 97)
+        began = asyncio.get_running_loop().time()
+        other = asyncio.ensure_future(handler.deliver(id="other", user_id="BEEF"))
+        await until(lambda: "other" in sandbox.operations)
+        assert asyncio.get_running_loop().time() - began < 1
+        assert len(sandbox.operations) == 4
+        await handler.close_client()
+        await asyncio.gather(*greedy, other)
+    assert set(handler.fates) == {"ack"}
+    assert list(record.states.values()) == ["asked"] * 4
 
 
 async def test_a_pin_pays_nothing(sandbox: Sandbox, record: PaymentRecord) -> None:
@@ -151,7 +193,7 @@ async def test_a_payment_whose_time_passed_while_no_process_ran_is_decided_by_th
     sandbox: Sandbox, record: PaymentRecord, *, approved: bool
 ) -> None:
     asked_at = datetime.now(UTC) - timedelta(hours=1)
-    record.database.execute("INSERT INTO payments VALUES ('payment-1', ?, 'asked')", (asked_at.isoformat(),))
+    record.database.execute("INSERT INTO payments VALUES ('payment-1', 'C0FFEE', ?, 'asked')", (asked_at.isoformat(),))
     async with sandbox.client() as client:
         await client.create_operation("C0FFEE", operation_id="payment-1", operation_payload="Pay 40 to Alice")
     if approved:

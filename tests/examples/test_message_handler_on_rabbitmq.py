@@ -90,7 +90,8 @@ class Application:
         connection = await aio_pika.connect(self._rabbitmq.url)
         async with connection, connection.channel() as channel:
             for payment in payments:
-                body = {"id": payment, "user_id": "C0FFEE", "text": f"Pay 40 to {payment}"} | fields
+                user = payment.encode().hex()  # each of their own: of one user, three are asked about at once
+                body = {"id": payment, "user_id": user, "text": f"Pay 40 to {payment}"} | fields
                 message = aio_pika.Message(json.dumps(body).encode(), delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
                 await channel.default_exchange.publish(message, "payments")
 
@@ -262,6 +263,22 @@ async def test_a_message_that_is_wrong_is_kept_for_a_person(application: Applica
         await process.end()
     assert application.record.states == {"payment-1": "asked"}
     assert list(application.sandbox.operations) == ["payment-1"]
+
+
+async def test_payments_of_one_user_are_asked_three_at_a_time_and_none_is_lost(application: Application) -> None:
+    async with application.process() as process:
+        await until(application.is_ready)
+        await application.publish(*PAYMENTS, user_id="C0FFEE")
+        await application.publish("payment-of-another")
+        await application.asked("payment-of-another")
+        while len(application.record.moved) < len(PAYMENTS):
+            for payment in {*application.sandbox.operations} - {"payment-of-another", *application.record.moved}:
+                application.sandbox.approve(payment)
+            assert list(application.record.states.values()).count("asked") <= 4
+            await asyncio.sleep(0.1)
+        await process.end()
+    assert sorted(application.record.moved) == PAYMENTS
+    assert not await application.waiting("payments.refused")
 
 
 @pytest.mark.parametrize("seed", range(3))

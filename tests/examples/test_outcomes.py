@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
+import os
 import re
 import sys
+import time
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jwt
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from factors import ApprovingSandbox
 from postgres_server import shared_server
+from signing import rsa_jwk, rsa_key, sign_rs256, token, with_changes
 from standardwebhooks import Webhook, WebhookVerificationError
 from waiting import until
 
@@ -127,25 +133,38 @@ class Keycloak:
         self.status = 200
         app = web.Application()
         app.router.add_post(CALLBACK, self.take_result)
+        app.router.add_get("/realms/shop/protocol/openid-connect/certs", self.show_keys)
         self.server = TestServer(app)
 
+    async def show_keys(self, _request: web.Request) -> web.Response:
+        return web.json_response({"keys": [rsa_jwk(use="enc", alg="RSA-OAEP", kid="e1"), rsa_jwk()]})
+
+    def signed(self, token: str, **changes: Any) -> str:
+        """Return a token of this name as Keycloak makes it."""
+        issuer = os.environ["KEYCLOAK_REALM"]
+        claims = {"iss": issuer, "aud": issuer, "azp": "fern", "jti": token, "exp": time.time() + 120, "typ": "Bearer"}
+        return jwt.encode(claims | changes, rsa_key(), "RS256", {"kid": "r1"})
+
     async def delegate(self, user: str = "alice", token: str = "token", **changes: Any) -> int:  # noqa: S107  # no secret
-        """Delegate a login of the client "fern". The token is the signature of a JWT."""
+        """Delegate a login of the client "fern"."""
         self.results[token] = []
-        claims = base64.urlsafe_b64encode(b'{"azp": "fern", "jti": "~~~"}').decode().rstrip("=")
+        return await self.post(f"Bearer {self.signed(token)}", login_hint=user, **changes)
+
+    async def post(self, authorization: str, **changes: Any) -> int:
         body = {
             "scope": "openid email offline_access email",  # as the client asked, and its default ones
-            "login_hint": user,
+            "login_hint": "alice",
             "is_consent_required": False,
             "binding_message": "W4SCT",
         }
-        headers = {"Authorization": f"Bearer e30.{claims}.{token}"}
+        headers = {"Authorization": authorization}
         async with self.channel.post("/delegate", json=body | changes, headers=headers) as answer:
             return answer.status
 
     async def take_result(self, request: web.Request) -> web.Response:
         assert request.content_type == "application/json"
-        token = request.headers["Authorization"].rpartition(".")[2]
+        bearer = request.headers["Authorization"].removeprefix("Bearer ")
+        token = jwt.decode(bearer, options={"verify_signature": False})["jti"]
         self.results[token].append((await request.json())["status"])
         return web.Response(status=self.status if len(self.results[token]) == 1 else 403)
 
@@ -220,6 +239,28 @@ async def test_keycloak_is_refused_a_login_of_an_unknown_user_and_nobody_is_aske
     async with delegating(sandbox) as realm:
         assert await realm.delegate("mallory") == 404
     assert not sandbox.operations
+
+
+@pytest.mark.looptime
+async def test_only_a_token_that_keycloak_signed_for_itself_rings_a_phone() -> None:
+    sandbox = Sandbox()
+    async with delegating(sandbox) as realm:
+        public = rsa_key().public_key().public_bytes(Encoding.DER, PublicFormat.PKCS1)
+        claims = jwt.decode(realm.signed("token"), options={"verify_signature": False})
+        head = {"alg": "RS256", "kid": "r1"}
+        forged = [
+            *("", "token", "e30.e30.", realm.signed("token").rpartition(".")[0] + ".x"),
+            *(realm.signed("token", **{name: value}) for name, value in (("aud", "account"), ("iss", "x"), ("exp", 1))),
+            token(with_changes(claims, {"exp": ...}), head, sign_rs256),
+            token(claims, head, lambda text: sign_rs256(text, rsa_key(2048, "mallory"))),
+            token(claims, head | {"kid": "r2"}, sign_rs256),
+            token(claims, head | {"alg": "none"}, lambda _: b""),
+            token(claims, head | {"alg": "HS256"}, lambda text: hmac.digest(public, text, "sha256")),
+        ]
+        assert [await realm.post(f"Bearer {each}") for each in forged] == [401] * len(forged)
+        assert await realm.delegate() == 201
+        await until(lambda: len(sandbox.operations) == 1)
+    assert len(sandbox.operations) == 1
 
 
 async def test_a_server_that_stops_refuses_the_logins_that_wait(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from example_process import ADDRESS, example_process, printed, stopped
+from example_process import ADDRESS, add_orders, example_process, printed, stopped
 from factors import ApprovingSandbox
 from flask import Flask
 from flask.sessions import SecureCookieSessionInterface
@@ -47,7 +47,7 @@ async def until_polled(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str, tmp_path: Path) -> None:
-    environment = {"PORT": "0", "APPROVALS_DB": str(tmp_path / "approvals.sqlite3")}
+    environment = {"PORT": "0", "APPROVALS_DB": add_orders(tmp_path / "approvals.sqlite3", "order-1")}
     async with (
         Sandbox() as sandbox,
         aiohttp.ClientSession() as http,
@@ -80,7 +80,8 @@ def session_of(user_id: str) -> str:
 
 @pytest.mark.parametrize("end", ["SIGTERM", "--max-requests"])
 async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(end: str, tmp_path: Path) -> None:
-    environment = {"FLASK_SECRET_KEY": SECRET_KEY, "FLASK_PAYMENTS_DB": str(tmp_path / "payments.sqlite3")}
+    database = add_orders(tmp_path / "payments.sqlite3", "order-1")
+    environment = {"FLASK_SECRET_KEY": SECRET_KEY, "FLASK_PAYMENTS_DB": database}
     command = ("-m", "gunicorn", "-c", "gunicorn_conf.py", "-w", "1", "-b", "127.0.0.1:0", "--max-requests", "3")
     async with (
         Sandbox() as sandbox,
@@ -105,20 +106,44 @@ async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(
                 assert await response.json() == {"state": "pending"}
 
 
+async def test_two_hundred_pages_of_one_customer_hold_no_other_up(tmp_path: Path) -> None:
+    database = add_orders(tmp_path / "payments.sqlite3", "order-1")
+    add_orders(tmp_path / "payments.sqlite3", "order-2", user="BEEF")
+    environment = {"FLASK_SECRET_KEY": SECRET_KEY, "FLASK_PAYMENTS_DB": database}
+    command = ("-m", "gunicorn", "-c", "gunicorn_conf.py", "-b", "127.0.0.1:0", "flask_app:app")
+    async with (
+        Sandbox() as sandbox,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+        example_process(*command, folder=FOLDER.parent / "sync", sandbox=sandbox, **environment) as process,
+    ):
+        payments = f"{(await printed(process, ADDRESS))[1]}/payments"
+        greedy, other = ({"Cookie": f"session={session_of(user)}"} for user in ("C0FFEE", "BEEF"))
+        async with http.post(f"{payments}/order-1", headers=greedy) as response:
+            assert response.status == 200
+        pages = [asyncio.ensure_future(http.get(f"{payments}/order-1", headers=greedy)) for _ in range(200)]
+        await until_polled(sandbox)
+        async with asyncio.timeout(5), http.post(f"{payments}/order-2", headers=other) as response:  # 0.1 s if idle
+            assert response.status == 200
+        await until(lambda: sum(page.done() for page in pages) == 198)
+        assert {page.result().status for page in pages if page.done()} == {429}
+        await stopped(process)
+        await asyncio.gather(*pages)
+
+
 async def test_a_lifespan_entered_twice_has_a_client_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("APPROVALS_DB", str(tmp_path / "approvals.sqlite3"))
+    monkeypatch.setenv("APPROVALS_DB", add_orders(tmp_path / "approvals.sqlite3", "order-0", "order-1"))
     async with ApprovingSandbox("biom") as sandbox:
         monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
         monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
         monkeypatch.syspath_prepend(FOLDER)
-        from approvals import ask, state
+        from approvals import USER, ask, state
         from fastapi_app import app, lifespan
 
         for number in range(2):
             async with lifespan(app) as serving:
                 client = serving["client"]
-                await ask(client, f"order-{number}")
-                assert await state(client, f"order-{number}") == {"state": "approved"}
+                await ask(client, USER, f"order-{number}")
+                assert await state(client, USER, f"order-{number}") == ({"state": "approved"}, 200)
 
 
 async def test_a_pin_is_no_approval_for_a_bot_and_a_bot_that_waits_stops_and_says_so() -> None:

@@ -18,6 +18,7 @@ from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner
+from unshown import UNSHOWN
 from waiting import PATIENCE, until
 
 from aiokeyless import ApprovalTicket
@@ -216,6 +217,12 @@ async def test_workflow_transfers_what_was_approved_and_nothing_else(
     assert result.startswith(end)
     assert [name for name, _ in calls] == called
     assert {(request.payload, request.user_id) for _, request in calls} == {("Transfer 40.00 to alice", "C0FFEE")}
+
+
+@pytest.mark.parametrize("payee", UNSHOWN)
+async def test_workflow_asks_about_no_payee_whose_name_a_phone_does_not_show(payee: str) -> None:
+    order = example.Order(user_id="C0FFEE", amount="40.00", payee=payee)  # outside Temporal, an activity would raise
+    assert (await example.Transfer().run(order)).startswith("Not asked")
 
 
 async def test_workflow_is_one_that_the_sdk_accepts() -> None:

@@ -31,15 +31,16 @@ from aiokeyless.models import Secret
 from aiokeyless.ticket import ApprovalTicket
 from aiokeyless.worker.decisions import fail, fail_unreadable
 from aiokeyless.worker.messages import (
-    VERSION,
+    EVENT_VERSION,
+    REQUEST_VERSION,
     ApprovalEvent,
     ApprovalRequest,
     Delivery,
     FailureReason,
     Message,
-    read_context,
     read_event,
     read_request,
+    read_rest,
 )
 from aiokeyless.worker.nats.event_keys import EventKeys, is_about
 
@@ -228,7 +229,7 @@ def request(data: bytes) -> None:
     try:
         delivery = read(data)
     except InvalidRequestError as error:
-        context = read_context(data)
+        _, context = read_rest(data)
         event = fail_unreadable(message(data), error, now=NOW).event
     else:
         context = delivery.request.context
@@ -243,7 +244,7 @@ def request(data: bytes) -> None:
 def check_request(delivery: Delivery, said: Mapping[str, Any]) -> None:
     ticket = delivery.ticket
     operation_id = said["operation_id"]
-    assert said["version"] == VERSION
+    assert said["version"] == REQUEST_VERSION
     assert said.keys() <= FIELDS
     assert ticket.operation_id == operation_id
     assert ticket.user_id == said["user_id"].upper()
@@ -265,7 +266,7 @@ def event(data: bytes) -> None:
     except msgspec.DecodeError:
         return
     said = plain(data)
-    assert said["version"] == VERSION
+    assert said["version"] == EVENT_VERSION
     assert said["outcome"] == found.outcome
     assert said.get("operation_id") == found.operation_id
     assert said.get("payload_sha256") == found.payload_sha256

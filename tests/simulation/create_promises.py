@@ -45,7 +45,7 @@ def _is_ambiguous(post: Exchange) -> bool:
     """Return whether a POST may have taken effect although it did not succeed."""
     if post.status is None:
         return not post.was_refused
-    return post.status in {200, 408} or post.status >= 500
+    return post.was_repeated or post.status in {200, 408} or post.status >= 500
 
 
 def created_through_dead_connections(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -107,7 +107,8 @@ def _wrong_end(create: ObservedCreate, exchanges: list[Exchange], true: Stored |
             return f"the truth is {true}"
         if not create.id_is_new and true.approved_at < create.started_at:
             return "it was approved before it was asked for"
-    if create.outcome == "ConflictStatusError" and is_own:
+    is_repeated = any(exchange.was_repeated for exchange in exchanges)
+    if create.outcome == "ConflictStatusError" and is_own and (create.id_is_new or not is_repeated):
         return "it is its own operation"
     if is_own and not create.was_sent:
         return "it says that nothing was sent"

@@ -388,9 +388,13 @@ class Evidence:
 
     @cached_property
     def _silent_at(self) -> list[float]:
-        """When polls ended that got no answer."""
-        silent = (p for p in self.polls if p.status is None and (self.read(p).kind == "failed" or self.gives_way(p)))
-        return sorted(poll.ended_at for poll in silent)
+        """When polls ended that got no answer; final ones among them, which are cut off after two seconds."""
+
+        def is_silent(poll: Exchange) -> bool:
+            is_long = poll.ended_at - poll.sent_at >= FINAL - EPS
+            return self.read(poll).kind == "failed" or self.gives_way(poll) or is_long
+
+        return sorted(poll.ended_at for poll in self.polls if poll.status is None and is_silent(poll))
 
     def starts_slowly(self, at: float) -> bool:
         """Return whether a poll got no answer lately, so that few may be in flight, and those that failed go last."""

@@ -49,6 +49,7 @@ class Fate:
         retry_after: Seconds that the answer asks for.
         is_refused: No connection.
         is_processed: Whether it reaches the service, whatever is answered.
+        is_repeated: Whether it does so twice; what is answered is the second answer.
         is_lost: The connection breaks before an answer.
         is_forgotten: So does it, but a new one may be better.
         is_truncated: The connection breaks before the end of the answer.
@@ -65,6 +66,7 @@ class Fate:
     retry_after: float | None = None
     is_refused: bool = False
     is_processed: bool = True
+    is_repeated: bool = False
     is_lost: bool = False
     is_forgotten: bool = False
     is_truncated: bool = False
@@ -193,6 +195,20 @@ class Cache:
         if request.at - stored_at >= self.seconds:
             self._stored[request.operation_id] = stored_at = request.at
         return Fate(rng.uniform(0.02, 0.2), as_of=stored_at, stored_for=request.at - stored_at)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """For some time a gateway sends each create twice, since it takes the first answer for lost."""
+
+    begins: float
+    ends: float
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Answer what the service says to the second one."""
+        if request.method != "POST" or not self.begins <= request.at < self.ends:
+            return None
+        return Fate(rng.uniform(0.02, 0.2), is_repeated=True)
 
 
 @dataclass(frozen=True)

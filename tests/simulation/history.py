@@ -37,6 +37,8 @@ class Exchange:
     """Seconds for which a cache had stored the answer."""
     was_dead: bool = False
     """The connection had been kept, and was lost at this use."""
+    was_repeated: bool = False
+    """A gateway sent it twice."""
 
     @property
     def was_stored(self) -> bool:

@@ -132,6 +132,7 @@ _BREAKAGES: Final = {
         ("if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
         ('== (self._operation.operation_payload or "")', "is not None", "another payload is taken for this one"),
         ("return not self._is_final and (", "return (", "what was not checked is sent again"),
+        ("        if id_is_new:\n", "        if False:\n", "a create that a proxy repeats is a conflict"),
     ),
     "_http/keys.py": (
         ("= self._current is not None", "= False", "a function for the key that fails once ends the waits"),

@@ -169,6 +169,8 @@ class Service:
             status, body = self._get(request, fate, at)
         elif fate.is_processed:
             status, body = self._post(request, at, number)
+            if fate.is_repeated:
+                status, body = self._post(request, at, number)
         return (status, body) if fate.status is None else (fate.status, fate.body)
 
     def _get(self, request: Request, fate: Fate, at: float) -> tuple[int, bytes]:
@@ -407,6 +409,7 @@ with warnings.catch_warnings():
                 # aiohttp's own, without the key of a connection that there is not
                 raise aiohttp.ClientConnectorError(None, OSError(111, "refused"))  # type: ignore[arg-type]
             status, body = self._service.answer(request, fate, exchange.number)
+            exchange.was_repeated = fate.is_repeated
             await _pass(fate.latency)
             if fate.is_forgotten:
                 raise _ConnectionLostError(aiohttp.ServerDisconnectedError())

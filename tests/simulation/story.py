@@ -22,6 +22,7 @@ from .faults import (
     Moved,
     Outage,
     RateLimit,
+    Repeats,
     RoundTrips,
     Shard,
     Slowness,
@@ -187,6 +188,7 @@ def make_up(seed: int) -> Story:
     faults += _weather(seed, actors)
     faults += _fail_overs(seed, actors)
     faults = [*_long_pages(seed, actors), *faults]
+    faults = [*_repeats(seed, actors), *faults]
     faults += _standstills(seed, [*actors, *rush])
     rotations = _rotations(seed, [*actors, *rush])
     actors = _slow_handlers(seed, actors)
@@ -342,6 +344,13 @@ def _long_pages(seed: int, actors: list[Actor]) -> list[Fault]:
         return []
     victim, begins = rng.choice(victims), rng.uniform(1.0, 20.0)
     return [Outage(victim.at + begins, victim.at + 300.0, rng.choice(PAGES), payload=victim.payload, methods="GET")]
+
+
+def _repeats(seed: int, actors: list[Actor]) -> list[Fault]:
+    """Let a gateway send creates twice. With random numbers of its own, as the lies."""
+    rng = random.Random(f"{seed} repeats")  # noqa: S311
+    begins = rng.choice(actors).at - rng.uniform(0.0, 5.0)
+    return [Repeats(begins, begins + rng.choice((6.0, 150.0)))] if rng.random() < 0.1 else []
 
 
 def _brown_outs(seed: int, actors: list[Actor]) -> list[Fault]:

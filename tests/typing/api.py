@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import assert_never, assert_type
 
 from tenacity import AsyncRetrying, wait_chain, wait_fixed
@@ -29,6 +30,7 @@ from aiokeyless import (
     sync,
     wait_adaptive,
 )
+from aiokeyless.shutdown import close_on_signals
 from aiokeyless.worker import ApprovalEvent, Submission
 
 
@@ -55,6 +57,9 @@ def without_an_event_loop(client: sync.KeylessClient) -> None:
 
 
 async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
+    async with close_on_signals(client, AsyncExitStack()):
+        pass
+
     async def async_on_poll(update: ApprovalUpdate) -> None:
         assert_type(update.operation, Operation | None)
         assert_type(update.error, KeylessError | None)

@@ -92,11 +92,16 @@ async def outcomes(broker: object, reader: str) -> AsyncGenerator[ApprovalEvent]
 
 @asynccontextmanager
 async def working(
-    sandbox: Sandbox, memory: SqliteBroker | None = None, *, listeners: Sequence[Listener] = (), **options: Any
+    sandbox: Sandbox,
+    memory: SqliteBroker | None = None,
+    *,
+    listeners: Sequence[Listener] = (),
+    name: str | None = None,
+    **options: Any,
 ) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
     """Run a worker that polls each second, on this broker or on one of its own in memory."""
     async with (
-        sandbox.client(listeners=listeners) as client,
+        sandbox.client(listeners=listeners, name=name) as client,
         SqliteBroker(":memory:") if memory is None else nullcontext(memory) as broker,
         ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker,
     ):

@@ -96,7 +96,7 @@ async def test_an_event_of_a_later_version_waits_for_a_reader_that_was_upgraded(
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(130), next_outcome(decided, "shop"):
             pass
-    told = 'outcome.newer place="request-1" error="version 2 is not known here, only 1: upgrade"'
+    told = 'outcome.newer place="request-1" error="version 2 is not known here, only up to 1: upgrade"'
     assert caplog.messages == [told] * 3
     decided._store._connection.execute("UPDATE outcome SET body = ?", (body,))
     assert len(await read(decided, reader="shop")) == 1

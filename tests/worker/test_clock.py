@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -68,3 +69,10 @@ def test_a_difference_is_logged_once_and_again_on_change(machine: Machine, caplo
     for ahead in (-0.5, 3600.0, 3600.0, 3600.0, -3600.0, -3600.0, 0.0, 0.5):
         machine.ask(ahead=ahead)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+
+
+def test_where_suspension_is_in_no_clock_the_monotonic_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    clock = BrokerClock(lambda: MIDNIGHT)
+    monkeypatch.setattr(time, "monotonic", lambda: clock._started_at + 3.0)
+    assert clock.now() == MIDNIGHT + timedelta(seconds=3)

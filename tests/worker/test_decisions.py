@@ -31,7 +31,6 @@ from aiokeyless.worker.broker import ExchangeResult
 from aiokeyless.worker.decisions import (
     Decided,
     Decision,
-    Grace,
     Next,
     Pacing,
     Redeliver,
@@ -48,7 +47,7 @@ from aiokeyless.worker.decisions import (
     is_older,
     observation,
 )
-from aiokeyless.worker.messages import VERSION, ApprovalRequest, Delivery, FailureReason, Outcome
+from aiokeyless.worker.messages import EVENT_VERSION, REQUEST_VERSION, ApprovalRequest, Delivery, FailureReason, Outcome
 
 from .reading import a_message
 
@@ -68,7 +67,7 @@ def at(age: float) -> datetime:
 
 
 REQUEST = ApprovalRequest(
-    version=VERSION,
+    version=REQUEST_VERSION,
     user_id="c0ffee",
     operation_id="txn 1",
     operation_payload="Pay 40",
@@ -118,9 +117,8 @@ def pacing(
     paused_for: float = 0.0,
     closed_for: float = 0.0,
     grace: float = 0.0,
-    since: float = 0.0,
 ) -> Pacing:
-    return Pacing(schedule, failures, paused_for, closed_for, Grace(grace, since=at(since)))
+    return Pacing(schedule, failures, paused_for, closed_for, grace)
 
 
 def polled(
@@ -135,7 +133,8 @@ def polled(
 ) -> Decision | Next:
     """Decide by a poll that starts at this age."""
     paced = pacing(schedule, **options)
-    return after_poll(delivery, answer, polled_at=at(age), now=at(age + took), pacing=paced, was_created=was_created)
+    times: dict[str, Any] = {"polled_at": at(age), "now": at(age + took), "grace_left": LIFE + paced.grace - age}
+    return after_poll(delivery, answer, pacing=paced, was_created=was_created, **times)
 
 
 def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: Any) -> Decision | Next:
@@ -150,7 +149,7 @@ def not_created(error: KeylessError, age: float, *, paused_for: float = 0.0, may
 
 def decided(decision: Decision | Next) -> Decided:
     assert isinstance(decision, Decided)
-    assert decision.event.version == VERSION
+    assert decision.event.version == EVENT_VERSION
     return decision
 
 
@@ -463,13 +462,10 @@ def test_a_final_poll_without_an_answer_is_expired_and_says_that_it_is_unknown(e
 @transient
 def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_it(error: KeylessError) -> None:
     assert SHORTEST <= delay_after_failure(polled(error, FINAL, grace=30)) <= 0.5
-    for pause, delay_in_grace in ((15, 15), (60, 20)):  # then it can be told
+    for pause, delay_in_grace in ((15, 15), (30, 30), (60, 20)):  # after 20 s it can be told
         assert delay_after_failure(polled(error, FINAL + 10, paused_for=pause, grace=30)) == delay_in_grace
         assert delay_after_failure(polled(error, FINAL + 10, closed_for=pause, grace=30)) == delay_in_grace
     assert decided(polled(error, FINAL + 30, grace=30)).event.answered is False
-    # A worker that was away begins later.
-    assert delay_after_failure(polled(error, FINAL + 70, closed_for=60, grace=30, since=FINAL + 60)) == 20
-    assert decided(polled(error, FINAL + 90, grace=30, since=FINAL + 60)).event.answered is False
 
 
 @pytest.mark.parametrize("age", [1.0, IN_TIME, FINAL, LATE])
@@ -554,10 +550,18 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
 def test_a_message_that_is_no_request_has_failed() -> None:
     message = a_message(b'{"context": [1]}', number=2, stored_at=at(0))
     event, _ = fail_unreadable(message, InvalidRequestError("it is none"), now=at(1))
-    assert event.version == VERSION
+    assert event.version == EVENT_VERSION
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")
     assert (event.requested_at, event.decided_at, event.deliveries) == (at(0), at(1), 2)
+
+
+@pytest.mark.parametrize(
+    ("written", "named"), [("txn-1", "txn-1"), ("a/b", "a/b"), ("", None), (7, None), ("x" * 513, None)]
+)
+def test_it_names_its_operation_if_that_can_be_read(written: object, named: str | None) -> None:
+    message = a_message(msgspec.json.encode({"version": "1", "operation_id": written}))
+    assert fail_unreadable(message, InvalidRequestError("it is none"), now=at(1)).event.operation_id == named
 
 
 # -- what a schedule learns

@@ -211,7 +211,7 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
     told: Told, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "aiokeyless.worker")
-    async with working(sandbox, listeners=[told]) as (_, broker):
+    async with working(sandbox, listeners=[told], name="acme") as (_, broker):
         await ask(sandbox, broker, 6, expires_in=300)
         sandbox.fail_next(503, times=None)
         await asyncio.sleep(20)
@@ -226,8 +226,8 @@ async def test_an_outage_is_told_and_is_two_lines_of_the_log(
     assert 19 < ended.seconds < 25
     failing, answering = [record for record in caplog.records if record.message.startswith("keyless.")]
     assert (failing.levelname, answering.levelname) == ("WARNING", "INFO")
-    assert re.fullmatch(r'keyless.failing error=".*503.*" waiting=6', failing.message)
-    assert answering.message == f"keyless.answering seconds={round(ended.seconds, 3)}"
+    assert re.fullmatch(r'keyless.failing client="acme" error=".*503.*" waiting=6', failing.message)
+    assert answering.message == f'keyless.answering client="acme" seconds={round(ended.seconds, 3)}'
     assert [told for told, _ in itertools.groupby(told.of(WorkerInspected), lambda event: event.is_failing)] == [
         *(False, True, False)
     ]

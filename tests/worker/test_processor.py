@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock, Mock
 
+import msgspec
 import pytest
 from tenacity import wait_fixed
 from waiting import until
@@ -369,7 +370,7 @@ async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(s
         await submit(broker, 100)
         await until(lambda: worker.statistics.is_failing)
         for number in range(5):
-            await broker.submit(new_request(f"broken-{number}")._replace(body=b"no request"))
+            await broker.submit(msgspec.structs.replace(new_request(f"broken-{number}"), body=b"no request"))
         await asyncio.sleep(5)
         sandbox.recover()
         events = await read(broker, 5)

@@ -105,7 +105,7 @@ async def test_what_goes_over_a_broker_is_valid(sandbox: Sandbox) -> None:
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="x", context={"order": 7})
         await submit_approval(broker, "C0FFEE", operation_id="txn-2", external_user_id="alice", expires_in=1)
         await submit_approval(broker, "C0FFEE", operation_id="txn-3", operation_payload="Pay 40")
-        await broker.submit(new_request("txn-4")._replace(body=b'{"version": 1}'))
+        await broker.submit(msgspec.structs.replace(new_request("txn-4"), body=b'{"version": 1}'))
         for number in range(4):
             if number == 3:
                 sandbox.approve("txn-3")

@@ -18,8 +18,16 @@ from waiting import until
 
 from aiokeyless import wait_adaptive
 from aiokeyless._http.transport import Transport
-from aiokeyless._rules.budget import PER_SECOND, PER_WAIT
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, processor, submit_approval
+from aiokeyless._rules.budget import LEAST, PER_SECOND, PER_WAIT
+from aiokeyless.worker import (
+    ApprovalEvent,
+    ApprovalWorker,
+    FailureReason,
+    Outcome,
+    processor,
+    serving,
+    submit_approval,
+)
 from aiokeyless.worker.broker import NewRequest, RefusedError
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import ApprovalRequest, request_name
@@ -422,3 +430,32 @@ async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_roo
         assert now() < room_at + 3.0
         assert worker.statistics.unsettled < 14  # without haste
     assert event.outcome is Outcome.APPROVED
+
+
+async def test_a_request_of_a_later_version_costs_a_worker_nothing_and_has_failed_after_a_day(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "NEWER_KEPT_FOR", 100.0)
+    async with working(sandbox) as (worker, memory):
+        asked_before = len(sandbox.requests)
+        await publish(memory, {"operation_id": "txn-1"}, b'{"version":2,"operation_id":"txn-1"}')
+        await asyncio.sleep(99)
+        facts = worker.statistics
+        assert (facts.is_ready, facts.deliveries, facts.lateness, facts.fleet.waiting) == (True, 0, 0.0, 1)
+        [event] = await read(memory)
+    assert (event.operation_id, event.reason, event.deliveries) == ("txn-1", FailureReason.INVALID_REQUEST, 1)
+    assert 100 <= (event.decided_at - event.requested_at).total_seconds() <= 103
+    assert len(sandbox.requests) == asked_before
+    told = 'request.newer operation_id="txn-1" error="version 2 is not known here, only up to 1: upgrade" count=1'
+    assert [line for line in caplog.messages if line.startswith("request.newer")] == [told]
+
+
+async def test_requests_that_are_none_leave_the_tokens_to_those_that_are(
+    sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    async with working(sandbox, memory) as (worker, _):
+        for number in range(2 * LEAST):
+            await publish(memory, {"operation_id": f"txn-{number}"}, b"{")
+        await read(memory, 2 * LEAST)
+        assert worker._serving is not None
+        assert worker._serving._budget.room(now()) >= LEAST

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import pytest
 from waiting import until
 
@@ -60,7 +61,7 @@ async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with working(sandbox) as (_, broker):
-        await broker.submit(new_request("txn-1", TRACEPARENT)._replace(body=b"no request"))
+        await broker.submit(msgspec.structs.replace(new_request("txn-1", TRACEPARENT), body=b"no request"))
         [event] = await read(broker)
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
     assert 'reason="invalid_request" detail="the message is no request for an approval: ' in caplog.text

@@ -29,7 +29,7 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
-from aiokeyless.worker.messages import ApprovalEvent, Message
+from aiokeyless.worker.messages import ApprovalEvent, Message, read_rest
 
 from .claims import READ_WITHIN, NatsClaims
 from .connection import check_options, connect, disconnect, find_largest_request
@@ -220,7 +220,14 @@ class NatsBroker(Broker):
         if self._intake is None:
             loop = asyncio.get_running_loop()
             source = self._fleet.prefix, self._fleet.requests, self._fleet.consumer
-            self._intake = Intake(connection, *source, lease=lease, now=loop.time, restore=self._restore)
+            self._intake = Intake(
+                connection,
+                *source,
+                lease=lease,
+                now=loop.time,
+                restore=self._restore,
+                newest=self.request_version,
+            )
             await self._intake.open()
         return window
 
@@ -233,14 +240,32 @@ class NatsBroker(Broker):
         return self._clock.now()
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
-        return await self._open_intake().take(up_to, within, untried=untried)
+        intake = self._open_intake()
+        taken = await intake.take(up_to, within, untried=untried)
+        try:
+            await asyncio.gather(*(self._find_returns(message) for message in taken if message.may_have_returned))
+        except asyncio.CancelledError:
+            with suppress(UnavailableError):
+                await asyncio.gather(*(intake.put_off(message, 0.0) for message in taken))
+            raise
+        return taken
+
+    async def _find_returns(self, message: NatsMessage) -> None:
+        """Count a request as never delivered if no worker has claimed its operation id: none has created anything.
+
+        Workers that did not know its version gave it back. To the stream, these were deliveries like any other.
+        """
+        operation_id, _ = read_rest(message.body)
+        with suppress(UnavailableError):
+            if operation_id is not None and await self._claims.is_free(operation_id):
+                message.number, message.returns = 1, message.number - 1
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._open_intake().take_overdue(up_to, self.now() - timedelta(seconds=grace))
 
     async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
         intake, delivery = self._open_intake(), _delivery(message)
-        intake.failures.record(delivery.id, result)
+        intake.failures.record(delivery.id, result, delivery.returns)
         if result in {ExchangeResult.ANSWERED, ExchangeResult.CREATED}:
             delay = self._stretch(delivery, delay, intake.load_shedding.factor)
         await intake.put_off(delivery, delay)
@@ -296,7 +321,11 @@ class NatsBroker(Broker):
         return claim
 
     async def has_claim(self, message: Message) -> bool:
-        return await self._claims.holds(*_delivery(message).read_names())
+        delivery = _delivery(message)
+        if delivery.version > self.request_version:  # this worker cannot tell the name of its request
+            operation_id, _ = read_rest(delivery.body)
+            return operation_id is not None and not await self._claims.is_free(operation_id)
+        return await self._claims.holds(*delivery.read_names())
 
     async def unclaim(self, message: Message) -> bool:
         delivery = _delivery(message)

@@ -60,6 +60,11 @@ class NatsClaims:
         _, holder = await self._last(operation_id)
         return holder == request.encode()
 
+    async def is_free(self, operation_id: str) -> bool:
+        """Return whether no request holds an operation id."""
+        _, holder = await self._last(operation_id)
+        return holder == _RELEASED
+
     async def unclaim(self, operation_id: str, number: int) -> bool:
         """See `Broker`."""
         return await self._put(operation_id, _RELEASED, number) is not None

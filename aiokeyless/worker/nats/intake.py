@@ -9,7 +9,7 @@ deliveries again after the ack wait, which is short for that reason. Slow delive
 
 JetStream repeats deliveries before it delivers new requests, and knows nothing of failures. So while Keyless fails,
 this module pulls more than there is room for, and chooses the best. Requests that always fail do not hold up the
-others.
+others. Those of a later version, which the worker gives back, are beside the others, and hold up none either.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aiokeyless._rules.order import Standing
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.worker.broker import ExchangeResult, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog
-from aiokeyless.worker.messages import Message, decode_request, read_times, request_name
+from aiokeyless.worker.messages import Message, decode_request, read_times, read_version, request_name
 
 from .event_keys import TRACEPARENT
 from .failures import broker_errors
@@ -55,7 +55,7 @@ _CHOICE: Final = 512  # deliveries to choose from, beside those that are here
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
 _BETTER_WITHIN: Final = 0.1  # seconds to wait for a better one than a failed request
 _REMEMBERED: Final = 10_000  # recently polled requests
-_UNKNOWN: Final = (0, Standing.UNTRIED)
+_UNKNOWN: Final = (0, Standing.UNTRIED, 0)
 _MANY: Final = 15  # failures after which the backoff no longer grows
 _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
 _LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer, and to choose from in all
@@ -72,12 +72,19 @@ class NatsMessage(Message, kw_only=True, eq=False):
     raw: Msg
     arrived_at: float
     standing: Standing  # what this worker knows of the request
+    version: int  # of the request
+    returns: int = 0  # deliveries that `number` leaves out: workers that did not know the version gave them back
     claim: int = 0  # the number of its claim; 0 if it made none
 
     @property
     def rank(self) -> tuple[int, Standing, float]:
         """Its place in the order of `aiokeyless._rules.order`: the lowest goes first."""
         return self.failures, self.standing, self.arrived_at if self.standing is Standing.ANSWERED else -self.id
+
+    @property
+    def may_have_returned(self) -> bool:
+        """Whether the deliveries before, of which this worker knows nothing, may have been to earlier versions."""
+        return self.version > 1 < self.number and self.is_untried
 
     @property
     def place(self) -> str:
@@ -98,22 +105,22 @@ class NatsMessage(Message, kw_only=True, eq=False):
 
 
 class Failures:
-    """The failures in a row and the standing of recently polled requests, by their numbers in the stream."""
+    """The failures in a row, standing and returns of recently polled requests, by their numbers in the stream."""
 
     def __init__(self) -> None:
-        self._counts: OrderedDict[int, tuple[int, Standing]] = OrderedDict()
+        self._counts: OrderedDict[int, tuple[int, Standing, int]] = OrderedDict()
 
-    def of(self, sequence: int) -> tuple[int, Standing]:
-        """Return the failures and the standing of a request. An unknown one counts as never tried."""
+    def of(self, sequence: int) -> tuple[int, Standing, int]:
+        """Return the failures, the standing and the returns of a request. An unknown one counts as never tried."""
         return self._counts.get(sequence, _UNKNOWN)
 
-    def record(self, sequence: int, result: ExchangeResult) -> None:
+    def record(self, sequence: int, result: ExchangeResult, returns: int = 0) -> None:
         """Record how an exchange ended."""
         if result is ExchangeResult.NONE:
             return
-        failures, standing = self.of(sequence)
+        failures, standing, _ = self.of(sequence)
         standing = min(standing, Standing.ANSWERED if result is ExchangeResult.ANSWERED else Standing.CREATED)
-        self._counts[sequence] = failures + 1 if result is ExchangeResult.FAILED else 0, standing
+        self._counts[sequence] = failures + 1 if result is ExchangeResult.FAILED else 0, standing, returns
         self._counts.move_to_end(sequence)
         if len(self._counts) > _REMEMBERED:
             self._counts.popitem(last=False)
@@ -127,7 +134,8 @@ class Intake:
     """The deliveries of one consumer to all who share a connection.
 
     After a refused pull it calls `restore`, which makes or checks the consumer. It extends each delivery that was
-    taken, until that is settled or was here for `lease` seconds.
+    taken, until that is settled or was here for `lease` seconds. `newest` is the version of requests that its worker
+    knows.
     """
 
     def __init__(
@@ -140,6 +148,7 @@ class Intake:
         lease: float,
         now: Callable[[], float],
         restore: Callable[[], Awaitable[None]],
+        newest: float = math.inf,
     ) -> None:
         self._connection = connection
         self._source = stream, consumer
@@ -147,6 +156,7 @@ class Intake:
         self._subject = f"{prefix}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._now = now
         self._restore = restore
+        self._newest = newest
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
         self._extending: asyncio.Task[None] | None = None  # as long as something is taken
@@ -161,6 +171,8 @@ class Intake:
         self._refusal = ""  # why the broker refused the last one
         self._pulls_from = now()  # after a refusal, no pull before this time
         self._arrived: list[NatsMessage] = []  # the oldest first
+        self._newer: list[NatsMessage] = []  # of a later version
+        self._passed = 0  # of these, since the last pull
         self._taken: set[NatsMessage] = set()  # and not settled
         self._pending = 0  # new requests at the broker, as the last delivery said
         self._moved = asyncio.Event()
@@ -190,7 +202,7 @@ class Intake:
                     await self._hand_back_stripped()
                     await self._hand_back_old()
                 left = until - self._now()
-                if taken := self._choose(up_to, untried, is_last=left <= 0):
+                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take_newer()]:
                     return taken
                 if left <= 0:
                     self._check_connection()
@@ -212,7 +224,7 @@ class Intake:
         taken = [message for message, at in deadlines if at is not None and at <= before][:up_to]
         self._take(taken)
         await self._hand_back_old()
-        return taken
+        return [*taken, *self._take_newer()]
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
         """Put a delivery off."""
@@ -257,7 +269,7 @@ class Intake:
                 async with asyncio.timeout(EXPIRES):
                     await self._moved.wait()
         with suppress(UnavailableError), broker_errors():
-            await self._hand_back(self._arrived, lambda _: 0.0)
+            await self._hand_back([*self._arrived, *self._newer], lambda _: 0.0)
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     @property
@@ -279,7 +291,8 @@ class Intake:
         now, missing = self._now(), wanted - len(self._arrived)
         if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
-        batch = min(missing, self._largest)
+        batch = min(missing + self._passed, self._largest)  # so that requests of a later version take no room
+        self._passed = 0
         self._left, self._pulled_at, self._reconnects = batch, now, self._connection.stats["reconnects"]
         self._reply = f"{self._inbox}.{next(self._pulls)}"
         pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
@@ -302,7 +315,8 @@ class Intake:
         self._take(taken)
         for message in taken:
             pending = message.raw.metadata.num_pending
-            self.load_shedding.on_delivery(redelivered=message.number > 1, backlog=pending)
+            is_repeated = message.number > 1 and not message.may_have_returned
+            self.load_shedding.on_delivery(redelivered=is_repeated, backlog=pending)
         return taken
 
     def _take(self, messages: list[NatsMessage]) -> None:
@@ -310,6 +324,11 @@ class Intake:
         self._arrived = [message for message in self._arrived if message not in self._taken]
         if self._taken and (self._extending is None or self._extending.done()):
             self._extending = asyncio.create_task(self._extend())
+
+    def _take_newer(self) -> list[NatsMessage]:
+        newer, self._newer = self._newer, []
+        self._take(newer)
+        return newer
 
     def _may_get_better(self, best: NatsMessage, untried: int) -> bool:
         """Return whether better ones may come in a moment."""
@@ -350,21 +369,24 @@ class Intake:
             self._left = max(0, self._left - 1)
             metadata = raw.metadata
             self._pending = metadata.num_pending
-            failures, standing = self.failures.of(metadata.sequence.stream)
-            self._arrived.append(
-                NatsMessage(
-                    id=metadata.sequence.stream,
-                    body=raw.data,
-                    stored_at=metadata.timestamp,
-                    number=metadata.num_delivered,
-                    is_untried=standing is Standing.UNTRIED,
-                    failures=failures,
-                    traceparent=(raw.headers or {}).get(TRACEPARENT),
-                    raw=raw,
-                    arrived_at=self._now(),
-                    standing=standing,
-                )
+            failures, standing, returns = self.failures.of(metadata.sequence.stream)
+            message = NatsMessage(
+                id=metadata.sequence.stream,
+                body=raw.data,
+                stored_at=metadata.timestamp,
+                number=metadata.num_delivered - returns,
+                is_untried=standing is Standing.UNTRIED,
+                failures=failures,
+                traceparent=(raw.headers or {}).get(TRACEPARENT),
+                raw=raw,
+                arrived_at=self._now(),
+                standing=standing,
+                version=read_version(raw.data),
+                returns=returns,
             )
+            is_newer = message.version > self._newest
+            self._passed += is_newer
+            (self._newer if is_newer else self._arrived).append(message)
             return
         if raw.subject == self._reply:
             self._on_end(raw)

@@ -249,23 +249,25 @@ class PostgresBroker(TableBroker):
             await asyncio.sleep(pause)
             began = loop.time()
             messages = await self._take_or_give_back(self._take(up_to, untried))
-            self._take_from = began + (_TAKES_AGAIN if len(messages) == up_to else _TAKES_EVERY)
+            self._take_from = began + (_TAKES_AGAIN if len(messages) >= up_to else _TAKES_EVERY)
             if messages:
                 return messages
 
     async def _take(self, up_to: int, untried: int | None) -> list[Message]:
         began = self.now().timestamp()
         with self._floor.search() as search:
-            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4)", up_to, self._lease, search.floor, untried)
+            asked = up_to, self._lease, search.floor, untried, self.request_version
+            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4, $5)", *asked)
             if untried is None:
-                search.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
+                search.oldest = min(began, rows[-1]["due_at"]) if len(rows) >= up_to else began
         return [_message(row) for row in rows]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._take_or_give_back(self._take_overdue(up_to, grace))
 
     async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
-        rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3)", up_to, self._lease, grace)
+        asked = up_to, self._lease, grace, self.request_version
+        rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3, $4)", *asked)
         return [_message(row) for row in rows]
 
     async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
@@ -288,7 +290,11 @@ class PostgresBroker(TableBroker):
         return await self._claims.call((*row_of(message), message.number))
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
-        claimed = await self._fetch_rows("SELECT id, name, was_asked FROM {}.claim($1, $2, $3)", calls)
+        asked_at = self.now()
+        claimed = await self._fetch_rows("SELECT id, name, was_asked, moment FROM {}.claim($1, $2, $3)", calls)
+        if claimed:  # the users are asked next: not after the deadline, although this machine was paused unnoticed
+            moment = max(found["moment"] for found in claimed.values())
+            self._clock.compare(time_of(moment), asked_at=asked_at)
         claims = {row: Claim.HELD if found["was_asked"] else Claim.NEW for row, found in claimed.items()}
         return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 

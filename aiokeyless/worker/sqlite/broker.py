@@ -81,8 +81,9 @@ class SqliteBroker(TableBroker):
             self._clock = lambda: datetime.now(UTC)
             self._thread = ThreadPoolExecutor(1, "aiokeyless-sqlite")
         try:
+            known = self.request_version
             with public_errors():
-                self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
+                self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp(), known))
             self._is_open = True
         finally:
             if not self._is_open and self._thread is not None:

@@ -49,7 +49,8 @@ _MIGRATIONS: Final = (
         due_at REAL NOT NULL,
         deliveries INTEGER NOT NULL,
         failures INTEGER NOT NULL,
-        answered INTEGER NOT NULL
+        answered INTEGER NOT NULL,
+        version INTEGER NOT NULL
     );
     CREATE INDEX waiting_due ON waiting (due_at);
     CREATE INDEX waiting_in_order ON waiting (

@@ -12,9 +12,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import msgspec
+
 from aiokeyless._rules.order import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
+from aiokeyless.models import Private
 from aiokeyless.worker.broker import (
     LONGEST_PAUSE,
     MOST_UNREAD,
@@ -59,8 +62,13 @@ _MOST_FAILURES: Final = 15
 #: The requests of one number of failures and one `Standing`, by the index.
 _RANKED: Final = (
     "SELECT id FROM waiting WHERE failures = ? AND (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END) = ?"
-    " AND due_at <= ? ORDER BY due_at{} LIMIT ?"
+    " AND due_at <= ? AND version <= ? ORDER BY due_at{} LIMIT ?"
 )
+_DUE: Final = "SELECT id FROM waiting WHERE due_at <= ? AND version {} ? ORDER BY due_at LIMIT ?"
+#: Requests of a later version of one take, at most, and seconds in which only workers that know it take one: the others
+#: give it back, which must cost little.
+_MOST_NEWER: Final = 10
+_HEAD_START: Final = 1.0
 #: The outcomes of a reader that an inspection looks at: the first ones by the index, nearly in order of the decisions.
 _UNREAD: Final = (
     "SELECT {} FROM (SELECT id, failures FROM unread WHERE reader = ? ORDER BY id LIMIT ?) u"
@@ -78,7 +86,7 @@ class PutOff(NamedTuple):
     result: ExchangeResult
 
 
-class Unread(NamedTuple):
+class Unread(Private, msgspec.Struct, frozen=True):
     """An outcome that is delivered to a reader."""
 
     reader: str
@@ -97,9 +105,10 @@ class StoreCall(NamedTuple):
 class Store:
     """The file. Its times are seconds since 1970."""
 
-    def __init__(self, path: str, now: Callable[[], float]) -> None:
+    def __init__(self, path: str, now: Callable[[], float], version: int) -> None:
         self._path = path
         self._now = now
+        self._version = version  # the newest of requests that the workers know
         self._connection = connect(path, now=now())
         # The file, of which a link may change, and its log, which is beside the file that the link names.
         log_file = f"{os.path.realpath(path)}-wal"
@@ -166,7 +175,8 @@ class Store:
             (request.operation_id, new.digest, new.body, new.traceparent, asked_at, expires_at, now),
         )
         self._connection.execute(
-            "INSERT INTO waiting SELECT id, name, ?, 0, 0, 0 FROM request WHERE id = last_insert_rowid()", (now,)
+            "INSERT INTO waiting SELECT id, name, ?, 0, 0, 0, ? FROM request WHERE id = last_insert_rowid()",
+            (now, request.version),
         )
         return False
 
@@ -222,20 +232,24 @@ class Store:
         return self._time("SELECT min(due_at) FROM waiting")
 
     def take(self, up_to: int, lease: float, *, untried: int | None) -> list[TableMessage]:
-        """Take requests that are due."""
-        return self._deliver(self._due(up_to) if untried is None else self._by_order(up_to, untried), lease)
+        """Take requests that are due, and beside them a few of a later version."""
+        newer = self._ids(_DUE.format(">"), self._now() - _HEAD_START, self._version, _MOST_NEWER)
+        return self._deliver(
+            [*newer, *(self._due(up_to) if untried is None else self._by_order(up_to, untried))], lease
+        )
 
     def _due(self, up_to: int) -> list[int]:
-        return self._ids("SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", self._now(), up_to)
+        return self._ids(_DUE.format("<="), self._now(), self._version, up_to)
 
     def _by_order(self, up_to: int, untried: int) -> list[int]:
         """Return those with the fewest failures. One search of the index for each number avoids a sort of thousands."""
-        newest = self._ids(_RANKED.format(" DESC"), 0, Standing.UNTRIED, self._now(), up_to)
+        newest = self._ids(_RANKED.format(" DESC"), 0, Standing.UNTRIED, self._now(), self._version, up_to)
         chosen, rest = newest[:untried], newest[untried:]
         failures = self._one("SELECT min(failures) FROM waiting")[0]
         while failures is not None and len(chosen) < up_to:
             for standing, order in ((Standing.ANSWERED, ""), (Standing.CREATED, " DESC")):
-                chosen += self._ids(_RANKED.format(order), failures, standing, self._now(), up_to - len(chosen))
+                ranked = failures, standing, self._now(), self._version, up_to - len(chosen)
+                chosen += self._ids(_RANKED.format(order), *ranked)
             chosen, rest = [*chosen, *rest][:up_to], []  # which have no failures
             failures = self._one("SELECT min(failures) FROM waiting WHERE failures > ?", failures)[0]
         return chosen
@@ -245,9 +259,11 @@ class Store:
         now = self._now()
         overdue = self._ids(
             "SELECT r.id FROM request r JOIN waiting w ON w.id = r.id"
-            " WHERE r.decided_at IS NULL AND r.expires_at <= ? AND w.due_at <= ? ORDER BY r.expires_at LIMIT ?",
+            " WHERE r.decided_at IS NULL AND r.expires_at <= ? AND w.due_at <= ? AND w.version <= ?"
+            " ORDER BY r.expires_at LIMIT ?",
             now - grace,
             now,
+            self._version,
             up_to,
         )
         return self._deliver(overdue, lease)
@@ -291,7 +307,7 @@ class Store:
             " w.deliveries - (json_extract(j.value, '$[4]') = :none),"
             " CASE json_extract(j.value, '$[4]')"
             " WHEN :failed THEN min(w.failures + 1, :most_failures) WHEN :none THEN w.failures ELSE 0 END,"
-            " w.answered OR json_extract(j.value, '$[4]') = :answered"
+            " w.answered OR json_extract(j.value, '$[4]') = :answered, w.version"
             " FROM json_each(:rows) j JOIN waiting w ON w.id = json_extract(j.value, '$[0]')"
             " WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries = json_extract(j.value, '$[2]')",
             {

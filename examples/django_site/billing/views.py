@@ -2,10 +2,11 @@
 
 import os
 import uuid
+from datetime import UTC, datetime, timedelta
 
 from django.core.exceptions import PermissionDenied
 from django.db import close_old_connections, transaction
-from django.http import Http404, HttpRequest, JsonResponse
+from django.http import HttpRequest, JsonResponse
 from django.shortcuts import get_object_or_404
 from django.urls import path
 from django.views.decorators.cache import never_cache
@@ -16,78 +17,115 @@ from aiokeyless import (
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
-    ApprovalUnknownError,
     ClientClosedError,
     KeylessError,
 )
 from aiokeyless.sync import KeylessClient
 
-from .models import Payment
+from .models import OPEN, Customer, Hold, Order, Payment
 
-PAYLOAD = "Pay 40 to Alice"  # your site makes it of the order
 EXPIRES_IN = 120.0  # seconds for an approval; tests set fewer
+QUESTIONS, HOLDS = 3, 2  # of one user at once: nobody rings a phone all day, or occupies all threads
 
 keyless = KeylessClient(lambda: os.environ["KEYLESS_API_KEY"])  # manage.py imports this module, and needs no key
 
 
-def user_of(request: HttpRequest) -> str:
+def customer_of(request: HttpRequest) -> Customer:
     """Return the user whom your login stored in the session, by their id at Keyless."""
-    if user := request.session.get("user_id"):
-        return str(user)
-    raise PermissionDenied
+    try:
+        customer: Customer = Customer.objects.get(user_id=str(request.session.get("user_id")).upper())
+    except Customer.DoesNotExist:
+        raise PermissionDenied from None
+    return customer
 
 
 @require_POST  # which Django's middleware keeps other sites from
 @transaction.non_atomic_requests  # the payment is stored before the phone is asked
-def pay(request: HttpRequest, order: str) -> JsonResponse:
-    """Ask the user's phone about an order, once, however often the browser repeats it.
-
-    Your site looks up whose order it is. Here, it is of the user who asks first.
-    """
-    user = user_of(request)
-    new = ApprovalTicket.for_operation(
-        str(uuid.uuid4()), user_id=user, operation_payload=PAYLOAD, expires_in=EXPIRES_IN, require_auth_type="biom"
-    )
-    found, _ = Payment.objects.get_or_create(order=order, defaults={"user_id": user, "ticket": new.to_json()})
-    if found.user_id != user:
-        raise Http404
+def pay(request: HttpRequest, number: str) -> JsonResponse:
+    """Ask the user's phone about an order, once, however often the browser repeats it."""
+    customer = customer_of(request)
+    with customer.locked():
+        order = get_object_or_404(Order, number=number, customer=customer)
+        found = Payment.objects.filter(order=order).first()
+        if found is None:  # before asking
+            if customer.payment_set.filter(state__in=OPEN, ends__gt=datetime.now(UTC)).count() >= QUESTIONS:
+                return refuse(429, "Your phone shows three questions. Answer one of them first.")
+            new = ApprovalTicket.for_operation(
+                str(uuid.uuid4()),
+                user_id=customer.user_id,
+                operation_payload=order.text,
+                expires_in=EXPIRES_IN,
+                require_auth_type="biom",
+            )
+            found = Payment.objects.create(order=order, customer=customer, ticket=new.to_json(), ends=new.expires_at)
+    if not found.is_about(order):
+        return refuse(409, "This order has changed since you were asked. Ask about it under a new number.")
     state, ticket = found.state, ApprovalTicket.from_json(found.ticket)
-    if state == "asked" and ticket.remaining():
+    if state == "asking" and ticket.remaining():
         try:
             keyless.create_operation(
-                user, operation_id=ticket.operation_id, operation_payload=PAYLOAD, if_exists="resume"
+                customer.user_id, operation_id=ticket.operation_id, operation_payload=order.text, if_exists="resume"
             )
-            # here, notify the phone
         except AlreadyApprovedError:
             pass  # `payment` finds the approval
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            state = "not asked"  # perhaps: the browser asks once more
+            return JsonResponse({"state": "not asked"})  # perhaps: the browser asks once more
+        state = "asked"
+        if Payment.objects.filter(pk=found.pk, state="asking").update(state=state):
+            notify_phone(ticket)
     return JsonResponse({"state": state})
+
+
+def refuse(status: int, sentence: str) -> JsonResponse:
+    """Return an answer that says why."""
+    return JsonResponse({"error": sentence}, status=status)
+
+
+def notify_phone(ticket: ApprovalTicket) -> None:
+    """Send a push notification: your own function. It is called once, after the operation is there."""
+    print(f"push to {ticket.user_id}: {ticket.operation_id}", flush=True)
 
 
 @never_cache
 @transaction.non_atomic_requests  # with ATOMIC_REQUESTS, it would hold a transaction
-def payment(request: HttpRequest, order: str) -> JsonResponse:
+def payment(request: HttpRequest, number: str) -> JsonResponse:
     """Answer once a payment is decided, or that it is pending: the page then asks again."""
-    found = get_object_or_404(Payment, order=order, user_id=user_of(request))
+    customer, now = customer_of(request), datetime.now(UTC)
+    hold = Hold(customer=customer, ends=now + timedelta(seconds=30))
+    with customer.locked():
+        found = get_object_or_404(Payment, order__number=number, customer=customer)
+        waits = found.state in OPEN and not found.is_late
+        if waits:
+            if customer.hold_set.filter(ends__gt=now).count() >= HOLDS:
+                return refuse(429, "Two pages of yours wait already. Close one, or ask again in a second.")
+            customer.hold_set.filter(ends__lt=now).delete()  # those of a killed process
+            hold.save()
     state = found.state
-    if state == "asked":
+    if waits:
         close_old_connections()  # a wait needs none; CONN_MAX_AGE keeps it nevertheless
-        ticket = ApprovalTicket.from_json(found.ticket)
         try:
-            approved = keyless.hold_for_approval(ticket, seconds=25, if_missing="wait")
-            state = "pending" if approved is None else found.decide("approved")
-        except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
-            state = "unknown"
-        except ApprovalTimeoutError:
-            state = found.decide("timed out")
-        except ApprovalError:  # a PIN, or an answer about something else
-            state = found.decide("refused")
-        except ClientClosedError:  # the server stops: the page asks the next one
-            state = "pending"
+            state = wait(found)
+        finally:
+            hold.delete()
+    elif state in OPEN:
+        state = found.decide("timed out")
     return JsonResponse({"state": state})
 
 
-urlpatterns = [path("payments/<order>/pay", pay), path("payments/<order>", payment)]
+def wait(found: Payment) -> str:
+    """Wait for a piece of the time, and return the state."""
+    try:
+        ticket = ApprovalTicket.from_json(found.ticket)
+        approved = keyless.hold_for_approval(ticket, seconds=25, if_missing="wait")
+        return "pending" if approved is None else found.decide("approved")
+    except ApprovalTimeoutError:  # also if it is unknown: nobody finds an approval later
+        return found.decide("timed out")
+    except ApprovalError:  # a PIN, or an answer about something else
+        return found.decide("refused")
+    except ClientClosedError:  # the server stops: the page asks the next one
+        return "pending"
+
+
+urlpatterns = [path("payments/<number>/pay", pay), path("payments/<number>", payment)]

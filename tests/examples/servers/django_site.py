@@ -27,7 +27,7 @@ import django  # noqa: E402  # it needs the settings
 
 django.setup()
 
-from billing.models import Payment  # noqa: E402
+from billing.models import Customer, Hold, Order, Payment  # noqa: E402
 from billing.views import urlpatterns as of_the_example  # noqa: E402
 from django.core.management import execute_from_command_line  # noqa: E402
 from django.db import connection  # noqa: E402
@@ -46,5 +46,6 @@ urlpatterns = [*of_the_example, path("login/<user_id>", log_in)]
 if __name__ == "__main__":
     if not connection.introspection.table_names():
         with connection.schema_editor() as editor:
-            editor.create_model(Payment)
+            for model in (Customer, Order, Payment, Hold):
+                editor.create_model(model)
     execute_from_command_line(["manage.py", "runserver", "--noreload", f"127.0.0.1:{os.environ['PORT']}"])

@@ -15,7 +15,15 @@ from postgres_server import shared_server
 from waiting import PATIENCE, until
 
 from aiokeyless.worker.broker import NewRequest
-from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, read_event, request_name
+from aiokeyless.worker.messages import (
+    EVENT_VERSION,
+    REQUEST_VERSION,
+    ApprovalEvent,
+    ApprovalRequest,
+    Outcome,
+    read_event,
+    request_name,
+)
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.sqlite import SqliteBroker
@@ -49,6 +57,8 @@ class Storage(AbstractAsyncContextManager["Storage"]):
     #: Whether there is a row for each request, for as long as its operation id is used. Then failures are counted for
     #: ever and set the order, a different request under the id is refused, and so is a claim after the decision.
     has_rows = True
+    #: Whether the answer to a claim tells the time, so that a pause that the machine does not know of is noticed.
+    claims_tell_time = False
     #: Whether its clock is the loop's, which moves.
     moves_clock = False
 
@@ -115,6 +125,7 @@ class Nats(Storage):
 
 class Postgres(Storage):
     name = "postgres"
+    claims_tell_time = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -143,7 +154,7 @@ def those(
 
 
 def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:
-    request = ApprovalRequest(version=VERSION, user_id="C0FFEE", operation_id=operation_id, **fields)
+    request = ApprovalRequest(version=REQUEST_VERSION, user_id="C0FFEE", operation_id=operation_id, **fields)
     return NewRequest(request, msgspec.json.encode(request), request_name(request), traceparent)
 
 
@@ -153,7 +164,7 @@ def operation_of(message: Message) -> str:
 
 def outcome_of(message: Message, outcome: Outcome = Outcome.APPROVED) -> ApprovalEvent:
     return ApprovalEvent(
-        version=VERSION,
+        version=EVENT_VERSION,
         outcome=outcome,
         operation_id=operation_of(message),
         requested_at=message.stored_at,

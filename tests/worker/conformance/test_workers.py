@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,7 @@ from aiokeyless.errors import ConflictError
 from aiokeyless.worker import ApprovalRequest, ApprovalWorker, FailureReason, Outcome, submit_approval
 
 from ..reading import read  # noqa: TID252
+from .brokers import LEASE, those
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +23,14 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import Broker
+    from aiokeyless.worker.broker import Claim
+    from aiokeyless.worker.messages import Message
 
     from .brokers import Storage
 
+WHERE_SUSPENSION_COUNTS = pytest.mark.skipif(
+    not hasattr(time, "CLOCK_BOOTTIME"), reason="this system has no such clock"
+)
 CONTENT: dict[str, Any] = {"operation_payload": "Pay 40", "external_user_id": "ann"}
 
 
@@ -113,6 +121,63 @@ async def test_the_phone_is_told_once_by_the_delivery_that_first_knows_that_the_
         await read(broker)
         await asyncio.sleep(0)
     assert [(request.operation_id, request.operation_payload) for request in told] == [("txn-1", "Pay 40")]
+
+
+async def ask_ten_and_sleep(
+    storage: Storage, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, *clocks: str, is_claimed: bool
+) -> set[tuple[str, bool | None]]:
+    """Let the machine sleep over the deadlines before or after the first claim. Return what became of ten requests.
+
+    Some of its clocks do not count that.
+    """
+    slept = 0.0
+
+    def sleep() -> None:
+        nonlocal slept
+        if not slept:
+            time.sleep(2.5)
+            slept = 2.5
+
+    def read_clock(clock: Callable[..., float], *which: int) -> float:
+        return clock(*which) - slept
+
+    for clock in clocks:
+        monkeypatch.setattr(time, clock, partial(read_clock, getattr(time, clock)))
+    async with storage.broker() as first:
+        await first.prepare(lease=LEASE, service="")
+    async with storage.broker() as broker:
+        claim = broker.claim
+
+        async def claim_and_sleep(message: Message) -> Claim:
+            if not is_claimed:
+                sleep()
+            claimed = await claim(message)
+            sleep()
+            return claimed
+
+        monkeypatch.setattr(broker, "claim", claim_and_sleep)
+        for number in range(10):
+            await submit(broker, operation_id=f"txn-{number}", started_by="backend", expires_in=2)
+        async with worker_at(broker, client):
+            return {(event.outcome, event.asked) for event in await read(broker, 10)}
+
+
+@WHERE_SUSPENSION_COUNTS
+@those(which=lambda storage: storage.lasts)
+async def test_nobody_is_asked_after_the_deadline_by_a_machine_that_was_suspended(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = await ask_ten_and_sleep(storage, client, monkeypatch, "monotonic", is_claimed=True)
+    assert (seen, sandbox.operations) == ({(Outcome.EXPIRED, False)}, {})
+
+
+@WHERE_SUSPENSION_COUNTS
+@those(which=lambda storage: storage.claims_tell_time)
+async def test_nobody_is_asked_after_the_deadline_although_no_clock_of_the_machine_tells_that_it_was_paused(
+    storage: Storage, client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = await ask_ten_and_sleep(storage, client, monkeypatch, "monotonic", "clock_gettime", is_claimed=False)
+    assert (seen, sandbox.operations) == ({(Outcome.EXPIRED, False)}, {})
 
 
 async def test_an_outcome_that_is_unknown_says_what_failed_and_is_a_warning(

@@ -432,8 +432,9 @@ async def test_only_what_is_a_request_and_past_its_deadline_is_overdue(hand: Han
     assert [message.body.decode() for message in taken] == [request % 30]
 
 
-async def test_load_is_shed_by_what_comes_again_and_what_still_waits(
-    hand: Hand, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("version", "counts"), [(1, True), (2, False)])
+async def test_load_is_shed_by_what_comes_again_and_what_still_waits_unless_it_may_have_been_given_back(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch, version: int, *, counts: bool
 ) -> None:
     seen: list[tuple[bool, int]] = []
 
@@ -442,12 +443,27 @@ async def test_load_is_shed_by_what_comes_again_and_what_still_waits(
 
     monkeypatch.setattr(LoadShedding, "on_delivery", on_delivery)
     hand.intake._now = asyncio.get_running_loop().time
-    await hand.publish("a", "b")
+    await hand.publish(*([f'{{"version": {version}}}'] * 2))
     for _ in range(3):
         [message] = await hand.intake.take(1, PATIENCE, untried=None)
         await hand.intake.put_off(message, 0.0)
     assert seen[0] == (False, 1)
-    assert {redelivered for redelivered, _ in seen} == {False, True}
+    assert {redelivered for redelivered, _ in seen} == {False, counts}
+
+
+async def test_what_is_of_a_later_version_takes_no_place_of_another(hand: Hand) -> None:
+    hand.intake._newest = 1
+    await hand.publish(*['{"version": 2}'] * 4, "a", "b")
+    await hand.intake.ask(5)
+    await until(lambda: hand.intake.expected() == 0)
+    [message, *newer] = await hand.intake.take(1, PATIENCE, untried=None)
+    assert (message.body, [each.version for each in newer]) == (b"a", [2] * 4)
+    await hand.intake.ask(1)
+    await hand.delivered(1)
+    assert (hand.texts, hand.intake.expected()) == (["b"], 4)  # as many more as were of a later version
+    await hand.publish('{"version": 2}')
+    await until(lambda: hand.intake.expected() == 3)
+    assert [message.version for message in await hand.intake.take_overdue(1, datetime.now(UTC))] == [2]
 
 
 async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +498,7 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
         failures.record(number, ExchangeResult.FAILED)
     assert [failures.of(number)[0] for number in (1, 2, 3)] == [2, 0, 1]
     failures.forget(1)
-    assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED)
+    assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED, 0)
 
 
 async def test_what_comes_without_its_body_is_put_off_until_the_consumer_delivers_bodies_again(hand: Hand) -> None:

@@ -58,8 +58,8 @@ READER = (
     "SELECT keyless.remove_reader('ledger')",
 )
 WORKER = (
-    "SELECT * FROM keyless.take(1, 1, NULL, NULL)",
-    "SELECT * FROM keyless.take_overdue(1, 1, 1)",
+    "SELECT * FROM keyless.take(1, 1, NULL, NULL, 1)",
+    "SELECT * FROM keyless.take_overdue(1, 1, 1, 1)",
     "SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}', '{1}')",
     "SELECT * FROM keyless.claim('{1}', '{1}', '{1}')",
     "SELECT keyless.unclaim(1, 1, 1)",
@@ -279,7 +279,7 @@ async def test_no_search_path_and_no_temporary_object_changes_what_a_function_do
     await decide_all(broker, "a")
     for statement in (
         'SELECT keyless.submit(\'{"version": 1, "user_id": "C0FFEE", "operation_id": "b"}\')',
-        "SELECT * FROM keyless.take(10, 1, NULL, NULL)",
+        "SELECT * FROM keyless.take(10, 1, NULL, NULL, 1)",
         "SELECT * FROM keyless.inspect()",
         "SELECT * FROM keyless.count_unread(10)",
         "SELECT * FROM keyless.list_unread(10, 10)",

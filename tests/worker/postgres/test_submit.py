@@ -20,7 +20,7 @@ import pytest
 
 from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError, InvalidRequestError
 from aiokeyless.worker import request_to_json, submit_approval
-from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, ApprovalRequest, context_refusal, request_name
+from aiokeyless.worker.messages import MAX_CONTEXT, REQUEST_VERSION, ApprovalRequest, context_refusal, request_name
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
 from benchmarks.cutting_proxy import CuttingProxy
@@ -46,7 +46,7 @@ async def submit_text(connection: Connection, text: str) -> bool:
 
 
 def text_of(**fields: Any) -> str:
-    return json.dumps({"version": VERSION, "user_id": "C0FFEE", "operation_id": "a", **fields})
+    return json.dumps({"version": REQUEST_VERSION, "user_id": "C0FFEE", "operation_id": "a", **fields})
 
 
 # -- in a transaction
@@ -199,10 +199,15 @@ NO_REQUESTS = [
     ("", "invalid input syntax"),
     ("[]", "must be a JSON object"),
     ("null", "must be a JSON object"),
-    (text_of(version=2), "version must be 1"),
-    (text_of(version="1"), "version must be 1"),
-    (text_of(version=1.0), "version must be 1"),
-    (text_of(version=1e30).replace("1e+30", "1e0"), "version must be 1"),
+    *((text_of(version=each), "version must be a whole number from 1 on") for each in (0, -1, "1", 1.0, None, [2])),
+    (text_of(version=1e30).replace("1e+30", "1e0"), "version must be a whole number"),
+    (text_of().replace('"version": 1, ', ""), "version must be a whole number"),
+    (text_of(version=2, operation_id=7), "operation_id must be a text"),
+    (text_of(version=2, operation_id="a/b"), "operation_id must not contain a slash"),
+    (text_of(version=2, expires_in="PT2M"), "expires_in must be"),
+    (text_of(version=2, created_at=7), "must be texts"),
+    (text_of(version=2).replace("}", ', "context": ' + "[" * 65 + "]" * 65 + "}"), "at most 64 deep"),
+    (text_of(version=2, operation_payload="x" * (1 << 20)), "at most 1048576 bytes"),
     (text_of(operation_paylaod="Pay"), "unknown fields: operation_paylaod"),
     (text_of(operation_id=7), "operation_id must be a text"),
     (text_of(operation_id=None), "operation_id must be a text"),
@@ -247,6 +252,28 @@ async def test_a_text_that_is_no_request_is_an_error_for_its_sender(admin: Conne
     for text, reason in NO_REQUESTS:
         assert re.search(reason, await refusal(connection, text)), text[:100]
     assert await admin.fetchval("SELECT count(*) FROM keyless.request") == 0
+    assert not await refusal(connection, text_of(operation_id="a/b", started_by="phone"))  # the app chose it
+
+
+async def test_a_text_of_a_later_version_is_stored_as_it_is_for_workers_that_know_it(
+    admin: Connection, broker: PostgresBroker
+) -> None:
+    later = {
+        "version": 10**18,
+        "user_id": {"name": "ann"},
+        "operation_payload": ["Pay"],
+        "started_by": 1,
+        "urgent": True,
+    }
+    for text in (text_of(**later), text_of(**later, expires_in=120.0)):
+        assert await submit_text(admin, text) is (text != text_of(**later))
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await submit_text(admin, text_of(**later | {"user_id": {"name": "ANN"}}))
+    await admin.execute("TRUNCATE keyless.waiting; SELECT keyless.restore()")  # as after a crash
+    broker.request_version = 10**9
+    assert not await broker.take_overdue(9, -1000.0)
+    await admin.execute("UPDATE keyless.waiting SET version = 10^9")
+    assert len(await broker.take_overdue(9, -1000.0)) == 1
 
 
 @pytest.mark.parametrize("broken", [r"\u0000", r"\ud800", '" ,', r"\x"])
@@ -325,7 +352,7 @@ ABSENT = object()
 #: The values of each field, similar ones side by side, and the ways to write each. An optional field begins with its
 #: default. The keys of a context have one order: the library compares its bytes, and the server compares its content.
 VALUES: dict[str, list[list[Any]]] = {
-    "version": [[VERSION]],
+    "version": [[REQUEST_VERSION]],
     "user_id": [["C0FFEE", "c0ffee", "C0ffee"], ["C0FFEF", "c0ffef"]],
     "operation_id": [["a"], ["A"]],
     "operation_payload": [[""], [" "], ["Pay 40"], ["pay 40"]],

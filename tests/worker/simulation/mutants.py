@@ -60,8 +60,8 @@ _BREAKAGES: Final = {
             "the oldest of those that were only created goes first",
         ),
         (
-            'FROM request WHERE id = last_insert_rowid()", (now,)',
-            'FROM request WHERE id = last_insert_rowid()", (now + 2.0,)',
+            "(now, request.version)",
+            "(now + 2.0, request.version)",
             "a new request is asked for two seconds late",
         ),
         ("return True if found[0] == new.digest else None", "return True", "another request counts as the same"),
@@ -118,12 +118,7 @@ _BREAKAGES: Final = {
         ),
     ),
     "worker/decisions.py": (
-        ("        if left > 0.0:", "        if left > 1e9:", "an unanswered final poll is not repeated"),
-        (
-            "max(delivery.ticket.expires_at, self.since)",
-            "delivery.ticket.expires_at",
-            "the grace ends before workers begin",
-        ),
+        ("        if grace_left > 0.0:", "        if grace_left > 1e9:", "an unanswered final poll is not repeated"),
         (
             "FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED",
             "FailureReason.REJECTED",
@@ -147,6 +142,15 @@ _BREAKAGES: Final = {
             "return delivery.request",
             "each delivery tells the phone",
         ),
+    ),
+    "worker/grace.py": (
+        (
+            "delivery.message.stored_at, self._started_at)",
+            "delivery.message.stored_at)",
+            "the grace ends before workers begin",
+        ),
+        ("            self._absences.append(", "            print(", "the grace ends while the worker is frozen"),
+        ("min(sum(times, _NONE), _ABSENT)", "sum(times, _NONE)", "a broker that flaps delays outcomes forever"),
     ),
     "worker/processor.py": (
         (
@@ -231,8 +235,8 @@ _BREAKAGES: Final = {
             "the phone is not told if the put-off is not confirmed",
         ),
         (
-            "asked = not is_kept or await self._broker.has_claim(message)",
-            "asked = False",
+            "return not is_kept or await self._broker.has_claim(message)",
+            "return False",
             "the event says that nobody was asked",
         ),
         (

@@ -57,6 +57,8 @@ FORGOTTEN: Final = (25.0, 75.0)
 LONGEST_PAUSE: Final = 300.0
 #: Mishaps after which all goes on, and soon.
 AWAY: Final = ("full", "read-only", "silent", "vanishes", "no key", "not cleaned", "not corrected")
+#: Seconds by which absences delay an outcome, unless one of them is longer.
+ABSENT: Final = 150.0
 #: Polls of a request from its deadline on, at least, if none is answered.
 REPEATED: Final = 3
 
@@ -154,6 +156,10 @@ class Evidence:
         """Return whether the service may seem to be down to a worker, or asked it for a pause."""
         return len(self.story.asks) >= OPENS or any(e.retry_after is not None for e in self.history.exchanges)
 
+    def is_repeated(self, ask: Ask) -> bool:
+        """Return whether a gateway sent a create twice: its 409 looks like that of another's operation."""
+        return any(post.was_repeated for post in self.sent(ask, "POST"))
+
     def was_created(self, ask: Ask) -> bool:
         """Return whether a worker created the operation."""
         stored = self.history.operations.get(ask.operation_id)
@@ -232,6 +238,8 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
         heard = any(_says(e, b'"state"') for e in polls if (e.client, e.sent_at) not in checked)
         if not each.event.answered and seen.story.is_steady and heard and not seen.is_lied_about(ask):
             yield ask, each.at, "not answered, and a poll after the deadline was"
+        if seen.story.is_back_in_time and stored and seen.wall(stored.approved_at) < deadline:
+            yield ask, each.at, f"expired, and approved at {stored.approved_at:.3f}"
         begins = max(deadline, seen.wall(seen.story.workers_begin))
         gave_up = begins + seen.story.grace - seen.wall(each.at)
         if not each.event.answered and not seen.story.steps and gave_up > EPS:
@@ -245,7 +253,7 @@ def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
     for ask, each in seen.decided:
         event = each.event
         was_not = event.asked is False or event.reason in {"rejected", "conflict", "already_approved"}
-        if was_not and seen.was_created(ask) and not seen.is_lied_about(ask):
+        if was_not and seen.was_created(ask) and not (seen.is_lied_about(ask) or seen.is_repeated(ask)):
             yield ask, each.at, f"{event.outcome} {event.reason}, and the user was asked"
         is_asked = seen.sent(ask, "POST") or ask.earlier or ask.phone
         if event.asked and not is_asked and seen.story.is_steady:
@@ -324,7 +332,9 @@ def ends_in_time(seen: Evidence) -> Iterator[Broken]:
     trouble = sum(life.after + seen.lease for lives in story.workers for life in lives) + 2 * seen.lease + 60.0
     trouble += story.workers_begin
     trouble += sum(abs(seconds) + 210.0 for _, seconds in story.steps)
-    trouble += sum(mishap.ends - mishap.begins + seen.lease for mishap in story.mishaps)
+    away = [mishap.ends - mishap.begins for mishap in story.mishaps if mishap.kind == "away"]
+    trouble += max(min(sum(away), ABSENT), *away, 0.0) + max(away, default=0.0)  # one that flaps delays none forever
+    trouble += sum(m.ends - m.begins + seen.lease for m in story.mishaps if m.kind != "away")
     for ask, each in seen.decided:
         stored_at, wall, expires_at = seen.history.stored[ask.operation_id]
         late = each.at - (stored_at + expires_at - wall)
@@ -419,7 +429,7 @@ def true_reason(seen: Evidence) -> Iterator[Broken]:
         stored = seen.history.operations.get(ask.operation_id)
         is_anothers = bool(ask.phone) and stored is not None and stored.payload != ask.payload
         allowed = {
-            "conflict": ask.earlier or is_lied_about,
+            "conflict": ask.earlier or is_lied_about or seen.is_repeated(ask),
             "already_approved": ask.earlier == "the same",
             "rejected": "POST" in refused and not may_exist,
             "poll_refused": refused,

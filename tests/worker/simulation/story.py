@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, RoundTrips, Shard, Slowness
+from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, Repeats, RoundTrips, Shard, Slowness
 from simulation.people import Person, someone
 from simulation.service import Service, Stored
 from simulation.story import FAILURES, brief, run_in_virtual_time
@@ -105,6 +105,8 @@ class Story:
     every: float | None = None
     """The delay of a schedule that has only one."""
     mishaps: tuple[Mishap, ...] = ()
+    is_back_in_time: bool = False
+    """Whether the service is back before the grace is over, so that no approval may be lost."""
     telling: str = ""
     """What goes wrong as phones are told: nothing, or it "raises", is "slow", "hangs", or the process "dies"."""
 
@@ -354,6 +356,9 @@ def make_up(seed: int) -> Story:
     crowd = random.Random(f"{seed} crowd")  # noqa: S311
     if (drawn := crowd.random()) < 0.03:
         return _rush(seed, crowd) if drawn < 0.01 else _late_workers(seed, crowd)
+    absence = random.Random(f"{seed} absence")  # noqa: S311
+    if absence.random() < 0.02:
+        return _absences(seed, absence)
     rng = random.Random(seed)  # noqa: S311
     asks = _crowd(rng) if rng.random() < 0.1 else _asks(rng)
     is_calm = rng.random() < 0.25
@@ -377,7 +382,7 @@ def make_up(seed: int) -> Story:
     story = _with_a_mishap(story, random.Random(f"{seed} mishap"), (*MISHAPS, *[""] * 16))  # noqa: S311
     if not story.mishaps:
         story = _with_a_mishap(story, random.Random(f"{seed} weather"), (*WEATHER, *[""] * 14))  # noqa: S311
-    return _with_phones(story)
+    return _with_phones(_with_repeats(story))
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -417,6 +422,41 @@ def _late_workers(seed: int, rng: random.Random) -> Story:
         workers_begin=begins,
         faults=(Outage(0.0, begins + rng.uniform(0.5, grace / 2), failure), RoundTrips(0.1, 0.3)),
         grace=grace,
+    )
+
+
+def _absences(seed: int, rng: random.Random) -> Story:
+    """Return a story whose requests end while workers cannot ask, since they, their broker or Keyless are away."""
+    kind = rng.choice(("frozen", "away", "flaps", "suspended", "refused", "one is refused"))
+    grace, begins, lasts = rng.choice((5.0, 30.0)), rng.uniform(36.0, 40.0), rng.choice((4.0, 20.0, 120.0))
+    asks = tuple(
+        Ask(n, rng.uniform(0.0, 2.0), f"op-{n}", f"Pay {n}", 38.0, Person(rng.uniform(34.0, 36.0)), phone="before")
+        for n in range(rng.randint(1, 20))
+    )
+    from_, ends, payload = 34.0, begins + lasts, None
+    mishaps: tuple[Mishap, ...] = (Mishap(kind, begins, ends),)
+    steps: tuple[tuple[float, float], ...] = ()
+    refusals: tuple[Fault, ...] = ()
+    if kind == "flaps":
+        mishaps = tuple(Mishap("away", at, at + 3.0) for at in range(20, 600, 28))
+        ends = rng.choice((36.0, 600.0))
+    elif kind == "suspended":
+        mishaps, steps, ends = (), ((begins, lasts),), begins
+    elif "refused" in kind:
+        pause, payload = grace * rng.uniform(0.5, 1.0), None if kind == "refused" else asks[0].payload
+        refusals = (Outage(from_, begins, Failure("status", 429, pause), payload=payload),)
+        mishaps, from_, ends = (), begins, begins + pause
+    failure = rng.choice((Failure("status", 500), Failure("status", 503), Failure("refused")))
+    outage = Gateway(from_, ends + rng.uniform(0.5, grace / 2), failure, payload=payload)
+    return Story(
+        seed,
+        asks,
+        workers=((),),
+        faults=(*refusals, outage, RoundTrips(0.1, 0.3)),
+        steps=steps,
+        mishaps=mishaps,
+        grace=grace,
+        is_back_in_time=kind in {"frozen", "away", "suspended"},
     )
 
 
@@ -463,6 +503,14 @@ def _with_a_bad_moment(story: Story) -> Story:
         refusal = Gateway(0.0, 30.0, Failure("status", 400), share=0.5, methods="POST")
         return replace(story, faults=(doubt, refusal, *story.faults))
     return story
+
+
+def _with_repeats(story: Story) -> Story:
+    """Let a gateway send the creates of some stories twice. Likewise."""
+    rng = random.Random(f"{story.seed} repeats")  # noqa: S311
+    if rng.random() > 0.04:
+        return story
+    return replace(story, faults=(Repeats(0.0, rng.choice((5.0, 30.0))), *story.faults))
 
 
 def _with_phones(story: Story) -> Story:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 from math import inf
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from simulation.faults import RoundTrips
+from simulation.faults import Failure, Outage, RoundTrips
 from simulation.mutants import PACKAGE, Mutant, search
 from simulation.people import Person
 
@@ -19,8 +21,11 @@ from aiokeyless.worker.sqlite import store
 from .__main__ import breaks, main, minimize, simulate
 from .mutants import MUTANTS, SIMULATOR
 from .promises import STARTED, check
-from .story import MISHAPS, WEATHER, Ask, Reader, Story, make_up, run
-from .world import Life
+from .story import MISHAPS, WEATHER, Ask, Gateway, Reader, Story, make_up, run
+from .world import Life, Mishap
+
+if TYPE_CHECKING:
+    from simulation.faults import Fault
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
@@ -65,6 +70,78 @@ def test_a_request_may_be_with_two_workers_at_once(at: float) -> None:
     assert check(story, run(story)) == []
 
 
+def last_minute(count: int, approves_after: float, *faults: Fault, **options: Any) -> Story:
+    """Return a story of one worker whose requests end at 60 to 62 s."""
+    person = Person(approves_after)
+    asks = tuple(Ask(n, n * 2.0 / count, f"op-{n}", f"Pay {n}", 60.0, person) for n in range(count))
+    more = {"workers": ((),), "max_in_flight": 64, **options}
+    return Story(1, asks, faults=(*faults, RoundTrips(0.05, 0.2)), **more)
+
+
+def down(begins: float, ends: float) -> Gateway:
+    return Gateway(begins, ends, Failure("status", 503))
+
+
+def refused(begins: float, ends: float, pause: float, payload: str | None = None) -> Outage:
+    return Outage(begins, ends, Failure("status", 429, pause), payload=payload)
+
+
+def flapping(up: float, away: float) -> tuple[Mishap, ...]:
+    return tuple(Mishap("away", 20.0 + n * (up + away), 20.0 + n * (up + away) + away) for n in range(80))
+
+
+FROZEN = (Mishap("frozen", 50.0, 170.0),)
+#: Stories in which workers cannot ask when requests end.
+ABSENCES = {
+    **{f"frozen 120 s, then 503 {s:g} s": last_minute(20, 48, down(47, 170 + s), mishaps=FROZEN) for s in (0.5, 2, 10)},
+    "a machine is suspended 20 s, then 503 20 s": last_minute(20, 48, down(47, 79), steps=((59.0, 20.0),)),
+    **{
+        f"{count} refused, Retry-After {pause:g}, then 503 10 s": last_minute(
+            count, 58, refused(59, 62, pause), down(62, 72 + pause)
+        )
+        for count, pause in product((20, 200), (20.0, 29.0))
+    },
+    **{
+        f"one refused, Retry-After {pause:g}": last_minute(20, 54, refused(55, 92, pause, "Pay 0"))
+        for pause in (20.0, 29.0)
+    },
+}
+
+
+@pytest.mark.parametrize("name", ABSENCES)
+def test_no_approval_is_lost_since_a_worker_could_not_ask(name: str) -> None:
+    history = run(ABSENCES[name])
+    assert check(ABSENCES[name], history) == []
+    assert {each.event.outcome for each in history.decided} == {"approved"}
+
+
+@pytest.mark.parametrize(("count", "pause", "most"), [(20, 20.0, 4), (20, 29.0, 4), (200, 20.0, 21), (200, 29.0, 20)])
+def test_of_many_that_are_refused_for_long_those_are_lost_that_the_halved_rate_reaches_too_late(
+    count: int, pause: float, most: int
+) -> None:
+    story = last_minute(count, 44, refused(45, 85, pause), down(85, 95 + pause))
+    history = run(story)
+    assert check(story, history) == []
+    lost = [each.event.operation_id for each in history.decided if each.event.outcome != "approved"]
+    assert len(lost) <= most
+    for name in lost:
+        polls = [each.sent_at for each in history.exchanges if each.operation_id == name]
+        assert polls[-3] > history.stored[name or ""][0] + 60.0 + story.grace + pause
+
+
+@pytest.mark.parametrize(
+    ("up", "away", "within"),
+    [(25, 3, 70), (5, 10, 155), (20, 200, 460)],
+)
+def test_no_outcome_waits_for_a_broker_that_flaps_without_end(up: float, away: float, within: float) -> None:
+    story = last_minute(20, inf, down(20, inf), mishaps=flapping(up, away))
+    history = run(story)
+    assert check(story, history) == []
+    assert (
+        30 < max(each.at - history.stored[each.event.operation_id or ""][0] - 60 for each in history.decided) < within
+    )
+
+
 def test_stories_of_one_seed_are_identical() -> None:
     assert make_up(3) == make_up(3) != make_up(4)
     first, second = run(make_up(3)), run(make_up(3))
@@ -79,7 +156,13 @@ def test_stories_try_everything() -> None:
     asks = [ask for story in stories for ask in story.asks]
     lives = [life for story in stories for worker in story.workers for life in worker]
     others = {"moved", "nobody reads"}
-    assert {mishap.kind for story in stories for mishap in story.mishaps} == {*MISHAPS, *WEATHER} - others
+    assert {mishap.kind for story in stories for mishap in story.mishaps} == {
+        *MISHAPS,
+        *WEATHER,
+        "away",
+        "frozen",
+    } - others
+    assert any(story.is_back_in_time for story in stories)
     assert any(reader.fails_until == 3600.0 for story in stories for reader in story.readers)
     assert {story.telling for story in stories} == {"", "raises", "slow", "hangs", "dies"}
     assert {ask.earlier for ask in asks} == {"", "the same", "another"}
@@ -89,7 +172,7 @@ def test_stories_try_everything() -> None:
     assert any(len(ask.lives) > 1 for ask in asks)
     assert all(any(getattr(life, end) != getattr(Life(), end) for life in lives) for end in Life.__dataclass_fields__)
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
-        *("Gateway", "Lag", "Lies", "Moved", "Outage", "RateLimit", "RoundTrips", "Shard", "Slowness")
+        *("Gateway", "Lag", "Lies", "Moved", "Outage", "RateLimit", "Repeats", "RoundTrips", "Shard", "Slowness")
     }
     assert {seconds > 0 for story in stories for _, seconds in story.steps} == {True, False}
     assert any(story.duplicates for story in stories)

@@ -24,7 +24,7 @@ from unittest import mock
 import aiohttp
 from simulation.history import History
 from simulation.service import SimulatedSession
-from simulation.world import EPOCH
+from simulation.world import EPOCH, VirtualLoop
 
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.messages import read_event
@@ -102,6 +102,8 @@ class Mishap:
     - read-only: all writes fail
     - not cleaned, not corrected: a step of the housekeeping fails
     - silent: the broker answers nothing
+    - away: a call to the broker fails at once
+    - frozen: all processes stand still
     - vanishes: a call to the broker has no answer, and half of them have an effect
     - forgets: put-offs are confirmed, and have no effect
     - doubts: put-offs are not confirmed, and half of them have no effect
@@ -192,7 +194,9 @@ class World:
         self.mishaps = mishaps
         self.service = service
         self.history = history
-        self.loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.loop = loop
         self.clock_error = 0.0
         self.database = schema.connect(schema.MEMORY, now=self.now().timestamp())
         self.processes: list[Process] = []
@@ -200,6 +204,8 @@ class World:
         for mishap in mishaps:
             if mishap.kind == "failover":
                 self.loop.call_at(mishap.begins, self._fall_back_later, mishap.ends)
+            elif mishap.kind == "frozen":
+                self.loop.call_at(mishap.begins, self.loop.stand_still, mishap.ends)
             elif mishap.kind == "deleted":
                 self.loop.call_at(mishap.begins, self.database.executescript, "DELETE FROM reader; DELETE FROM unread")
 
@@ -461,7 +467,10 @@ class Broker(SqliteBroker):
     async def _run(self, do: Callable[[], T]) -> T:
         """Do something, which takes a moment if there is a thread."""
         await self._wait_while_silent()
-        if self._is_open and not self._process.is_dead and self._process.world.has("vanishes", self._process):
+        is_known = self._is_open and not self._process.is_dead
+        if is_known and self._process.world.has("away", self._process):
+            raise UnavailableError("no connection")
+        if is_known and self._process.world.has("vanishes", self._process):
             if random.random() < 0.5:  # noqa: S311
                 do()
             await asyncio.sleep(GIVEN_UP_AFTER)

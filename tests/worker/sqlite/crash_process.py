@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aiokeyless.worker.broker import Claim, ExchangeResult, NewRequest
-from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Message, Outcome
+from aiokeyless.worker.messages import EVENT_VERSION, REQUEST_VERSION, ApprovalEvent, ApprovalRequest, Message, Outcome
 from aiokeyless.worker.sqlite import SqliteBroker, schema, store
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def say(*facts: object) -> None:
 
 async def application(broker: SqliteBroker) -> None:
     for number in range(3):
-        request = ApprovalRequest(version=VERSION, user_id="C0FFEE", operation_id=f"payment-{number}")
+        request = ApprovalRequest(version=REQUEST_VERSION, user_id="C0FFEE", operation_id=f"payment-{number}")
         new = NewRequest(request, msgspec.json.encode(request), f"digest-{number}", None)
         say("submitted", number, await broker.submit(new))
     try:
@@ -77,7 +77,7 @@ async def process(broker: SqliteBroker, message: Message) -> None:
         await broker.put_off(message, 0.0, ExchangeResult.ANSWERED)
         return
     event = ApprovalEvent(
-        version=VERSION,
+        version=EVENT_VERSION,
         outcome=Outcome.APPROVED,
         operation_id=request.operation_id,
         requested_at=message.stored_at,

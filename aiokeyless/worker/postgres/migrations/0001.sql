@@ -34,7 +34,8 @@ CREATE UNLOGGED TABLE {schema}.waiting (
     due_at timestamptz NOT NULL,
     deliveries integer NOT NULL,
     failures integer NOT NULL,
-    answered boolean NOT NULL
+    answered boolean NOT NULL,
+    version numeric NOT NULL
 ) WITH (
     fillfactor = 50,
     autovacuum_vacuum_scale_factor = 0.05,
@@ -46,6 +47,7 @@ CREATE INDEX waiting_in_order ON {schema}.waiting
     (failures, (CASE WHEN answered THEN 0 WHEN deliveries > 0 THEN 1 ELSE 2 END), due_at);
 COMMENT ON TABLE {schema}.waiting IS 'When the undecided requests are due.';
 COMMENT ON COLUMN {schema}.waiting.answered IS 'Whether a poll was answered well.';
+COMMENT ON COLUMN {schema}.waiting.version IS 'Version of the request: workers that do not know it leave it to others.';
 
 CREATE TABLE {schema}.outcome (
     id bigint PRIMARY KEY,
@@ -95,6 +97,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 DECLARE
     fields jsonb;
     version text;
+    is_known boolean; -- a later version has fields and values that only its workers know
     known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context,require_auth_type,started_by}';
     bounds constant text := 'must have at most 400 characters, and be 0 or of a magnitude from 1e-307 to 1.8e308';
     kept_for constant interval := '400 days';
@@ -117,15 +120,16 @@ BEGIN
     END IF;
     fields := request;
     version := request::json -> 'version'; -- as it is written: to jsonb, 1e0 is 1
+    is_known := version = '1';
     IF jsonb_typeof(fields) IS DISTINCT FROM 'object' THEN
         RAISE 'the request must be a JSON object' USING ERRCODE = 'invalid_parameter_value';
-    ELSIF fields - known <> '{}' THEN
+    ELSIF version IS NULL OR version !~ '^[1-9][0-9]*$' THEN
+        RAISE 'version must be a whole number from 1 on' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF is_known AND fields - known <> '{}' THEN
         RAISE 'the request has unknown fields: %', (SELECT string_agg(key, ', ') FROM jsonb_object_keys(fields - known) key)
             USING ERRCODE = 'invalid_parameter_value';
-    ELSIF version IS DISTINCT FROM '1' THEN
-        RAISE 'version must be 1' USING ERRCODE = 'invalid_parameter_value';
-    ELSIF jsonb_typeof(fields -> 'user_id') IS DISTINCT FROM 'string'
-        OR fields ->> 'user_id' !~ '^[0-9A-Fa-f]+$' OR length(fields ->> 'user_id') > 512 THEN
+    ELSIF is_known AND (jsonb_typeof(fields -> 'user_id') IS DISTINCT FROM 'string'
+        OR fields ->> 'user_id' !~ '^[0-9A-Fa-f]+$' OR length(fields ->> 'user_id') > 512) THEN
         RAISE 'user_id must be a text of 1 to 512 hexadecimal digits' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_typeof(fields -> 'operation_id') IS DISTINCT FROM 'string'
         OR length(fields ->> 'operation_id') NOT BETWEEN 1 AND 512 THEN
@@ -133,13 +137,14 @@ BEGIN
     ELSIF fields ->> 'operation_id' ~ E'[/\\\\]' AND fields ->> 'started_by' IS DISTINCT FROM 'phone' THEN
         RAISE 'operation_id must not contain a slash or a backslash: proxies decode or refuse these in a URL'
             USING ERRCODE = 'invalid_parameter_value';
-    ELSIF jsonb_typeof(fields -> 'operation_payload') NOT IN ('string', 'null')
+    ELSIF jsonb_typeof(fields -> 'created_at') NOT IN ('string', 'null') OR is_known AND (
+        jsonb_typeof(fields -> 'operation_payload') NOT IN ('string', 'null')
         OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null')
-        OR jsonb_typeof(fields -> 'created_at') NOT IN ('string', 'null') THEN
+    ) THEN
         RAISE 'operation_payload, external_user_id and created_at must be texts' USING ERRCODE = 'invalid_parameter_value';
-    ELSIF fields -> 'require_auth_type' NOT IN ('"biom"', '"pin"', 'null') THEN
+    ELSIF is_known AND fields -> 'require_auth_type' NOT IN ('"biom"', '"pin"', 'null') THEN
         RAISE 'require_auth_type must be biom, pin or null' USING ERRCODE = 'invalid_parameter_value';
-    ELSIF fields -> 'started_by' NOT IN ('"backend"', '"phone"') THEN
+    ELSIF is_known AND fields -> 'started_by' NOT IN ('"backend"', '"phone"') THEN
         RAISE 'started_by must be backend or phone' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_path_exists(
         fields -> 'context', 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")'
@@ -169,7 +174,8 @@ BEGIN
     content := encode(sha256(convert_to((
         SELECT jsonb_object_agg(key, value)
         FROM jsonb_each(fields - 'version' - 'created_at'
-            || jsonb_build_object('user_id', upper(fields ->> 'user_id'), 'expires_in', seconds))
+            || jsonb_build_object('expires_in', seconds)
+            || CASE WHEN is_known THEN jsonb_build_object('user_id', upper(fields ->> 'user_id')) ELSE '{}' END)
         WHERE value <> 'null' AND (value <> '""' OR key = 'context') AND (key, value) <> ('started_by', '"backend"')
     )::text, 'UTF8')), 'hex');
 
@@ -180,8 +186,8 @@ BEGIN
         ON CONFLICT DO NOTHING
         RETURNING r.id, r.name
     )
-    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered)
-    SELECT stored.id, stored.name, moment, 0, 0, false FROM stored;
+    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered, version)
+    SELECT stored.id, stored.name, moment, 0, 0, false, version::numeric FROM stored;
     IF FOUND THEN
         RETURN false;
     END IF;
@@ -344,14 +350,22 @@ CREATE TYPE {schema}.delivery AS (
     due_at double precision
 );
 
-CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, untried integer)
+CREATE FUNCTION {schema}.take(
+    up_to integer, lease double precision, floor double precision, untried integer, version integer
+)
 RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 DECLARE
     most_failures constant integer := 15;
+    most_newer constant integer := 10;
     moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
+    newer constant bigint[] := ARRAY( -- a second later, so that workers that know the version take it before
+        SELECT w.id FROM {schema}.waiting w
+        WHERE w.due_at <= moment - interval '1 s' AND w.due_at >= lowest AND w.version > take.version
+        ORDER BY w.due_at LIMIT most_newer FOR UPDATE SKIP LOCKED
+    );
     newest bigint[];
     chosen bigint[] := '{}';
 BEGIN
@@ -361,7 +375,7 @@ BEGIN
         newest := ARRAY(
             SELECT w.id FROM {schema}.waiting w
             WHERE w.failures = 0 AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 2
-                AND w.due_at <= moment
+                AND w.due_at <= moment AND w.version <= take.version
             ORDER BY w.due_at DESC LIMIT up_to FOR UPDATE SKIP LOCKED
         );
         chosen := newest[:untried];
@@ -370,13 +384,13 @@ BEGIN
             chosen := chosen || ARRAY(
                 SELECT w.id FROM {schema}.waiting w
                 WHERE w.failures = failed AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 0
-                    AND w.due_at <= moment
+                    AND w.due_at <= moment AND w.version <= take.version
                 ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
             );
             chosen := chosen || ARRAY(
                 SELECT w.id FROM {schema}.waiting w
                 WHERE w.failures = failed AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 1
-                    AND w.due_at <= moment
+                    AND w.due_at <= moment AND w.version <= take.version
                 ORDER BY w.due_at DESC LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
             );
             IF failed = 0 THEN
@@ -385,7 +399,8 @@ BEGIN
         END LOOP;
     ELSE
         chosen := ARRAY(
-            SELECT w.id FROM {schema}.waiting w WHERE w.due_at <= moment AND w.due_at >= lowest
+            SELECT w.id FROM {schema}.waiting w
+            WHERE w.due_at <= moment AND w.due_at >= lowest AND w.version <= take.version
             ORDER BY w.due_at LIMIT up_to FOR UPDATE SKIP LOCKED
         );
     END IF;
@@ -396,11 +411,13 @@ BEGIN
             LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
         );
     END IF;
-    RETURN QUERY SELECT * FROM {schema}.deliver(chosen, lease);
+    RETURN QUERY SELECT * FROM {schema}.deliver(newer || chosen, lease);
 END
 $function$;
 
-CREATE FUNCTION {schema}.take_overdue(up_to integer, lease double precision, grace double precision)
+CREATE FUNCTION {schema}.take_overdue(
+    up_to integer, lease double precision, grace double precision, version integer
+)
 RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
@@ -412,7 +429,7 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     RETURN QUERY SELECT * FROM {schema}.deliver(ARRAY(
         SELECT w.id FROM {schema}.request r JOIN {schema}.waiting w ON w.id = r.id
-        WHERE r.decided_at IS NULL AND r.expires_at <= over AND w.due_at <= moment
+        WHERE r.decided_at IS NULL AND r.expires_at <= over AND w.due_at <= moment AND w.version <= take_overdue.version
         ORDER BY r.expires_at LIMIT up_to FOR UPDATE OF w SKIP LOCKED
     ), lease);
 END
@@ -495,20 +512,20 @@ END
 $function$;
 
 CREATE FUNCTION {schema}.claim(ids bigint[], names bigint[], numbers integer[])
-RETURNS TABLE (id bigint, name bigint, was_asked boolean)
+RETURNS TABLE (id bigint, name bigint, was_asked boolean, moment double precision)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
     locked constant bigint[] := {schema}.lock_requests(ids, names);
 BEGIN
-    RETURN QUERY SELECT r.id, r.name, r.asked IS NOT NULL FROM {schema}.request r
-    WHERE r.id = ANY (locked) AND r.decided_at IS NULL;
+    RETURN QUERY SELECT r.id, r.name, r.asked IS NOT NULL, extract(epoch FROM clock_timestamp())::double precision
+    FROM {schema}.request r WHERE r.id = ANY (locked) AND r.decided_at IS NULL;
     UPDATE {schema}.request r SET asked = c.number FROM unnest(locked, numbers) c (id, number)
     WHERE r.id = c.id AND r.decided_at IS NULL;
 END
 $function$;
-COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before. A decided request has no row.';
+COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before, and the time. A decided request has no row.';
 
 CREATE FUNCTION {schema}.unclaim(request bigint, name bigint, number integer) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s' AS $function$
@@ -620,8 +637,9 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock
 SET enable_seqscan = off SET jit = off AS $function$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered)
-    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0, false FROM {schema}.request r
+    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered, version)
+    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0, false, (r.body::json ->> 'version')::numeric
+    FROM {schema}.request r
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
     FOR SHARE OF r SKIP LOCKED -- requests that are being decided
     ON CONFLICT DO NOTHING;
