@@ -79,7 +79,7 @@ async def ask(client: KeylessClient, user: str, order: str) -> Answer:
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            return {"state": "not asked"}, 200  # perhaps: the browser asks once more
+            return {"state": "not asked"}, 503  # perhaps: the browser asks once more
         state = "asked"
         with record() as db:
             change = "UPDATE approvals SET state = 'asked' WHERE id = ? AND state = 'asking'"
