@@ -100,7 +100,7 @@ async def create(client: KeylessClient, order: str, ticket: ApprovalTicket, text
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            return {"state": "not asked"}, 200  # perhaps: the browser asks once more
+            return {"state": "not asked"}, 503  # perhaps: the browser asks once more
     with record() as db:
         change = "UPDATE approvals SET state = 'asked' WHERE id = ? AND state = 'asking'"
         if db.execute(change, (order,)).rowcount == 1:

@@ -79,7 +79,7 @@ def is_about(ticket: ApprovalTicket, text: str) -> bool:
 
 
 @app.post("/payments/<order>")
-def pay(order: str) -> dict[str, str]:
+def pay(order: str) -> dict[str, str] | tuple[dict[str, str], int]:
     """Ask the user's phone about an order, once, however often the browser repeats it."""
     with record() as db:
         text, stored, state = find(db, order)
@@ -106,7 +106,7 @@ def pay(order: str) -> dict[str, str]:
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            return {"state": "not asked"}  # perhaps: the browser asks once more
+            return {"state": "not asked"}, 503  # perhaps: the browser asks once more
         state = "asked"
         with record() as db:
             change = "UPDATE payments SET state = 'asked' WHERE id = ? AND state = 'asking'"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 import pytest
-from raw_server import RawServer, answer
+from raw_server import RawServer, answer, hang
 
-from aiokeyless import KeylessClient, NotJsonError, TransportError
+from aiokeyless import KeylessClient, NotJsonError, RequestTimeoutError, TransportError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -188,6 +188,15 @@ async def test_what_only_newer_pythons_check_is_named(old: Files) -> None:
             KeylessClient("key", base_url=url, session=session, max_attempts=1) as client,
         ):
             with pytest.raises(NotJsonError):  # OpenSSL's page
+                await client.get_operation("a")
+
+
+async def test_a_proxy_that_hangs_is_not_said_to_be_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with RawServer(hang) as proxy, aiohttp.ClientSession(trust_env=True) as session:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        client = KeylessClient("key", base_url=SERVICE, session=session, max_attempts=1, request_timeout=0.2)
+        async with client:
+            with pytest.raises(RequestTimeoutError, match=r"try again later$"):
                 await client.get_operation("a")
 
 

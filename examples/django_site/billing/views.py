@@ -75,7 +75,7 @@ def pay(request: HttpRequest, number: str) -> JsonResponse:
         except KeylessError as error:
             if not error.is_transient:
                 raise
-            return JsonResponse({"state": "not asked"})  # perhaps: the browser asks once more
+            return JsonResponse({"state": "not asked"}, status=503)  # perhaps: the browser asks once more
         state = "asked"
         if Payment.objects.filter(pk=found.pk, state="asking").update(state=state):
             notify_phone(ticket)
