@@ -89,6 +89,7 @@ class _PartlyFailing:
     max_connections: Final = math.inf
     base_url: Final = "https://api.keyless.io"
     listeners: tuple[()] = ()
+    name = None
 
     def __init__(self, weather: Weather) -> None:
         self._weather = weather

@@ -126,7 +126,7 @@ _BREAKAGES: Final = {
         ),
         ("was_final = is_final(delivery, polled_at)", "was_final = False", "a request has no end"),
         ("return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))", "return delay", "the final poll is late"),
-        ("answered=verdict is Verdict.PENDING, asked=asked)", "answered=True, asked=asked)", "no answer counts as one"),
+        ("answered=answered, asked=asked, detail", "answered=True, asked=asked, detail", "no answer counts as one"),
         (
             "        if delivery.is_started_by_phone:  # nothing",
             "        if False:  # nothing",
