@@ -34,25 +34,28 @@ class BrokerClock:
 
     def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = _elapsed) -> None:
         self._wall = wall
-        self._monotonic = monotonic
+        self.elapsed = monotonic
         self._started_at = monotonic()
         self._origin = wall()  # the time of the broker at `_started_at`
         self._logged = 0.0  # seconds between the clocks that were logged last
 
     def now(self) -> datetime:
         """Return the time by the broker's clock."""
-        return self._origin + timedelta(seconds=self._monotonic() - self._started_at)
+        return self._origin + timedelta(seconds=self.elapsed() - self._started_at)
 
     @property
     def ahead(self) -> float:
         """Seconds by which the broker's clock, as last measured, is ahead of this machine's wall clock."""
         return (self.now() - self._wall()).total_seconds()
 
-    def compare(self, time: datetime, *, asked_at: datetime) -> None:
-        """Correct the clock by the time in an answer that has just arrived. It was asked when `now` said `asked_at`."""
-        margin = (self.now() - asked_at) / 2  # the broker answered at some time in between
-        if abs(error := time - (asked_at + margin)) > margin:  # a slow answer alone moves no deadline
-            self._origin += error
+    def compare(self, time: datetime, *, began: float) -> None:
+        """Correct the clock by the time in an answer that has just arrived. It was asked when `elapsed` said `began`.
+
+        The broker answered at some time in between. The correction is as small as that allows.
+        """
+        latest = self.now()
+        earliest = latest - timedelta(seconds=self.elapsed() - began)
+        self._origin += time - min(max(time, earliest), latest)
         self._log(self.ahead)
 
     def _log(self, ahead: float) -> None:

@@ -36,6 +36,7 @@ class Grace:
 
     def record_turn(self, now: datetime) -> None:
         """Record a turn of the intake that the broker answered, or that needed none of its answers."""
+        self._started_at = min(self._started_at, now)  # the clock of a machine may be set back
         if now - self._turn_at > _TURN:
             self._absences.append((self._turn_at, now))
         self._turn_at = now
@@ -61,7 +62,9 @@ class Grace:
         if at - self._turn_at > _TURN:  # one that has not ended
             absences.append((self._turn_at, at))
         times = [_overlap(absence, since, at) for absence in absences]
-        return max(min(sum(times, _NONE), _ABSENT), *times, _NONE) + _overlap(self._pause, since, at)
+        begins, ends = max(self._pause[0], since), min(self._pause[1], at)
+        paused = sum((-_overlap(absence, begins, ends) for absence in absences), max(_NONE, ends - begins))
+        return max(min(sum(times, _NONE), _ABSENT), *times, _NONE) + paused
 
 
 def _overlap(interval: tuple[datetime, datetime], since: datetime, until: datetime) -> timedelta:

@@ -18,6 +18,7 @@ from aiokeyless._rules.outcome import is_failure, is_service_well, is_unexpected
 from aiokeyless.errors import (
     AlreadyApprovedError,
     AuthenticationError,
+    CachedAnswerError,
     ClientClosedError,
     ConfigurationError,
     ConflictError,
@@ -312,6 +313,8 @@ class DeliveryProcessor:
             log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
         if is_well is None:
             self._budget.record_other()
+            if isinstance(error, CachedAnswerError):
+                self._refused.log({"error": str(error)})
             return
         now = self._now()
         self._budget.record_failure(now, started_at=started_at)

@@ -215,9 +215,11 @@ class Serving:
         return True
 
     def _is_away(self, now: float) -> bool:
-        """Return whether the service is down, hangs, or asked for a pause that is longer than the grace."""
+        """Return whether the service is down, hangs, or asked for pauses that are together longer than the grace."""
         is_full = len(self._deliveries) >= self._most_in_flight(now)  # of exchanges that hang
-        return is_full or self._budget.room(now) < 1 or self._rate.paused_until - now > self._grace.seconds
+        grace, paused_for = self._grace.seconds, self._rate.paused_until - now
+        is_held = paused_for > grace or (paused_for > 0 and now - self._budget.answered_at > grace)
+        return is_full or is_held or self._budget.room(now) < 1
 
     def _ready_at(self, now: float) -> float:
         """Return when the budget and the rate let the next exchange start."""

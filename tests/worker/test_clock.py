@@ -27,11 +27,17 @@ class Machine:
     def wall(self) -> datetime:
         return MIDNIGHT + timedelta(seconds=self.elapsed + self.set_by)
 
-    def ask(self, *, ahead: float = 0.0, takes: float = 0.0) -> None:
-        """Ask a broker whose clock is ahead of the true time, and whose answer takes a while."""
-        asked_at = self.clock.now()
-        self.elapsed += takes
-        self.clock.compare(MIDNIGHT + timedelta(seconds=self.elapsed + ahead), asked_at=asked_at)
+    def ask(self, *, ahead: float = 0.0, waits: float = 0.0, travels: float = 0.0) -> None:
+        """Ask a broker whose clock is ahead of the true time, and which waits before it answers, as for a lock."""
+        began = self.clock.elapsed()
+        self.elapsed += waits
+        moment = MIDNIGHT + timedelta(seconds=self.elapsed + ahead)
+        self.elapsed += travels
+        self.clock.compare(moment, began=began)
+
+    def error(self, ahead: float = 0.0) -> float:
+        """Return by how many seconds its idea of the clock of that broker is wrong."""
+        return (self.clock.now() - MIDNIGHT).total_seconds() - self.elapsed - ahead
 
 
 @pytest.fixture
@@ -58,10 +64,23 @@ def test_a_wall_clock_that_steps_moves_no_deadline_and_is_told(
     assert "worker.clock_differs" in caplog.text
 
 
-@pytest.mark.parametrize(("takes", "ahead", "left"), [(4, 0, 0), (4, -150, 2), (0, 0.5, 0)])
-def test_a_slow_answer_moves_no_deadline_by_its_slowness(machine: Machine, takes: int, ahead: float, left: int) -> None:
-    machine.ask(ahead=ahead, takes=takes)
-    assert abs(machine.clock.now() - (MIDNIGHT + timedelta(seconds=takes + ahead))) == timedelta(seconds=left)
+@pytest.mark.parametrize(
+    ("waits", "travels", "ahead", "error"),
+    [(4, 0, 0.05, 0), (0, 4, -0.05, 0), (2, 2, 0.05, -0.05), (4, 0, 60, 0), (4, 0, -150, 4), (0, 0, 0.5, 0)],
+)
+def test_a_slow_answer_moves_no_deadline_by_its_slowness(
+    machine: Machine, waits: int, travels: int, ahead: float, error: float
+) -> None:
+    """A claim may wait for a connection, or for the lock of another transaction."""
+    machine.ask(ahead=ahead, waits=waits, travels=travels)
+    assert machine.error(ahead) == pytest.approx(error, abs=1e-9)
+
+
+def test_two_answers_at_once_correct_the_clock_once(machine: Machine) -> None:
+    began = machine.clock.elapsed()
+    machine.ask(ahead=-60)
+    machine.clock.compare(MIDNIGHT - timedelta(seconds=60), began=began)
+    assert machine.error(-60) == 0
 
 
 def test_a_difference_is_logged_once_and_again_on_change(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:

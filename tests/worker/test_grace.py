@@ -92,6 +92,31 @@ def test_the_last_pause_does_not_count_unless_it_is_longer_than_the_grace(
     assert grace.left(due(50), at(100)) == left
 
 
+@pytest.mark.parametrize(
+    ("turns", "pause", "left"),
+    [
+        ([(0, 60), (90, 100)], (55, 30), 15),  # 35 s in all
+        ([(0, 60), (90, 100)], (65, 20), 10),
+        ([(0, 60), (65, 70), (80, 100)], (62, 12), 0),
+        ([(0, 60)], (70, 30), 20),
+    ],
+)
+def test_a_pause_in_an_absence_does_not_count_twice(
+    turns: list[tuple[int, int]], pause: tuple[float, float], left: float
+) -> None:
+    grace = living(*turns)
+    grace.record_pause(at(pause[0]), pause[1])
+    assert grace.left(due(50), at(100)) == left
+
+
+def test_a_clock_that_is_set_back_begins_no_second_grace() -> None:
+    grace = Grace(30.0, now=at(3600))
+    for second in range(101):
+        grace.record_turn(at(second))
+    assert grace.left(due(60), at(91)) == -1
+    assert grace.overdue(at(91)) == 30
+
+
 @given(
     turns=st.lists(st.floats(0.1, 200.0), max_size=80),
     pause=st.floats(0.0, 40.0),

@@ -208,6 +208,15 @@ async def test_a_rate_limit_pauses_the_whole_intake(sandbox: Sandbox, caplog: py
     assert re.fullmatch(r'keyless\.refusing error="GET .* answered 429 \(Retry-After: 20 s\): .*" count=1', line)
 
 
+async def test_a_cache_in_the_way_is_told(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    async with working(sandbox) as (worker, memory):
+        sandbox.fail_next(404, times=None, headers={"Age": "120"})
+        await submit(memory, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures > 5, every=0.1)
+    [line] = [record.message for record in caplog.records if record.message.startswith("keyless.")]
+    assert re.fullmatch(r'keyless\.refusing error="GET .*cache.*" count=1', line)
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
     sandbox: Sandbox, method: str

@@ -125,11 +125,11 @@ async def inspect(
             except (msgspec.ValidationError, ValueError, LookupError) as error:
                 raise UnavailableError(f"what {subject} answers cannot be read: {error}") from None
 
-    asked_at = clock.now()
+    began = clock.elapsed()
     requests = await ask(f"STREAM.INFO.{fleet.requests}", _Stream)
     if requests is None:
         return Inspection(clock_ahead=clock.ahead, problems=(f"the stream {fleet.requests} is gone",))
-    clock.compare(requests.ts, asked_at=asked_at)
+    clock.compare(requests.ts, began=began)
     if service:
         check_service(fleet, requests.config, service)
     outcomes = await ask(f"STREAM.INFO.{fleet.outcomes}", _Stream)

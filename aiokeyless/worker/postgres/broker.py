@@ -290,11 +290,11 @@ class PostgresBroker(TableBroker):
         return await self._claims.call((*row_of(message), message.number))
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
-        asked_at = self.now()
+        began = self._clock.elapsed()
         claimed = await self._fetch_rows("SELECT id, name, was_asked, moment FROM {}.claim($1, $2, $3)", calls)
         if claimed:  # the users are asked next: not after the deadline, although this machine was paused unnoticed
             moment = max(found["moment"] for found in claimed.values())
-            self._clock.compare(time_of(moment), asked_at=asked_at)
+            self._clock.compare(time_of(moment), began=began)
         claims = {row: Claim.HELD if found["was_asked"] else Claim.NEW for row, found in claimed.items()}
         return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 
@@ -419,10 +419,10 @@ class PostgresBroker(TableBroker):
             cut()
 
     async def _measure_time(self) -> None:
-        asked_at = self._clock.now()
+        began = self._clock.elapsed()
         # Qualified: the database's owner may set the search path of all its sessions.
         rows = await self._fetch("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::double precision")
-        self._clock.compare(time_of(rows[0][0]), asked_at=asked_at)
+        self._clock.compare(time_of(rows[0][0]), began=began)
 
     def _chores(self) -> tuple[Chore, ...]:
         return (

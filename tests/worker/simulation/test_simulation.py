@@ -130,13 +130,19 @@ def test_of_many_that_are_refused_for_long_those_are_lost_that_the_halved_rate_r
 
 
 @pytest.mark.parametrize(
-    ("up", "away", "within"),
-    [(25, 3, 70), (5, 10, 155), (20, 200, 460)],
+    ("story", "within"),
+    [
+        *(
+            (last_minute(20, inf, down(20, inf), mishaps=flapping(up, away)), within)
+            for up, away, within in ((25, 3, 70), (5, 10, 155), (20, 200, 460))
+        ),
+        *((last_minute(200, inf, refused(59, inf, pause)), 90) for pause in (20.0, 29.0)),
+    ],
 )
-def test_no_outcome_waits_for_a_broker_that_flaps_without_end(up: float, away: float, within: float) -> None:
-    story = last_minute(20, inf, down(20, inf), mishaps=flapping(up, away))
+def test_no_outcome_waits_for_a_broker_that_flaps_or_a_limit_without_end(story: Story, within: float) -> None:
     history = run(story)
     assert check(story, history) == []
+    assert len(history.decided) == len(story.asks)
     assert (
         30 < max(each.at - history.stored[each.event.operation_id or ""][0] - 60 for each in history.decided) < within
     )
