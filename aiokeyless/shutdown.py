@@ -60,22 +60,22 @@ async def close_on_signals(*clients: Closable) -> AsyncGenerator[None, None]:
     Source: ``docs/howto/shutdown.md``, for each framework.
     """
     loop = asyncio.get_running_loop()
-
     closed: asyncio.Future[None] = loop.create_future()  # what was there at the signal
     has_ended = asyncio.Event()
 
     async def close() -> None:
+        failures: list[BaseException] = []
         is_last = False
         while not is_last:
             is_last = has_ended.is_set()
             ends = await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
+            failures = failures or [end for end in ends if isinstance(end, BaseException)]
             if not closed.done():
                 closed.set_result(None)
-            for error in ends:
-                if isinstance(error, BaseException):
-                    raise error
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(has_ended.wait(), _AGAIN)
+        if failures:
+            raise failures[0]
 
     start = functools.cache(lambda: loop.create_task(close()))
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -137,8 +137,10 @@ async def test_one_that_cannot_be_closed_keeps_none_of_the_others_open(client: K
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(ClientClosedError):
         await wait
+    late = await stack.enter_async_context(KeylessClient("key"))
     with pytest.raises(ZeroDivisionError):
         await block.__aexit__(None, None, None)
+    assert "closed" in repr(late)
 
 
 @pytest.mark.usefixtures("received")

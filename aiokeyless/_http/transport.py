@@ -245,7 +245,8 @@ class Transport:
             except AuthenticationError as error:
                 if self._api_keys.is_replaced(key):
                     error.key_was_replaced = True
-                    error.args = (f"{error.args[0].partition(':')[0]}: the key was replaced meanwhile; try again",)
+                    what = str(error).removesuffix(error.advice)
+                    error.args = (f"{what}the key was replaced meanwhile; try again",)
                 raise
         except BaseException as error:
             failure = type(error).__name__

@@ -1,8 +1,8 @@
 """Explains waits: asks Telemetry for the attempts at an operation, beside its polls and never in place of one.
 
 An explanation approves nothing and ends no wait. It costs little: few requests are in flight at once, all waits for an
-operation share them, and they are cancelled with the last of these waits. A request that fails is logged at debug level
-and otherwise ignored.
+operation share them, and they are cancelled with the last of these waits. A request that fails is logged, as a warning
+if the key may not read attempts, and otherwise ignored.
 
 Source: Keyless documentation, Server API / Telemetry.
 """
@@ -163,11 +163,14 @@ class Explainer:
         try:
             with self._transport.call():
                 async with self._slots:
+                    if self._loop.time() < self._not_before:
+                        return
                     answer = await self._transport.send(get_authentications(user_id, subject.operation_id))
         except KeylessError as error:
             # Not if the key was replaced meanwhile.
             was_refused = isinstance(error, AuthenticationError | PermissionDeniedError) and not error.is_transient
-            level = logging.WARNING if was_refused else logging.DEBUG
+            is_new = self._loop.time() >= self._not_before  # else another request in flight was refused a moment ago
+            level = logging.WARNING if was_refused and is_new else logging.DEBUG
             logger.log(level, "the attempts at operation %r are not known: %s", subject.operation_id, error)
             pause = _REFUSED_FOR if was_refused else requested_pause(error)
             self._not_before = max(self._not_before, self._loop.time() + pause)

@@ -37,6 +37,7 @@ _EVERY: Final = 5.0  # seconds between two inspections
 _STALLED_FOR: Final = 30.0
 #: Seconds for which a refusal counts: longer than the lease, after which the broker repeats the delivery.
 _REFUSED_FOR: Final = 60.0
+_SLOW: Final = "its answers take too long"
 _PATH: Final = re.compile(r"^[A-Z]+ /\S+ ")  # which names another request's operation or user
 _COUNTS: Final = ("deliveries", "polls", "created", *Outcome, "duplicates", "transient_failures", "unsettled")
 #: Numbers of the workers of this process.
@@ -125,7 +126,9 @@ class WorkerReporter:
         self._lateness = 0.0  # the same, between the last two inspections
         self.is_draining: bool = False
         self.key_refusal: KeylessError | None = None  # why Keyless seems to refuse the key
-        self.last_failure: str = "its answers take too long"  # of an exchange
+        self.last_failure: str = _SLOW  # of an exchange, if none was answered well since
+        self.who: dict[str, str] = {} if listeners.client is None else {"client": listeners.client}
+        """Begins the facts of the log lines of the whole worker."""
         self.take_failure: str | None = None  # of the last take: a full disk fails takes alone, and no inspection
 
     def statistics(self) -> WorkerStatistics:
@@ -194,7 +197,7 @@ class WorkerReporter:
     def _publish_inspection(self, *, has_ended: bool = False) -> None:
         statistics = self.statistics()
         if not (statistics.is_ready or self.is_draining):
-            self._not_ready.log({"problems": statistics.problems})
+            self._not_ready.log({**self.who, "problems": statistics.problems})
         self._listeners.tell(
             WorkerInspected(
                 worker=self._worker,
@@ -247,16 +250,14 @@ class WorkerReporter:
 
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
-        if failure is not None:
-            self.last_failure = _PATH.sub("", str(failure))
+        self.last_failure = _SLOW if failure is None else _PATH.sub("", str(failure))
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return
-        who = {} if self._listeners.client is None else {"client": self._listeners.client}
         if self._service.is_logged and change.is_failing:
-            log(logging.WARNING, "keyless.failing", {**who, "error": str(failure), "waiting": change.waiting})
+            log(logging.WARNING, "keyless.failing", {**self.who, "error": str(failure), "waiting": change.waiting})
         elif self._service.is_logged:
-            log(logging.INFO, "keyless.answering", {**who, "seconds": round(change.seconds, 3)})
+            log(logging.INFO, "keyless.answering", {**self.who, "seconds": round(change.seconds, 3)})
         if self._service.is_new:
             self._listeners.tell(change)
 

@@ -314,7 +314,7 @@ class DeliveryProcessor:
         if is_well is None:
             self._budget.record_other()
             if isinstance(error, CachedAnswerError):
-                self._refused.log({"error": str(error)})
+                self._refused.log({**self._reporter.who, "error": str(error)})
             return
         now = self._now()
         self._budget.record_failure(now, started_at=started_at)
@@ -326,7 +326,7 @@ class DeliveryProcessor:
         else:
             self._rate.record_answer()
         if is_unexpected(error) or (isinstance(error, RateLimitError) and self._rate.is_limited(now)):
-            self._refused.log({"error": str(error)})
+            self._refused.log({**self._reporter.who, "error": str(error)})
         self._reporter.report_exchange(error)
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:

@@ -180,7 +180,7 @@ class Serving:
         except UnavailableError as error:
             self._silences += 1
             self._reporter.take_failure = str(error)
-            self._unavailable.log({"error": str(error)})
+            self._unavailable.log({**self._reporter.who, "error": str(error)})
             await self._pause(error_delay(self._silences))
 
     async def _receive(self, taking: Coroutine[object, object, Sequence[Message]], *, needs_exchange: bool) -> None:
@@ -269,7 +269,7 @@ class Serving:
     def _suspect_key(self, error: AuthenticationError) -> None:
         """Take no deliveries until the key is checked. One refusal may be a gateway's."""
         if self._key_check is None and not self._reporter.is_draining:
-            log(logging.WARNING, "keyless.key_refused", {"error": str(error)})
+            log(logging.WARNING, "keyless.key_refused", {**self._reporter.who, "error": str(error)})
             self._reporter.key_refusal = error
             self._key_check = asyncio.Task(self._check_key(error), loop=self._loop)
 
@@ -285,7 +285,7 @@ class Serving:
                 error = self._reporter.key_refusal = refusal
                 continue
             self._key_check = self._reporter.key_refusal = None
-            log(logging.INFO, "keyless.key_accepted")
+            log(logging.INFO, "keyless.key_accepted", self._reporter.who)
             self._changed.set()
             return
         self._on_fatal(error)

@@ -233,10 +233,10 @@ async def test_each_exchange_carries_the_key_of_its_time(mocked: MockedService, 
 # 401
 
 
-def refuse_and_rotate(mocked: MockedService) -> Rotation:
+def refuse_and_rotate(mocked: MockedService, **headers: str) -> Rotation:
     """Return a key that changes while it is refused."""
     rotation = Rotation()
-    mocked.get(PATH, status=401, callback=lambda *_, **__: setattr(rotation, "key", SECOND))
+    mocked.get(PATH, status=401, headers=headers, callback=lambda *_, **__: setattr(rotation, "key", SECOND))
     return rotation
 
 
@@ -248,13 +248,14 @@ async def test_refusal_of_a_key_that_was_replaced_meanwhile_is_repeated_with_the
 
 
 async def test_refusal_of_a_replaced_key_says_so(mocked: MockedService) -> None:
-    async with KeylessClient(refuse_and_rotate(mocked), base_url=URL, max_attempts=1) as client:
+    keys = refuse_and_rotate(mocked, **{"Retry-After": "5"})
+    async with KeylessClient(keys, base_url=URL, max_attempts=1) as client:
         error = await failure(client.get_operation("a"))
     assert isinstance(error, AuthenticationError)
     assert error.key_was_replaced
     assert error.is_transient
     assert pickle.loads(pickle.dumps(error)).is_transient  # noqa: S301  # our own
-    assert str(error) == "GET /v2/operations/a answered 401: the key was replaced meanwhile; try again"
+    assert str(error).endswith(" answered 401 (Retry-After: 5 s): the key was replaced meanwhile; try again")
 
 
 async def test_refusal_of_the_current_key_is_final(mocked: MockedService) -> None:
