@@ -73,7 +73,6 @@ class NatsMessage(Message, kw_only=True, eq=False):
     arrived_at: float
     standing: Standing  # what this worker knows of the request
     version: int  # of the request
-    returns: int = 0  # deliveries that `number` leaves out: workers that did not know the version gave them back
     claim: int = 0  # the number of its claim; 0 if it made none
 
     @property
@@ -82,9 +81,9 @@ class NatsMessage(Message, kw_only=True, eq=False):
         return self.failures, self.standing, self.arrived_at if self.standing is Standing.ANSWERED else -self.id
 
     @property
-    def may_have_returned(self) -> bool:
-        """Whether the deliveries before, of which this worker knows nothing, may have been to earlier versions."""
-        return self.version > 1 < self.number and self.is_untried
+    def returns(self) -> int:
+        """How many deliveries `number` leaves out: workers that did not know the version gave them back."""
+        return self.raw.metadata.num_delivered - self.number
 
     @property
     def place(self) -> str:
@@ -315,8 +314,7 @@ class Intake:
         self._take(taken)
         for message in taken:
             pending = message.raw.metadata.num_pending
-            is_repeated = message.number > 1 and not message.may_have_returned
-            self.load_shedding.on_delivery(redelivered=is_repeated, backlog=pending)
+            self.load_shedding.on_delivery(redelivered=not message.is_untried, backlog=pending)
         return taken
 
     def _take(self, messages: list[NatsMessage]) -> None:
@@ -382,7 +380,6 @@ class Intake:
                 arrived_at=self._now(),
                 standing=standing,
                 version=read_version(raw.data),
-                returns=returns,
             )
             is_newer = message.version > self._newest
             self._passed += is_newer
