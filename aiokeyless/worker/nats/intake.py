@@ -201,7 +201,7 @@ class Intake:
                     await self._hand_back_stripped()
                     await self._hand_back_old()
                 left = until - self._now()
-                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take_newer()]:
+                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take_newer(up_to)]:
                     return taken
                 if left <= 0:
                     self._check_connection()
@@ -223,7 +223,7 @@ class Intake:
         taken = [message for message, at in deadlines if at is not None and at <= before][:up_to]
         self._take(taken)
         await self._hand_back_old()
-        return [*taken, *self._take_newer()]
+        return [*taken, *self._take_newer(up_to)]
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
         """Put a delivery off."""
@@ -290,7 +290,8 @@ class Intake:
         now, missing = self._now(), wanted - len(self._arrived)
         if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
-        batch = min(missing + self._passed, self._largest)  # so that requests of a later version take no room
+        # Requests of a later version take no room.
+        batch = min(missing + min(self._passed, wanted), self._largest)
         self._passed = 0
         self._left, self._pulled_at, self._reconnects = batch, now, self._connection.stats["reconnects"]
         self._reply = f"{self._inbox}.{next(self._pulls)}"
@@ -320,11 +321,12 @@ class Intake:
     def _take(self, messages: list[NatsMessage]) -> None:
         self._taken.update(messages)
         self._arrived = [message for message in self._arrived if message not in self._taken]
+        self._newer = [message for message in self._newer if message not in self._taken]
         if self._taken and (self._extending is None or self._extending.done()):
             self._extending = asyncio.create_task(self._extend())
 
-    def _take_newer(self) -> list[NatsMessage]:
-        newer, self._newer = self._newer, []
+    def _take_newer(self, up_to: int) -> list[NatsMessage]:
+        newer = self._newer[:up_to]
         self._take(newer)
         return newer
 
@@ -336,7 +338,8 @@ class Intake:
 
     async def _hand_back_old(self) -> None:
         """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
-        old = [message for message in self._arrived if message.arrived_at < self._now() - _HELD_FOR]
+        before = self._now() - _HELD_FOR
+        old = [message for message in (*self._arrived, *self._newer) if message.arrived_at < before]
         await self._hand_back(old, lambda message: error_delay(message.failures) if message.failures else _NEGLIGIBLE)
 
     async def _hand_back_worse(self) -> None:
