@@ -98,7 +98,8 @@ class NatsMessage(Message, kw_only=True, eq=False):
     def read_deadline(self) -> datetime | None:
         """Return when the time of its request is over; None if it is not a request."""
         try:
-            return read_times(decode_request(self.body), self.stored_at, math.inf)[0]
+            request = decode_request(self.body)
+            return read_times(request.created_at, request.expires_in, self.stored_at)[0]
         except (InvalidRequestError, ConfigurationError):
             return None
 
