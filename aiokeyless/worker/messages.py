@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from hashlib import sha256
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -227,7 +227,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
         request = decode_request(data)
         user_id = check_user_id(request.user_id)
         operation_id = check_requested_id(request.operation_id, request.started_by)
-        expires_at, created_at = read_times(request, message.stored_at, longest_wait)
+        expires_at, created_at = read_times(request.created_at, request.expires_in, message.stored_at, longest_wait)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")
         require_auth_type = check_auth_type(request.require_auth_type)
@@ -262,7 +262,6 @@ class RequestHead(_Version):
     created_at: datetime | None = None
     context: msgspec.Raw = _NOTHING
     started_by: Any = "backend"
-    expires_in: ClassVar[float] = DEFAULT_LIFETIME  # a later version may write it in another form
 
 
 class _Rest(Private, msgspec.Struct):
@@ -324,14 +323,14 @@ def read_newer(message: Message, *, largest_request: int) -> RequestHead | None:
     try:
         head = _decode(message.body, RequestHead)
         check_requested_id(head.operation_id, head.started_by)
-        read_times(head, message.stored_at, math.inf)
+        read_times(head.created_at, DEFAULT_LIFETIME, message.stored_at)  # `expires_in` may have another form
     except (msgspec.DecodeError, ConfigurationError, InvalidRequestError):
         return None
     return head if context_refusal(head.context) is None else None
 
 
 def read_times(
-    request: ApprovalRequest | RequestHead, stored_at: datetime, longest: float
+    created_at: datetime | None, expires_in: float, stored_at: datetime, longest: float = math.inf
 ) -> tuple[datetime, datetime]:
     """Return when waiting for a request ends, and when it began.
 
@@ -339,16 +338,14 @@ def read_times(
         ConfigurationError: `expires_in` is not a number of seconds above 0.
         InvalidRequestError: `created_at` has no zone, or one of the times is in no calendar.
     """
-    created_at = stored_at
-    if request.created_at is not None:
-        if request.created_at.utcoffset() is None:
-            raise InvalidRequestError("created_at has no zone")
-        # No request is made after it was stored. A clock that is ahead must not prolong a wait.
-        created_at = min(request.created_at, stored_at)
-    expires_in = seconds(request.expires_in, "expires_in")
+    if created_at is not None and created_at.utcoffset() is None:
+        raise InvalidRequestError("created_at has no zone")
+    # No request is made after it was stored. A clock that is ahead must not prolong a wait.
+    began_at = min(created_at or stored_at, stored_at)
+    wait = min(seconds(expires_in, "expires_in"), longest)
     try:
-        created_at = created_at.astimezone(UTC)
-        return created_at + timedelta(seconds=min(expires_in, longest)), created_at
+        began_at = began_at.astimezone(UTC)
+        return began_at + timedelta(seconds=wait), began_at
     except OverflowError:  # the first day of the calendar, and another year in UTC
         raise InvalidRequestError("created_at must be in the years 1 to 9999, UTC") from None
 

@@ -30,7 +30,7 @@ from aiokeyless.models import Operation
 
 from .broker import Broker, RefusedError, UnavailableError
 from .logs import RateLimitedLog, log
-from .messages import REQUEST_VERSION, ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome, RequestHead
+from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome, RequestHead
 
 _EVERY: Final = 5.0  # seconds between two inspections
 #: Seconds for which requests may wait while this worker receives none.
@@ -274,8 +274,7 @@ class WorkerReporter:
     def report_newer(self, head: RequestHead) -> None:
         """Report a request of a later version, which is given back. It shows that the broker delivers."""
         self._delivered += 1
-        error = f"version {head.version} is not known here, only up to {REQUEST_VERSION}: upgrade"
-        self._newer.log({"operation_id": head.operation_id, "error": error})
+        self._newer.log({"operation_id": head.operation_id, "version": head.version})
 
     def report_settlement(self, number: int, failure: Exception | None, *, started_at: float) -> None:
         """Report that a delivery was settled, or what kept it from being settled."""

@@ -350,4 +350,4 @@ def _needs_claim(delivery: Delivery, step: Decision | Next) -> bool:
     """Return whether the claim matters: for an approval, and for an operation that is found for the first time."""
     if isinstance(step, Redeliver) and step.created is not None:
         return True
-    return delivery.message.number == 1 or (isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED)
+    return delivery.message.is_untried or (isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED)

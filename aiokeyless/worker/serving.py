@@ -104,6 +104,7 @@ class Serving:
         self._limits = limits
         self._grace = Grace(limits.grace, now=broker.now())
         self._longest_wait = longest_wait
+        self._claims_last = longest_wait + limits.grace  # seconds
         self._on_fatal = on_fatal
         self._budget = Budget()
         self._slots: Slots[Message] = Slots(limits.max_in_flight)
@@ -208,8 +209,8 @@ class Serving:
     def _is_for_newer_workers(self, message: Message) -> bool:
         """Return whether a request is of a later version, and a worker that knows it may yet come."""
         head = read_newer(message, largest_request=self._broker.largest_request)
-        # As long as the broker keeps claims, the outcome can say whether the user may have been asked.
-        if head is None or self._age(message) >= min(NEWER_KEPT_FOR, self._longest_wait):
+        # While the broker still keeps claims, the outcome can say whether the user may have been asked.
+        if head is None or self._age(message) >= min(NEWER_KEPT_FOR, self._claims_last - 5 * NEWER_FOR):
             return False
         self._reporter.report_newer(head)
         return True
@@ -422,8 +423,7 @@ class Serving:
         A request claims its operation id before it creates the operation. The broker keeps the claim for as long as it
         lets a request wait. An older request, such as after a day without workers, may have lost its claim.
         """
-        is_kept = self._age(message) < self._longest_wait + self._limits.grace
-        return not is_kept or await self._broker.has_claim(message)
+        return self._age(message) >= self._claims_last or await self._broker.has_claim(message)
 
     def _age(self, message: Message) -> float:
         return (self._broker.now() - message.stored_at).total_seconds()

@@ -367,6 +367,7 @@ def test_a_context_is_found_in_a_request_that_is_refused() -> None:
     with pytest.raises(InvalidRequestError):
         read(data)
     assert bytes(read_rest(data)[1]) == b'{"order": 7}'
+    assert read_rest(b'{"operation_id": "a", "created_at": 1e999}')[0] == "a"  # whatever the other fields are
 
 
 def test_a_context_of_another_type_than_asked_for_is_an_error_of_the_reader() -> None:

@@ -27,6 +27,7 @@ from aiokeyless.worker import (
     processor,
     serving,
     submit_approval,
+    tables,
 )
 from aiokeyless.worker.broker import NewRequest, RefusedError
 from aiokeyless.worker.logs import JsonFormatter
@@ -441,11 +442,17 @@ async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_roo
     assert event.outcome is Outcome.APPROVED
 
 
-async def test_a_request_of_a_later_version_costs_a_worker_nothing_and_has_failed_after_a_day(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kept_for", "claims_last"), [(100.0, 86_400.0), (86_400.0, 110.0)])
+async def test_a_request_of_a_later_version_costs_nothing_and_fails_after_a_day_or_while_claims_are_kept(
+    sandbox: Sandbox,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_for: float,
+    claims_last: float,
 ) -> None:
-    monkeypatch.setattr(serving, "NEWER_KEPT_FOR", 100.0)
-    async with working(sandbox) as (worker, memory):
+    monkeypatch.setattr(serving, "NEWER_KEPT_FOR", kept_for)
+    monkeypatch.setattr(tables, "LONGEST_WAIT", claims_last)
+    async with working(sandbox, grace=0.0) as (worker, memory):
         asked_before = len(sandbox.requests)
         await publish(memory, {"operation_id": "txn-1"}, b'{"version":2,"operation_id":"txn-1"}')
         await asyncio.sleep(99)
@@ -455,7 +462,7 @@ async def test_a_request_of_a_later_version_costs_a_worker_nothing_and_has_faile
     assert (event.operation_id, event.reason, event.deliveries) == ("txn-1", FailureReason.INVALID_REQUEST, 1)
     assert 100 <= (event.decided_at - event.requested_at).total_seconds() <= 103
     assert len(sandbox.requests) == asked_before
-    told = 'request.newer operation_id="txn-1" error="version 2 is not known here, only up to 1: upgrade" count=1'
+    told = 'request.newer operation_id="txn-1" version=2 count=1'
     assert [line for line in caplog.messages if line.startswith("request.newer")] == [told]
 
 

@@ -240,25 +240,7 @@ class NatsBroker(Broker):
         return self._clock.now()
 
     async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
-        intake = self._open_intake()
-        taken = await intake.take(up_to, within, untried=untried)
-        try:
-            await asyncio.gather(*(self._find_returns(message) for message in taken if message.may_have_returned))
-        except asyncio.CancelledError:
-            with suppress(UnavailableError):
-                await asyncio.gather(*(intake.put_off(message, 0.0) for message in taken))
-            raise
-        return taken
-
-    async def _find_returns(self, message: NatsMessage) -> None:
-        """Count a request as never delivered if no worker has claimed its operation id: none has created anything.
-
-        Workers that did not know its version gave it back. To the stream, these were deliveries like any other.
-        """
-        operation_id, _ = read_rest(message.body)
-        with suppress(UnavailableError):
-            if operation_id is not None and await self._claims.is_free(operation_id):
-                message.number, message.returns = 1, message.number - 1
+        return await self._open_intake().take(up_to, within, untried=untried)
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._open_intake().take_overdue(up_to, self.now() - timedelta(seconds=grace))
@@ -318,6 +300,8 @@ class NatsBroker(Broker):
     async def claim(self, message: Message) -> Claim:
         delivery = _delivery(message)
         claim, delivery.claim = await self._claims.claim(*delivery.read_names())
+        if claim is Claim.NEW:  # nothing was created before: what did not fail, older workers gave back unread
+            delivery.number = min(delivery.number, delivery.failures + 1)
         return claim
 
     async def has_claim(self, message: Message) -> bool:

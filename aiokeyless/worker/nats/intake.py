@@ -73,7 +73,6 @@ class NatsMessage(Message, kw_only=True, eq=False):
     arrived_at: float
     standing: Standing  # what this worker knows of the request
     version: int  # of the request
-    returns: int = 0  # deliveries that `number` leaves out: workers that did not know the version gave them back
     claim: int = 0  # the number of its claim; 0 if it made none
 
     @property
@@ -82,9 +81,9 @@ class NatsMessage(Message, kw_only=True, eq=False):
         return self.failures, self.standing, self.arrived_at if self.standing is Standing.ANSWERED else -self.id
 
     @property
-    def may_have_returned(self) -> bool:
-        """Whether the deliveries before, of which this worker knows nothing, may have been to earlier versions."""
-        return self.version > 1 < self.number and self.is_untried
+    def returns(self) -> int:
+        """How many deliveries `number` leaves out: workers that did not know the version gave them back."""
+        return self.raw.metadata.num_delivered - self.number
 
     @property
     def place(self) -> str:
@@ -99,7 +98,8 @@ class NatsMessage(Message, kw_only=True, eq=False):
     def read_deadline(self) -> datetime | None:
         """Return when the time of its request is over; None if it is not a request."""
         try:
-            return read_times(decode_request(self.body), self.stored_at, math.inf)[0]
+            request = decode_request(self.body)
+            return read_times(request.created_at, request.expires_in, self.stored_at)[0]
         except (InvalidRequestError, ConfigurationError):
             return None
 
@@ -202,7 +202,7 @@ class Intake:
                     await self._hand_back_stripped()
                     await self._hand_back_old()
                 left = until - self._now()
-                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take_newer()]:
+                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take_newer(up_to)]:
                     return taken
                 if left <= 0:
                     self._check_connection()
@@ -224,7 +224,7 @@ class Intake:
         taken = [message for message, at in deadlines if at is not None and at <= before][:up_to]
         self._take(taken)
         await self._hand_back_old()
-        return [*taken, *self._take_newer()]
+        return [*taken, *self._take_newer(up_to)]
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
         """Put a delivery off."""
@@ -291,7 +291,8 @@ class Intake:
         now, missing = self._now(), wanted - len(self._arrived)
         if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
-        batch = min(missing + self._passed, self._largest)  # so that requests of a later version take no room
+        # Requests of a later version take no room.
+        batch = min(missing + min(self._passed, wanted), self._largest)
         self._passed = 0
         self._left, self._pulled_at, self._reconnects = batch, now, self._connection.stats["reconnects"]
         self._reply = f"{self._inbox}.{next(self._pulls)}"
@@ -315,18 +316,18 @@ class Intake:
         self._take(taken)
         for message in taken:
             pending = message.raw.metadata.num_pending
-            is_repeated = message.number > 1 and not message.may_have_returned
-            self.load_shedding.on_delivery(redelivered=is_repeated, backlog=pending)
+            self.load_shedding.on_delivery(redelivered=not message.is_untried, backlog=pending)
         return taken
 
     def _take(self, messages: list[NatsMessage]) -> None:
         self._taken.update(messages)
         self._arrived = [message for message in self._arrived if message not in self._taken]
+        self._newer = [message for message in self._newer if message not in self._taken]
         if self._taken and (self._extending is None or self._extending.done()):
             self._extending = asyncio.create_task(self._extend())
 
-    def _take_newer(self) -> list[NatsMessage]:
-        newer, self._newer = self._newer, []
+    def _take_newer(self, up_to: int) -> list[NatsMessage]:
+        newer = self._newer[:up_to]
         self._take(newer)
         return newer
 
@@ -338,7 +339,8 @@ class Intake:
 
     async def _hand_back_old(self) -> None:
         """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
-        old = [message for message in self._arrived if message.arrived_at < self._now() - _HELD_FOR]
+        before = self._now() - _HELD_FOR
+        old = [message for message in (*self._arrived, *self._newer) if message.arrived_at < before]
         await self._hand_back(old, lambda message: error_delay(message.failures) if message.failures else _NEGLIGIBLE)
 
     async def _hand_back_worse(self) -> None:
@@ -382,7 +384,6 @@ class Intake:
                 arrived_at=self._now(),
                 standing=standing,
                 version=read_version(raw.data),
-                returns=returns,
             )
             is_newer = message.version > self._newest
             self._passed += is_newer

@@ -53,6 +53,7 @@ _MIGRATIONS: Final = (
         version INTEGER NOT NULL
     );
     CREATE INDEX waiting_due ON waiting (due_at);
+    CREATE INDEX waiting_newer ON waiting (due_at) WHERE version <> 1;
     CREATE INDEX waiting_in_order ON waiting (
         failures, (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END), due_at
     );

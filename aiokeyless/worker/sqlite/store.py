@@ -64,7 +64,9 @@ _RANKED: Final = (
     "SELECT id FROM waiting WHERE failures = ? AND (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END) = ?"
     " AND due_at <= ? AND version <= ? ORDER BY due_at{} LIMIT ?"
 )
-_DUE: Final = "SELECT id FROM waiting WHERE due_at <= ? AND version {} ? ORDER BY due_at LIMIT ?"
+_DUE: Final = "SELECT id FROM waiting WHERE due_at <= ? AND version <= ? ORDER BY due_at LIMIT ?"
+#: By an index of their own: there are none as a rule, and no other index could tell without a scan of all that are due.
+_NEWER: Final = "SELECT id FROM waiting WHERE version <> 1 AND due_at <= ? AND version > ? ORDER BY due_at LIMIT ?"
 #: Requests of a later version of one take, at most, and seconds in which only workers that know it take one: the others
 #: give it back, which must cost little.
 _MOST_NEWER: Final = 10
@@ -228,18 +230,23 @@ class Store:
     # -- for workers
 
     def next_due(self) -> float | None:
-        """Return when a request is due; None if none waits."""
-        return self._time("SELECT min(due_at) FROM waiting")
+        """Return when a request is due for these workers; None if none waits."""
+        return self._time(
+            "SELECT min(due_at) FROM (SELECT min(due_at) due_at FROM waiting WHERE version <= ?1"
+            " UNION ALL SELECT min(due_at) + ?2 FROM waiting WHERE version <> 1 AND version > ?1)",
+            self._version,
+            _HEAD_START,
+        )
 
     def take(self, up_to: int, lease: float, *, untried: int | None) -> list[TableMessage]:
         """Take requests that are due, and beside them a few of a later version."""
-        newer = self._ids(_DUE.format(">"), self._now() - _HEAD_START, self._version, _MOST_NEWER)
+        newer = self._ids(_NEWER, self._now() - _HEAD_START, self._version, _MOST_NEWER)
         return self._deliver(
             [*newer, *(self._due(up_to) if untried is None else self._by_order(up_to, untried))], lease
         )
 
     def _due(self, up_to: int) -> list[int]:
-        return self._ids(_DUE.format("<="), self._now(), self._version, up_to)
+        return self._ids(_DUE, self._now(), self._version, up_to)
 
     def _by_order(self, up_to: int, untried: int) -> list[int]:
         """Return those with the fewest failures. One search of the index for each number avoids a sort of thousands."""

@@ -12,7 +12,7 @@ from tenacity import wait_fixed
 from waiting import PATIENCE, until
 
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, applications, next_outcome, serving
-from aiokeyless.worker.broker import ExchangeResult
+from aiokeyless.worker.broker import Claim, ExchangeResult
 
 from .brokers import LEASE, new_request, submit, take_n, those
 
@@ -102,20 +102,30 @@ async def test_requests_of_a_later_version_come_beside_the_others(
         assert not [each for each in await broker.take_overdue(100, -1000.0) if name_of(each) in later]
 
 
+@pytest.mark.parametrize("polls", [0, 1])
 @those(which=lambda storage: storage.lasts)
-async def test_a_request_that_was_given_back_is_untried_for_the_worker_that_knows_it(storage: Storage) -> None:
-    async with opened_by(storage, 1) as old, opened_by(storage, 2) as new:
-        for broker in (old, new):
-            await broker.prepare(lease=LEASE, service="")
-        await submit_newer(old, "a")
-        for _ in range(3):
-            [message] = await take_n(old, 1)
-            await old.put_off(message, 0.0, ExchangeResult.NONE)
+async def test_a_request_that_was_given_back_is_untried_for_the_worker_that_knows_it(
+    storage: Storage, polls: int
+) -> None:
+    async with opened_by(storage, 2) as new:
+        await new.prepare(lease=LEASE, service="")
+        async with opened_by(storage, 1) as old:  # whose pull must end
+            await old.prepare(lease=LEASE, service="")
+            await submit_newer(old, "a")
+            for _ in range(3):
+                [message] = await take_n(old, 1)
+                await old.put_off(message, 0.0, ExchangeResult.NONE)
         [message] = await take_n(new, 1)
-        assert (message.number, message.is_untried, message.has_only_failed) == (1, True, False)
+        assert message.is_untried
+        for _ in range(polls):
+            await new.put_off(message, 0.0, ExchangeResult.FAILED)
+            [message] = await take_n(new, 1)
+        assert await new.claim(message) is Claim.NEW
+        assert (message.number, message.has_only_failed) == (polls + 1, polls > 0)
         await new.put_off(message, 0.0, ExchangeResult.FAILED)
         [message] = await take_n(new, 1)
-        assert (message.number, message.is_untried, message.has_only_failed) == (2, False, True)
+        assert await new.claim(message) is Claim.HELD
+        assert (message.number, message.is_untried, message.has_only_failed) == (polls + 2, False, True)
 
 
 class Fleet:

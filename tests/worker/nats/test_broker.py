@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, NatsServer, change_consumer, jetstream
+from nats_server import CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, NatsServer, change_consumer, jetstream
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
@@ -18,7 +18,6 @@ from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
 from aiokeyless.worker.nats.load_shedding import LoadShedding
-from aiokeyless.worker.nats.streams import ACK_WAIT
 
 from ..conformance.brokers import decide, new_request, submit, take_n  # noqa: TID252
 
@@ -161,36 +160,10 @@ async def given_back(connection: Client) -> AsyncGenerator[NatsBroker]:
         yield broker
 
 
-@pytest.mark.parametrize(("is_claimed", "is_away"), [(False, False), (True, False), (False, True)])
-async def test_what_was_given_back_counts_as_never_delivered_unless_somebody_may_have_created_its_operation(
-    given_back: NatsBroker, connection: Client, *, is_claimed: bool, is_away: bool
-) -> None:
-    if is_claimed:
-        await given_back._claims.claim("txn-1", "request-1")
-    if is_away:
-        await jetstream(connection).delete_stream(CLAIMS)
+async def test_a_take_reads_no_claims(given_back: NatsBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given_back, "_claims", None)
     [message] = await take_n(given_back, 1)
-    assert (message.number == 1, message.is_untried) == (not (is_claimed or is_away), True)
-
-
-async def test_a_take_that_is_cancelled_while_it_looks_for_a_claim_loses_nothing(
-    given_back: NatsBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looking = asyncio.Event()
-
-    async def look(_operation_id: str) -> bool:
-        looking.set()
-        return await asyncio.Event().wait()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(given_back._claims, "is_free", look)
-        taking = asyncio.create_task(given_back.take(1, PATIENCE))
-        await looking.wait()
-        taking.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await taking
-    [message] = await asyncio.wait_for(take_n(given_back, 1), ACK_WAIT)
-    assert message.number == 1
+    assert message.is_untried
 
 
 async def test_what_names_no_operation_holds_none(given_back: NatsBroker, connection: Client) -> None:

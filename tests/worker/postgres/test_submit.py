@@ -270,9 +270,9 @@ async def test_a_text_of_a_later_version_is_stored_as_it_is_for_workers_that_kno
     with pytest.raises(asyncpg.UniqueViolationError):
         await submit_text(admin, text_of(**later | {"user_id": {"name": "ANN"}}))
     await admin.execute("TRUNCATE keyless.waiting; SELECT keyless.restore()")  # as after a crash
-    broker.request_version = 10**9
+    broker.request_version = 2**31 - 2
     assert not await broker.take_overdue(9, -1000.0)
-    await admin.execute("UPDATE keyless.waiting SET version = 10^9")
+    await admin.execute("UPDATE keyless.waiting SET version = 2^31 - 2")
     assert len(await broker.take_overdue(9, -1000.0)) == 1
 
 

@@ -496,6 +496,24 @@ async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) ->
 
 
 @pytest.mark.looptime
+async def test_a_take_waits_for_the_head_start_of_newer_workers_and_seeks_later_versions_in_an_index(
+    memory: SqliteBroker,
+) -> None:
+    new, began, statements = new_request("a"), now(), list[str]()
+    await memory.submit(msgspec.structs.replace(new, request=msgspec.structs.replace(new.request, version=2)))
+    file = memory._store._connection
+    file.set_trace_callback(statements.append)
+    assert [operation_of(message) for message in await memory.take(1, 3.0)] == ["a"]
+    file.set_trace_callback(None)
+    assert now() - began == pytest.approx(1.0, abs=0.01)
+    assert statements.count("BEGIN IMMEDIATE") == 1  # and none before that second
+    searches = [statement for statement in statements if re.search("version (<> 1 AND|> )", statement)]
+    assert searches
+    for search in searches:
+        assert "waiting_newer" in str(file.execute(f"EXPLAIN QUERY PLAN {search}").fetchall()), search
+
+
+@pytest.mark.looptime
 async def test_housekeeping_repeats_no_outcome_early(memory: SqliteBroker) -> None:
     await memory.prepare(lease=2.0, service="")
     await decide_all(memory, "a")

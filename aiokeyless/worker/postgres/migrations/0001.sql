@@ -35,7 +35,7 @@ CREATE UNLOGGED TABLE {schema}.waiting (
     deliveries integer NOT NULL,
     failures integer NOT NULL,
     answered boolean NOT NULL,
-    version numeric NOT NULL
+    version integer NOT NULL
 ) WITH (
     fillfactor = 50,
     autovacuum_vacuum_scale_factor = 0.05,
@@ -43,6 +43,7 @@ CREATE UNLOGGED TABLE {schema}.waiting (
     autovacuum_vacuum_cost_delay = 0
 );
 CREATE INDEX waiting_due ON {schema}.waiting (due_at);
+CREATE INDEX waiting_newer ON {schema}.waiting (due_at) WHERE version <> 1; -- than the first workers know
 CREATE INDEX waiting_in_order ON {schema}.waiting
     (failures, (CASE WHEN answered THEN 0 WHEN deliveries > 0 THEN 1 ELSE 2 END), due_at);
 COMMENT ON TABLE {schema}.waiting IS 'When the undecided requests are due.';
@@ -187,7 +188,7 @@ BEGIN
         RETURNING r.id, r.name
     )
     INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered, version)
-    SELECT stored.id, stored.name, moment, 0, 0, false, version::numeric FROM stored;
+    SELECT stored.id, stored.name, moment, 0, 0, false, least(version::numeric, 2147483647) FROM stored;
     IF FOUND THEN
         RETURN false;
     END IF;
@@ -363,7 +364,7 @@ DECLARE
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
     newer constant bigint[] := ARRAY( -- a second later, so that workers that know the version take it before
         SELECT w.id FROM {schema}.waiting w
-        WHERE w.due_at <= moment - interval '1 s' AND w.due_at >= lowest AND w.version > take.version
+        WHERE w.due_at <= moment - interval '1 s' AND w.due_at >= lowest AND w.version > take.version AND w.version <> 1
         ORDER BY w.due_at LIMIT most_newer FOR UPDATE SKIP LOCKED
     );
     newest bigint[];
@@ -638,7 +639,8 @@ SET enable_seqscan = off SET jit = off AS $function$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered, version)
-    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0, false, (r.body::json ->> 'version')::numeric
+    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0, false,
+        least((r.body::json ->> 'version')::numeric, 2147483647)
     FROM {schema}.request r
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
     FOR SHARE OF r SKIP LOCKED -- requests that are being decided
