@@ -396,7 +396,7 @@ async def test_each_tenant_has_a_worker_that_starts_again_and_stops_no_other(
 
 
 async def test_a_worker_that_is_closed_twice_finishes_its_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, drained = asyncio.Event(), asyncio.Event()
+    entered, draining, drained = asyncio.Event(), asyncio.Event(), asyncio.Event()
     done: list[bool] = []
 
     class Worker:
@@ -404,6 +404,7 @@ async def test_a_worker_that_is_closed_twice_finishes_its_drain(monkeypatch: pyt
             entered.set()
 
         async def __aexit__(self, *_: object) -> None:
+            draining.set()
             await drained.wait()
             done.append(True)
 
@@ -412,7 +413,9 @@ async def test_a_worker_that_is_closed_twice_finishes_its_drain(monkeypatch: pyt
     tenant = tenants.Tenant(name="acme", api_key="key", region="eu", base_url=None, state="active")
     supervisor = tenant_workers.Supervisor(tenant, None)  # type: ignore[arg-type]  # nobody uses the pool
     await entered.wait()
-    closing = [asyncio.create_task(supervisor.aclose()) for _ in range(2)]
+    closing = [asyncio.create_task(supervisor.aclose())]
+    await draining.wait()
+    closing.append(asyncio.create_task(supervisor.aclose()))
     for _ in range(5):
         await asyncio.sleep(0)
     drained.set()
