@@ -23,7 +23,8 @@ class Supervisor:
 
     async def aclose(self) -> None:
         """Finish the deliveries in flight, then close the client."""
-        self._running.cancel()
+        if not self._running.cancelling():  # a second one would cut the first one off
+            self._running.cancel()
         await asyncio.wait({self._running})
         await self._client.aclose()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+import aiohttp
 from sqlalchemy import ForeignKey, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -37,7 +38,8 @@ class Tenant(Table):
 
     __tablename__ = "tenants"
 
-    name: Mapped[str] = mapped_column(primary_key=True)  # in logs, metrics and schemas: [a-z0-9_], and of no person
+    # In logs, metrics and schemas (`keyless_` and it, 50 characters at most): [a-z0-9_]{1,42}, and of no person.
+    name: Mapped[str] = mapped_column(primary_key=True)
     api_key: Mapped[str]  # a real site encrypts it, with a key from elsewhere
     region: Mapped[str] = mapped_column(server_default="eu")
     base_url: Mapped[str | None]  # in place of the region's: a sandbox's, for tests
@@ -58,13 +60,15 @@ class Approval(Table):
     order_id: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[str]
     ticket: Mapped[str]
-    state: Mapped[str] = mapped_column(default="asked")  # then approved, refused or timed out
+    state: Mapped[str] = mapped_column(default="asking")  # then asked; approved, refused or timed out
 
 
-def make_client(tenant: Tenant) -> KeylessClient:
-    """Make the client of a tenant."""
+def make_client(tenant: Tenant, session: aiohttp.ClientSession | None = None) -> KeylessClient:
+    """Make the client of a tenant, with a session of its own by default."""
     region = None if tenant.base_url else tenant.region
-    return KeylessClient(lambda: tenant.api_key, region=region, base_url=tenant.base_url, name=tenant.name)
+    return KeylessClient(
+        lambda: tenant.api_key, region=region, base_url=tenant.base_url, session=session, name=tenant.name
+    )
 
 
 class Registry(Generic[T]):
@@ -74,6 +78,7 @@ class Registry(Generic[T]):
         self._make = make
         self._running: dict[str, tuple[Tenant, T]] = {}
         self._closing: set[asyncio.Task[object]] = set()
+        self._not_made: dict[str, str] = {}  # the errors that were logged
         self._following: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:
@@ -116,8 +121,11 @@ class Registry(Generic[T]):
                 closing = asyncio.create_task(each.aclose())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
+        not_made, self._not_made = self._not_made, {}
         for name in now.keys() - self._running.keys():
             try:
                 self._running[name] = now[name], self._make(now[name])
             except ConfigurationError as error:  # such as an unknown region: of this tenant alone
-                log.warning("tenant %s: %s", name, error)
+                self._not_made[name] = str(error)
+                if not_made.get(name) != str(error):  # and not at each reading
+                    log.warning("tenant %s: %s", name, error)

@@ -4,9 +4,11 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, NamedTuple
 
 from fastapi import Depends, FastAPI, HTTPException
+from sqlalchemy import update
 from sqlalchemy.dialects.postgresql import insert
 from tenants import Approval, Registry, Table, engine, make_client, sessions
 
@@ -23,6 +25,8 @@ from aiokeyless.shutdown import close_on_signals
 
 log = logging.getLogger("tenants")
 EXPIRES_IN = 120.0  # seconds for an approval
+LATE = timedelta(seconds=2)  # after them, for a browser on its way: what is found later pays nothing
+OPEN = ("asking", "asked")  # asking: the answer to the create may be lost, and the phone was not told
 clients = Registry(make_client)
 
 
@@ -70,17 +74,22 @@ async def ask(order: str, who: Annotated[Login, Depends(login)]) -> dict[str, st
         await session.execute(insert(Approval).values(values).on_conflict_do_nothing())
     row = await find(order, who)
     ticket = ApprovalTicket.from_json(row.ticket)
-    if row.state == "asked" and ticket.remaining():
+    if row.state == "asking" and ticket.remaining():
         try:
             await client.create_operation(
                 who.user_id, operation_id=ticket.operation_id, operation_payload=text, if_exists="resume"
             )
-            # here, notify the phone
         except AlreadyApprovedError:
             pass  # `approval` finds it
         except KeylessError as error:
-            log.warning("%s of %r: %s", order, client, error)
+            log.warning("%r of %r: %s", order, client, error)
             return {"state": "not asked"}  # perhaps: the browser asks once more
+        async with sessions.begin() as session:
+            told = update(Approval).where(Approval.tenant == who.tenant, Approval.order_id == order)
+            told = told.where(Approval.state == "asking").values(state="asked").returning(Approval.order_id)
+            if (await session.scalars(told)).first():
+                notify_phone(ticket)
+        return {"state": "asked"}
     return {"state": row.state}
 
 
@@ -89,7 +98,7 @@ async def approval(order: str, who: Annotated[Login, Depends(login)]) -> dict[st
     """Answer once an order is decided, or after 25 seconds that it is pending: the caller then asks again."""
     row = await find(order, who)
     client = clients.get(who.tenant)
-    if row.state != "asked" or client is None:
+    if row.state not in OPEN or client is None:
         return {"state": row.state if client else "unknown"}
     try:
         ticket = ApprovalTicket.from_json(row.ticket)
@@ -102,9 +111,14 @@ async def approval(order: str, who: Annotated[Login, Depends(login)]) -> dict[st
     except ApprovalError:  # a PIN, or an answer about something else
         state = await decide(row, "refused")
     except KeylessError as error:  # such as a wrong key
-        log.warning("%s of %r: %s", order, client, error)
+        log.warning("%r of %r: %s", order, client, error)
         state = "unknown"
     return {"state": state}
+
+
+def notify_phone(ticket: ApprovalTicket) -> None:
+    """Send a push notification: your own function. It is called once, after the operation is there."""
+    print(f"push to {ticket.user_id}: {ticket.operation_id}", flush=True)
 
 
 async def find(order: str, who: Login) -> Approval:
@@ -122,7 +136,8 @@ async def decide(asked: Approval, state: str) -> str:
         row = await session.get(Approval, (asked.tenant, asked.order_id), with_for_update=True)
         if row is None:  # the tenant was deleted
             raise HTTPException(404)
-        if row.state == "asked":
-            row.state = state
-            # here, if that is "approved", store the payment, too
+        if row.state in OPEN:
+            is_late = not ApprovalTicket.from_json(row.ticket).remaining(datetime.now(UTC) - LATE)
+            row.state = "timed out" if state == "approved" and is_late else state
+            # here, if it is "approved" now, store the payment, too
         return row.state

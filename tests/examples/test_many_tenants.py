@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import re
@@ -179,6 +180,10 @@ async def test_a_tenant_that_cannot_be_made_stops_no_other(shop: Shop, acme: San
     shop.sql("INSERT INTO tenants (name, api_key, region) VALUES ('odd', 'key', 'mars')")
     await until(lambda: "tenant odd: region" in shop.log)
     assert await shop.ask("odd") == "403"
+    shop.sql("ALTER TABLE tenants RENAME TO gone")  # which shows that it is read
+    await until(lambda: shop.log.count("tenants are not read") > 1)
+    shop.sql("ALTER TABLE gone RENAME TO tenants")
+    assert shop.log.count("tenant odd:") == 1
     shop.sql("UPDATE tenants SET region = 'us' WHERE name = 'odd'; ALTER TABLE tenants RENAME TO away")
     await until(lambda: "tenants are not read" in shop.log)
     assert await shop.ask("acme") == "asked"
@@ -232,6 +237,33 @@ async def test_an_approval_after_the_timeout_counts_for_nothing(tmp_path: Path) 
         assert await shop.state("acme") == "timed out"
         sandbox.approve(*sandbox.operations)
         assert await shop.state("acme") == "timed out"
+
+
+async def test_an_approval_that_is_found_long_after_the_end_counts_for_nothing(shop: Shop, acme: Sandbox) -> None:
+    acme.approve(*acme.operations)
+    past = "'2026-01-01T00:00:00+00:00'"
+    shop.sql(f"UPDATE approvals SET ticket = jsonb_set(ticket::jsonb, '{{expires_at}}', to_jsonb({past}::text))")  # noqa: S608
+    assert [await shop.state("acme") for _ in range(2)] == ["timed out"] * 2
+
+
+async def test_an_order_writes_no_lines_of_a_log(shop: Shop) -> None:
+    down = await shop.sandbox()
+    shop.add("acme", down)
+    await shop.until("asked", shop.ask, "acme")
+    await down.aclose()
+    assert await shop.ask("acme", "1%0Aforged") == "not asked"
+    await until(lambda: r"'1\nforged' of" in shop.log)
+    assert "\nforged" not in shop.log
+
+
+async def test_a_phone_is_notified_once(shop: Shop, acme: Sandbox) -> None:
+    acme.fail_next(status=400)
+    assert await shop.ask("acme", "order-2") == "not asked"
+    assert shop.sql("SELECT state FROM approvals WHERE order_id = 'order-2'") == [["asking"]]
+    assert [await shop.ask("acme", "order-2") for _ in range(3)] == ["asked"] * 3
+    assert await asyncio.gather(*(shop.ask("acme", "order-3") for _ in range(5))) == ["asked"] * 5
+    await until(lambda: shop.log.count("push to C0FFEE") >= 3)
+    assert shop.log.count("push to C0FFEE") == len(acme.operations) == 3
 
 
 @pytest.fixture
@@ -361,6 +393,34 @@ async def test_each_tenant_has_a_worker_that_starts_again_and_stops_no_other(
         signal.raise_signal(signal.SIGTERM)
         async with asyncio.timeout(PATIENCE):
             await running
+
+
+async def test_a_worker_that_is_closed_twice_finishes_its_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, draining, drained = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    done: list[bool] = []
+
+    class Worker:
+        async def __aenter__(self) -> None:
+            entered.set()
+
+        async def __aexit__(self, *_: object) -> None:
+            draining.set()
+            await drained.wait()
+            done.append(True)
+
+    monkeypatch.setattr(tenant_workers, "PostgresBroker", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(tenant_workers, "ApprovalWorker", lambda *_: Worker())
+    tenant = tenants.Tenant(name="acme", api_key="key", region="eu", base_url=None, state="active")
+    supervisor = tenant_workers.Supervisor(tenant, None)  # type: ignore[arg-type]  # nobody uses the pool
+    await entered.wait()
+    closing = [asyncio.create_task(supervisor.aclose())]
+    await draining.wait()
+    closing.append(asyncio.create_task(supervisor.aclose()))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    drained.set()
+    await asyncio.gather(*closing)
+    assert done == [True]
 
 
 async def outcome(database: str, schema: str, order: str = "order-1") -> None:
