@@ -11,10 +11,10 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int
 
@@ -28,7 +28,7 @@ _AGAIN: Final = 0.05
 class Closable(Protocol):
     """Anything with `aclose`: a client, an `AsyncExitStack`, your own class. Closing it again must do no harm."""
 
-    def aclose(self) -> Coroutine[Any, Any, object]:
+    async def aclose(self) -> object:
         """Close it."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import jwt
+import jwt.types
 from aiohttp import web
 
 from aiokeyless import ApprovalTicket, KeylessClient
