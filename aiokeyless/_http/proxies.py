@@ -42,30 +42,17 @@ def find_proxy(base_url: str) -> Secret | None:
 
 def read_environment(base_url: str) -> Secret | None:
     """Return the proxy that the environment names for a service; it may be of any kind."""
-    return None if _is_excepted(base_url) else _named(base_url)
-
-
-def why_unused(base_url: str, *, trust_env: bool) -> str | None:
-    """Return why a client does not use a proxy that it could; None if the environment names no such proxy for it."""
-    proxy = _named(base_url)
-    if proxy is None or _scheme_of(proxy) != "http":
-        return None
-    if _is_excepted(base_url):
-        return "$NO_PROXY excepts this host"
-    return None if trust_env else "make the client, or its session, with trust_env=True"
-
-
-def _is_excepted(base_url: str) -> bool:
-    service = URL(base_url)
-    return bool(proxy_bypass(f"{service.host}:{service.port}"))
-
-
-def _named(base_url: str) -> Secret | None:
-    proxies = getproxies()
+    host, proxies = URL(base_url).host or "", getproxies()
     named = proxies.get("https") or proxies.get("all")
-    if not named or is_loopback(URL(base_url).host or ""):
+    if not named or is_loopback(host) or is_excepted(base_url):
         return None
     return Secret(named if "://" in named else f"http://{named}")
+
+
+def is_excepted(base_url: str) -> bool:
+    """Return whether ``$NO_PROXY`` excepts a service's host."""
+    service = URL(base_url)
+    return bool(proxy_bypass(f"{service.host}:{service.port}"))
 
 
 def options_for(proxy: Secret) -> dict[str, Any]:

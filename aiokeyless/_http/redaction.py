@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import traceback
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -118,9 +117,3 @@ def _build_pattern(character: str) -> str:
         # Runs of blanks are folded in the key, but perhaps not in the text.
         return f"(?:{'|'.join(forms)}|[+])+"
     return f"(?:{'|'.join(forms)})"
-
-
-def find_place(failure: BaseException) -> str:
-    """Return the file and the line that raised what others' code has raised: its text may be secret."""
-    *_, (frame, line) = traceback.walk_tb(failure.__traceback__)
-    return f"{frame.f_code.co_filename}:{line}"

@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 import time
+import traceback
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -42,8 +43,7 @@ from . import protocol
 from .calls import Call, Calls
 from .content import UnusableContentError, decode_content, larger_than
 from .meter import Meter
-from .proxies import options_for, why_unused
-from .redaction import find_place
+from .proxies import is_excepted, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -472,8 +472,7 @@ class Transport:
             return TransportError(f"{method} {path}: {failure}", method=method, path=path)
         # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
         sent = not isinstance(failure, _NOT_CONNECTED)
-        cause, tls_error = _find_system_error(failure), _find_tls_error(failure)
-        place = None if isinstance(failure, aiohttp.ClientError | OSError) else find_place(failure)
+        cause, tls_error, place = _find_system_error(failure), _find_tls_error(failure), _find_place(failure)
         kind: type[TransportError] = RequestTimeoutError
         what = f"took longer than request_timeout={self.request_timeout:g} s"
         if not isinstance(failure, TimeoutError):
@@ -500,11 +499,13 @@ class Transport:
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
             return "what came is not well-formed HTTP/1.1; check base_url"
+        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
         # A firewall that drops what does not come from the proxy lets connecting time out.
-        if self._proxy is None and isinstance(failure, (*_NOT_CONNECTED, TimeoutError)):
-            why = why_unused(str(self._base), trust_env=self._session.trust_env)
-            if why is not None:
-                return f"$HTTPS_PROXY (or $ALL_PROXY) is set, but not used: {why}"
+        if is_named and self._proxy is None and isinstance(failure, (*_NOT_CONNECTED, TimeoutError)):
+            excepted = "$NO_PROXY excepts this host" if is_excepted(str(self._base)) else ""
+            if excepted or not self._session.trust_env:
+                why = excepted or "make the client, or its session, with trust_env=True"
+                return f"$HTTPS_PROXY is set, but not used: {why}"
         return "try again later"
 
     def _advise_on_tls(self, error: ssl.SSLError) -> str | None:
@@ -646,6 +647,14 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
     while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
         failure = failure.__cause__ or failure.__context__
+
+
+def _find_place(failure: BaseException) -> str | None:
+    """Return the file and the line that raised what is neither aiohttp's nor the system's: its text may be secret."""
+    if isinstance(failure, aiohttp.ClientError | OSError):
+        return None
+    *_, (frame, line) = traceback.walk_tb(failure.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"
 
 
 def _describe_tls(tls_error: ssl.SSLError, redaction: Redaction) -> str | None:

@@ -125,7 +125,7 @@ def test_placeholder_among_the_keys_makes_no_answer_an_echo() -> None:
 
 
 WRONG: dict[str, tuple[object, str]] = {
-    "it raises": (LookupError(FIRST), "api_key must be a function that returns the key; it raised LookupError at "),
+    "it raises": (LookupError(FIRST), "api_key must be a function that returns the key; it raised LookupError"),
     "nothing": (None, "no API key: pass api_key or set KEYLESS_API_KEY"),
     "bytes": (FIRST.encode(), "api_key must be a string, not bytes"),
     "a blank": (" ", "api_key is empty: pass the server key of your Keyless tenant or set KEYLESS_API_KEY"),
@@ -159,7 +159,7 @@ async def test_wrong_key_for_a_moment_is_a_failure_of_the_moment(
         await client.wait_for_approval(ticket)
         assert loop.time() < 11.5
     [warning] = [record for record in caplog.records if "go on: " in record.getMessage()]
-    assert f"it raised LookupError at {__file__}:" in warning.getMessage()
+    assert "it raised LookupError" in warning.getMessage()
 
 
 @pytest.mark.looptime

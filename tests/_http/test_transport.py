@@ -42,7 +42,7 @@ from aiokeyless import (
     TransportError,
     __version__,
 )
-from aiokeyless._http import protocol, proxies, transport
+from aiokeyless._http import protocol, transport
 from aiokeyless._http.keys import ApiKeys
 
 if TYPE_CHECKING:
@@ -253,7 +253,6 @@ async def test_request_timeout_is_exact(seconds: float) -> None:
 
 async def test_connecting_counts_into_request_timeout_and_may_need_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
-    monkeypatch.setattr(proxies, "is_loopback", lambda _host: False)
     with unanswered() as url:
         async with once(url.replace("http:", "https:"), request_timeout=6.2) as client:
             started = now()
