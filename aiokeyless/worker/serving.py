@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from .broker import Broker
     from .decisions import Decided, Decision
-    from .messages import ApprovalEvent, ApprovalRequest, Delivery, Message
+    from .messages import ApprovalRequest, Delivery, Message
 
 #: Seconds before each check of a refused key. If all checks are refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -403,19 +403,15 @@ class Serving:
                     self._reporter.report_creation(decision.created)
                     self._announcements.add(decision.created)
             return
-        event = await self._add_asked(message, decision.event)
+        event = decision.event
+        if event.asked is False:  # if it expired: whether the user was asked, or may have been
+            event = msgspec.structs.replace(event, asked=await self._may_have_asked(message))
         if is_traceparent(message.traceparent):  # any sender may set it to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
         is_new = await self._broker.decide(message, event)
         self._reporter.report_outcome(event, is_new=is_new)
         if is_new:
             self._learn(decision)
-
-    async def _add_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
-        """Return the event; if it expired, it now says whether the user was asked, or may have been."""
-        if event.asked is not False:
-            return event
-        return msgspec.structs.replace(event, asked=await self._may_have_asked(message))
 
     async def _may_have_asked(self, message: Message) -> bool:
         """Return whether a request's user may have been asked.
