@@ -115,7 +115,8 @@ class Actor:
     @property
     def operation_id(self) -> str:
         """Its operation id, unless the client makes one."""
-        return f"{self.takes_id_of or self.name}/ä?#%"
+        # The phone chooses any id; the client creates none with a slash.
+        return f"{self.takes_id_of or self.name}{'/' if self.creates == 'phone' else ' '}ä?#%"
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ def truth_about_creation(evidence: Evidence, faults: Sequence[Fault]) -> Iterato
 
 def _wrong_end(create: ObservedCreate, exchanges: list[Exchange], true: Stored | None) -> str:
     """Return why the end of a create is wrong; the empty text where it is right."""
+    if create.outcome == "InvalidIdentifierError":
+        return "the story tries nothing: the client sends no such id"
     own = {exchange.number for exchange in exchanges if exchange.method == "POST"}
     is_own = true is not None and true.created_by in own
     if create.outcome in {"created", "reconciled"}:

@@ -167,6 +167,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (create(outcome="ServerError", operation_id=None), "exactly one"),
     (stored(0, payload="Pay 9 to Mallory"), "truth about creation"),
     (create(outcome="ConflictStatusError"), "truth about creation"),
+    (create(outcome="InvalidIdentifierError"), "truth about creation"),
     (lambda history: history.problems.append("a task is left"), "nothing left behind"),
     (lambda history: history.clients["process 0.1"].leftovers.append("1 waiting"), "nothing left behind"),
 ]
