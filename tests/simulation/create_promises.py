@@ -45,7 +45,7 @@ def _is_ambiguous(post: Exchange) -> bool:
     """Return whether a POST may have taken effect although it did not succeed."""
     if post.status is None:
         return not post.was_refused
-    return post.was_repeated or post.status in {200, 408} or post.status >= 500
+    return (post.was_repeated and post.status == 409) or post.status in {200, 408} or post.status >= 500
 
 
 def created_through_dead_connections(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:

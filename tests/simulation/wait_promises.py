@@ -90,7 +90,7 @@ def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  
     """Return why the end of a wait is wrong; the empty text where it is right."""
     for decisive in _decisive(evidence, wait, budget):
         at = decisive.poll.ended_at
-        # After a standstill, a caller may leave in the turn of the loop in which the answer arrives, and a hold may end.
+        # After a standstill, a caller may leave, or a hold end, in the turn of the loop in which the answer arrives.
         may_end_as = {decisive.outcome, "cancelled", "held"} if evidence.woke_lately(at) else {decisive.outcome}
         if wait.outcome in may_end_as and abs(at - wait.ended_at) <= EPS:
             return ""
