@@ -426,8 +426,7 @@ class ApprovalError(KeylessError):
     Attributes:
         operation_id: The operation of the wait.
         last_operation: The answer of the deciding poll; None if that poll failed, or no poll was answered.
-        last_error: The last transient failure of the wait; or of its client, if that kept the final poll from being
-            sent; or None.
+        last_error: The last transient failure of the wait, or None.
         polls: Number of polls that were sent for this wait.
         elapsed: Duration of the wait, in seconds.
         ticket: The ticket of the wait; None if it waited for an id.

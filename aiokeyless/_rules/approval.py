@@ -8,6 +8,7 @@ Rule 2 of docs/rules.md. Source: Keyless documentation, Server API / Operations,
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -72,6 +73,7 @@ class Rejection(Enum):
 STATE_PENDING: Final = OperationState.PENDING.value
 _PENDING: Final = Verdict.PENDING
 _FACTORS: Final = frozenset(factor.value for factor in AuthType)
+_PATH: Final = re.compile(r"^[A-Z]+ /\S+ ")
 
 
 class WaitRecord(NamedTuple):
@@ -153,11 +155,19 @@ def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
     return ApprovalTimeoutError(message, **record._asdict())
 
 
-def unknown_error(record: WaitRecord, why: Unanswered) -> ApprovalUnknownError:
-    """Make the error for a wait whose final poll got no answer, or could not be sent."""
-    cause = "" if record.last_error is None else f" (last failure: {record.last_error})"
+def unknown_error(
+    record: WaitRecord, why: Unanswered, others_failure: KeylessError | None = None
+) -> ApprovalUnknownError:
+    """Make the error for a wait whose final poll got no answer, or could not be sent: then others' polls failed."""
+    failure = record.last_error if others_failure is None else describe_apart(others_failure)
+    cause = "" if failure is None else f" (last failure: {failure})"
     message = (
         f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}{cause}; the outcome is "
         f"unknown; before you repeat anything, {record.check}"
     )
     return ApprovalUnknownError(message, **record._asdict())
+
+
+def describe_apart(failure: KeylessError) -> str:
+    """Return the text of an error without its path, which names the operation or the user of another request."""
+    return _PATH.sub("", str(failure))

@@ -359,11 +359,11 @@ class Machine:
 
     def _end_unknown(self, wait: Wait, now: float) -> None:
         """End a wait whose final polls were not answered in time, or could not be sent."""
-        poll, why = wait.final_poll, Unanswered.FAILED
+        poll, why, others_failure = wait.final_poll, Unanswered.FAILED, None
         if poll is None and not wait.had_final_poll:
             why = self._dispatcher.why_no_final_poll(now)
             if why is not Unanswered.NO_SLOT:  # the wait itself may have failed long ago, or never
-                wait.error = self._last_error
+                others_failure = self._last_error
         elif poll is not None:
             why = Unanswered.NO_ANSWER
             wait.error = self.no_answer(poll, now)
@@ -371,7 +371,7 @@ class Machine:
             if not poll.is_unanswered and now - poll.started_at >= SLOW - RESOLUTION:
                 poll.is_unanswered = True
                 self._record_error(poll, wait.error, now)
-        self.end(wait, unknown_error(_record(wait, now), why), now)
+        self.end(wait, unknown_error(_record(wait, now), why, others_failure), now)
 
     # -- events: a poll ends
 

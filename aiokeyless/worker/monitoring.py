@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Sized
 from typing import Final
 
 import msgspec
 
 from aiokeyless._listeners import Listeners
+from aiokeyless._rules.approval import describe_apart
 from aiokeyless._rules.budget import Budget, ServiceWatch
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
@@ -38,7 +38,6 @@ _STALLED_FOR: Final = 30.0
 #: Seconds for which a refusal counts: longer than the lease, after which the broker repeats the delivery.
 _REFUSED_FOR: Final = 60.0
 _SLOW: Final = "its answers take too long"
-_PATH: Final = re.compile(r"^[A-Z]+ /\S+ ")  # which names another request's operation or user
 _COUNTS: Final = ("deliveries", "polls", "created", *Outcome, "duplicates", "transient_failures", "unsettled")
 #: Numbers of the workers of this process.
 _WORKERS: Final = itertools.count(1)
@@ -250,7 +249,7 @@ class WorkerReporter:
 
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
-        self.last_failure = _SLOW if failure is None else _PATH.sub("", str(failure))
+        self.last_failure = _SLOW if failure is None else describe_apart(failure)
         change = self._service.notice(self._budget, failure, self._now())
         if change is None:
             return
