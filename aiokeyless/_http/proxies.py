@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from base64 import b64encode
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.request import getproxies, proxy_bypass
 
 from yarl import URL
@@ -15,6 +15,9 @@ from yarl import URL
 from aiokeyless._validation import is_loopback
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Secret
+
+if TYPE_CHECKING:
+    import aiohttp
 
 logger: Final = logging.getLogger("aiokeyless")
 
@@ -42,17 +45,35 @@ def find_proxy(base_url: str) -> Secret | None:
 
 def read_environment(base_url: str) -> Secret | None:
     """Return the proxy that the environment names for a service; it may be of any kind."""
-    host, proxies = URL(base_url).host or "", getproxies()
-    named = proxies.get("https") or proxies.get("all")
-    if not named or is_loopback(host) or is_excepted(base_url):
+    return None if _is_excepted(base_url) else _find_named(base_url, "https", "all")
+
+
+def why_unused(base_url: str, borrowed: aiohttp.ClientSession | None) -> str | None:
+    """Return why a client without a proxy does not use the one that the environment names; None if it could not.
+
+    On a session that it borrows, aiohttp would find the proxy, and does not read ``$ALL_PROXY``.
+    """
+    proxy = _find_named(base_url, *(("https", "all") if borrowed is None else ("https",)))
+    if proxy is None or _scheme_of(proxy) != "http":
         return None
-    return Secret(named if "://" in named else f"http://{named}")
+    if _is_excepted(base_url):
+        return "$NO_PROXY excepts this host"
+    if borrowed is not None and borrowed.trust_env:
+        return None
+    return "make the client, or its session, with trust_env=True"
 
 
-def is_excepted(base_url: str) -> bool:
-    """Return whether ``$NO_PROXY`` excepts a service's host."""
+def _is_excepted(base_url: str) -> bool:
     service = URL(base_url)
     return bool(proxy_bypass(f"{service.host}:{service.port}"))
+
+
+def _find_named(base_url: str, *schemes: str) -> Secret | None:
+    proxies = getproxies()
+    named = next(filter(None, map(proxies.get, schemes)), None)
+    if not named or is_loopback(URL(base_url).host or ""):
+        return None
+    return Secret(named if "://" in named else f"http://{named}")
 
 
 def options_for(proxy: Secret) -> dict[str, Any]:

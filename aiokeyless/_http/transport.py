@@ -43,7 +43,7 @@ from . import protocol
 from .calls import Call, Calls
 from .content import UnusableContentError, decode_content, larger_than
 from .meter import Meter
-from .proxies import is_excepted, options_for
+from .proxies import options_for, why_unused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -499,13 +499,11 @@ class Transport:
             return "the proxy cannot be reached; check its URL"
         if isinstance(failure, aiohttp.ClientResponseError):
             return "what came is not well-formed HTTP/1.1; check base_url"
-        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
         # A firewall that drops what does not come from the proxy lets connecting time out.
-        if is_named and self._proxy is None and isinstance(failure, (*_NOT_CONNECTED, TimeoutError)):
-            excepted = "$NO_PROXY excepts this host" if is_excepted(str(self._base)) else ""
-            if excepted or not self._session.trust_env:
-                why = excepted or "make the client, or its session, with trust_env=True"
-                return f"$HTTPS_PROXY is set, but not used: {why}"
+        if self._proxy is None and isinstance(failure, (*_NOT_CONNECTED, TimeoutError)):
+            why = why_unused(str(self._base), None if self._owned_sessions else self._session)
+            if why is not None:
+                return f"$HTTPS_PROXY (or $ALL_PROXY) is set, but not used: {why}"
         return "try again later"
 
     def _advise_on_tls(self, error: ssl.SSLError) -> str | None:

@@ -7,6 +7,7 @@ import base64
 import logging
 import os
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -154,16 +155,27 @@ async def test_proxy_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyP
     assert "the proxy cannot be reached; check its URL" in str(error)
 
 
-@pytest.mark.parametrize("lends", [False, True], ids=["own session", "borrowed session"])
+@pytest.mark.parametrize(
+    ("name", "proxy", "lends", "advised"),
+    [
+        *(("HTTPS_PROXY", PROXY, lends, True) for lends in (False, True)),
+        *(("ALL_PROXY", PROXY, lends, not lends) for lends in (False, True)),  # which aiohttp does not read
+        *(("HTTPS_PROXY", proxy, False, False) for proxy in ("socks5://proxy.example", "http://", "")),
+        ("HTTP_PROXY", PROXY, False, False),
+    ],
+)
 async def test_proxy_that_is_not_used_is_named_if_no_connection_can_be_made(
-    monkeypatch: pytest.MonkeyPatch, *, lends: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, proxy: str, *, lends: bool, advised: bool
 ) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", PROXY)
+    async def resolve(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    monkeypatch.setenv(name, proxy)
     async with aiohttp.ClientSession() as session:
-        base_url = refused().replace("http:", "https:")
-        client = KeylessClient("key", base_url=base_url, max_attempts=1, session=session if lends else None)
-        error = await failure(client)
-    assert str(error).endswith("is set, but not used: make the client, or its session, with trust_env=True")
+        error = await failure(once(session=session if lends else None))
+    advice = "is set, but not used: make the client, or its session, with trust_env=True"
+    assert str(error).endswith(advice if advised else "; try again later")
     assert "proxy.example" not in str(error)
 
 

@@ -149,7 +149,7 @@ async def test_an_exception_from_the_proxy_is_named(
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", excepted)
     why = await fail(SERVICE, trust_env=trust_env)
-    assert why.endswith("$HTTPS_PROXY is set, but not used: $NO_PROXY excepts this host")
+    assert why.endswith("$HTTPS_PROXY (or $ALL_PROXY) is set, but not used: $NO_PROXY excepts this host")
 
 
 @pytest.mark.parametrize(
