@@ -9,7 +9,7 @@ from aiokeyless._validation import read_api_key
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Secret
 
-from .redaction import Redaction
+from .redaction import Redaction, find_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,8 +82,9 @@ def _read(ask: Callable[[], object]) -> Secret:
         key = read_api_key(ask())
     # Its traceback and its text may contain a key.
     except Exception as error:  # noqa: BLE001  # an application's function
+        raised = f"{type(error).__name__} at {find_place(error)}"
         key = ConfigurationError(
-            f"api_key must be a function that returns the key; it raised {type(error).__name__}", argument="api_key"
+            f"api_key must be a function that returns the key; it raised {raised}", argument="api_key"
         )
     del ask
     if isinstance(key, ConfigurationError):

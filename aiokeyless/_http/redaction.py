@@ -1,9 +1,13 @@
-"""`Redaction`: makes text of an answer printable, short, and free of API keys in any encoding, for errors."""
+"""`Redaction`: makes text of an answer printable, short, and free of API keys in any encoding, for errors.
+
+Text of an exception that others' code raised is not used at all: see `find_place`.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
+import traceback
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -117,3 +121,13 @@ def _build_pattern(character: str) -> str:
         # Runs of blanks are folded in the key, but perhaps not in the text.
         return f"(?:{'|'.join(forms)}|[+])+"
     return f"(?:{'|'.join(forms)})"
+
+
+def find_place(failure: BaseException) -> str:
+    """Return the file and the line at which others' code raised an exception, whose text may be secret.
+
+    The innermost frame may be in a module that Python froze, as `os.environ` is: it has no file.
+    """
+    frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(failure.__traceback__))
+    *_, (file, line) = (place for place in frames if not place[0].startswith("<frozen "))
+    return f"{file}:{line}"

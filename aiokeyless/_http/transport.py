@@ -16,7 +16,6 @@ import socket
 import ssl
 import sys
 import time
-import traceback
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -44,6 +43,7 @@ from .calls import Call, Calls
 from .content import UnusableContentError, decode_content, larger_than
 from .meter import Meter
 from .proxies import options_for, why_unused
+from .redaction import find_place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -472,7 +472,8 @@ class Transport:
             return TransportError(f"{method} {path}: {failure}", method=method, path=path)
         # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
         sent = not isinstance(failure, _NOT_CONNECTED)
-        cause, tls_error, place = _find_system_error(failure), _find_tls_error(failure), _find_place(failure)
+        cause, tls_error = _find_system_error(failure), _find_tls_error(failure)
+        place = None if isinstance(failure, aiohttp.ClientError | OSError) else find_place(failure)
         kind: type[TransportError] = RequestTimeoutError
         what = f"took longer than request_timeout={self.request_timeout:g} s"
         if not isinstance(failure, TimeoutError):
@@ -645,14 +646,6 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
     while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
         failure = failure.__cause__ or failure.__context__
-
-
-def _find_place(failure: BaseException) -> str | None:
-    """Return the file and the line that raised what is neither aiohttp's nor the system's: its text may be secret."""
-    if isinstance(failure, aiohttp.ClientError | OSError):
-        return None
-    *_, (frame, line) = traceback.walk_tb(failure.__traceback__)
-    return f"{frame.f_code.co_filename}:{line}"
 
 
 def _describe_tls(tls_error: ssl.SSLError, redaction: Redaction) -> str | None:

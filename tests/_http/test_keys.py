@@ -159,7 +159,14 @@ async def test_wrong_key_for_a_moment_is_a_failure_of_the_moment(
         await client.wait_for_approval(ticket)
         assert loop.time() < 11.5
     [warning] = [record for record in caplog.records if "go on: " in record.getMessage()]
-    assert "it raised LookupError" in warning.getMessage()
+    assert f"it raised LookupError at {__file__}:" in warning.getMessage()
+
+
+async def test_line_that_raised_is_one_that_has_a_file() -> None:
+    frozen = compile("{}['KEY']", "<frozen os>", "eval")
+    async with KeylessClient(lambda: str(eval(frozen)), base_url=URL) as client:  # noqa: S307
+        error = await failure(client.get_operation("a"))
+    assert f"it raised KeyError at {__file__}:" in str(error)
 
 
 @pytest.mark.looptime
