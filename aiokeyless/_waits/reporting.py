@@ -51,8 +51,7 @@ class Reporter:
         self._who = "" if client is None else f"client {client!r}: "
         self._service = ServiceWatch()
         self._late_since: float | None = None  # the first of the late polls; None: the last one was in time
-        self._late_logged = False
-        self._warned_at = -math.inf
+        self._warned_at = self._late_warned_at = -math.inf
 
     # -- events of waits and polls
 
@@ -138,14 +137,14 @@ class Reporter:
             self._listeners.tell(change)
 
     def report_lag(self, lag: float, now: float, *, waiting: int) -> None:
-        """Log once that polls have been late for a while although the service is well, until one is in time again."""
+        """Log, once a minute, that polls have been late for a while although the service is well."""
         if lag < _LATE or self._service.is_failing:
             self._late_since = None
             return
         if self._late_since is None:
-            self._late_since, self._late_logged = now, False
-        if now - self._late_since > _LATE_FOR and not self._late_logged:
-            self._late_logged = True
+            self._late_since = now
+        if now - self._late_since > _LATE_FOR and now - self._late_warned_at >= _WARN_AGAIN:
+            self._late_warned_at = now
             logger.warning(
                 "%spolls have been late for over %.0f s, now by %.1f s, with %d waits: unless Keyless answers 429, "
                 "raise max_in_flight or max_polls_per_second, or give the process more CPU",
