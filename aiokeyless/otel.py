@@ -5,6 +5,7 @@ It is a listener: see `aiokeyless.events`. Without an SDK it records nothing. If
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -154,7 +155,8 @@ class OpenTelemetryListener:
             case WorkerInspected():
                 self._record_worker(event)
             case ServiceChanged():
-                self._services[event.client] += 1 if event.is_failing else -1
+                with _LOCK:  # each client may have a thread of its own
+                    self._services[event.client] += 1 if event.is_failing else -1
             case OperationCreated():  # it names a user, and the request is recorded
                 pass
             case _:
@@ -251,6 +253,7 @@ class _Observed(NamedTuple):
     workers: dict[int, WorkerInspected]  # the last report of each one that runs, by its number
 
 
+_LOCK: Final = threading.Lock()
 _OBSERVED: Final[WeakKeyDictionary[MeterProvider, _Observed]] = WeakKeyDictionary()
 
 
