@@ -24,7 +24,7 @@ from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import Broker
 from .brokers import broker_for, hide_url
-from .logs import log
+from .logs import log, name_client
 from .messages import ApprovalRequest
 from .monitoring import WorkerStatistics
 from .processor import CREATES_FOR, check_key
@@ -91,6 +91,7 @@ class ApprovalWorker:
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client
+        self._who = name_client(client.name)
         check_handler(on_created, "on_created")
         self._on_created = on_created
         self._schedule = check_schedule(schedule) or wait_adaptive()
@@ -194,7 +195,7 @@ class ApprovalWorker:
 
     async def _work(self) -> None:
         transport = transport_of(self._client).with_max_attempts(1)
-        await check_key(transport)
+        await check_key(transport, self._who)
         if self._is_owner:
             await self._broker.open()
         try:
@@ -240,5 +241,5 @@ class ApprovalWorker:
         """End because of an error that is this worker's or its broker's, and not a request's."""
         if self._fatal is None:
             self._fatal = error
-            log(logging.ERROR, "worker.unfit", {"error": str(error)})
+            log(logging.ERROR, "worker.unfit", {**self._who, "error": str(error)})
             self.stop()

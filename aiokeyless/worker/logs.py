@@ -28,6 +28,11 @@ def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, ex
         _logger.log(level, "%s", line, extra={"event": event, "facts": facts}, exc_info=exc_info)
 
 
+def name_client(client: str | None) -> dict[str, str]:
+    """Return the fact that begins each line of a whole worker: its client's name, if it has one."""
+    return {} if client is None else {"client": client}
+
+
 class RateLimitedLog:
     """An event that others can cause at will. It is logged at once, and then once a minute with its count."""
 

@@ -29,7 +29,7 @@ from aiokeyless.events import (
 from aiokeyless.models import Operation
 
 from .broker import Broker, RefusedError, UnavailableError
-from .logs import RateLimitedLog, log
+from .logs import RateLimitedLog, log, name_client
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Message, Outcome, RequestHead
 
 _EVERY: Final = 5.0  # seconds between two inspections
@@ -126,7 +126,7 @@ class WorkerReporter:
         self.is_draining: bool = False
         self.key_refusal: KeylessError | None = None  # why Keyless seems to refuse the key
         self.last_failure: str = _SLOW  # of an exchange, if none was answered well since
-        self.who: dict[str, str] = {} if listeners.client is None else {"client": listeners.client}
+        self.who: dict[str, str] = name_client(listeners.client)
         """Begins the facts of the log lines of the whole worker."""
         self.take_failure: str | None = None  # of the last take: a full disk fails takes alone, and no inspection
 
@@ -181,7 +181,7 @@ class WorkerReporter:
             self._on_loss(error)
             return
         except Exception as error:  # noqa: BLE001  # a bug: /readyz must not keep its last figures as if all were well
-            log(logging.ERROR, "inspection.failed", exc_info=True)
+            log(logging.ERROR, "inspection.failed", self.who, exc_info=True)
             self._silence = f"{type(error).__name__}; see the log"
             return
         self._silence = None

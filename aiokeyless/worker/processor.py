@@ -73,8 +73,8 @@ CREATES_FOR: Final = 5.0
 _LATE_REPEATS: Final = 2
 
 
-async def check_key(transport: Transport) -> None:
-    """Raise what Keyless says against the key. If Keyless does not answer, the check passes."""
+async def check_key(transport: Transport, who: dict[str, str]) -> None:
+    """Raise what Keyless says against the key. If Keyless does not answer, the check passes; `who` begins its line."""
     try:
         await transport.fetch(get_operation(_NO_OPERATION))
     except NotFoundError:
@@ -82,7 +82,8 @@ async def check_key(transport: Transport) -> None:
     except KeylessError as error:
         if not error.is_transient:
             raise
-        log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
+        # It may come back while requests wait.
+        log(logging.WARNING, "keyless.unreachable", {**who, "error": str(error)})
 
 
 class DeliveryProcessor:

@@ -144,7 +144,7 @@ class Serving:
         """Process deliveries until `stop` is called, and then until those in flight are done."""
         watching = self._loop.create_task(self._reporter.watch())
         try:
-            log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
+            log(logging.INFO, "worker.ready", {**self._reporter.who, "max_in_flight": self._limits.max_in_flight})
             while not self._reporter.is_draining:
                 self._changed.clear()
                 await self._take_more(self._loop.time())
@@ -195,7 +195,7 @@ class Serving:
             return
         messages = taken.result()
         if self._silences:
-            log(logging.INFO, "broker.available")
+            log(logging.INFO, "broker.available", self._reporter.who)
         self._silences, self._reporter.take_failure = 0, None
         newer = {message for message in messages if self._is_for_newer_workers(message)}
         known = [message for message in messages if message not in newer]
@@ -247,13 +247,13 @@ class Serving:
 
     async def _drain(self) -> None:
         """Finish the deliveries in flight, and the calls of `on_created`."""
-        log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
+        log(logging.INFO, "worker.draining", {**self._reporter.who, "in_flight": len(self._deliveries)})
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
         await self._announcements.drain()
         facts: dict[str, object] = msgspec.to_builtins(self.statistics())
         del facts["problems"]
-        log(logging.INFO, "worker.done", facts)
+        log(logging.INFO, "worker.done", self._reporter.who | facts)
 
     async def _abandon(self, watching: asyncio.Task[None]) -> None:
         """Cancel what is still in flight; the broker repeats the deliveries."""
@@ -278,7 +278,7 @@ class Serving:
         for pause in KEY_CHECKS:
             await asyncio.sleep(pause)
             try:
-                await check_key(self._transport)
+                await check_key(self._transport, self._reporter.who)
             except ClientClosedError as closed:
                 error = closed
                 break

@@ -277,7 +277,7 @@ async def test_cancelling_the_start_ends_it(client: KeylessClient, monkeypatch: 
     before = asyncio.all_tasks()
     hanging = asyncio.Event()
 
-    async def hang(_client: KeylessClient) -> None:
+    async def hang(*_: object) -> None:
         hanging.set()
         await asyncio.Event().wait()
 

@@ -103,10 +103,13 @@ async def test_a_client_that_repeats_calls_sends_each_of_a_workers_once(sandbox:
 async def test_keyless_that_is_down_at_the_start_is_waited_for(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless.worker")
     sandbox.fail_next()
-    async with working(sandbox) as (_, memory):
+    async with working(sandbox, name="acme") as (_, memory):
         await ask(sandbox, memory)
-    assert 'keyless.unreachable error="' in caplog.text
+    whole = [line for line in caplog.messages if "operation_id=" not in line]
+    assert whole[0].startswith('keyless.unreachable client="acme" error="')
+    assert all(' client="acme" ' in line for line in whole)
 
 
 @pytest.mark.parametrize(

@@ -155,16 +155,17 @@ async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessCli
 
 @looptime
 async def test_a_worker_that_fails_twice_raises_and_logs_its_first_failure(
-    client: KeylessClient, memory: SqliteBroker, caplog: pytest.LogCaptureFixture
+    sandbox: Sandbox, memory: SqliteBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = ApprovalWorker(client, memory)
-    running = asyncio.create_task(worker.run())
-    await asyncio.sleep(1)
-    worker._fail(BrokerError("first"))
-    worker._fail(BrokerError("second"))
-    with pytest.raises(BrokerError, match="first"):
-        await running
-    assert caplog.messages == ['worker.unfit error="first"']
+    async with sandbox.client(name="acme") as client:
+        worker = ApprovalWorker(client, memory)
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(1)
+        worker._fail(BrokerError("first"))
+        worker._fail(BrokerError("second"))
+        with pytest.raises(BrokerError, match="first"):
+            await running
+    assert caplog.messages == ['worker.unfit client="acme" error="first"']
 
 
 @looptime
