@@ -82,12 +82,15 @@ def is_unexpected(error: KeylessError) -> bool:
     return not error.is_transient or isinstance(error, ConfigurationError)
 
 
-def poll_result(answer: Operation | KeylessError | None) -> PollResult:
-    """Return the result of one poll for listeners, whatever it means for the waits; None: the poll was cut off."""
+def poll_result(answer: Operation | KeylessError | None) -> tuple[PollResult, str | None]:
+    """Return the result of one poll for listeners, whatever it means for the waits, and the error's name if it failed.
+
+    The answer is None if the poll was cut off.
+    """
     if isinstance(answer, Operation):
         if answer.state == STATE_PENDING:
-            return _POLL_PENDING
-        return PollResult.APPROVED if answer.is_approved else PollResult.INVALID
+            return _POLL_PENDING, None
+        return PollResult.APPROVED if answer.is_approved else PollResult.INVALID, None
     if isinstance(answer, NotFoundError):
-        return PollResult.MISSING
-    return PollResult.CUT_OFF if answer is None else PollResult.FAILED
+        return PollResult.MISSING, None
+    return (PollResult.CUT_OFF, None) if answer is None else (PollResult.FAILED, type(answer).__name__)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._rules.budget import ServiceWatch
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import ApprovalError, ApprovalTimeoutError, ApprovalUnknownError, ClientClosedError, KeylessError
-from aiokeyless.events import PollEnded, PollResult, WaitEnded, WaitOutcome, WaitStarted
+from aiokeyless.events import PollEnded, WaitEnded, WaitOutcome, WaitStarted
 from aiokeyless.models import Operation
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ class Reporter:
         """Report a poll; `answer` is None if it was cut off because no wait needed it any more."""
         if self._listeners is None:
             return
-        waits, result = poll.waits, poll_result(answer)
+        waits, (result, error) = poll.waits, poll_result(answer)
         self._listeners.tell(
             PollEnded(
                 waits=(waits[0].number,) if len(waits) == 1 else tuple([wait.number for wait in waits]),
                 operation_id=poll.polled.operation_id,
                 result=result,
-                error=type(answer).__name__ if result is PollResult.FAILED else None,
+                error=error,
                 is_final=poll.final,
                 seconds=now - poll.started_at,
                 lag=poll.lag,

@@ -22,7 +22,6 @@ from aiokeyless.events import (
     OperationCreated,
     OutcomePublished,
     PollEnded,
-    PollResult,
     WaitOutcome,
     WorkerInspected,
 )
@@ -229,13 +228,13 @@ class WorkerReporter:
         self, operation_id: str, answer: Operation | KeylessError, *, is_final: bool, started_at: float
     ) -> None:
         """Report a poll."""
-        result = poll_result(answer)
+        result, error = poll_result(answer)
         self._listeners.tell(
             PollEnded(
                 waits=(),
                 operation_id=operation_id,
                 result=result,
-                error=type(answer).__name__ if result is PollResult.FAILED else None,
+                error=error,
                 is_final=is_final,
                 seconds=self._now() - started_at,
                 lag=None,
