@@ -136,26 +136,28 @@ class ServiceWatch:
     def __init__(self) -> None:
         self.is_failing: bool = False
         """What was noticed last."""
-        self.is_new: bool = False
-        """Whether that is news for listeners."""
-        self.is_logged: bool = False
-        """Whether that is for the log: one pair of lines a minute at most, so the first may come late."""
         self._since = self._logged_at = -math.inf
         self._has_begun = False  # in the log
 
-    def notice(self, budget: Budget, error: KeylessError | None, now: float) -> ServiceChanged | None:
-        """Return the event if it is news, or is to be logged; a good answer has no error."""
-        self.is_new = budget.is_failing is not self.is_failing
-        if self.is_new and budget.is_failing:
+    def notice(
+        self, budget: Budget, error: KeylessError | None, now: float
+    ) -> tuple[ServiceChanged | None, ServiceChanged | None]:
+        """Return the event if it is news for listeners, and the event if it is for the log; a good answer has no error.
+
+        The log has one pair of lines a minute at most, so the first may come late.
+        """
+        is_new = budget.is_failing is not self.is_failing
+        if is_new and budget.is_failing:
             self._since = budget.failing_since
         self.is_failing = budget.is_failing
         if self.is_failing:
-            self.is_logged = not self._has_begun and now - self._logged_at >= _LOGS_EVERY
-            if self.is_logged:
+            is_logged = not self._has_begun and now - self._logged_at >= _LOGS_EVERY
+            if is_logged:
                 self._has_begun, self._logged_at = True, now
         else:
-            self.is_logged, self._has_begun = self._has_begun, False
-        return self._change(budget, error, now) if self.is_new or self.is_logged else None
+            is_logged, self._has_begun = self._has_begun, False
+        change = self._change(budget, error, now) if is_new or is_logged else None
+        return change if is_new else None, change if is_logged else None
 
     def end(self, budget: Budget, error: KeylessError, now: float) -> ServiceChanged | None:
         """Return the event for listeners that count failing services, if this is one: nobody asks it any more."""

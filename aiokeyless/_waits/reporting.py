@@ -109,17 +109,14 @@ class Reporter:
 
     def notice_service(self, budget: Budget, error: KeylessError | None, now: float) -> None:
         """Report, after an answer, that the service has begun to fail or answers again; a good answer has no error."""
-        change = self._service.notice(budget, error, now)
-        if change is None:
-            return
-        if self._service.is_logged and change.is_failing:
+        news, logged = self._service.notice(budget, error, now)
+        if logged is not None and logged.is_failing:
             logger.warning(
-                "%sKeyless fails (last: %s): %d waits go on, with few polls", self._who, error, change.waiting
+                "%sKeyless fails (last: %s): %d waits go on, with few polls", self._who, error, logged.waiting
             )
-        elif self._service.is_logged:
-            logger.info("%sKeyless answers again, %.1f s after the first failure", self._who, change.seconds)
-        if self._service.is_new:
-            self._tell(change)
+        elif logged is not None:
+            logger.info("%sKeyless answers again, %.1f s after the first failure", self._who, logged.seconds)
+        self._tell(news)
 
     def report_unexpected(self, error: KeylessError, now: float) -> None:
         """Log, once a minute, that polls go on after a failure that is not the service's own, or at a limit of rate."""
@@ -129,11 +126,10 @@ class Reporter:
 
     def report_end(self, budget: Budget, now: float) -> None:
         """Report that the client is closed, to listeners that count failing services."""
-        if (change := self._service.end(budget, ClientClosedError(), now)) is not None:
-            self._tell(change)
+        self._tell(self._service.end(budget, ClientClosedError(), now))
 
-    def _tell(self, change: ServiceChanged) -> None:
-        if self._listeners is not None:
+    def _tell(self, change: ServiceChanged | None) -> None:
+        if change is not None and self._listeners is not None:
             self._listeners.tell(change)
 
     def report_lag(self, lag: float, now: float, *, waiting: int) -> None:

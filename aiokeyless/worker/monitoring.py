@@ -249,15 +249,13 @@ class WorkerReporter:
     def report_exchange(self, failure: KeylessError | None) -> None:
         """Report, after an exchange that was answered well or failed, that the service fails or answers again."""
         self.last_failure = _SLOW if failure is None else describe_apart(failure)
-        change = self._service.notice(self._budget, failure, self._now())
-        if change is None:
-            return
-        if self._service.is_logged and change.is_failing:
-            log(logging.WARNING, "keyless.failing", {**self.who, "error": str(failure), "waiting": change.waiting})
-        elif self._service.is_logged:
-            log(logging.INFO, "keyless.answering", {**self.who, "seconds": round(change.seconds, 3)})
-        if self._service.is_new:
-            self._listeners.tell(change)
+        news, logged = self._service.notice(self._budget, failure, self._now())
+        if logged is not None and logged.is_failing:
+            log(logging.WARNING, "keyless.failing", {**self.who, "error": str(failure), "waiting": logged.waiting})
+        elif logged is not None:
+            log(logging.INFO, "keyless.answering", {**self.who, "seconds": round(logged.seconds, 3)})
+        if news is not None:
+            self._listeners.tell(news)
 
     # -- deliveries
 

@@ -183,14 +183,14 @@ def test_new_connections_are_tried_only_in_doubt_and_once_in_one_and_a_half_seco
 def test_its_beginning_and_its_end_are_noticed_once() -> None:
     budget, watch = budget_of(7), ServiceWatch()
     budget.record_failure(100.0, started_at=99.0)
-    assert watch.notice(budget, ERROR, 100.0) is None
+    assert watch.notice(budget, ERROR, 100.0) == (None, None)
     budget.record_failure(110.0, started_at=110.0)
     begun = ServiceChanged(is_failing=True, error="TransportError", seconds=11.0, waiting=7)
-    assert [watch.notice(budget, ERROR, 110.0) for _ in range(2)] == [begun, None]
+    assert [watch.notice(budget, ERROR, 110.0) for _ in range(2)] == [(begun, begun), (None, None)]
     assert watch.is_failing
     budget.record_success(120.0)
     ended = ServiceChanged(is_failing=False, error=None, seconds=21.0, waiting=7)
-    assert [watch.notice(budget, None, 120.0) for _ in range(2)] == [ended, None]
+    assert [watch.notice(budget, None, 120.0) for _ in range(2)] == [(ended, ended), (None, None)]
     assert watch.end(budget, ClientClosedError(), 121.0) is None
 
 
@@ -199,10 +199,12 @@ def test_a_service_that_comes_and_goes_is_logged_once_a_minute() -> None:
     logged = []
     for now in (100.0, 130.0, 145.0, 160.0, 200.0, 220.0):
         budget.record_failure(now, started_at=now - 10.0)
-        assert watch.notice(budget, ERROR, now) is not None
+        begun = watch.notice(budget, ERROR, now)
         budget.record_success(now + 1.0)
-        assert watch.notice(budget, None, now + 1.0) is not None
-        logged.append(watch.is_logged)
+        ended = watch.notice(budget, None, now + 1.0)
+        assert begun[0] is not None
+        assert ended[0] is not None
+        logged.append(ended[1] is not None)
     assert logged == [True, False, False, True, False, True]
 
 
@@ -214,7 +216,7 @@ def test_one_that_goes_within_the_minute_and_stays_away_is_logged_then() -> None
             budget.record_success(now)
         else:
             budget.record_failure(now, started_at=now - 10.0)
-        noticed.append((watch.notice(budget, ERROR, now) is not None and watch.is_new, watch.is_logged))
+        noticed.append(tuple(change is not None for change in watch.notice(budget, ERROR, now)))
     news, logged = (True, True), (False, True)
     assert noticed == [news, news, (True, False), (False, False), logged, (False, False), (False, False)]
 
