@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.errors import CachedAnswerError, ConfigurationError, DecodeError, NotFoundError, StatusError
+from aiokeyless.errors import (
+    CachedAnswerError,
+    ConfigurationError,
+    DecodeError,
+    NotFoundError,
+    RateLimitError,
+    StatusError,
+)
 from aiokeyless.events import PollResult
 from aiokeyless.models import Operation
 
@@ -80,6 +87,11 @@ def is_unexpected(error: KeylessError) -> bool:
     It is a gateway's answer, or about the key: it is refused, or the application's own function returned none.
     """
     return not error.is_transient or isinstance(error, ConfigurationError)
+
+
+def is_logged(error: KeylessError, *, is_limited: bool) -> bool:
+    """Return whether a failure of the moment is for the log: an unexpected one, or a 429 that limits the rate."""
+    return is_limited if isinstance(error, RateLimitError) else is_unexpected(error)
 
 
 def poll_result(answer: Operation | KeylessError | None) -> tuple[PollResult, str | None]:

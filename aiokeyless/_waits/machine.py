@@ -25,7 +25,7 @@ from aiokeyless._rules.approval import (
 from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
 from aiokeyless._rules.budget import Budget
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
-from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_service_well, is_unexpected, poll_verdict
+from aiokeyless._rules.outcome import UNEXPECTED_FOR, YOUNG, is_logged, is_service_well, is_unexpected, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import SLOW
 from aiokeyless.errors import (
@@ -449,16 +449,14 @@ class Machine:
         """Record a transient failure in the budget and, if it is a 429, in the rate."""
         self._failures += 1
         self._last_error = error
-        if is_unexpected(error):
-            self._reporter.report_unexpected(error, now)
         self._budget.record_failure(now, started_at=poll.started_at)
         if isinstance(error, RateLimitError):
             was_good = poll.polled.pending_at is not None and not poll.polled.failures
             self._rate.record_refusal(now, error, started_at=poll.started_at, is_final=poll.final, was_good=was_good)
-            if self._rate.is_limited(now):
-                self._reporter.report_unexpected(error, now)
         else:
             self._rate.record_answer()
+        if is_logged(error, is_limited=self._rate.is_limited(now)):
+            self._reporter.report_unexpected(error, now)
         if isinstance(error, RequestTimeoutError):
             self._dispatcher.record_silence(poll, now)
         self._reporter.notice_service(self._budget, error, now)

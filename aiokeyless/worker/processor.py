@@ -14,7 +14,7 @@ from aiokeyless._http.creation import OperationCreation
 from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
-from aiokeyless._rules.outcome import is_failure, is_service_well, is_unexpected
+from aiokeyless._rules.outcome import is_failure, is_logged, is_service_well
 from aiokeyless.errors import (
     AlreadyApprovedError,
     AuthenticationError,
@@ -326,7 +326,7 @@ class DeliveryProcessor:
                 self._grace.record_pause(self._clock(), self._rate.paused_until - now)
         else:
             self._rate.record_answer()
-        if is_unexpected(error) or (isinstance(error, RateLimitError) and self._rate.is_limited(now)):
+        if is_logged(error, is_limited=self._rate.is_limited(now)):
             self._refused.log({**self._reporter.who, "error": str(error)})
         self._reporter.report_exchange(error)
 
