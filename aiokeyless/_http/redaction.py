@@ -129,5 +129,5 @@ def find_place(failure: BaseException) -> str:
     The innermost frame may be in a module that Python froze, as `os.environ` is: it has no file.
     """
     frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(failure.__traceback__))
-    *_, (file, line) = (place for place in frames if not place[0].startswith("<frozen "))
+    *_, (file, line) = sorted(frames, key=lambda place: not place[0].startswith("<frozen "))  # these come first
     return f"{file}:{line}"
