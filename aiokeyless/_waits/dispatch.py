@@ -172,13 +172,12 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_ordered = self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew
         queues = self._queues_in_use()
-        if is_ordered:
-            if self._alternation.count_untried(1):
+        if self._unproven:
+            if not (self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew):
+                queues = sorted(queues, key=TimerQueue.next_due)
+            elif self._alternation.count_untried(1):
                 queues = (self._untried, *queues)
-        elif self._unproven:
-            queues = sorted(queues, key=TimerQueue.next_due)
         for queue in queues:
             for _ in range(_MOST_SKIPPED):
                 polled = queue.pop_due(now + RESOLUTION)
@@ -187,7 +186,8 @@ class Dispatcher:
                 self._unproven -= polled.rank > 0
                 if waits := polled.active_waits():
                     poll = Poll(polled, now, waits, max(0.0, now - polled.due))
-                    self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
+                    if queues is not self._proven:  # else there was no choice
+                        self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
                     self.slots.take(poll, now, is_retry=polled.rank > 1)
                     self._record_start(poll, now)
                     polled.poll = poll
