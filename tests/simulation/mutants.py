@@ -260,7 +260,7 @@ _BREAKAGES: Final = {
         ("-= wait.phase is WaitPhase.POLLING", "-= 1", "a wait that ends after its deadline stops the others' polls"),
     ),
     "_waits/timer_queue.py": (
-        ("if heap[0].when > now or not", "if heap[0].when > now - 0.5 or not", "everything is half a second late"),
+        ("if entry.when > now or", "if entry.when > now - 0.5 or", "everything is half a second late"),
     ),
     "errors.py": (
         ("frozenset({408, 425, 429})", "frozenset({425, 429})", "a 408 ends the wait"),
