@@ -75,6 +75,7 @@ class Dispatcher:
             polled.due = due
             if polled.poll is None:
                 self._enqueue(polled)
+                self.soonest = min(self.soonest, due)
 
     def unschedule(self, polled: PolledOperation) -> None:
         """Cancel the next ordinary poll of an operation."""
@@ -264,7 +265,6 @@ class Dispatcher:
         if polled.entry is None:
             self._unproven += rank > 0
         self._queues[rank].schedule(polled, polled.due)
-        self.soonest = min(self.soonest, polled.due)
 
     def _dequeue(self, polled: PolledOperation) -> None:
         if polled.entry is not None:
