@@ -54,6 +54,7 @@ class Dispatcher:
         self._unproven = 0  # operations in all queues but the first
         # With the time since which each waits; first those of operations that were answered well.
         self._final_polls: tuple[deque[tuple[float, PolledOperation]], ...] = deque(), deque()
+        self._final_queued: set[PolledOperation] = set()  # the operations in both
         self.final_in_flight: dict[Poll, None] = {}
         """The final polls among those in flight."""
         self.slots: Slots[Poll] = Slots(max_in_flight)
@@ -84,8 +85,8 @@ class Dispatcher:
 
     def queue_final_poll(self, polled: PolledOperation, since: float) -> None:
         """Queue one final poll of an operation, for all of its waits whose deadline has passed."""
-        if not polled.final_poll_queued:
-            polled.final_poll_queued = True
+        if polled not in self._final_queued:
+            self._final_queued.add(polled)
             self._final_polls[polled.pending_at is None].append((since, polled))
             self.soonest = min(self.soonest, since)
 
@@ -222,7 +223,7 @@ class Dispatcher:
         first, last = self._final_polls
         for _ in range(min(_MOST_SKIPPED, len(first) + len(last))):
             _, polled = (first or last).popleft()
-            polled.final_poll_queued = False
+            self._final_queued.remove(polled)
             if polled.needs_final_poll(now):
                 poll = Poll(polled, now, polled.active_waits(), final=True)
                 self.final_in_flight[poll] = None

@@ -183,7 +183,7 @@ _BREAKAGES: Final = {
         ("if polled.poll is None:", "if True:", "an operation is polled twice at once"),
         (">= self._max_in_flight:  # 2", "> self._max_in_flight:  # 2", "one poll too many is in flight"),
         ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
-        ("polled.final_poll_queued = False", "pass", "an operation gets one final poll, whatever becomes of it"),
+        ("self._final_queued.remove(polled)", "pass", "an operation gets one final poll, whatever becomes of it"),
         (
             "            # One final poll at a time.",
             "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
