@@ -733,12 +733,12 @@ class KeylessClient:
         Source: ``docs/rules.md``, "The rules of a wait".
         """
         check_flag(explain, "explain")
+        options = self._options(target, timeout, schedule, if_missing)
         if on_poll is not None or explain:
-            options = self._options(target, timeout, schedule, if_missing)
             return await self._wait_reporting(options, on_poll, explain=explain)
         poller = self._open().poller
-        # The options are not kept in a variable: each waiting frame would hold them in memory.
-        wait = poller.start(**self._options(target, timeout, schedule, if_missing))
+        wait = poller.start(**options)
+        del options  # each waiting frame would hold them in memory
         try:
             return _result(await wait)
         finally:

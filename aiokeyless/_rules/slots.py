@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from .final import RESOLUTION
 
@@ -32,39 +32,37 @@ def most_final_in_flight(slots: int) -> int:
     return max(slots, min(4 * slots, 256))
 
 
-class Slots(Generic[T]):
+class Slots(dict[T, tuple[float, bool]]):
     """The polls of a client, or the deliveries of a worker, that hold a slot: each for its first second.
 
-    Times are of one clock, in seconds.
+    Each has the time since when, in seconds of one clock, and whether the operation's last poll failed; the oldest is
+    first. `release_slow` releases those of slow polls.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._held: dict[T, tuple[float, bool]] = {}  # since when, see `take`; the oldest first
+        super().__init__()
+        self.limit: int = limit
+        """How many slots there are."""
         self._of_retries = 0
-
-    def __len__(self) -> int:
-        """Return how many slots are held; `release_slow` first releases those of slow polls."""
-        return len(self._held)
 
     def take(self, holder: T, now: float, *, is_retry: bool) -> None:
         """Give a slot to what starts now; `is_retry` says that the operation's last poll failed."""
-        self._held[holder] = now, is_retry
+        self[holder] = now, is_retry
         self._of_retries += is_retry
 
     def release(self, holder: T) -> None:
         """Release the slot of what has ended."""
-        if (slot := self._held.pop(holder, None)) is not None:
+        if (slot := self.pop(holder, None)) is not None:
             self._of_retries -= slot[1]
 
     def release_slow(self, now: float) -> None:
         """Release the slots of slow polls."""
-        while self._held and self.slow_at() <= now + RESOLUTION:
-            self.release(next(iter(self._held)))
+        while self and self.slow_at() <= now + RESOLUTION:
+            self.release(next(iter(self)))
 
     def slow_at(self) -> float:
         """Return when the oldest holder gives its slot back at the latest; infinity if there is none."""
-        return next(iter(self._held.values()))[0] + SLOW if self._held else math.inf
+        return next(iter(self.values()))[0] + SLOW if self else math.inf
 
     @property
     def are_held_by_failing(self) -> bool:

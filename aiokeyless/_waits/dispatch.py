@@ -54,6 +54,7 @@ class Dispatcher:
         self._unproven = 0  # operations in all queues but the first
         # With the time since which each waits; first those of operations that were answered well.
         self._final_polls: tuple[deque[tuple[float, PolledOperation]], ...] = deque(), deque()
+        self._final_queued: set[PolledOperation] = set()  # the operations in both
         self.final_in_flight: dict[Poll, None] = {}
         """The final polls among those in flight."""
         self.slots: Slots[Poll] = Slots(max_in_flight)
@@ -75,6 +76,7 @@ class Dispatcher:
             polled.due = due
             if polled.poll is None:
                 self._enqueue(polled)
+                self.soonest = min(self.soonest, due)
 
     def unschedule(self, polled: PolledOperation) -> None:
         """Cancel the next ordinary poll of an operation."""
@@ -83,8 +85,8 @@ class Dispatcher:
 
     def queue_final_poll(self, polled: PolledOperation, since: float) -> None:
         """Queue one final poll of an operation, for all of its waits whose deadline has passed."""
-        if not polled.final_poll_queued:
-            polled.final_poll_queued = True
+        if polled not in self._final_queued:
+            self._final_queued.add(polled)
             self._final_polls[polled.pending_at is None].append((since, polled))
             self.soonest = min(self.soonest, since)
 
@@ -172,13 +174,12 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        is_ordered = self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew
         queues = self._queues_in_use()
-        if is_ordered:
-            if self._alternation.count_untried(1):
+        if self._unproven:
+            if not (self._budget.is_short(now) or self.slots.are_held_by_failing or self._window.begins_anew):
+                queues = sorted(queues, key=TimerQueue.next_due)
+            elif self._alternation.count_untried(1):
                 queues = (self._untried, *queues)
-        elif self._unproven:
-            queues = sorted(queues, key=TimerQueue.next_due)
         for queue in queues:
             for _ in range(_MOST_SKIPPED):
                 polled = queue.pop_due(now + RESOLUTION)
@@ -187,7 +188,8 @@ class Dispatcher:
                 self._unproven -= polled.rank > 0
                 if waits := polled.active_waits():
                     poll = Poll(polled, now, waits, max(0.0, now - polled.due))
-                    self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
+                    if queues is not self._proven:  # else there was no choice
+                        self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
                     self.slots.take(poll, now, is_retry=polled.rank > 1)
                     self._record_start(poll, now)
                     polled.poll = poll
@@ -221,7 +223,7 @@ class Dispatcher:
         first, last = self._final_polls
         for _ in range(min(_MOST_SKIPPED, len(first) + len(last))):
             _, polled = (first or last).popleft()
-            polled.final_poll_queued = False
+            self._final_queued.remove(polled)
             if polled.needs_final_poll(now):
                 poll = Poll(polled, now, polled.active_waits(), final=True)
                 self.final_in_flight[poll] = None
@@ -264,7 +266,6 @@ class Dispatcher:
         if polled.entry is None:
             self._unproven += rank > 0
         self._queues[rank].schedule(polled, polled.due)
-        self.soonest = min(self.soonest, polled.due)
 
     def _dequeue(self, polled: PolledOperation) -> None:
         if polled.entry is not None:

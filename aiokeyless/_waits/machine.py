@@ -68,6 +68,7 @@ _MOST_DEADLINES: Final = 384
 #: The state of nearly all waits and answers. A name is found faster than a member of an enum.
 _POLLING: Final = WaitPhase.POLLING
 _PENDING: Final = Verdict.PENDING
+_PAST: Final = -math.inf  # one float for all waits
 
 
 class Machine:
@@ -204,7 +205,7 @@ class Machine:
         wait.may_be_missing = may_be_missing
         wait.updates = updates
         wait.attempt = 1 + is_fresh
-        wait.own_due = -math.inf
+        wait.own_due = _PAST
         wait.polls = wait.number = 0
         wait.error = wait.final_poll = wait.entry = None
         wait.polled = polled = self._polled_operation(operation_id, wait)

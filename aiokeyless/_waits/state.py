@@ -139,7 +139,6 @@ class PolledOperation(_Opaque, Scheduled, msgspec.Struct, eq=False):
     """When the next ordinary poll is due; while one is in flight, the one after it."""
     rank: int = 0
     """Which of the queues it is in."""
-    final_poll_queued: bool = False
     entry: Entry | None = None
 
     def add(self, wait: Wait) -> None:

@@ -103,9 +103,11 @@ class TimerQueue(Generic[T]):
         if not self._live:
             return None
         heap = self._front()
-        if heap[0].when > now or not _is_live(heap[0]):
+        entry = heap[0]
+        if entry.when > now or entry.item is _REMOVED:
             return None
-        item: T = heappop(heap).item  # type: ignore[assignment]  # it is live
+        heappop(heap)
+        item: T = entry.item  # type: ignore[assignment]  # it is live
         item.entry = None
         self._live -= 1
         self._sweep()

@@ -183,7 +183,7 @@ _BREAKAGES: Final = {
         ("if polled.poll is None:", "if True:", "an operation is polled twice at once"),
         (">= self._max_in_flight:  # 2", "> self._max_in_flight:  # 2", "one poll too many is in flight"),
         ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
-        ("polled.final_poll_queued = False", "pass", "an operation gets one final poll, whatever becomes of it"),
+        ("self._final_queued.remove(polled)", "pass", "an operation gets one final poll, whatever becomes of it"),
         (
             "            # One final poll at a time.",
             "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
@@ -260,7 +260,7 @@ _BREAKAGES: Final = {
         ("-= wait.phase is WaitPhase.POLLING", "-= 1", "a wait that ends after its deadline stops the others' polls"),
     ),
     "_waits/timer_queue.py": (
-        ("if heap[0].when > now or not", "if heap[0].when > now - 0.5 or not", "everything is half a second late"),
+        ("if entry.when > now or", "if entry.when > now - 0.5 or", "everything is half a second late"),
     ),
     "errors.py": (
         ("frozenset({408, 425, 429})", "frozenset({425, 429})", "a 408 ends the wait"),
