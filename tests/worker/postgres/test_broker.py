@@ -402,7 +402,7 @@ async def test_an_outcome_that_commits_late_is_read_all_the_same(
     async with connection.transaction():
         await connection.execute("SELECT keyless.submit($1)", new_request("late").body.decode())
         (row,) = await connection.fetch("SELECT * FROM keyless.take(1, 100, NULL, NULL, 1)")
-        event = msgspec.json.encode(outcome_of(module._message(row))).decode()
+        event = msgspec.json.encode(outcome_of(tables.message_of(row))).decode()
         await connection.execute("SELECT keyless.decide($1, $2, '{approved}', $3)", [row["id"]], [row["name"]], [event])
         await decide_all(broker, *(f"payment-{number}" for number in range(20)))
         for _ in range(20):
