@@ -384,6 +384,7 @@ class Serving:
             reason = FailureReason.INTERNAL if was_asked else FailureReason.INVALID_REQUEST
             return fail_unreadable(message, error, now=self._broker.now(), reason=reason)
         if delivery.refusal is not None:
+            self._budget.record_other()
             return fail(delivery, FailureReason.INVALID_REQUEST, delivery.refusal, now=self._broker.now())
         try:
             return await self._processor.process(delivery)
