@@ -20,13 +20,7 @@ from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import Slots, most_in_flight
 from aiokeyless._tracing import context_without_traces
 from aiokeyless._validation import is_traceparent
-from aiokeyless.errors import (
-    AuthenticationError,
-    BrokerError,
-    ClientClosedError,
-    InvalidRequestError,
-    KeylessError,
-)
+from aiokeyless.errors import AuthenticationError, BrokerError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .announcements import Announcements

@@ -219,12 +219,7 @@ class NatsBroker(Broker):
             loop = asyncio.get_running_loop()
             source = self._fleet.prefix, self._fleet.requests, self._fleet.consumer
             self._intake = Intake(
-                connection,
-                *source,
-                lease=lease,
-                now=loop.time,
-                restore=self._restore,
-                newest=self.request_version,
+                connection, *source, lease=lease, now=loop.time, restore=self._restore, newest=self.request_version
             )
             await self._intake.open()
         return window
