@@ -124,7 +124,8 @@ class ApprovalWorker:
 
     async def __aenter__(self) -> Self:
         self._use_up()
-        self._running = asyncio.create_task(self._run())
+        self._running = asyncio.create_task(self._work())
+        self._running.add_done_callback(lambda _: self._started.set())
         try:
             await self._started.wait()
         except asyncio.CancelledError:
@@ -180,18 +181,12 @@ class ApprovalWorker:
             KeylessError: At the start, Keyless's answer makes no sense.
         """
         self._use_up()
-        await self._run()
+        await self._work()
 
     def _use_up(self) -> None:
         if self._has_run:
             raise ConfigurationError("a worker runs once; make another one to go on")
         self._has_run = True
-
-    async def _run(self) -> None:
-        try:
-            await self._work()
-        finally:
-            self._started.set()
 
     async def _work(self) -> None:
         transport = transport_of(self._client).with_max_attempts(1)

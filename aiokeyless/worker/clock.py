@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 _NOTICEABLE: Final = 1.0  # seconds by which a clock may differ without a warning
 
 
-def _wall() -> datetime:
-    return datetime.now(UTC)
-
-
 def _elapsed() -> float:
     """Return the seconds since some moment. If the system can tell, those count in which it was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
@@ -32,16 +28,17 @@ class BrokerClock:
     measurement does.
     """
 
-    def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = _elapsed) -> None:
+    def __init__(
+        self, wall: Callable[[], datetime] = lambda: datetime.now(UTC), monotonic: Callable[[], float] = _elapsed
+    ) -> None:
         self._wall = wall
         self.elapsed = monotonic
-        self._started_at = monotonic()
-        self._origin = wall()  # the time of the broker at `_started_at`
+        self._origin = wall() - timedelta(seconds=monotonic())  # the time of the broker when `elapsed` said 0
         self._logged = 0.0  # seconds between the clocks that were logged last
 
     def now(self) -> datetime:
         """Return the time by the broker's clock."""
-        return self._origin + timedelta(seconds=self.elapsed() - self._started_at)
+        return self._origin + timedelta(seconds=self.elapsed())
 
     @property
     def ahead(self) -> float:
@@ -56,11 +53,8 @@ class BrokerClock:
         latest = self.now()
         earliest = latest - timedelta(seconds=self.elapsed() - began)
         self._origin += time - min(max(time, earliest), latest)
-        self._log(self.ahead)
-
-    def _log(self, ahead: float) -> None:
-        """Log a difference once, and again when it has changed noticeably, or has gone."""
-        if abs(ahead - self._logged) > _NOTICEABLE:
+        ahead = self.ahead
+        if abs(ahead - self._logged) > _NOTICEABLE:  # also when it has gone
             self._logged = ahead
             level = logging.WARNING if abs(ahead) > _NOTICEABLE else logging.INFO
             log(level, "worker.clock_differs", {"broker_ahead_by": round(ahead, 3)})

@@ -20,13 +20,7 @@ from aiokeyless._rules.rate import PollRate
 from aiokeyless._rules.slots import Slots, most_in_flight
 from aiokeyless._tracing import context_without_traces
 from aiokeyless._validation import is_traceparent
-from aiokeyless.errors import (
-    AuthenticationError,
-    BrokerError,
-    ClientClosedError,
-    InvalidRequestError,
-    KeylessError,
-)
+from aiokeyless.errors import AuthenticationError, BrokerError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .announcements import Announcements
@@ -384,6 +378,7 @@ class Serving:
             reason = FailureReason.INTERNAL if was_asked else FailureReason.INVALID_REQUEST
             return fail_unreadable(message, error, now=self._broker.now(), reason=reason)
         if delivery.refusal is not None:
+            self._budget.record_other()
             return fail(delivery, FailureReason.INVALID_REQUEST, delivery.refusal, now=self._broker.now())
         try:
             return await self._processor.process(delivery)

@@ -43,6 +43,20 @@ class TableMessage(Message, kw_only=True, eq=False):
     row: Row
 
 
+def message_of(columns: Iterable[Any]) -> TableMessage:
+    """Return the delivery of these columns. A database may return further ones."""
+    id_, name, body, traceparent, stored_at, number, failures, *_ = columns
+    return TableMessage(
+        row=Row(id_, name),
+        body=body,
+        stored_at=time_of(stored_at),
+        number=number,
+        is_untried=number == 1,
+        failures=failures,
+        traceparent=traceparent,
+    )
+
+
 def row_of(message: Message) -> Row:
     """Return which request a broker's message is a delivery of."""
     assert isinstance(message, TableMessage)  # noqa: S101  # the broker made it

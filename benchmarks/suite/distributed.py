@@ -147,13 +147,7 @@ async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[
     late = [at - due[operation_id] for operation_id, at in told.items()]
     if len(late) < 2:
         raise CannotMeasureError(f"{len(late)} of {size} approvals were noticed")
-    return {
-        "size": size,
-        "submitted": submitted,
-        "asked": asked,
-        "late": late,
-        "lost": size - len(late),
-    }
+    return {"size": size, "submitted": submitted, "asked": asked, "late": late, "lost": size - len(late)}
 
 
 # -- waiting requests

@@ -243,10 +243,7 @@ def _text(values: list[float], digits: int) -> str:
 def _front_table(fronts: Mapping[str, list[tuple[float, float]]]) -> Table:
     table = Table(
         f"approval times: {TYPICAL}; the front: {OURS} after {_TRAINED} waits",
-        [
-            "poll_cost, s",
-            *(f"{side}: {figure}" for side in (OURS, OPTIMUM) for figure in ("requests", "lateness, s")),
-        ],
+        ["poll_cost, s", *(f"{side}: {figure}" for side in (OURS, OPTIMUM) for figure in ("requests", "lateness, s"))],
     )
     for poll_cost, ours, best in zip(_FRONT, fronts[OURS], fronts[OPTIMUM], strict=True):
         table.rows.append([f"{poll_cost:g}", *(f"{figure:.2f}" for figure in (*ours, *best))])

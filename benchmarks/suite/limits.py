@@ -45,13 +45,7 @@ _SIZE: Final = {
     "share of a core": ".0%",
     "loop lag 99%, ms": ".1f",
 }
-_ARRIVAL: Final = {
-    "arrivals/s": ".0f",
-    "waiting": "d",
-    "polls/s": ".0f",
-    "share of a core": ".0%",
-    "failed": "d",
-}
+_ARRIVAL: Final = {"arrivals/s": ".0f", "waiting": "d", "polls/s": ".0f", "share of a core": ".0%", "failed": "d"}
 _OVERLOAD: Final = {
     "polls due/s": ".0f",
     "limit": "",

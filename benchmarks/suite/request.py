@@ -24,16 +24,7 @@ import niquests
 from msgspec.structs import fields
 from pydantic import TypeAdapter, create_model
 
-from benchmarks.baselines import (
-    BARE,
-    BARE_REPEATED,
-    HEADERS,
-    OURS,
-    BareClient,
-    PlainOperation,
-    bare_session,
-    decode,
-)
+from benchmarks.baselines import BARE, BARE_REPEATED, HEADERS, OURS, BareClient, PlainOperation, bare_session, decode
 from benchmarks.bench import order
 from benchmarks.process import loop_factory
 from benchmarks.report import Goal, Report, Spread, Table

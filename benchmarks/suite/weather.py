@@ -14,17 +14,7 @@ from aiokeyless import wait_adaptive
 from aiokeyless._rules.budget import PER_SECOND, Budget
 from aiokeyless.events import PollEnded, PollResult
 from benchmarks.approval_times import EAGER, seeded_random
-from benchmarks.beside_loops import (
-    ARRIVALS,
-    TIMEOUT,
-    Weather,
-    brown_out,
-    compare,
-    dead_shard,
-    flapping,
-    limited,
-    share,
-)
+from benchmarks.beside_loops import ARRIVALS, TIMEOUT, Weather, brown_out, compare, dead_shard, flapping, limited, share
 from benchmarks.report import Goal, Report, Table, p95
 from benchmarks.simulation import GOOD, HANGING, Answer, Simulation, failing
 

@@ -92,6 +92,7 @@ def test_a_difference_is_logged_once_and_again_on_change(machine: Machine, caplo
 
 def test_where_suspension_is_in_no_clock_the_monotonic_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
     clock = BrokerClock(lambda: MIDNIGHT)
-    monkeypatch.setattr(time, "monotonic", lambda: clock._started_at + 3.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 8.0)
     assert clock.now() == MIDNIGHT + timedelta(seconds=3)

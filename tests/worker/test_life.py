@@ -117,10 +117,7 @@ async def test_requests_survive_a_key_that_rotates_while_the_function_lags(
 ) -> None:
     monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
     keys, loop = [sandbox.api_key, "the next key"], asyncio.get_running_loop()
-    async with (
-        KeylessClient(lambda: keys[0], base_url=sandbox.url) as client,
-        ApprovalWorker(client, memory) as worker,
-    ):
+    async with KeylessClient(lambda: keys[0], base_url=sandbox.url) as client, ApprovalWorker(client, memory) as worker:
         await ask(sandbox, memory, 20)
         sandbox._api._key = keys[1]
         loop.call_later(lag, keys.pop, 0)

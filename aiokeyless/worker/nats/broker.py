@@ -209,10 +209,8 @@ class NatsBroker(Broker):
         try:
             with raise_lost_cancellations():
                 window = await prepare(stream, self._fleet, self._settings, ack_wait=self._ack_wait, service=service)
-        except BrokerError:
-            if self._loss is not None:  # the broker does not answer a request that it does not permit
-                raise self._loss from None
-            raise
+        except BrokerError as error:  # the broker does not answer a request that it does not permit
+            raise (self._loss or error) from None
         self._inspect = partial(inspect, settings=self._settings, ack_wait=self._ack_wait, service=service)
         with suppress(UnavailableError):
             await self.inspect()  # which measures the broker's clock
@@ -221,12 +219,7 @@ class NatsBroker(Broker):
             loop = asyncio.get_running_loop()
             source = self._fleet.prefix, self._fleet.requests, self._fleet.consumer
             self._intake = Intake(
-                connection,
-                *source,
-                lease=lease,
-                now=loop.time,
-                restore=self._restore,
-                newest=self.request_version,
+                connection, *source, lease=lease, now=loop.time, restore=self._restore, newest=self.request_version
             )
             await self._intake.open()
         return window

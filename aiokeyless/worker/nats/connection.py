@@ -87,11 +87,7 @@ async def connect(nats_url: str, options: Mapping[str, object], *, on_loss: Call
         raise BrokerError(f"no connection to the broker at {_hosts(servers)}: ws:// is without TLS, use wss://")
     is_secure = (bool(given.get("tls")) or "tls" in schemes) and schemes.isdisjoint({"ws", "wss"})
     client = _Client(on_loss, is_secure=is_secure)
-    callbacks = {
-        "error_cb": client.on_error,
-        "disconnected_cb": client.on_disconnect,
-        "closed_cb": client.on_close,
-    }
+    callbacks = {"error_cb": client.on_error, "disconnected_cb": client.on_disconnect, "closed_cb": client.on_close}
     try:
         await _connect_once(client, servers, {**given, **callbacks})
     except ModuleNotFoundError as error:  # nats-py imports it to sign with credentials

@@ -202,7 +202,7 @@ class Intake:
                     await self._hand_back_stripped()
                     await self._hand_back_old()
                 left = until - self._now()
-                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take_newer(up_to)]:
+                if taken := [*self._choose(up_to, untried, is_last=left <= 0), *self._take(self._newer[:up_to])]:
                     return taken
                 if left <= 0:
                     self._check_connection()
@@ -221,10 +221,9 @@ class Intake:
         await self._pull(_CHOICE)
         await self._hand_back_stripped()
         deadlines = [(message, message.read_deadline()) for message in self._arrived]
-        taken = [message for message, at in deadlines if at is not None and at <= before][:up_to]
-        self._take(taken)
+        taken = self._take([message for message, at in deadlines if at is not None and at <= before][:up_to])
         await self._hand_back_old()
-        return [*taken, *self._take_newer(up_to)]
+        return [*taken, *self._take(self._newer[:up_to])]
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
         """Put a delivery off."""
@@ -313,23 +312,18 @@ class Intake:
             taken = [*first, *(message for message in ordered if message not in first)][:up_to]
             if not is_last and taken and self._may_get_better(taken[0], untried):
                 return []
-        self._take(taken)
         for message in taken:
             pending = message.raw.metadata.num_pending
             self.load_shedding.on_delivery(redelivered=not message.is_untried, backlog=pending)
-        return taken
+        return self._take(taken)
 
-    def _take(self, messages: list[NatsMessage]) -> None:
+    def _take(self, messages: list[NatsMessage]) -> list[NatsMessage]:
         self._taken.update(messages)
         self._arrived = [message for message in self._arrived if message not in self._taken]
         self._newer = [message for message in self._newer if message not in self._taken]
         if self._taken and (self._extending is None or self._extending.done()):
             self._extending = asyncio.create_task(self._extend())
-
-    def _take_newer(self, up_to: int) -> list[NatsMessage]:
-        newer = self._newer[:up_to]
-        self._take(newer)
-        return newer
+        return messages
 
     def _may_get_better(self, best: NatsMessage, untried: int) -> bool:
         """Return whether better ones may come in a moment."""

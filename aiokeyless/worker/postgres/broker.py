@@ -35,7 +35,7 @@ from aiokeyless.worker.broker import (
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import ApprovalEvent, Message
-from aiokeyless.worker.tables import Chore, Row, TableBroker, TableMessage, check_service, row_of, time_of
+from aiokeyless.worker.tables import Chore, Row, TableBroker, check_service, message_of, row_of, time_of
 
 from .adapters.asyncpg import ERRORS, Adapter
 from .failures import broker_errors
@@ -260,7 +260,7 @@ class PostgresBroker(TableBroker):
             rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4, $5)", *asked)
             if untried is None:
                 search.oldest = min(began, rows[-1]["due_at"]) if len(rows) >= up_to else began
-        return [_message(row) for row in rows]
+        return [message_of(row) for row in rows]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._take_or_give_back(self._take_overdue(up_to, grace))
@@ -268,7 +268,7 @@ class PostgresBroker(TableBroker):
     async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
         asked = up_to, self._lease, grace, self.request_version
         rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3, $4)", *asked)
-        return [_message(row) for row in rows]
+        return [message_of(row) for row in rows]
 
     async def put_off(self, message: Message, delay: float, result: ExchangeResult) -> None:
         await self._put_offs.call((*row_of(message), message.number, delay, result))
@@ -511,15 +511,3 @@ def _warn_of_plaintext(connection: Any) -> None:
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:
     """Do not reset a connection. All its settings ended with its transaction."""
-
-
-def _message(row: asyncpg.Record) -> TableMessage:
-    return TableMessage(
-        row=Row(row["id"], row["name"]),
-        body=row["body"].encode(),
-        stored_at=time_of(row["stored_at"]),
-        number=row["number"],
-        is_untried=row["number"] == 1,
-        failures=row["failures"],
-        traceparent=row["traceparent"],
-    )

@@ -131,8 +131,5 @@ class PostgresOutcome(OutcomeDelivery):
             if self._driver.is_lost():  # a session would make another one
                 raise UnavailableError(f"the connection is lost{lost_by}")
             await self._driver.execute_alone(
-                "SELECT {}.put_off_outcome($1, $2, $3, $4)",
-                self._reader,
-                *self._row,
-                delay,
+                "SELECT {}.put_off_outcome($1, $2, $3, $4)", self._reader, *self._row, delay
             )

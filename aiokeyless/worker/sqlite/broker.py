@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -123,18 +123,9 @@ class SqliteBroker(TableBroker):
             if due is not None and due <= now:
                 unread = await self._do(lambda store: store.take_unread(reader))
                 if unread is not None:
-                    return _Outcome(self, unread)
+                    return _Outcome(unread, self._do, self._decided)
             else:
                 await self._wait_for(changed, None if due is None else due - now)
-
-    async def forget_unread(self, unread: Unread) -> None:
-        """Forget an outcome that the reader has handled."""
-        await self._do(lambda store: store.forget_unread(unread), lasting=True)
-
-    async def put_off_unread(self, unread: Unread, delay: float | None) -> None:
-        """Deliver an outcome again later."""
-        await self._do(lambda store: store.put_off_unread(unread, delay))
-        self._decided.notify()
 
     # -- for workers
 
@@ -265,18 +256,18 @@ class _Changes:
 
 
 class _Outcome(OutcomeDelivery):
-    """An outcome that is delivered to a reader."""
+    __slots__ = ("_decided", "_do", "_unread")
 
-    __slots__ = ("_broker", "_unread")
-
-    def __init__(self, broker: SqliteBroker, unread: Unread) -> None:
-        self._broker = broker
+    def __init__(self, unread: Unread, do: Callable[..., Awaitable[Any]], decided: _Changes) -> None:
         self._unread = unread
+        self._do = do
+        self._decided = decided
         self.data = unread.data
         self.place = f"request-{unread.row.id}"
 
     async def mark_handled(self) -> None:
-        await self._broker.forget_unread(self._unread)
+        await self._do(lambda store: store.forget_unread(self._unread), lasting=True)
 
     async def put_off(self, delay: float | None = None) -> None:
-        await self._broker.put_off_unread(self._unread, delay)
+        await self._do(lambda store: store.put_off_unread(self._unread, delay))
+        self._decided.notify()

@@ -27,7 +27,7 @@ from aiokeyless.worker.broker import (
     UnreadOutcome,
     outcome_pause,
 )
-from aiokeyless.worker.tables import LONGEST_WAIT, Row, TableMessage, time_of
+from aiokeyless.worker.tables import LONGEST_WAIT, Row, TableMessage, message_of
 
 from .failures import broker_errors, retry_while_busy
 from .schema import MEMORY, committing, connect
@@ -288,22 +288,11 @@ class Store:
             (self._now() + lease, chosen),
         )
         found = self._connection.execute(
-            "SELECT r.id, r.name, r.body, r.stored_at, r.traceparent, w.deliveries, w.failures FROM json_each(?) j"
+            "SELECT r.id, r.name, r.body, r.traceparent, r.stored_at, w.deliveries, w.failures FROM json_each(?) j"
             " JOIN request r ON r.id = j.value JOIN waiting w ON w.id = r.id ORDER BY j.key",
             (chosen,),
         )
-        return [
-            TableMessage(
-                row=Row(id_, name),
-                body=body,
-                stored_at=time_of(stored_at),
-                number=number,
-                is_untried=number == 1,
-                failures=failures,
-                traceparent=traceparent,
-            )
-            for id_, name, body, stored_at, traceparent, number, failures in found.fetchall()
-        ]
+        return [message_of(row) for row in found.fetchall()]
 
     def _put_off(self, calls: list[PutOff]) -> None:
         """Deliver requests again later, unless they have been delivered again already. See `ExchangeResult`."""

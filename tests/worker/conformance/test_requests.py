@@ -11,18 +11,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError, ConflictError
 from aiokeyless.worker.broker import Claim, ExchangeResult, UnavailableError
 
 from ..reading import now  # noqa: TID252
-from .brokers import (
-    LEASE,
-    SHORT_LEASE,
-    decide,
-    is_waiting,
-    new_request,
-    operation_of,
-    submit,
-    take_all,
-    take_n,
-    those,
-)
+from .brokers import LEASE, SHORT_LEASE, decide, is_waiting, new_request, operation_of, submit, take_all, take_n, those
 
 if TYPE_CHECKING:
     from aiokeyless.worker.broker import Broker

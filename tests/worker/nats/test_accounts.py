@@ -214,10 +214,7 @@ async def test_within_one_account_permissions_do_not_keep_a_user_from_the_stream
     tmp_path: Path, attack: Attack
 ) -> None:
     """Why the account is the boundary: each of these works, though this user may do nothing but ask and read."""
-    async with (
-        with_messages(tmp_path, ONE_ACCOUNT) as (server, operator),
-        connected(server, "shop") as shop,
-    ):
+    async with with_messages(tmp_path, ONE_ACCOUNT) as (server, operator), connected(server, "shop") as shop:
         before = await counts(operator)
         await shop.publish(attack.subject, attack.data, reply=attack.reply)
 
@@ -233,10 +230,7 @@ async def test_within_one_account_permissions_do_not_keep_a_user_from_the_stream
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 async def test_an_account_keeps_the_users_of_another_from_the_streams(tmp_path: Path, attack: Attack) -> None:
     """A reply subject is one of the account of its sender: the answer arrives there, and nowhere else."""
-    async with (
-        with_messages(tmp_path, ACCOUNTS) as (server, operator),
-        connected(server, "shop") as shop,
-    ):
+    async with with_messages(tmp_path, ACCOUNTS) as (server, operator), connected(server, "shop") as shop:
         before = await counts(operator)
         answers = await shop.subscribe(attack.reply)
         await shop.publish(attack.subject.replace("$JS.API", "keyless.api"), attack.data, reply=attack.reply)
@@ -245,10 +239,7 @@ async def test_an_account_keeps_the_users_of_another_from_the_streams(tmp_path: 
 
 
 async def test_an_application_reaches_nothing_of_jetstream_but_its_own_consumer(tmp_path: Path) -> None:
-    async with (
-        with_messages(tmp_path, ACCOUNTS) as (server, operator),
-        connected(server, "shop") as shop,
-    ):
+    async with with_messages(tmp_path, ACCOUNTS) as (server, operator), connected(server, "shop") as shop:
         before = await counts(operator)
         await make_consumer(operator, "bank")
         for subject in (f"STREAM.DELETE.{REQUESTS}", f"STREAM.INFO.{REQUESTS}", f"STREAM.PURGE.{OUTCOMES}"):
@@ -272,10 +263,7 @@ async def test_an_application_reaches_nothing_of_jetstream_but_its_own_consumer(
 async def test_an_application_acknowledges_no_request_whatever_its_reader_is_called(tmp_path: Path, flags: str) -> None:
     """The long form of an acknowledgement can be read as a short one, the name of the reader as a sequence number."""
     configuration = flags + ACCOUNTS.replace(f"{OUTCOMES}.shop", f"{OUTCOMES}.1")
-    async with (
-        with_messages(tmp_path, configuration) as (server, operator),
-        connected(server, "shop") as shop,
-    ):
+    async with with_messages(tmp_path, configuration) as (server, operator), connected(server, "shop") as shop:
         pulled = await jetstream(operator).pull_subscribe_bind(CONSUMER, REQUESTS)
         [request] = await pulled.fetch(1, timeout=PATIENCE)
         for subject in (request.reply, f"$JS.ACK.{REQUESTS}.{CONSUMER}.{OUTCOMES}.1.1.1.0"):

@@ -16,13 +16,7 @@ from nats.js.errors import NotFoundError
 from nats_server import OUTCOMES, REQUESTS, NatsServer, change_consumer, jetstream, prepare
 from waiting import PATIENCE, until
 
-from aiokeyless.worker import (
-    ApprovalEvent,
-    ApprovalRequest,
-    BrokerError,
-    next_outcome,
-    submit_approval,
-)
+from aiokeyless.worker import ApprovalEvent, ApprovalRequest, BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.messages import Outcome, request_name
 from aiokeyless.worker.nats import EventKeys, NatsBroker, StreamSettings, intake, is_outcome, readers, streams
 from aiokeyless.worker.nats import broker as nats_broker
@@ -116,8 +110,7 @@ async def test_a_stream_that_has_no_leader_yet_is_waited_for(
 
 
 async def test_a_request_that_the_stream_does_not_take_says_so_and_that_it_can_be_submitted_again(
-    connection: Client,
-    stream: JetStreamContext,
+    connection: Client, stream: JetStreamContext
 ) -> None:
     await stream.update_stream((await stream.stream_info(REQUESTS)).config.evolve(sealed=True))
     with pytest.raises(BrokerError, match=r"not stored, as far as is known \(invalid operation on sealed stream\)"):

@@ -93,10 +93,7 @@ async def problems(stream: JetStreamContext) -> str:
             },
         ),
         (CLAIMS, {"subjects": ["keyless.claims.*"], "retention": "limits", "max_age": DAY}),
-        (
-            CONSUMER,
-            WELL_MADE[CONSUMER] | {"durable_name": CONSUMER, "deliver_policy": "all", "max_waiting": 8192},
-        ),
+        (CONSUMER, WELL_MADE[CONSUMER] | {"durable_name": CONSUMER, "deliver_policy": "all", "max_waiting": 8192}),
     ],
 )
 async def test_what_is_missing_is_made_as_the_guarantees_need_it(

@@ -402,7 +402,7 @@ async def test_an_outcome_that_commits_late_is_read_all_the_same(
     async with connection.transaction():
         await connection.execute("SELECT keyless.submit($1)", new_request("late").body.decode())
         (row,) = await connection.fetch("SELECT * FROM keyless.take(1, 100, NULL, NULL, 1)")
-        event = msgspec.json.encode(outcome_of(module._message(row))).decode()
+        event = msgspec.json.encode(outcome_of(tables.message_of(row))).decode()
         await connection.execute("SELECT keyless.decide($1, $2, '{approved}', $3)", [row["id"]], [row["name"]], [event])
         await decide_all(broker, *(f"payment-{number}" for number in range(20)))
         for _ in range(20):
@@ -537,11 +537,7 @@ async def test_outcomes_come_while_a_stranger_holds_all_locks_that_are_anybodys(
 async def test_outcomes_that_are_not_stored_are_a_problem_that_says_why(
     broker: PostgresBroker, admin: Connection, url: str
 ) -> None:
-    async with (
-        Sandbox(auto_approve=0.1) as sandbox,
-        sandbox.client() as client,
-        ApprovalWorker(client, url) as worker,
-    ):
+    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client() as client, ApprovalWorker(client, url) as worker:
         async with admin.transaction():
             await admin.execute("LOCK TABLE keyless.outcome")
             await submit(broker, "a")
@@ -772,10 +768,7 @@ async def test_closing_waits_until_what_was_taken_is_handed_back(url: str, admin
 
 @pytest.mark.parametrize("is_owner", [True, False], ids=["a pool of its own", "the application's pool"])
 async def test_closing_cuts_what_is_asked_of_a_database_that_answers_nothing(
-    server: PostgresServer,
-    url: str,
-    monkeypatch: pytest.MonkeyPatch,
-    is_owner: bool,
+    server: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch, is_owner: bool
 ) -> None:
     monkeypatch.setattr(module, "_CLOSES_WITHIN", 0.5)
     monkeypatch.setattr(module, "_WELCOMES_EVERY", 0.01)

@@ -23,12 +23,7 @@ from django.utils.connection import ConnectionProxy
 from msgspec.structs import replace
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import (
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-    create_async_engine,
-)
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import PATIENCE, until
 
@@ -125,14 +120,7 @@ async def test_a_request_is_stored_if_and_only_if_its_transaction_commits(admin:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shop",
-    [
-        "Asyncpg",
-        "PsycopgAsync",
-        "Psycopg2Dict",
-        "SqlalchemySession",
-        "SqlalchemyAsyncSession",
-        "DjangoPsycopg2",
-    ],
+    ["Asyncpg", "PsycopgAsync", "Psycopg2Dict", "SqlalchemySession", "SqlalchemyAsyncSession", "DjangoPsycopg2"],
     indirect=True,
 )
 async def test_each_order_that_was_committed_is_paid_once_whatever_fails(

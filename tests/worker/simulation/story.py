@@ -242,9 +242,7 @@ async def _submit(world: World, ask: Ask) -> None:
 
 async def _work(story: Story, process: Process) -> None:
     client = KeylessClient(
-        partial(process.world.key, process),
-        base_url="https://keyless.test",
-        request_timeout=story.request_timeout,
+        partial(process.world.key, process), base_url="https://keyless.test", request_timeout=story.request_timeout
     )
     with (
         mock.patch.object(transport, "_make_session", lambda *_, **options: Session(process, **options)),

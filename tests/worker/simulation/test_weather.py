@@ -154,8 +154,7 @@ def test_each_kept_row_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, marks=() if row.name in QUICK else pytest.mark.slow, id=row.name) for row in ROWS],
+    "row", [pytest.param(row, marks=() if row.name in QUICK else pytest.mark.slow, id=row.name) for row in ROWS]
 )
 def test_a_row_is_kept(row: Row) -> None:
     assert KEPT.get(row.name, Bound()).breaches(weather.judge(row, 1)) == []

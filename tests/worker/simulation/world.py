@@ -494,10 +494,7 @@ with warnings.catch_warnings():
 
         def __init__(self, process: Process, *, force_close: bool = False) -> None:
             super().__init__(
-                process.world.service,
-                process.name,
-                force_close=force_close,
-                accepts_until=process.world.accepts_until,
+                process.world.service, process.name, force_close=force_close, accepts_until=process.world.accepts_until
             )
             self._process = process
 

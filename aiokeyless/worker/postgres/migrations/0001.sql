@@ -343,7 +343,7 @@ COMMENT ON FUNCTION {schema}.put_off_outcome IS 'Have an outcome that was not ha
 CREATE TYPE {schema}.delivery AS (
     id bigint,
     name bigint,
-    body text,
+    body bytea,
     traceparent text,
     stored_at double precision,
     number integer,
@@ -452,8 +452,8 @@ BEGIN
         WHERE w.id = ANY (chosen)
         RETURNING w.id, w.deliveries, w.failures
     )
-    SELECT r.id, r.name, r.body, r.traceparent, extract(epoch FROM r.stored_at)::double precision, delivered.deliveries,
-        delivered.failures, extract(epoch FROM due.due_at)::double precision
+    SELECT r.id, r.name, convert_to(r.body, 'UTF8'), r.traceparent, extract(epoch FROM r.stored_at)::double precision,
+        delivered.deliveries, delivered.failures, extract(epoch FROM due.due_at)::double precision
     FROM delivered
     JOIN due ON due.id = delivered.id
     JOIN {schema}.request r ON r.id = delivered.id
