@@ -302,10 +302,13 @@ def simulate_workers(session: nox.Session, *arguments: str) -> None:
 
 @nox.session(tags=NIGHTLY)
 def simulate_long(session: nox.Session) -> None:
-    """Try it for ten minutes, with fresh seeds; one that breaks a promise fails the session."""
+    """Try it for ten minutes, with fresh seeds, and workers in all bad weather; what breaks a promise fails it."""
     install(session, "-e", ".[test]")
     session.run("python", "-m", "tests.simulation", "--seconds", "600", env=environment(session))
     simulate_workers(session, "--seconds", "600")
+    with session.chdir("tests"):
+        command = ("python", "-m", "worker.simulation.weather", "--check", "--seeds", "1", "--jobs", "2")
+        session.run(*command, env=environment(session))
 
 
 @nox.session(tags=NIGHTLY)
