@@ -285,13 +285,13 @@ def simulate(session: nox.Session) -> None:
         session.run(*command, *session.posargs, env=env)
         return
     session.run(*command, "--known", env=env)
-    session.run(*command, "--seed", "0", "--stories", "600", env=env)
+    session.run(*command, "--seed", "0", "--stories", "250", env=env)
     try:
         session.run(*command, "--seconds", "30", env=env)
     except CommandFailed:
         session.warn("A FRESH SEED BROKE A PROMISE, which is a bug to fix: see above")
     simulate_workers(session, "--known")
-    simulate_workers(session, "--seed", "0", "--stories", "150")
+    simulate_workers(session, "--seed", "0", "--stories", "100")
 
 
 def simulate_workers(session: nox.Session, *arguments: str) -> None:
