@@ -285,13 +285,13 @@ def simulate(session: nox.Session) -> None:
         session.run(*command, *session.posargs, env=env)
         return
     session.run(*command, "--known", env=env)
-    session.run(*command, "--seed", "0", "--stories", "600", env=env)
+    session.run(*command, "--seed", "0", "--stories", "250", env=env)
     try:
         session.run(*command, "--seconds", "30", env=env)
     except CommandFailed:
         session.warn("A FRESH SEED BROKE A PROMISE, which is a bug to fix: see above")
     simulate_workers(session, "--known")
-    simulate_workers(session, "--seed", "0", "--stories", "150")
+    simulate_workers(session, "--seed", "0", "--stories", "100")
 
 
 def simulate_workers(session: nox.Session, *arguments: str) -> None:
@@ -302,10 +302,13 @@ def simulate_workers(session: nox.Session, *arguments: str) -> None:
 
 @nox.session(tags=NIGHTLY)
 def simulate_long(session: nox.Session) -> None:
-    """Try it for ten minutes, with fresh seeds; one that breaks a promise fails the session."""
+    """Try it for ten minutes, with fresh seeds, and workers in all bad weather; what breaks a promise fails it."""
     install(session, "-e", ".[test]")
     session.run("python", "-m", "tests.simulation", "--seconds", "600", env=environment(session))
     simulate_workers(session, "--seconds", "600")
+    with session.chdir("tests"):
+        command = ("python", "-m", "worker.simulation.weather", "--check", "--seeds", "1", "--jobs", "2")
+        session.run(*command, env=environment(session))
 
 
 @nox.session(tags=NIGHTLY)

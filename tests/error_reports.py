@@ -31,17 +31,15 @@ def by_loguru(error: BaseException) -> str:
     return sink.getvalue()
 
 
-class Plain(Traceback):
-    """The same text without colours: to find them, rich reads every file of the traceback from its first line."""
-
-    LEXERS = {".py": "text"}  # noqa: RUF012  # rich declares it without ClassVar
+# The same text without colours. To find them, rich reads every file of the traceback from its first line.
+Traceback.LEXERS = {".py": "text"}
 
 
 def by_rich(error: BaseException) -> str:
     console = Console(width=400)
     with console.capture() as captured:
         console.print(
-            Plain.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_length=99)
+            Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_length=99)
         )
     return captured.get()
 

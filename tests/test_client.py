@@ -648,14 +648,14 @@ class TestManyWaits:
         assert {type(outcome.error) for outcome in outcomes} == {ClientClosedError}
 
     @pytest.mark.slow
-    async def test_ten_thousand_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        ids = [f"op{number}" for number in range(10_000)]
+    async def test_thousands_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ids = [f"op{number}" for number in range(2_000)]
         for operation_id in ids:
             sandbox.approve(operation_id, user_id=USER)
         outcomes = [outcome async for outcome in client.wait_for_approvals(ids, timeout=None)]
         assert sorted(outcome.operation_id for outcome in outcomes) == sorted(ids)
         assert all(outcome.operation is not None for outcome in outcomes)
-        assert client.statistics.polls == 10_000
+        assert client.statistics.polls == 2_000
 
 
 @pytest.mark.looptime

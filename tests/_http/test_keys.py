@@ -277,17 +277,17 @@ async def test_refusal_of_the_current_key_is_final(mocked: MockedService) -> Non
 
 
 @pytest.mark.looptime
-@pytest.mark.parametrize("lag", [0, 2, 5, 20])
+@pytest.mark.parametrize("lag", [0, 5, 20])
 async def test_waits_go_on_when_the_key_rotates_and_the_function_lags(sandbox: Sandbox, lag: float) -> None:
     rotation = Rotation(sandbox.api_key)
     async with KeylessClient(rotation, base_url=sandbox.url) as client:
         sandbox.latency = 0.2
-        tickets = await asyncio.gather(*(client.create_operation(USER) for _ in range(60)))
+        tickets = await asyncio.gather(*(client.create_operation(USER) for _ in range(20)))
         loop = asyncio.get_running_loop()
         loop.call_later(5, setattr, sandbox._api, "_key", SECOND)
         loop.call_later(5 + lag, setattr, rotation, "key", SECOND)
         for number, ticket in enumerate(tickets):
-            loop.call_later(3 + number / 2, sandbox.approve, ticket.operation_id)
+            loop.call_later(3 + 1.5 * number, sandbox.approve, ticket.operation_id)
         approved = await asyncio.gather(*(client.wait_for_approval(ticket) for ticket in tickets))
     assert all(operation.is_approved for operation in approved)
 

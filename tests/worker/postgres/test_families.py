@@ -118,11 +118,7 @@ async def test_a_request_is_stored_if_and_only_if_its_transaction_commits(admin:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shop",
-    ["Asyncpg", "PsycopgAsync", "Psycopg2Dict", "SqlalchemySession", "SqlalchemyAsyncSession", "DjangoPsycopg2"],
-    indirect=True,
-)
+@pytest.mark.parametrize("shop", ["Asyncpg", "Psycopg2Dict", "SqlalchemyAsyncSession"], indirect=True)
 async def test_each_order_that_was_committed_is_paid_once_whatever_fails(
     broker: PostgresBroker, admin: Connection, shop: Family
 ) -> None:
