@@ -12,7 +12,20 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, Repeats, RoundTrips, Shard, Slowness
+from simulation.faults import (
+    LIES,
+    Failure,
+    Lag,
+    Lies,
+    Moved,
+    Outage,
+    RateLimit,
+    Repeats,
+    RoundTrips,
+    Shard,
+    Slowness,
+    shard,
+)
 from simulation.people import Person, someone
 from simulation.service import Service, Stored
 from simulation.story import FAILURES, brief, run_in_virtual_time
@@ -652,6 +665,7 @@ def _fault(rng: random.Random, victim: Ask) -> Fault:
     begins = rng.choice((rng.uniform(0.0, 30.0), victim.at, victim.at + victim.expires_in - 0.5))
     ends = begins + rng.choice((0.3, 2.0, 20.0, 90.0))
     failure, status = rng.choice(FAILURES), rng.choice((400, 401, 403, 403, 429))
+    hangs = Shard(begins, ends, Failure("hangs"), shard(victim.operation_id))
     # A request without an external id asks for no comparison.
     lies = [lie for lie in LIES if victim.external_user_id or lie != "another external user"]
     return rng.choice(
@@ -662,7 +676,7 @@ def _fault(rng: random.Random, victim: Ask) -> Fault:
             Outage(begins, ends, failure, payload=victim.payload),
             Gateway(begins, min(ends, begins + 20.0), Failure("status", status, 5.0), share=rng.choice((0.3, 1.0))),
             RateLimit(begins, begins + 60.0, rng.choice((1, 3)), rng.choice((None, 2.0))),
-            rng.choice((Slowness(begins, begins + 30.0, 8.0, 2), Shard(begins, ends, Failure("hangs"), 0))),
+            rng.choice((Slowness(begins, begins + 30.0, 8.0, 2), hangs)),
             Lag(0.0, 200.0, rng.choice((0.5, 2.0))),
             Lies(victim.at, victim.payload, rng.choice(lies), rng.choice((0.3, 1.0))),
         )
