@@ -192,6 +192,7 @@ def test_a_request_that_waits_too_long_for_one_worker_has_the_same_name_and_ids_
     refused, accepted = read(data, longest=LONGEST - 1), read(data)
     assert refused.refusal == f"expires_in is {LONGEST:g} s; this broker allows {LONGEST - 1:g} s"
     assert accepted.refusal is None
+    assert accepted.ticket.expires_at - refused.ticket.expires_at == timedelta(seconds=1)
     assert refused.request.context == accepted.request.context
     assert refused.ticket.payload_sha256 == accepted.ticket.payload_sha256
     assert (refused.ticket.operation_id, refused.ticket.user_id) == ("txn-1", "C0FFEE")
