@@ -419,13 +419,13 @@ def event_with(context: bytes) -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        *(b"", b"\xff", b"{}", b'{"version": 0}'),
+        *(b"", b"\xff", "\ud800", b"{}", b'{"version": 0}'),
         *(b'{"version": 1, "outcome": "revoked"}', b'{"version": 1, "outcome": "\xff"}', event_with(b'"\xff"')),
         *(event_with(nested(depth)) for depth in (MAX_DEPTH + 1, 930, 100_000)),
         b'{"more": ' + nested(100_000) + b"}",
     ],
 )
-def test_what_is_no_event_is_one_kind_of_error(data: bytes) -> None:
+def test_what_is_no_event_is_one_kind_of_error(data: bytes | str) -> None:
     with pytest.raises(msgspec.DecodeError) as caught:
         read_event(data)
     assert not isinstance(caught.value, NewerVersionError)
