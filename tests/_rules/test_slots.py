@@ -27,9 +27,10 @@ def test_a_slot_is_held_for_a_second_or_until_the_end(slots: Slots[str]) -> None
     assert len(slots) == 0
 
 
-def test_more_may_be_in_flight_while_the_service_also_answers_well() -> None:
-    assert most_in_flight(8, 10.0, answered_at=9.0) == 48
-    assert most_in_flight(8, 10.0, answered_at=8.9) == 16
+@pytest.mark.parametrize(("slots", "most", "least"), [(8, 48, 16), (200, 512, 384), (301, 602, 451)])
+def test_more_may_be_in_flight_while_the_service_also_answers_well(slots: int, most: int, least: int) -> None:
+    assert most_in_flight(slots, 10.0, answered_at=9.0) == most
+    assert most_in_flight(slots, 10.0, answered_at=8.9) == least
 
 
 def test_failing_ones_that_hold_over_a_quarter_of_the_slots_are_noticed(slots: Slots[str]) -> None:

@@ -56,6 +56,7 @@ class Report:
         self.waits += len(history.waits)
         self.requests += len(history.exchanges)
         self.outcomes.update(wait.outcome for wait in history.waits)
+        self.outcomes.update(f"create: {create.outcome}" for create in history.creates)
         return Failure(story, broken) if broken else None
 
     @property

@@ -48,6 +48,18 @@ def _is_ambiguous(post: Exchange) -> bool:
     return (post.was_repeated and post.status == 409) or post.status in {200, 408} or post.status >= 500
 
 
+def resumed_if_asked(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """A 409 about an id that the application chose is looked into if it resumes; else it is the end."""
+    for create, exchanges in _calls(evidence):
+        is_plain = not any(_is_ambiguous(post) for post in exchanges if post.method == "POST")
+        is_looked_into = any(exchange.method == "GET" for exchange in exchanges)
+        is_refused = create.outcome == "ConflictStatusError"
+        wrong = is_refused and not is_looked_into if create.resumes else is_looked_into
+        if wrong and is_plain and not create.id_is_new:
+            text = f"{create.outcome}, {'not ' * (not is_looked_into)}looked into"
+            yield evidence.violation("resumed if asked", create, create.ended_at, text)
+
+
 def created_through_dead_connections(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """A POST on a kept connection that is lost is checked, and sent again, on new ones."""
     attempts = evidence.client.max_attempts
@@ -162,6 +174,7 @@ def _calls(evidence: Evidence) -> Iterator[tuple[ObservedCreate, list[Exchange]]
 
 PROMISES = (
     never_sent_twice_blindly,
+    resumed_if_asked,
     created_through_dead_connections,
     repetitions_have_a_quota,
     exactly_one,

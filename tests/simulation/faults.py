@@ -227,6 +227,11 @@ class FailOver:
         return self.begins <= now and made_at < self.ends
 
 
+def shard(operation_id: str) -> int:
+    """Return the number of the shard on which an operation lives."""
+    return zlib.crc32(operation_id.encode()) % 3
+
+
 @dataclass(frozen=True)
 class Shard:
     """For some time the requests about one in three operations fail, those that live on one shard of the service."""
@@ -238,7 +243,7 @@ class Shard:
 
     def fate(self, request: Request, rng: random.Random) -> Fate | None:
         """Fail, if the operation lives there."""
-        is_there = zlib.crc32(request.operation_id.encode()) % 3 == self.number
+        is_there = shard(request.operation_id) == self.number
         return self.failure.fate(rng) if is_there and self.begins <= request.at < self.ends else None
 
 

@@ -132,6 +132,8 @@ _BREAKAGES: Final = {
         ("if not self._is_ours(found):", "if False:", "another operation is taken for this one"),
         ('== (self._operation.operation_payload or "")', "is not None", "another payload is taken for this one"),
         ("return not self._is_final and (", "return (", "what was not checked is sent again"),
+        ("is None and not self._resumes:", "is None:", "nothing is resumed"),
+        ("is None and not self._resumes:", "is None and False:", "what was there before is resumed unasked"),
         ("        if id_is_new:\n", "        if False:\n", "a create that a proxy repeats is a conflict"),
     ),
     "_http/keys.py": (

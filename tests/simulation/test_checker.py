@@ -124,6 +124,19 @@ def _create_twice(history: History) -> None:
     history.exchanges.insert(1, again)
 
 
+def _conflict(*, resumes: bool) -> Tamper:
+    """Let a create find an operation that was there before, and do the opposite of what it should."""
+
+    def tamper(history: History) -> None:
+        post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
+        post.status = 409
+        if not resumes:
+            history.exchanges.insert(1, replace(post, method="GET"))
+        create(id_is_new=False, resumes=resumes, outcome="ConflictStatusError")(history)
+
+    return tamper
+
+
 def _repeat_without_end(history: History) -> None:
     post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
     history.exchanges += [replace(post, sent_at=OUTAGE.begins + 0.1 * number) for number in range(61)]
@@ -162,6 +175,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_have_no_key_at_first, "right end"),
     (_stay_away_after_the_outage, "polled after an outage"),
     (_create_twice, "created once"),
+    *((_conflict(resumes=resumes), "resumed if asked") for resumes in (False, True)),
     (_repeat_without_end, "repetitions have a quota"),
     (_give_up_on_a_dead_connection, "created through dead connections"),
     (create(outcome="ServerError", operation_id=None), "exactly one"),

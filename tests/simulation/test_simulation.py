@@ -29,6 +29,8 @@ def test_stories_of_one_seed_are_identical() -> None:
     first, second = run(make_up(3)), run(make_up(3))
     assert first.lines() == second.lines()
     assert len(first.exchanges) > 50
+    chosen = {create.outcome for create in first.creates if not create.id_is_new}
+    assert chosen >= {"created", "reconciled", "ConflictStatusError"}  # else no promise of these was tried
 
 
 def test_stories_try_everything() -> None:

@@ -62,7 +62,7 @@ def test_it_begins_neither_before_the_worker_nor_before_the_request_was_stored()
     grace = living((0, 100))
     assert grace.left(due(-500, stored=-600), at(10)) == 20
     assert grace.left(due(-500, stored=90), at(100)) == 20
-    assert grace.overdue(at(29)) is None
+    assert grace.overdue(at(29.999)) is None
     assert grace.overdue(at(30)) == 30
 
 

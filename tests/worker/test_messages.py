@@ -192,6 +192,7 @@ def test_a_request_that_waits_too_long_for_one_worker_has_the_same_name_and_ids_
     refused, accepted = read(data, longest=LONGEST - 1), read(data)
     assert refused.refusal == f"expires_in is {LONGEST:g} s; this broker allows {LONGEST - 1:g} s"
     assert accepted.refusal is None
+    assert accepted.ticket.expires_at - refused.ticket.expires_at == timedelta(seconds=1)
     assert refused.request.context == accepted.request.context
     assert refused.ticket.payload_sha256 == accepted.ticket.payload_sha256
     assert (refused.ticket.operation_id, refused.ticket.user_id) == ("txn-1", "C0FFEE")
@@ -418,13 +419,13 @@ def event_with(context: bytes) -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        *(b"", b"\xff", b"{}", b'{"version": 0}'),
+        *(b"", b"\xff", "\ud800", b"{}", b'{"version": 0}'),
         *(b'{"version": 1, "outcome": "revoked"}', b'{"version": 1, "outcome": "\xff"}', event_with(b'"\xff"')),
         *(event_with(nested(depth)) for depth in (MAX_DEPTH + 1, 930, 100_000)),
         b'{"more": ' + nested(100_000) + b"}",
     ],
 )
-def test_what_is_no_event_is_one_kind_of_error(data: bytes) -> None:
+def test_what_is_no_event_is_one_kind_of_error(data: bytes | str) -> None:
     with pytest.raises(msgspec.DecodeError) as caught:
         read_event(data)
     assert not isinstance(caught.value, NewerVersionError)

@@ -12,7 +12,20 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-from simulation.faults import LIES, Failure, Lag, Lies, Moved, Outage, RateLimit, Repeats, RoundTrips, Shard, Slowness
+from simulation.faults import (
+    LIES,
+    Failure,
+    Lag,
+    Lies,
+    Moved,
+    Outage,
+    RateLimit,
+    Repeats,
+    RoundTrips,
+    Shard,
+    Slowness,
+    shard,
+)
 from simulation.people import Person, someone
 from simulation.service import Service, Stored
 from simulation.story import FAILURES, brief, run_in_virtual_time
@@ -380,7 +393,7 @@ def make_up(seed: int) -> Story:
     story = _with_a_mishap(story, random.Random(f"{seed} mishap"), (*MISHAPS, *[""] * 16))  # noqa: S311
     if not story.mishaps:
         story = _with_a_mishap(story, random.Random(f"{seed} weather"), (*WEATHER, *[""] * 14))  # noqa: S311
-    return _with_phones(_with_repeats(story))
+    return _with_phones(_with_repeats(_with_lies(story)))
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -501,6 +514,21 @@ def _with_a_bad_moment(story: Story) -> Story:
         refusal = Gateway(0.0, 30.0, Failure("status", 400), share=0.5, methods="POST")
         return replace(story, faults=(doubt, refusal, *story.faults))
     return story
+
+
+def _with_lies(story: Story) -> Story:
+    """Let the service lie in some stories more: there are many lies, and each is to be told often. Likewise."""
+    rng = random.Random(f"{story.seed} lies")  # noqa: S311
+    victim = rng.choice(story.asks)
+    if rng.random() < 0.9 or len(story.asks) > 6:
+        return story
+    return replace(story, faults=(_lies(rng, victim), *story.faults))
+
+
+def _lies(rng: random.Random, victim: Ask) -> Lies:
+    # A request without an external id asks for no comparison.
+    lies = [lie for lie in LIES if victim.external_user_id or lie != "another external user"]
+    return Lies(victim.at, victim.payload, rng.choice(lies), rng.choice((0.3, 1.0)))
 
 
 def _with_repeats(story: Story) -> Story:
@@ -650,8 +678,7 @@ def _fault(rng: random.Random, victim: Ask) -> Fault:
     begins = rng.choice((rng.uniform(0.0, 30.0), victim.at, victim.at + victim.expires_in - 0.5))
     ends = begins + rng.choice((0.3, 2.0, 20.0, 90.0))
     failure, status = rng.choice(FAILURES), rng.choice((400, 401, 403, 403, 429))
-    # A request without an external id asks for no comparison.
-    lies = [lie for lie in LIES if victim.external_user_id or lie != "another external user"]
+    hangs = Shard(begins, ends, Failure("hangs"), shard(victim.operation_id))
     return rng.choice(
         (
             Outage(begins, ends, failure),
@@ -660,8 +687,8 @@ def _fault(rng: random.Random, victim: Ask) -> Fault:
             Outage(begins, ends, failure, payload=victim.payload),
             Gateway(begins, min(ends, begins + 20.0), Failure("status", status, 5.0), share=rng.choice((0.3, 1.0))),
             RateLimit(begins, begins + 60.0, rng.choice((1, 3)), rng.choice((None, 2.0))),
-            rng.choice((Slowness(begins, begins + 30.0, 8.0, 2), Shard(begins, ends, Failure("hangs"), 0))),
+            rng.choice((Slowness(begins, begins + 30.0, 8.0, 2), hangs)),
             Lag(0.0, 200.0, rng.choice((0.5, 2.0))),
-            Lies(victim.at, victim.payload, rng.choice(lies), rng.choice((0.3, 1.0))),
+            _lies(rng, victim),
         )
     )
