@@ -111,7 +111,6 @@ def _fail(code: int) -> Callable[..., NoReturn]:
 class Postgres:
     def __init__(self, _folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.server, self.patch = shared_server(), patch
-        patch.setattr(postgres_broker, "_ANSWER_WITHIN", 0.5)
 
     async def with_function(self, body: str) -> None:
         """Ask a database whose function does something else."""
@@ -167,7 +166,6 @@ class Postgres:
 class Nats:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        patch.setattr(nats_broker, "_ANSWER_WITHIN", 0.3)
         patch.setattr(nats_broker, "_LEADERLESS_FOR", 0.0)
 
     async def on(self, change: Callable[[NatsServer, NatsBroker], Awaitable[object]], configuration: str = "") -> None:
@@ -252,6 +250,9 @@ async def test_an_error_says_whether_it_may_pass_by_itself(
     may_pass: bool,
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeylessError) as caught:
+        if may_pass:  # the others have an answer, which is late on a busy machine
+            patch.setattr(postgres_broker, "_ANSWER_WITHIN", 0.5)
+            patch.setattr(nats_broker, "_ANSWER_WITHIN", 0.3)
         await getattr(storage(tmp_path, patch), case)()
     assert isinstance(caught.value, BrokerError | ConfigurationError)
     assert caught.value.is_transient is may_pass
