@@ -243,7 +243,7 @@ class Evidence:
         reading = self._readings.get(poll.number)
         if reading is None:
             reading = read(poll, self.client.request_timeout)
-            if poll.status == 401 and not any(poll.sent_at < at <= poll.ended_at for at in self.client.new_keys):
+            if self._refuses_key(poll):
                 reading = Reading("error", error="AuthenticationError")
             if poll.had_no_key:
                 was_good = [self._key_was_good_at < poll.sent_at]
@@ -291,6 +291,19 @@ class Evidence:
                 math.inf if reading.kind != "failed" else min(since, earlier.ended_at if reading.error else math.inf)
             )
         return poll.ended_at - since
+
+    def refused_for(self, at: float) -> float:
+        """Return for how long all answers to the client have refused its key."""
+        since = math.inf
+        for poll in sorted(self.polls, key=lambda poll: poll.ended_at):
+            if poll.ended_at <= at + EPS and poll.status is not None and not poll.had_no_key:
+                is_refusal = self._refuses_key(poll)
+                since = min(since, poll.ended_at) if is_refusal else math.inf
+        return at - since
+
+    def _refuses_key(self, poll: Exchange) -> bool:
+        """Return whether an answer refuses the key that the client still has."""
+        return poll.status == 401 and not any(poll.sent_at < at <= poll.ended_at for at in self.client.new_keys)
 
     def sent_between(self, begins: float, ends: float) -> Sequence[Exchange]:
         """Return the polls that were sent in a time, both ends included."""

@@ -178,9 +178,10 @@ def _is_pending(reading: Reading, poll: Exchange) -> bool:
 
 
 def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
-    """Return whether a wait that begins, or a deadline, explains a poll that is sooner than the schedule."""
+    """Return whether a wait that begins, a deadline, or an older final poll explains a poll that is too soon."""
     waits = evidence.waits_of[earlier.operation_id]
-    return any(
+    older = [p for p in evidence.around(earlier, earlier.sent_at) if earlier.ended_at < p.ended_at < later.sent_at]
+    return any(evidence.is_final(poll) for poll in older) or any(
         earlier.sent_at - EPS <= wait.started_at <= later.sent_at + EPS
         or any(
             b.had_expired or earlier.sent_at - FINAL - EPS <= evidence.awake(b.deadline) <= later.sent_at + EPS

@@ -108,6 +108,8 @@ def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  
             return "" if in_time else f"it was held until {last:.4f} s, and goes on for {LEASE:g} s"
         case "ApprovalUnknownError":
             return _wrong_unknown(evidence, wait, budget)
+        case "AuthenticationError" if evidence.refused_for(wait.ended_at) >= UNEXPECTED_FOR - EPS:
+            return ""  # the key is refused for good, whatever operation the last answer was about
     return "no answer says so"
 
 
