@@ -87,7 +87,7 @@ SENTENCES = [
     f"a wait that began within a {seconds(machine.FRESH)} of its create",
     f"NATS stretches delays up to {load_shedding._MAX_FACTOR:g} times",
     # The grace of a worker
-    f"took nothing for over {grace._TURN.total_seconds():g} s since it was frozen or its broker away:",
+    f"took nothing for over {grace._TURN.total_seconds():g} s, being frozen or without its broker:",
     f"{grace._ABSENT.total_seconds():g} s in all, or one that is longer",
     # The rate
     f"`max_polls_per_second` ({signature(KeylessClient).parameters['max_polls_per_second'].default:g} by default)",
@@ -106,11 +106,12 @@ SENTENCES = [
     f"pauses its own operation only**, for {span(backoff._MANY)} at most.",
     # Slots
     f"keeps its slot for its first {seconds(slots.SLOW)}**",
-    f"At most {most(9) / 9:g} x `max_in_flight` ordinary polls are in flight**, but not over {most(200)},",
-    f"or else {most(900) / 900:g} x `max_in_flight`. If no good answer came within the last {seconds(slots.SLOW)},",
+    f"At most {most(9) / 9:g} x `max_in_flight` ordinary polls are in flight**, but not over {most(200)}",
+    f"or, if that is more, {most(900) / 900:g} x `max_in_flight`.",
+    f"If no good answer came within the last {seconds(slots.SLOW)},",
     f"these are {most(10, 0.0) / 10:g} x, {most(200, 0.0)} and {most(900, 0.0) / 900:g} x.",
     f"Up to {slots.most_final_in_flight(9) / 9:g} x `max_in_flight` are in flight,",
-    f"but not over {slots.most_final_in_flight(200)}, or else `max_in_flight`.",
+    f"but not over {slots.most_final_in_flight(200)} or, if that is more, `max_in_flight`.",
     f"the quickest of {word(window._ROUND)} good answers takes",
     f"over {'twice' if window._TIMES_QUICKEST == 2 else window._TIMES_QUICKEST} the quickest ever",
     f"{window._SECONDS_MORE:g} s more, {window._LEFT:g} of the polls in flight remain, at least {word(window._LEAST)}.",

@@ -125,9 +125,9 @@ def life_of_a_wait() -> Drawing:
 
 def machine() -> Drawing:
     """Draw the machine, what is around it, and what goes to and fro."""
-    drawing = Drawing(860, 330, "The poller tells the machine what happens, and asks it what is next")
+    drawing = Drawing(860, 330, "The poller reports to the machine what happens, and asks it what is next")
     drawing.box(30, 130, 130, 62, "client", "awaits the wait")
-    drawing.box(290, 50, 180, 222, "poller", "one timer", "workers: tasks", "that carry polls", colour=BLUE)
+    drawing.box(290, 50, 180, 222, "poller", "one timer, and", "tasks that", "send polls", colour=BLUE)
     drawing.box(640, 24, 190, 92, "machine: pure", "waits, operations, polls", colour=GREEN)
     drawing.box(640, 140, 190, 62, "dispatcher: pure", "queues and slots", colour=GREEN)
     drawing.box(640, 226, 190, 62, "rules: pure", "what a result means", colour=GREEN)
@@ -157,22 +157,22 @@ def machine() -> Drawing:
 
 LAYERS: Final = (
     (("cli", "pytest_plugin"), "what people run"),
-    (("sync",), "the client and the worker's application side, without an event loop"),
+    (("sync",), "the client, without an event loop"),
     (
         ("worker", "sandbox", "signatures", "shutdown", "otel"),
         "engine 2, a test service, signed data, signals, OpenTelemetry",
     ),
     (("client",), "the public methods"),
     (("_waits",), "engine 1: waits in memory"),
-    (("_http", "_token"), "endpoints as data, exchanges over aiohttp; what a signature proves"),
+    (("_http", "_token"), "exchanges over aiohttp; checks of signatures"),
     (("_rules",), "what a poll means, the budget, the backoff: pure"),
     (("schedule",), "when to poll next"),
-    (("_listeners", "_tracing"), "tells listeners; the caller's trace"),
+    (("_listeners", "_tracing"), "calls listeners; the caller's trace"),
     (("reports",), "what a client reports"),
     (("errors",), "every exception"),
     (("ticket",), "what is stored of an operation"),
     (("_validation",), "checks of arguments and identifiers"),
-    (("events",), "what listeners are told"),
+    (("events",), "what listeners get"),
     (("models",), "what the service sends and takes"),
     (("_base_errors",), "the root of the errors, and those of arguments"),
 )
