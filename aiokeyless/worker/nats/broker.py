@@ -209,8 +209,10 @@ class NatsBroker(Broker):
         try:
             with raise_lost_cancellations():
                 window = await prepare(stream, self._fleet, self._settings, ack_wait=self._ack_wait, service=service)
-        except BrokerError as error:  # the broker does not answer a request that it does not permit
-            raise (self._loss or error) from None
+        except BrokerError:
+            if self._loss is not None:  # the broker does not answer a request that it does not permit
+                raise self._loss from None
+            raise
         self._inspect = partial(inspect, settings=self._settings, ack_wait=self._ack_wait, service=service)
         with suppress(UnavailableError):
             await self.inspect()  # which measures the broker's clock
