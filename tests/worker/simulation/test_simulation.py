@@ -11,7 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from simulation.faults import Failure, Outage, RoundTrips
+from simulation.faults import Failure, Lies, Outage, RoundTrips
 from simulation.mutants import PACKAGE, Mutant, search
 from simulation.people import Person
 
@@ -188,6 +188,7 @@ def test_stories_try_everything() -> None:
 
 def test_a_worker_may_say_for_a_moment_that_it_has_not_started() -> None:
     story = make_up(910716790)
+    story = replace(story, faults=tuple(fault for fault in story.faults if not isinstance(fault, Lies)))
     history = run(story)
     assert "not started" in str(history.seen[0].statistics.problems)
     assert check(story, history) == []
