@@ -771,8 +771,9 @@ class KeylessClient:
                 `get_authentications` for the reasons so far. Default: False.
 
         Returns:
-            The approved operation; None if the operation is pending after so many seconds. A hold of a ticket returns
-            None only before its ``expires_at``. An operation id does not expire, so give up after some time.
+            The approved operation; None if the operation is pending after so many seconds. After a ticket's
+            ``expires_at``, only a hold that joined a longer one returns None. An operation id does not expire, so give
+            up after some time.
 
         Raises:
             ConfigurationError: An argument is wrong, or the schedule did not return a number.

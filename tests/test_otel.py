@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 from tenacity.wait import wait_fixed
 
-from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, NotFoundError, events, otel
+from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, BadRequestError, NotFoundError, events, otel
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.broker import NewRequest
@@ -22,10 +22,12 @@ from aiokeyless.worker.sqlite import SqliteBroker
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 
+from opentelemetry.baggage import get_all, set_baggage
+from opentelemetry.context import attach, detach
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.util.types import AttributeValue
 
@@ -255,6 +258,14 @@ class TestMetrics:
                     await client.get_pending_operations(USER)
         found = {point.attributes["error.type"] for point in recorder.points["http.client.request.duration"]}
         assert found == {"NotJsonError", "TransportError"}
+
+    async def test_an_exchange_that_is_refused_names_its_status(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            sandbox.fail_next(400)
+            with pytest.raises(BadRequestError):
+                await client.get_pending_operations(USER)
+        [point] = recorder.points["http.client.request.duration"]
+        assert point.attributes["error.type"] == "400"
 
     async def test_a_service_fails_as_long_as_it_does_for_one_client_that_is_not_closed(
         self, sandbox: Sandbox, recorder: Recorder
@@ -491,6 +502,36 @@ def test_a_request_that_claims_to_be_centuries_old_is_a_span_that_can_be_exporte
         )
     )
     assert recorder.span("aiokeyless.wait").start_time == 0
+
+
+@pytest.mark.parametrize("traceparent", [None, f"00-{'1' * 32}-{'2' * 16}-01"])
+def test_what_the_program_of_a_worker_has_in_its_context_is_not_about_a_request(
+    recorder: Recorder, traceparent: str | None
+) -> None:
+    seen: list[Context | None] = []
+
+    class Noting(SpanProcessor):
+        def on_start(self, _span: object, parent_context: Context | None = None) -> None:
+            seen.append(parent_context)
+
+    recorder.traces.add_span_processor(Noting())
+    token = attach(set_baggage("worker", "7"))
+    recorder.listener(
+        OutcomePublished(
+            system="nats",
+            destination="a.approvals.request",
+            operation_id="txn-1",
+            outcome=WaitOutcome.APPROVED,
+            reason=None,
+            deliveries=1,
+            age=1.0,
+            traceparent=traceparent,
+        )
+    )
+    detach(token)
+    [context] = seen
+    assert context is not None
+    assert get_all(context) == {}
 
 
 def test_a_delivery_that_was_not_settled_is_counted_with_its_error(recorder: Recorder) -> None:

@@ -60,7 +60,7 @@ SENTENCES = [
     # Rules 1 to 9
     f"created the ticket less than a {seconds(machine.FRESH)} ago",
     f"the wait ends at most {word(FINAL)} seconds later.**",
-    f"for more than {word(final.STOOD_STILL)} a second, the {word(FINAL)} seconds begin",
+    f"for more than {word(final.STOOD_STILL)} a second, or for all of the {word(FINAL)} seconds",
     f"The final poll gets these {word(FINAL)} seconds",
     f"it is retried, but not in the last {word(final._TOO_LATE)} second.",
     f"which may queue for {machine.EXPIRED_PATIENCE:g} s and",

@@ -15,6 +15,7 @@ from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import is_same_user
 from aiokeyless.errors import (
     AlreadyApprovedError,
+    ConfigurationError,
     ConflictError,
     ConflictStatusError,
     DecodeError,
@@ -122,6 +123,9 @@ class Creation(ABC, Generic[AnswerT, ResultT]):
         """Remember what the failure of an attempt leaves unclear. Raise it if that is nothing."""
         if may_have_taken_effect(failure):
             self._ambiguous = failure
+        elif isinstance(failure, ConfigurationError) and self._ambiguous is not None:
+            # Without a key nothing was sent, which says nothing about the earlier attempt.
+            raise self._ambiguous from failure
         elif not isinstance(failure, ConflictStatusError):
             raise failure
         elif self._ambiguous is None and self._advice is not None:

@@ -281,6 +281,7 @@ class Machine:
     def _stop_polling(self, polled: PolledOperation) -> None:
         """Stop the polls of an operation after its last wait."""
         del self._polled[polled.operation_id]
+        self._held.pop(polled, None)
         if not self._polled:
             self._refused_since = math.inf  # a refusal of an hour ago is another one
         if polled.poll is not None:

@@ -20,6 +20,7 @@ from aiokeyless import (
     ApprovalTicket,
     AuthenticationError,
     ClientClosedError,
+    ConfigurationError,
     ConflictError,
     ConflictStatusError,
     DecodeError,
@@ -713,6 +714,17 @@ async def test_an_error_that_was_not_sent_after_an_ambiguous_one_may_have_taken_
     error = await failure(talk.create())
     assert isinstance(error, TransportError)
     assert error.sent
+
+
+async def test_a_missing_key_after_an_ambiguous_failure_keeps_that_failure(sandbox: Sandbox) -> None:
+    keys = [sandbox.api_key, sandbox.api_key]  # of the create and of the search
+    sandbox.fail_next(500, stored=False)
+    async with KeylessClient(keys.pop, base_url=sandbox.url) as client:
+        error = await failure(client.create_operation(USER, operation_id="a"))
+    assert isinstance(error, ServerError)
+    assert error.operation_id == "a"
+    assert isinstance(error.__cause__, ConfigurationError)
+    assert sent(sandbox) == ["POST", "GET"]
 
 
 # What an error says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from aiokeyless._listeners import Listeners
 from aiokeyless._rules.final import Unanswered
 from aiokeyless._waits import machine as machine_module
 from aiokeyless._waits.machine import BATCH
-from aiokeyless._waits.state import Poll, WaitPhase
+from aiokeyless._waits.state import Poll, PolledOperation, WaitPhase
 from aiokeyless.events import Event, PollEnded, ServiceChanged, WaitEnded, WaitOutcome, WaitStarted
 
 from .calls import TIMEOUT, USER, Calls, Updates, cached, error, names, no_answer, no_key, operation, replaced_key
@@ -426,6 +427,16 @@ class TestSlots:
         machine.give_up(held, 0.1)
         machine.answer(well, 0.2)
         assert machine.run(2.0, lambda *_: "pending", since=0.2) == []
+
+    def test_nothing_is_kept_of_a_held_operation_whose_waits_are_gone(self) -> None:
+        machine = Calls()
+        held = machine.wait("held and gone")
+        machine.answer(machine.one(0.0), 0.0, error(503, retry_after=60))
+        machine.give_up(held, 0.1)
+        del held
+        gc.collect()
+        kept = [each for each in gc.get_objects() if isinstance(each, PolledOperation)]
+        assert "held and gone" not in {polled.operation_id for polled in kept}
 
     def test_a_wait_for_an_operation_whose_caller_was_cancelled_is_polled_at_once(self) -> None:
         machine = Calls()

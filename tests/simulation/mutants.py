@@ -186,11 +186,6 @@ _BREAKAGES: Final = {
         (">= self._max_in_flight:  # 2", "> self._max_in_flight:  # 2", "one poll too many is in flight"),
         ("if self._window.limit < math.inf:", "if False:", "a service gets more polls at once than it answers in time"),
         ("self._final_queued.remove(polled)", "pass", "an operation gets one final poll, whatever becomes of it"),
-        (
-            "            # One final poll at a time.",
-            "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
-            "a final poll that goes on for other waits holds up all final polls of an outage",
-        ),
     ),
     "_waits/holds.py": (
         ("call_later(LEASE, self._expire", "call_later(0.0, self._expire", "the end of a hold ends its wait"),

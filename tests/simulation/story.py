@@ -389,7 +389,7 @@ def _rush(seed: int, begins: float, processes: int) -> tuple[list[Actor], list[F
     If it answers few, their process is one more than there are. With random numbers of its own, as the lies.
     """
     rng = random.Random(f"{seed} rush")  # noqa: S311
-    kind = rng.choices(("none", "capacity", "outage"), (8, 1, 1))[0]
+    kind = rng.choices(("none", "capacity", "outage"), (7, 1, 2))[0]
     if kind == "none":
         return [], []
     process, crowd, every = rng.randrange(processes), rng.choice((60, 100)), rng.choice((None, 1.0))
@@ -403,7 +403,9 @@ def _rush(seed: int, begins: float, processes: int) -> tuple[list[Actor], list[F
     if kind == "capacity":
         return actors, [Capacity(begins + 20.0, begins + 120.0, 5.0)]
     failure = rng.choice((Failure("status", 503), Failure("lost"), Failure("lost answer"), Failure("hangs")))
-    return actors, [Outage(begins - 10.0, begins + 40.0, failure)]
+    # After 25 s, all are created and wait; after 160 s, the time of all has ended. One good answer of 100 is too few.
+    starts, ends = begins + rng.choice((-10.0, 25.0, 25.0)), begins + rng.choice((40.0, 160.0))
+    return actors, [Outage(starts, ends, failure, share=rng.choice((1.0, 0.99)))]
 
 
 def _storm(seed: int, begins: float, process: int) -> tuple[list[Actor], list[Fault], tuple[tuple[float, float], ...]]:

@@ -71,7 +71,9 @@ class Tokens:
 
     def _count(self, at: float, event: _Event, poll: Exchange | None) -> None:
         is_slow = not self._is_generous or self._counted_at - self._since >= LONG
-        spent = min(self._spent, self._capacity) if self._is_generous or event == "sent" else self._spent
+        # Without a token, nothing is owed for a poll, but what starts with a good answer is paid from its tokens.
+        is_owed = not self._is_generous and (event != "sent" or at == self._sent_at)
+        spent = self._spent if is_owed else min(self._spent, self._capacity)
         self._spent = max(0.0, spent - (at - self._counted_at) * (LATER if is_slow else PER_SECOND))
         self._counted_at = at
         match event:

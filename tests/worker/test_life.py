@@ -57,6 +57,18 @@ async def test_an_argument_that_is_wrong_is_refused_by_name(client: KeylessClien
     assert caught.value.argument == argument
 
 
+async def test_a_schedule_is_tried_as_at_a_new_operations_first_poll(client: KeylessClient) -> None:
+    asked: list[tuple[int, float | None]] = []
+
+    class Asked(wait_base):
+        def __call__(self, retry_state: RetryCallState) -> float:
+            asked.append((retry_state.attempt_number, retry_state.seconds_since_start))
+            return 1.0
+
+    ApprovalWorker(client, MEMORY, schedule=Asked())
+    assert asked == [(1, 0.0)]
+
+
 async def test_worker_runs_once(client: KeylessClient) -> None:
     async with ApprovalWorker(client, MEMORY) as worker:
         for again in (worker.run, worker.__aenter__):

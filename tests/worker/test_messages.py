@@ -305,6 +305,7 @@ def test_defaults_times_and_spellings_change_no_name() -> None:
         request(user_id="C0FFEE", created_at="2026-11-24T11:59:00Z"),
     ]
     assert len({request_name(read(text).request) for text in same}) == 1
+    assert named(expires_in=121) == named(expires_in=121.0)
 
 
 # -- the context

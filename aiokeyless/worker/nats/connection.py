@@ -116,7 +116,7 @@ async def _connect_once(client: Client, servers: list[str], options: dict[str, A
         _check_version(client, servers)
         find_largest_request(client)
     except BaseException:  # after a cancellation, too, no connection may stay open
-        if client.is_connecting or client.is_connected:  # nats-py does not close a refused connection
+        if client._transport is not None:  # noqa: SLF001  # nats-py leaves one open if it is refused
             await disconnect(client)
         raise
 

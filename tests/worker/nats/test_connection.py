@@ -160,6 +160,22 @@ async def test_a_websocket_with_tls_is_a_connection_although_the_broker_behind_i
     await proxy.cleanup()
 
 
+@pytest.mark.filterwarnings("ignore:parameter 'timeout':DeprecationWarning")  # of nats-py's call of aiohttp
+async def test_a_websocket_whose_handshake_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_CONNECT_WITHIN", 0.1)
+
+    async def answer_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    tasks = asyncio.all_tasks()
+    async with await asyncio.start_server(answer_nothing, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with asyncio.timeout(PATIENCE):
+            assert await refusal(f"ws://{address}") == f"no connection to the broker at {address}: TimeoutError"
+        await until(lambda: asyncio.all_tasks() == tasks)
+
+
 async def test_a_websocket_without_tls_is_no_connection_where_tls_was_asked_for() -> None:
     message = await refusal("ws://127.0.0.1:1", tls=ssl.create_default_context())
     assert message == "no connection to the broker at 127.0.0.1:1: ws:// is without TLS, use wss://"

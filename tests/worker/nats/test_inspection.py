@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -49,7 +49,11 @@ async def test_a_full_stream_of_requests_is_named(
 
 async def test_a_stream_of_requests_that_is_gone_is_named(connection: Client, stream: JetStreamContext) -> None:
     await stream.delete_stream(REQUESTS)
-    assert (await inspected(connection)).problems == (f"the stream {REQUESTS} is gone",)
+    ahead = BrokerClock()
+    ahead.compare(datetime.now(UTC) + timedelta(hours=1), began=ahead.elapsed())
+    told = await inspect(KEYLESS.jetstream(connection, PATIENCE), KEYLESS, ahead)
+    assert told.problems == (f"the stream {REQUESTS} is gone",)
+    assert told.clock_ahead == pytest.approx(3600.0, abs=PATIENCE)  # as last measured
 
 
 async def test_a_consumer_that_is_gone_is_named(connection: Client, stream: JetStreamContext) -> None:

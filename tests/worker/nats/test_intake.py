@@ -506,8 +506,14 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
     assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED, 0)
 
 
-async def test_what_comes_without_its_body_is_put_off_until_the_consumer_delivers_bodies_again(hand: Hand) -> None:
-    corrected: list[str] = []
+async def test_what_comes_without_its_body_is_put_off_until_the_consumer_delivers_bodies_again(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_off, delays, corrected = hand.intake.put_off, list[float](), list[str]()
+
+    async def noted(message: NatsMessage, delay: float) -> None:
+        delays.append(delay)
+        await put_off(message, delay)
 
     async def restored() -> None:
         await change_consumer(hand.connection, headers_only=False)
@@ -515,10 +521,12 @@ async def test_what_comes_without_its_body_is_put_off_until_the_consumer_deliver
 
     hand.intake._now = asyncio.get_running_loop().time
     hand.intake._restore = restored
+    monkeypatch.setattr(hand.intake, "put_off", noted)
     await change_consumer(hand.connection, headers_only=True)
     await hand.publish("a")
     [message] = await hand.intake.take(1, PATIENCE, untried=None)
     assert (message.body, message.number, len(corrected)) == (b"a", 2, 1)
+    assert delays == [pytest.approx(0.375, abs=0.125)]
 
 
 # -- the end

@@ -934,6 +934,21 @@ async def test_a_body_goes_after_a_week_and_an_outcome_too_if_each_reader_has_ha
     assert await counts(admin) == {"request": 1, "outcome": 0, "unread": 0}
 
 
+async def test_what_grows_old_while_workers_run_is_removed(
+    url: str, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CLEANS_EVERY", 0.05)
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=LEASE, service="")
+        await decide_all(broker, "a")
+        await grow_older(admin, 401)
+
+        async def is_removed() -> bool:
+            return await counts(admin) == {"request": 0, "outcome": 0, "unread": 0}
+
+        await until(is_removed)
+
+
 async def test_cleaning_goes_page_by_page_and_ends(
     broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

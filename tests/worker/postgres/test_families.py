@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import json
 import signal
@@ -15,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import asyncpg
 import psycopg
@@ -32,6 +34,7 @@ from aiokeyless.worker import Outcome
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres.adapters import driver
+from aiokeyless.worker.postgres.adapters.asyncpg import Adapter as AsyncpgAdapter
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import decide, outcome_of, submit, take_n
 
@@ -417,7 +420,59 @@ async def test_an_outcome_of_the_pool_is_lost_with_its_connection_and_comes_agai
     assert await unread(admin) == {"a": 0}
 
 
+async def test_what_a_session_has_not_sent_is_a_statement_of_the_body(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
+) -> None:
+    await decide_all(broker, "a")
+    await admin.execute("INSERT INTO payment VALUES ('a')")
+    shop = families.SqlalchemySession(str(server.folder), database)
+
+    async def program() -> None:
+        async with shop.connected():
+            with pytest.raises(BrokerError, match="and the outcome comes again"):
+                async with shop.next_outcome():
+                    await shop.pay("a")
+
+    await shop.run(program())
+    assert await unread(admin) == {"a": 1}
+
+
 # -- cancellation
+
+
+@pytest.mark.usefixtures("admin")
+@pytest.mark.parametrize("shop", ["Psycopg2", "Psycopg2Dict"], indirect=True)
+async def test_psycopg2_is_in_its_mode_again_after_an_interruption(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "time", SimpleNamespace(sleep=Mock(side_effect=KeyboardInterrupt)))
+
+    async def program() -> None:
+        async with shop.connected() as connection:
+            with pytest.raises(KeyboardInterrupt):
+                async with shop.next_outcome():
+                    pass
+            assert connection.autocommit is shop.autocommit
+
+    await shop.run(program())
+
+
+async def test_an_error_that_comes_after_a_cancellation_is_no_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    begun, failing = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> None:
+        begun.set()
+        await failing.wait()
+        raise ConnectionError
+
+    task = asyncio.create_task(AsyncpgAdapter(Mock(), "keyless").complete(fail()))
+    await begun.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    failing.set()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    del task
+    gc.collect()
+    assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("admin")

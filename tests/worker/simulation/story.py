@@ -14,6 +14,7 @@ from unittest import mock
 
 from simulation.faults import (
     LIES,
+    FailOver,
     Failure,
     Lag,
     Lies,
@@ -393,7 +394,7 @@ def make_up(seed: int) -> Story:
     story = _with_a_mishap(story, random.Random(f"{seed} mishap"), (*MISHAPS, *[""] * 16))  # noqa: S311
     if not story.mishaps:
         story = _with_a_mishap(story, random.Random(f"{seed} weather"), (*WEATHER, *[""] * 14))  # noqa: S311
-    return _with_phones(_with_repeats(_with_lies(story)))
+    return _with_dead_connections(_with_phones(_with_repeats(_with_lies(story))))
 
 
 def _rush(seed: int, rng: random.Random) -> Story:
@@ -554,7 +555,22 @@ def _with_phones(story: Story) -> Story:
             return ask
         return replace(ask, operation_id=ids.pop(), phone=rng.choice(("before", "after")))
 
-    return replace(story, asks=tuple(map(by_phone, story.asks)))
+    story = replace(story, asks=tuple(map(by_phone, story.asks)))
+    started = [ask for ask in story.asks if ask.phone]
+    if started and rng.random() < 0.1:  # what no answer has shown yet, and the first one cannot be read
+        faults = (Lies(0.0, rng.choice(started).payload, "another shape", 1.0), *story.faults)
+        return replace(story, faults=faults)
+    return story
+
+
+def _with_dead_connections(story: Story) -> Story:
+    """Let the connections that workers keep die in some stories. Likewise."""
+    rng = random.Random(f"{story.seed} connections")  # noqa: S311
+    if rng.random() > 0.1:
+        return story
+    at = rng.choice(story.asks).at + rng.uniform(0.0, 20.0)
+    failover = FailOver(at, at + rng.choice((0.0, 0.0, 10.0, 60.0)))
+    return replace(story, faults=(failover, *story.faults))
 
 
 def _with_a_mishap(story: Story, rng: random.Random, kinds: tuple[str, ...]) -> Story:

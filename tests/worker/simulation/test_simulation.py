@@ -176,7 +176,8 @@ def test_stories_try_everything() -> None:
     assert any(len(ask.lives) > 1 for ask in asks)
     assert all(any(getattr(life, end) != getattr(Life(), end) for life in lives) for end in Life.__dataclass_fields__)
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
-        *("Gateway", "Lag", "Lies", "Moved", "Outage", "RateLimit", "Repeats", "RoundTrips", "Shard", "Slowness")
+        *("FailOver", "Gateway", "Lag", "Lies", "Moved", "Outage", "RateLimit", "Repeats", "RoundTrips", "Shard"),
+        "Slowness",
     }
     assert {seconds > 0 for story in stories for _, seconds in story.steps} == {True, False}
     assert any(story.duplicates for story in stories)
