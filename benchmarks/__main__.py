@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import platform
+import signal
 import sys
 import time
 from datetime import UTC, datetime
@@ -42,6 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - modules.keys():
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; choose from {', '.join(modules)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the brokers, too
     bench = Bench(arguments.smoke, _SMOKE if arguments.smoke else arguments.minutes, arguments.uvloop)
     machine, failed = _machine(), False
     print(_machine_text(machine))

@@ -56,6 +56,10 @@ class Bench:
                 return pool.submit(function, *args, **kwargs).result()
             except BrokenProcessPool as error:
                 raise CannotMeasureError("the measuring process died") from error
+            except KeyboardInterrupt:  # else the pool waits until it has measured
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
 
 
 def order(variants: list[T], round_number: int) -> list[T]:

@@ -71,9 +71,10 @@ class NatsServer:
         self._running.wait()
 
     def kill(self) -> None:
-        """End it at once, as a power cut does."""
-        self._running.kill()
-        self._running.wait()
+        """End it at once, as a power cut does, if it was started."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     @property
     def _running(self) -> subprocess.Popen[bytes]:

@@ -62,10 +62,10 @@ class PostgresServer:
         self._databases = count(1)
         try:
             self._create(primary)
-        except RuntimeError:
-            shutil.rmtree(self.folder)
+            self.start()
+        except BaseException:
+            self.close()
             raise
-        self.start()
 
     def _create(self, primary: PostgresServer | None) -> None:
         if primary is None:

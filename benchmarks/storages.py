@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import psutil  # type: ignore[import-untyped]  # it has no type hints
@@ -37,16 +36,15 @@ class Storage:
 
     name: ClassVar[str] = "SQLite"
 
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-"))
-
     async def __aenter__(self) -> Self:
-        await self._start()
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(TemporaryDirectory(prefix="aiokeyless-")))
+            await self._start(stack)
+            self._started = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._stop()
-        shutil.rmtree(self._folder)
+        self._started.close()
 
     @property
     def url(self) -> str:
@@ -59,11 +57,8 @@ class Storage:
         assert isinstance(broker, Broker)  # noqa: S101  # a URL is a broker's
         return broker
 
-    async def _start(self) -> None:
-        """Start the server, if there is one."""
-
-    def _stop(self) -> None:
-        """Stop it for good."""
+    async def _start(self, stack: ExitStack) -> None:
+        """Start the server, if there is one, and let the stack stop it."""
 
     def processes(self) -> list[psutil.Process]:
         """Return the server's processes; none where there is no server."""
@@ -88,12 +83,9 @@ class PostgresStorage(Storage):
     def url(self) -> str:
         return self._server.url(self._database)
 
-    async def _start(self) -> None:
-        self._server = PostgresServer(fsync="on", shared_buffers="128MB")
+    async def _start(self, stack: ExitStack) -> None:
+        self._server = stack.enter_context(closing(PostgresServer(fsync="on", shared_buffers="128MB")))
         self._database = self._server.new_database()
-
-    def _stop(self) -> None:
-        self._server.close()
 
     def processes(self) -> list[psutil.Process]:
         postmaster = psutil.Process(self._server.pid)
@@ -111,22 +103,18 @@ class NatsStorage(Storage):
     """A cluster of three servers that make their promises: each message is on two disks before it is acknowledged."""
 
     name = "NATS"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._cluster = NatsCluster(self._folder)
+    _cluster: NatsCluster
 
     @property
     def url(self) -> str:
         return self._cluster.urls
 
-    async def _start(self) -> None:
+    async def _start(self, stack: ExitStack) -> None:
+        self._cluster = NatsCluster(self._folder)
+        stack.callback(self._cluster.kill)
         await self._cluster.start()
         async with NatsBroker(self.url, settings=StreamSettings(replicas=len(NAMES))) as broker:
             await until(partial(is_prepared, broker), within=_LEADS_WITHIN)
-
-    def _stop(self) -> None:
-        self._cluster.kill()
 
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(server.pid) for server in self._cluster.servers.values()]

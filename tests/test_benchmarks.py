@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]  # it has no type hints
 import pytest
 
 pytestmark = pytest.mark.benchmarks
@@ -51,3 +54,25 @@ def test_unknown_benchmark_is_refused_with_the_names_that_there_are() -> None:
     done = benchmarks("nonesuch")
     assert done.returncode == 2
     assert "request, soak" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["distributed --smoke", "soak_fleet", "soak_failover"])
+def test_a_benchmark_that_is_ended_leaves_no_server_and_no_files(command: str, tmp_path: Path) -> None:
+    run = psutil.Popen(
+        [sys.executable, "-m", "benchmarks", *command.split()],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+    )
+    folders: list[Path] = []
+    while not folders:
+        assert run.poll() is None
+        started = [process.cmdline() for process in run.children() if process.name() == "postgres"]
+        folders = [Path(words[words.index("-D") + 1]).parent for words in started if "-D" in words]
+        time.sleep(0.05)  # no event tells it
+    processes = run.children(recursive=True)
+    run.terminate()
+    assert run.wait(60) != 0
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert [folder for folder in folders if folder.exists()] == []
+    assert list(tmp_path.iterdir()) == []
