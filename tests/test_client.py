@@ -648,6 +648,7 @@ class TestManyWaits:
         assert {type(outcome.error) for outcome in outcomes} == {ClientClosedError}
 
     @pytest.mark.slow
+    @pytest.mark.looptime
     async def test_thousands_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ids = [f"op{number}" for number in range(2_000)]
         for operation_id in ids:

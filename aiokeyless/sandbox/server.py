@@ -37,6 +37,8 @@ logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
 #: Seconds. Only a connection that is still reading a refused body delays a shutdown by this much.
 _SHUTDOWN_GRACE: Final = 0.1
+#: Connections that wait to be accepted. A client opens 256 at once, and more than aiohttp's 128 would wait a second.
+_BACKLOG: Final = 1024
 #: A socket that is closed with it resets the connection.
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 #: Addresses to connect to, by the wildcard addresses that a server can listen on.
@@ -131,7 +133,7 @@ class Sandbox(Service):
         )
         try:
             await runner.setup()
-            await _finish(web.TCPSite(runner, self._host, self._port).start())
+            await _finish(web.TCPSite(runner, self._host, self._port, backlog=_BACKLOG).start())
         # After a cancellation, too, the sandbox can be started again.
         except BaseException:
             self._runner = None
