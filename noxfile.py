@@ -117,37 +117,32 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(tags=CI)
 def types(session: nox.Session) -> None:
-    """Run mypy --strict over everything, pyright over the package and the examples."""
+    """Run mypy --strict over everything, pyright over package and examples; each public name has a type of its own."""
     install(session, "-e", ".[dev]")
     session.run("mypy", "--cache-dir", os.devnull)
     session.run("pyright")
-
-
-@nox.session(tags=CI)
-def public_types(session: nox.Session) -> None:
-    """Demand of every public name a type that needs no inferring; fails below 100 %."""
-    # Installed and not editable, and from elsewhere: pyright takes the package from where users have it.
-    session.install(
-        "-q", ".[cli,jwt,nats,otel,postgres]", "asyncpg-stubs", "pytest", "pytest-asyncio", "pyright>=1.1.410"
-    )
-    with session.chdir(session.create_tmp()):
-        session.run("pyright", "--verifytypes", "aiokeyless", "--ignoreexternal")
+    with session.chdir(session.create_tmp()):  # from elsewhere, as users have it; fails below 100 %
+        session.run("pyright", "--verifytypes", "aiokeyless", "--ignoreexternal", silent=True)
 
 
 @nox.session(tags=CI)
 def coverage(session: nox.Session) -> None:
-    """Run all tests, those that need the extra "examples" apart; together they must cover every branch."""
+    """Run all tests but those of the examples; they must cover every branch."""
     data = {"COVERAGE_FILE": str(scratch(session, "coverage") / "data")}
-    # Not by pytest --cov: our own pytest plugin loads the package before that starts to measure.
-    measured = ("coverage", "run")
     install(session, "-e", ".[test]")
-    pytest(session, "-m", f"not (benchmarks or {WITH_EXAMPLES})", env=data | WITH_TEST, run_by=measured)
-    install(session, "-e", ".[dev]")
-    files = ("tests/examples", *files_with("browser"))
-    selection = f"({WITH_EXAMPLES}) and not rabbitmq"
-    pytest(session, "-m", selection, *files, env=data | WITH_DEV, run_by=measured)
+    # Not by pytest --cov: our own pytest plugin loads the package before that starts to measure.
+    selection = f"not (benchmarks or {WITH_EXAMPLES})"
+    pytest(session, "-m", selection, env=data | WITH_TEST, run_by=("coverage", "run"))
     session.run("coverage", "combine", "-q", env=data)
     session.run("coverage", "report", env=data)
+
+
+@nox.session(tags=CI)
+def examples(session: nox.Session) -> None:
+    """Run the tests of the examples, and those in a browser."""
+    install(session, "-e", ".[dev]")
+    files = ("tests/examples", *files_with("browser"))
+    pytest(session, "-m", f"({WITH_EXAMPLES}) and not rabbitmq", *files, env=WITH_DEV)
 
 
 #: Packages of the extra "examples" have no wheels for it yet.
@@ -211,7 +206,7 @@ def prerelease(session: nox.Session) -> None:
     pytest(session, env=WITH_TEST)
 
 
-@nox.session(python=PYTHONS[-1:])
+@nox.session(python=PYTHONS[-1:], venv_backend="uv|virtualenv")
 @nox.parametrize("part", [nox.param("platform", id="platform", tags=CI), nox.param("all", id="all", tags=NIGHTLY)])
 def wheel(session: nox.Session, part: str) -> None:
     """Run tests of the source archive on the wheel and the newest Python: all, or `platform` on each loop."""

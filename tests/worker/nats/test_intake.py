@@ -84,6 +84,15 @@ class Hand:
         info = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
         return info.num_waiting is not None and info.num_waiting > 0
 
+    async def are_pending(self, count: int) -> None:
+        """Wait until the consumer counts so many: a stream tells it a moment after it has stored them."""
+
+        async def are_counted() -> bool:
+            info = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
+            return info.num_pending == count
+
+        await until(are_counted)
+
     async def delivered(self, count: int) -> None:
         await until(lambda: len(self.messages) == count)
 
@@ -444,6 +453,7 @@ async def test_load_is_shed_by_what_is_polled_again_and_what_still_waits(
     monkeypatch.setattr(LoadShedding, "on_delivery", on_delivery)
     hand.intake._now = asyncio.get_running_loop().time
     await hand.publish("a", "b")
+    await hand.are_pending(2)
     for _ in range(3):
         [message] = await hand.intake.take(1, PATIENCE, untried=None)
         if was_polled:  # otherwise a worker that did not know its version may have given it back
