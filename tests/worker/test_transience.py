@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
 from nats_server import REQUESTS, NatsServer, jetstream, prepare
 from ports import own_port
-from postgres_server import PostgresServer, shared_server
+from postgres_server import shared_server
 
 from aiokeyless import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.worker import Broker, submit_approval
@@ -20,6 +21,7 @@ from aiokeyless.worker.nats import broker as nats_broker
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as postgres_broker
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema
+from benchmarks.cutting_proxy import CuttingProxy
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -123,13 +125,11 @@ class Postgres:
         await open_and_ask(PostgresBroker(self.server.url(database)))
 
     async def away(self) -> None:
-        server = PostgresServer()
-        try:
-            async with PostgresBroker(server.url(server.prepared_database())) as broker:
-                server.kill()
+        async with AsyncExitStack() as way:
+            proxy = await way.enter_async_context(CuttingProxy(self.server))
+            async with PostgresBroker(proxy.url(self.server.prepared_database())) as broker:
+                await way.aclose()
                 await ask(broker)
-        finally:
-            server.close()
 
     async def locked(self) -> None:
         await self.with_function("BEGIN RAISE 'it is locked' USING ERRCODE = 'lock_not_available'; END")
@@ -144,6 +144,7 @@ class Postgres:
         await open_and_ask(PostgresBroker(f"postgresql://127.0.0.1:{own_port()}/shop"))
 
     async def full_while_opening(self) -> None:
+        self.patch.setattr(postgres_broker, "_ANSWER_WITHIN", 0.1)
         database = self.server.new_database()
         self.server.execute(f"CREATE ROLE {database} LOGIN CONNECTION LIMIT 0")
         await open_and_ask(PostgresBroker(self.server.url(database, database)))
@@ -166,7 +167,13 @@ class Postgres:
 class Nats:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
+        self.patch = patch
         patch.setattr(nats_broker, "_LEADERLESS_FOR", 0.0)
+        patch.setattr(nats_broker, "error_delay", lambda _failures: 0.01)
+
+    def give_up_soon(self) -> None:
+        """Wait for an answer for a short time only, where there is none. Others are late on a busy machine."""
+        self.patch.setattr(nats_broker, "_ANSWER_WITHIN", 0.05)
 
     async def on(self, change: Callable[[NatsServer, NatsBroker], Awaitable[object]], configuration: str = "") -> None:
         """Ask a server that has streams, after a change."""
@@ -182,6 +189,7 @@ class Nats:
         async with NatsServer(self.folder) as server, NatsBroker(server.url) as broker:
             await prepare(jetstream(broker._open_connection()), ack_wait=6.0)
             server.kill()
+            self.give_up_soon()
             try:
                 await ask(broker)
             finally:
@@ -199,6 +207,7 @@ class Nats:
     async def late(self) -> None:
         async def pause(server: NatsServer, _broker: NatsBroker) -> None:
             server.pause()
+            self.give_up_soon()
 
         await self.on(pause)
 
@@ -222,6 +231,8 @@ class Nats:
             await open_and_ask(NatsBroker(server.url))
 
     async def no_rights(self) -> None:
+        self.patch.setattr(nats_broker, "_SUBMISSIONS", math.inf)  # the server says why some time, and does not answer
+        self.give_up_soon()
         async with NatsServer(self.folder, configuration=USERS) as server:
             await open_and_ask(NatsBroker(server.url.replace("//", "//app:p@")))
 
@@ -249,9 +260,6 @@ async def test_an_error_says_whether_it_may_pass_by_itself(
     *,
     may_pass: bool,
 ) -> None:
-    if may_pass:  # the others have an answer, which is late on a busy machine
-        monkeypatch.setattr(postgres_broker, "_ANSWER_WITHIN", 0.5)
-        monkeypatch.setattr(nats_broker, "_ANSWER_WITHIN", 0.3)
     with monkeypatch.context() as patch, pytest.raises(KeylessError) as caught:
         await getattr(storage(tmp_path, patch), case)()
     assert isinstance(caught.value, BrokerError | ConfigurationError)
