@@ -9,10 +9,19 @@ import pytest
 from postgres_server import PostgresServer, shared_server
 
 from aiokeyless.worker.postgres import PostgresBroker
+from aiokeyless.worker.postgres import broker as module
+from aiokeyless.worker.postgres.adapters import driver
 from worker.conformance.brokers import LEASE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outcomes and new readers are looked for often: their first outcome takes a second otherwise."""
+    monkeypatch.setattr(driver, "READS_EVERY", 0.02)
+    monkeypatch.setattr(module, "_WELCOMES_EVERY", 0.05)
 
 
 @pytest.fixture

@@ -150,14 +150,14 @@ async def test_a_cancellation_is_one_even_if_the_server_answers_nothing(
         with server.paused():
             for task in reading:
                 task.cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 await asyncio.wait(reading)
     assert all(task.cancelled() for task in reading)
 
 
 async def test_a_backend_that_is_killed_while_it_waits_is_an_error(admin: Connection, connection: Connection) -> None:
     waiting = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.1)
     await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
     with pytest.raises(UnavailableError):
         await waiting
@@ -176,7 +176,7 @@ async def test_an_outcome_in_hand_is_in_no_other_hand_and_comes_again_at_once_if
     other = await asyncpg.connect(url)
     dying = await PostgresConnection(other).next_outcome("shop")
     reading = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(0.2)
     assert not reading.done()
     other.terminate()
     outcome = await asyncio.wait_for(reading, PATIENCE)

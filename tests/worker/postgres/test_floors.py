@@ -105,7 +105,7 @@ async def test_what_is_due_before_its_floor_is_found_by_the_next_search_of_every
     for table in ("waiting", "unread"):
         await admin.execute(f"UPDATE keyless.{table} SET due_at = due_at - interval '1 h'")  # noqa: S608  # names of ours
     reading = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
-    assert not await broker.take(1, 1.0)
+    assert not await broker.take(1, 0.3)
     assert not reading.done()
     clock.now += 1.0
     assert len(await take_n(broker, 1)) == 1

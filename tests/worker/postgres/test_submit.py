@@ -101,7 +101,7 @@ async def test_two_transactions_at_once_with_the_same_request_store_one(
     async with connection.transaction():
         await submit_approval(connection, "C0FFEE", operation_id="a")
         second = asyncio.create_task(submit_text(other, request_to_json("C0FFEE", operation_id="a")))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.1)
         assert not second.done()
     assert await second
     assert await waiting(admin) == ["a"]
@@ -115,7 +115,7 @@ async def test_an_open_transaction_holds_up_no_other_for_long(
     function = call.partition("(")[0]
     settings = await admin.fetchval("SELECT proconfig FROM pg_proc WHERE oid = $1::regproc", f"keyless.{function}")
     assert "lock_timeout=3s" in settings
-    await admin.execute(f"ALTER FUNCTION keyless.{function} SET lock_timeout = '0.1s'")
+    await admin.execute(f"ALTER FUNCTION keyless.{function} SET lock_timeout = '50ms'")
     statement = f"SELECT keyless.{call.format(text_of())}"
     other = await asyncpg.connect(url, server_settings={"lock_timeout": "7s"})
     async with connection.transaction():
@@ -130,7 +130,7 @@ async def test_an_open_transaction_holds_up_no_other_for_long(
 async def test_a_broker_repeats_a_submission_that_an_open_transaction_holds_up(
     broker: PostgresBroker, admin: Connection, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await admin.execute("ALTER FUNCTION keyless.submit SET lock_timeout = '0.1s'")
+    await admin.execute("ALTER FUNCTION keyless.submit SET lock_timeout = '50ms'")
     transaction = connection.transaction()
     await transaction.start()
     await submit_approval(connection, "C0FFEE", operation_id="a")
@@ -138,7 +138,7 @@ async def test_a_broker_repeats_a_submission_that_an_open_transaction_holds_up(
         await submit_approval(broker, "C0FFEE", operation_id="a")
     monkeypatch.setattr(module, "_ATTEMPTS", 10_000)
     submitting = asyncio.create_task(submit_approval(broker, "C0FFEE", operation_id="a"))
-    await asyncio.sleep(0.25)  # it is repeated already
+    await asyncio.sleep(0.1)  # it is repeated already
     await transaction.rollback()
     assert not (await submitting).duplicate
 
