@@ -325,7 +325,11 @@ class TestArguments:
                 await create(USER, operation_id=odd)
         assert sandbox.requests == []
         call = client.request_approval(
-            USER, operation_id=odd, started_by="phone", on_created=lambda _: sandbox.approve(odd, user_id=USER)
+            USER,
+            operation_id=odd,
+            started_by="phone",
+            on_created=lambda _: sandbox.approve(odd, user_id=USER),
+            schedule=wait_fixed(0.05),
         )
         assert (await call).operation_id == (await client.get_operation(odd)).operation_id == odd
 

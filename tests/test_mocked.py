@@ -44,7 +44,10 @@ class InThread:
         return functools.partial(asyncio.to_thread, getattr(self._client, name))
 
 
-@pytest.fixture(params=["own session", "borrowed session", "a session that raises for statuses", "sync"])
+SESSIONS = "own session", "borrowed session", "a session that raises for statuses"
+
+
+@pytest.fixture(params=[*(pytest.param(each, marks=pytest.mark.looptime) for each in SESSIONS), "sync"])
 async def client(request: pytest.FixtureRequest) -> AsyncGenerator[Any]:
     options: dict[str, Any] = {"base_url": URL, "max_attempts": 1, "schedule": wait_none()}
     async with aiohttp.ClientSession(raise_for_status="raises" in request.param) as session:

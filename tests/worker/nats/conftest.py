@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that fail are repeated soon."""
+    monkeypatch.setattr("aiokeyless.worker.nats.broker.error_delay", lambda _failures: 0.01)
+
+
 @pytest.fixture
 async def stream(connection: Client) -> JetStreamContext:
     """The streams, as a worker makes them."""

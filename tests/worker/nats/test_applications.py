@@ -205,14 +205,14 @@ async def test_an_event_is_kept_for_its_body_and_comes_again_soon_after_its_conn
     broker: NatsServer, connection: Client, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (intake, streams):
-        monkeypatch.setattr(module, "ACK_WAIT", 0.5)
+        monkeypatch.setattr(module, "ACK_WAIT", 0.3)
     await publish(stream, "a")
     gone, begun = await nats.connect(broker.url), asyncio.Event()
 
     async def handle_and_lose_the_connection() -> None:
         async with next_outcome(gone, "shop"):
             begun.set()
-            await asyncio.sleep(1.5)  # the real broker counts
+            await asyncio.sleep(0.7)  # the real broker counts
             assert not other.done()
             await gone.close()
 

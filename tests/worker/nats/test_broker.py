@@ -129,7 +129,7 @@ async def test_a_worker_goes_on_once_a_consumer_that_was_changed_so_that_nothing
     await change_consumer(connection, **changed)
     await submit(opened, "txn-1")
     for _ in range(10):  # pulls are refused, or deliver no body
-        assert not await opened.take(1, 0.1)
+        assert not await opened.take(1, 0.03)
     (problem,) = (line for line in (await opened.inspect()).problems if "has other settings" in line)
     assert f"has other settings: {difference}" in problem
     await connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
