@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls that fail are repeated soon."""
+    """Calls that fail are repeated soon, and connections that are lost are made again soon."""
     monkeypatch.setattr("aiokeyless.worker.nats.broker.error_delay", lambda _failures: 0.01)
+    monkeypatch.setattr("aiokeyless.worker.nats.connection.error_delay", lambda _failures: 0.05)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         connection = opened._connection
         broker.kill()
         await until(lambda: not connection.is_connected)
-        for call in (opened.inspect(), opened.take(1, 1.0), opened.take_overdue(1, 1.0)):
+        for call in (opened.inspect(), opened.take(1, 0.1), opened.take_overdue(1, 1.0)):
             with pytest.raises(UnavailableError, match="no connection"):
                 await call
         await broker.start()
@@ -124,8 +124,13 @@ async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(open
     ids=str,
 )
 async def test_a_worker_goes_on_once_a_consumer_that_was_changed_so_that_nothing_can_be_read_is_deleted(
-    opened: NatsBroker, connection: Client, changed: dict[str, Any], difference: str
+    opened: NatsBroker,
+    connection: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    difference: str,
 ) -> None:
+    monkeypatch.setattr("aiokeyless.worker.nats.intake.error_delay", lambda _failures: 0.05)
     await change_consumer(connection, **changed)
     await submit(opened, "txn-1")
     for _ in range(10):  # pulls are refused, or deliver no body
