@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 #: Seconds of a lease: longer than a test takes on a busy machine. Over 200 s a broker takes it for a clock set back.
 LEASE: Final = 150.0
 #: The same, of a delivery that is to be repeated.
-SHORT_LEASE: Final = 1.0
+SHORT_LEASE: Final = 0.2
 
 
 class Storage(AbstractAsyncContextManager["Storage"]):
@@ -64,9 +64,9 @@ class Storage(AbstractAsyncContextManager["Storage"]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Seconds by which a busy machine may be late, and those within which what must not come would come: on a moved
-        # clock, after each lease and pause.
-        self.slack, self.quiet = (0.0, 1000.0) if self.moves_clock else (30.0, 0.4)
+        # Seconds by which a machine may be late, and those within which what must not come would come: on a moved
+        # clock, after each lease and pause; on another, after several of the `POLLS` of the conftest.
+        self.slack, self.quiet = (0.0, 1000.0) if self.moves_clock else (PATIENCE, 0.15)
 
     async def __aexit__(self, *_error: object) -> None:
         """Nothing is left."""
@@ -192,6 +192,13 @@ async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100) -> 
 async def take_n(broker: Broker, count: int) -> list[Message]:
     """Take so many, however long a busy machine takes."""
     return await take_all(broker, PATIENCE, up_to=count)
+
+
+async def take_only(broker: Broker, count: int, quiet: float) -> list[Message]:
+    """Take so many, and see that no other comes."""
+    taken = await take_n(broker, count)
+    assert not await take_all(broker, min(quiet, LEASE / 2))
+    return taken
 
 
 async def is_waiting(broker: Broker, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from waiting import PATIENCE
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
     from .brokers import Opened, Storage
 
+#: Seconds of pauses that no promise names, which are longer in production: between two looks of a broker for
+#: what other processes did, and until a pull ends, for which a broker that is closed waits.
+POLLS: Final = {
+    "sqlite.broker._CHECKS_EVERY": 0.02,
+    "postgres.broker._TAKES_EVERY": 0.02,
+    "postgres.broker._WELCOMES_EVERY": 0.05,
+    "postgres.adapters.driver.READS_EVERY": 0.02,
+    "nats.intake.EXPIRES": 0.05,
+}
+
 
 def pytest_itemcollected(item: pytest.Function) -> None:
     """Let no case wait for ever for what a storage does not give. A moved clock passes an hour at once."""
@@ -30,6 +40,12 @@ def pytest_itemcollected(item: pytest.Function) -> None:
         await asyncio.wait_for(case(**fixtures), within)
 
     item.obj = limited if asyncio.iscoroutinefunction(case) else case
+
+
+@pytest.fixture(autouse=True)
+def _polls_are_frequent(monkeypatch: pytest.MonkeyPatch, _short_pulls: None) -> None:
+    for name, seconds in POLLS.items():
+        monkeypatch.setattr(f"aiokeyless.worker.{name}", seconds)
 
 
 @pytest.fixture(params=those().args[1])
