@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from waiting import PATIENCE
 
-from .brokers import LEASE, those
+from .brokers import HEAD_START, LEASE, those
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
     from .brokers import Opened, Storage
 
-#: Seconds of pauses that no promise names, which are longer in production: between two looks of a broker for
-#: what other processes did, and until a pull ends, for which a broker that is closed waits.
-POLLS: Final = {
+#: Seconds of pauses that no promise names, which are longer in production, and so in the second tier: between two looks
+#: of a broker for what other processes did, until a pull ends, for which a broker that is closed waits, and until a
+#: worker takes a request of a later version. PostgreSQL's for the last is in the database.
+PAUSES: Final = {
     "sqlite.broker._CHECKS_EVERY": 0.02,
+    "sqlite.store._HEAD_START": HEAD_START,
     "postgres.broker._TAKES_EVERY": 0.02,
     "postgres.broker._WELCOMES_EVERY": 0.05,
     "postgres.adapters.driver.READS_EVERY": 0.02,
@@ -43,9 +45,10 @@ def pytest_itemcollected(item: pytest.Function) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _polls_are_frequent(monkeypatch: pytest.MonkeyPatch, _short_pulls: None) -> None:
-    for name, seconds in POLLS.items():
-        monkeypatch.setattr(f"aiokeyless.worker.{name}", seconds)
+def _pauses_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _short_pulls: None) -> None:
+    if request.node.get_closest_marker("slow") is None:
+        for name, seconds in PAUSES.items():
+            monkeypatch.setattr(f"aiokeyless.worker.{name}", seconds)
 
 
 @pytest.fixture(params=those().args[1])

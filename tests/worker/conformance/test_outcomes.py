@@ -70,7 +70,7 @@ async def test_an_outcome_that_is_put_off_comes_again_later_and_holds_up_no_othe
     again = await broker.next_outcome("shop")
     assert operation_decided(again) == operation_decided(refused)
     assert 0.9 <= now() - began < 2.5 + storage.slack
-    await again.put_off(0.2)
+    await again.put_off(0.05)
     assert await read(broker, "shop", 1) == {operation_decided(refused)}
     assert await none_comes(broker, "shop", storage.quiet)
 

@@ -76,7 +76,7 @@ async def submit_newer(broker: Broker, *operation_ids: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def _workers_pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "NEWER_FOR", 0.05)
     monkeypatch.setattr(applications, "_UPGRADED_IN", 0.05)
 
