@@ -51,6 +51,13 @@ def _pauses_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
             monkeypatch.setattr(f"aiokeyless.worker.{name}", seconds)
 
 
+@pytest.fixture
+def takes_begin_at_once(monkeypatch: pytest.MonkeyPatch, _pauses_are_short: None) -> None:
+    """Takes that do not gather what becomes due."""
+    for module in ("sqlite", "postgres"):
+        monkeypatch.setattr(f"aiokeyless.worker.{module}.broker._TAKES_EVERY", 0.0)
+
+
 @pytest.fixture(params=those().args[1])
 async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[Storage]:
     async with request.param(tmp_path) as storage:

@@ -110,7 +110,7 @@ async def test_a_request_that_is_put_off_comes_then_and_not_before(broker: Broke
 async def test_requests_come_in_the_order_in_which_they_are_due(broker: Broker, storage: Storage) -> None:
     await submit(broker, "a", "b", "c")
     messages = {operation_of(message): message for message in await take_n(broker, 3)}
-    # JetStream delivers those that it finds due at once in the order in which they were stored.
+    # A stream delivers those that it finds due at once in the order in which they were stored.
     gap = 0.02 if storage.has_rows else 0.3
     for number, operation_id in enumerate("cab"):
         await broker.put_off(messages[operation_id], number * gap, ExchangeResult.ANSWERED)
@@ -151,9 +151,8 @@ async def test_what_a_worker_does_not_settle_comes_again_after_the_lease(opened:
     assert [each.number for each in (message, again, third, fourth)] == [1, 2, 3, 4]
 
 
-async def test_a_take_that_is_cancelled_loses_nothing(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sqlite", "postgres"):
-        monkeypatch.setattr(f"aiokeyless.worker.{module}.broker._TAKES_EVERY", 0.0)
+@pytest.mark.usefixtures("takes_begin_at_once")
+async def test_a_take_that_is_cancelled_loses_nothing(broker: Broker) -> None:
     for number in range(20):
         taking = asyncio.create_task(broker.take(10, 5.0))
         await submit(broker, f"payment-{number}")
