@@ -6,6 +6,7 @@ import asyncio
 from abc import abstractmethod
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import msgspec
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 #: Seconds of a lease: longer than a test takes on a busy machine. Over 200 s a broker takes it for a clock set back.
 LEASE: Final = 150.0
 #: The same, of a delivery that is to be repeated.
-SHORT_LEASE: Final = 1.0
+SHORT_LEASE: Final = 0.1
+#: Seconds for which only a worker that knows a later version takes a request of it, in place of one.
+HEAD_START: Final = 0.05
 
 
 class Storage(AbstractAsyncContextManager["Storage"]):
@@ -64,9 +67,9 @@ class Storage(AbstractAsyncContextManager["Storage"]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Seconds by which a busy machine may be late, and those within which what must not come would come: on a moved
-        # clock, after each lease and pause.
-        self.slack, self.quiet = (0.0, 1000.0) if self.moves_clock else (30.0, 0.4)
+        # Seconds by which a machine may be late, and those within which what must not come would come: on a moved
+        # clock, after each lease and pause; on another, after several of the `PAUSES` of the conftest.
+        self.slack, self.quiet = (0.0, 1000.0) if self.moves_clock else (PATIENCE, 0.1)
 
     async def __aexit__(self, *_error: object) -> None:
         """Nothing is left."""
@@ -123,6 +126,28 @@ class Nats(Storage):
         return NatsBroker(self._server.url)
 
 
+@cache
+def _template() -> str:
+    """Return a database that is prepared, and whose function `take` has the short head start."""
+    database = shared_server().prepared_database()
+    one, short = (f"moment - interval '{seconds:g} s'" for seconds in (1, HEAD_START))
+    shared_server().execute(
+        f"""
+        DO $do$
+        DECLARE
+            definition constant text := pg_get_functiondef('keyless.take'::regproc);
+            changed constant text := replace(definition, $${one}$$, $${short}$$);
+        BEGIN
+            ASSERT changed <> definition;
+            EXECUTE changed;
+        END
+        $do$
+        """,
+        database,
+    )
+    return database
+
+
 class Postgres(Storage):
     name = "postgres"
     claims_tell_time = True
@@ -130,7 +155,7 @@ class Postgres(Storage):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         server = shared_server()
-        self._url = server.url(server.prepared_database())
+        self._url = server.url(server.new_database(_template()))
 
     def broker(self) -> PostgresBroker:
         return PostgresBroker(self._url)
@@ -192,6 +217,13 @@ async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100) -> 
 async def take_n(broker: Broker, count: int) -> list[Message]:
     """Take so many, however long a busy machine takes."""
     return await take_all(broker, PATIENCE, up_to=count)
+
+
+async def take_only(broker: Broker, count: int, quiet: float) -> list[Message]:
+    """Take so many, and see that no other comes."""
+    taken = await take_n(broker, count)
+    assert not await take_all(broker, min(quiet, LEASE / 2))
+    return taken
 
 
 async def is_waiting(broker: Broker, count: int) -> None:

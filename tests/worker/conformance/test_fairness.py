@@ -29,7 +29,7 @@ async def check(storage: Storage, weather: Weather, *, before: int, after: int) 
         assert len(lateness.asked) == len(lateness.approved) == before + after
     assert weather.goal is not None
     for late, goal in zip(lateness.p95(), weather.goal, strict=True):
-        assert late < goal + storage.slack
+        assert late < goal + (0.0 if storage.moves_clock else 30.0)  # of a busy machine
 
 
 @weathers("500, at once", "500 to their create", "hang", "503 with Retry-After")

@@ -32,7 +32,7 @@ async def is_unread(broker: Broker, counts: dict[str, int]) -> Inspection:
 async def test_a_reader_waits_for_what_is_decided_meanwhile(opened: Opened) -> None:
     worker, application = await opened(), await opened()
     reading = asyncio.create_task(application.next_outcome("shop"))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.1)
     assert not reading.done()
     await decide_all(worker, "a")
     outcome = await reading
@@ -70,7 +70,7 @@ async def test_an_outcome_that_is_put_off_comes_again_later_and_holds_up_no_othe
     again = await broker.next_outcome("shop")
     assert operation_decided(again) == operation_decided(refused)
     assert 0.9 <= now() - began < 2.5 + storage.slack
-    await again.put_off(0.2)
+    await again.put_off(0.05)
     assert await read(broker, "shop", 1) == {operation_decided(refused)}
     assert await none_comes(broker, "shop", storage.quiet)
 
@@ -112,30 +112,32 @@ async def test_an_outcome_that_kills_its_process_comes_again_and_holds_up_no_oth
 
 
 async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(broker: Broker) -> None:
-    assert await none_comes(broker, "shop", 0.2)
+    assert await none_comes(broker, "shop", 0.1)
     await decide_all(broker, "a")
     assert await read(broker, "shop", 1) == {"a"}
 
 
-async def test_what_a_reader_has_not_handled_is_counted_with_its_age_and_stays_unread(broker: Broker) -> None:
+async def test_what_a_reader_has_not_handled_is_counted_with_its_age_and_stays_unread(
+    broker: Broker, storage: Storage
+) -> None:
     assert (await broker.inspect()).unread == {}
     await decide_all(broker, "a")
     assert await read(broker, "ledger", 1) == await read(broker, "shop", 1) == {"a"}
     assert [*await broker.list_unread(10)] == []
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     began = now()
     await decide_all(broker, "b")
     await (await broker.next_outcome("shop")).put_off(100)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     await decide_all(broker, "c")
     told = await is_unread(broker, {"ledger": 2, "shop": 2})
-    assert all(0.2 < age < now() - began + 0.1 for age in told.oldest_unread_age.values())
+    assert all(0.09 < age < now() - began + 0.05 for age in told.oldest_unread_age.values())
     assert told.problems == ()
     assert await read(broker, "ledger", 2) == {"b", "c"}
     told = await is_unread(broker, {"ledger": 0, "shop": 2})
     assert told.oldest_unread_age["ledger"] == 0 < told.oldest_unread_age["shop"]
     assert await read(broker, "shop", 1) == {"c"}
-    assert await none_comes(broker, "shop", 1.0)
+    assert await none_comes(broker, "shop", min(storage.quiet, 50.0))
     await is_unread(broker, {"ledger": 0, "shop": 1})
 
 
@@ -147,9 +149,9 @@ async def test_the_oldest_unread_outcomes_are_listed_with_their_failures(broker:
     await (await broker.next_outcome("shop")).put_off(100)
     for earlier, operation_id in (("a", "b"), ("b", "c")):
         assert await read(broker, "ledger", 1) == {earlier}
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.01)
         await decide_all(broker, operation_id)
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.01)
     found = await broker.list_unread(3)
     assert [(reader, operation_id, failures) for reader, operation_id, _, failures in found] == [
         ("shop", "a", 1),

@@ -76,9 +76,9 @@ async def submit_newer(broker: Broker, *operation_ids: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "NEWER_FOR", 0.2)
-    monkeypatch.setattr(applications, "_UPGRADED_IN", 0.2)
+def _workers_pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "NEWER_FOR", 0.05)
+    monkeypatch.setattr(applications, "_UPGRADED_IN", 0.05)
 
 
 @pytest.mark.parametrize("untried", [None, 1])
@@ -147,7 +147,7 @@ class Fleet:
             stack.push_async_callback(asyncio.wait, {reading})
             stack.callback(reading.cancel)
         else:
-            await stack.enter_async_context(ApprovalWorker(self.client, broker, schedule=wait_fixed(0.2)))
+            await stack.enter_async_context(ApprovalWorker(self.client, broker, schedule=wait_fixed(0.05)))
 
     async def read(self, broker: Broker) -> None:
         while True:
@@ -173,7 +173,7 @@ class Fleet:
 async def test_a_fleet_is_restarted_in_any_order_and_each_request_is_decided_once(
     storage: Storage, client: KeylessClient, sandbox: Sandbox, order: list[str], releases: tuple[int, ...]
 ) -> None:
-    sandbox.auto_approve = 0.5
+    sandbox.auto_approve = 0.2
     fleet = Fleet(storage, client)
     try:
         for release in releases:

@@ -31,11 +31,18 @@ if TYPE_CHECKING:
 WHERE_SUSPENSION_COUNTS = pytest.mark.skipif(
     not hasattr(time, "CLOCK_BOOTTIME"), reason="this system has no such clock"
 )
+#: Seconds of the requests that a machine sleeps over, which is longer.
+LIFETIME = 0.5
 CONTENT: dict[str, Any] = {"operation_payload": "Pay 40", "external_user_id": "ann"}
 
 
+@pytest.fixture(autouse=True)
+def _backoff_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiokeyless._rules.backoff._ERROR_BACKOFF", wait_fixed(0.1))
+
+
 def worker_at(broker: Broker, client: KeylessClient, **options: Any) -> ApprovalWorker:
-    return ApprovalWorker(client, broker, schedule=wait_fixed(0.2), **options)
+    return ApprovalWorker(client, broker, schedule=wait_fixed(0.05), **options)
 
 
 async def submit(broker: Broker, **changed: Any) -> None:
@@ -135,8 +142,8 @@ async def ask_ten_and_sleep(
     def sleep() -> None:
         nonlocal slept
         if not slept:
-            time.sleep(2.5)
-            slept = 2.5
+            slept = LIFETIME + 0.1
+            time.sleep(slept)
 
     def read_clock(clock: Callable[..., float], *which: int) -> float:
         return clock(*which) - slept
@@ -146,9 +153,10 @@ async def ask_ten_and_sleep(
     async with storage.broker() as first:
         await first.prepare(lease=LEASE, service="")
     async with storage.broker() as broker:
-        claim = broker.claim
+        claim, are_submitted = broker.claim, asyncio.Event()
 
         async def claim_and_sleep(message: Message) -> Claim:
+            await are_submitted.wait()
             if not is_claimed:
                 sleep()
             claimed = await claim(message)
@@ -156,9 +164,10 @@ async def ask_ten_and_sleep(
             return claimed
 
         monkeypatch.setattr(broker, "claim", claim_and_sleep)
-        for number in range(10):
-            await submit(broker, operation_id=f"txn-{number}", started_by="backend", expires_in=2)
         async with worker_at(broker, client):
+            for number in range(10):
+                await submit(broker, operation_id=f"txn-{number}", started_by="backend", expires_in=LIFETIME)
+            are_submitted.set()
             return {(event.outcome, event.asked) for event in await read(broker, 10)}
 
 
@@ -183,9 +192,9 @@ async def test_nobody_is_asked_after_the_deadline_although_no_clock_of_the_machi
 async def test_an_outcome_that_is_unknown_says_what_failed_and_is_a_warning(
     storage: Storage, client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with storage.broker() as broker, worker_at(broker, client, grace=0.5):
+    async with storage.broker() as broker, worker_at(broker, client, grace=0.1):
         sandbox.fail_next(503, times=1000)
-        await submit(broker, expires_in=1.0)
+        await submit(broker, expires_in=0.3)
         [event] = await read(broker)
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
     assert "GET /v2/operations/txn-1 answered 503: the service failed" in (event.detail or "")
