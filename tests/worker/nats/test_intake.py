@@ -89,7 +89,7 @@ class Hand:
 
         async def are_counted() -> bool:
             info = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
-            return info.num_pending == count
+            return bool(info.num_pending == count)
 
         await until(are_counted)
 

@@ -106,6 +106,7 @@ ABSENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABSENCES)
 def test_no_approval_is_lost_since_a_worker_could_not_ask(name: str) -> None:
     history = run(ABSENCES[name])
@@ -113,6 +114,7 @@ def test_no_approval_is_lost_since_a_worker_could_not_ask(name: str) -> None:
     assert {each.event.outcome for each in history.decided} == {"approved"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "pause", "most"), [(20, 20.0, 4), (20, 29.0, 4), (200, 29.0, 20)])
 def test_of_many_that_are_refused_for_long_those_are_lost_that_the_halved_rate_reaches_too_late(
     count: int, pause: float, most: int
@@ -127,6 +129,7 @@ def test_of_many_that_are_refused_for_long_those_are_lost_that_the_halved_rate_r
         assert polls[-3] > history.stored[name or ""][0] + 60.0 + story.grace + pause
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("story", "within"),
     [

@@ -153,6 +153,7 @@ def test_each_kept_row_is_one() -> None:
     assert {*KEPT, *QUICK} <= {*names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in QUICK], ids=lambda row: row.name)
 def test_a_row_is_kept(row: Row) -> None:
     assert KEPT.get(row.name, Bound()).breaches(weather.judge(row, 1)) == []
