@@ -164,6 +164,17 @@ async def orders(admin: Connection) -> dict[str, str]:
     return {row[0]: row[1] for row in rows}
 
 
+def replace_sleep(monkeypatch: pytest.MonkeyPatch, sleep: Callable[[], None]) -> None:
+    """Replace the pauses of the example's readers of sessions."""
+
+    async def sleep_async(_seconds: float) -> None:
+        sleep()
+
+    blocking_time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _seconds: sleep())
+    monkeypatch.setattr(session_orders, "time", blocking_time)
+    monkeypatch.setattr(session_orders, "asyncio", SimpleNamespace(sleep=sleep_async))
+
+
 SETTLED = {"paid": "paid", "of paid": "payment", "of another text": "asked", "by a PIN": "asked", "late": "not paid"}
 
 
@@ -182,13 +193,7 @@ async def test_the_examples_reader_of_sessions_settles_what_fits_and_goes_on_aft
             raise RefusalError
         settle(session, event)
 
-    async def pause(_seconds: float) -> None:
-        await asyncio.sleep(0.02)
-
-    monkeypatch.setattr(
-        session_orders, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.02))
-    )
-    monkeypatch.setattr(session_orders, "asyncio", SimpleNamespace(sleep=pause))
+    replace_sleep(monkeypatch, lambda: None)
     settle = session_orders.settle
     monkeypatch.setattr(session_orders, "settle", end_or_settle)
     tables.Table.metadata.create_all(engine)
@@ -210,6 +215,7 @@ async def test_the_examples_reader_of_sessions_settles_what_fits_and_goes_on_aft
 
 @pytest.mark.parametrize("read", [session_orders.read, session_orders.read_async])
 async def test_the_examples_reader_of_sessions_says_once_that_the_schema_is_missing(
+    broker: PostgresBroker,
     admin: Connection,
     *,
     engine: Engine,
@@ -220,16 +226,13 @@ async def test_the_examples_reader_of_sessions_says_once_that_the_schema_is_miss
 ) -> None:
     pauses = iter(range(3))
 
-    def sleep(_seconds: float) -> None:
+    def sleep() -> None:
         if next(pauses, None) is None:
             raise RefusalError
 
-    async def sleep_async(seconds: float) -> None:
-        sleep(seconds)
-
+    await broker.aclose()  # whose chores and the removal would wait for each other
     await admin.execute("DROP SCHEMA keyless CASCADE")
-    monkeypatch.setattr(session_orders, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-    monkeypatch.setattr(session_orders, "asyncio", SimpleNamespace(sleep=sleep_async))
+    replace_sleep(monkeypatch, sleep)
     with pytest.raises(RefusalError):
         await (read(async_engine) if inspect.iscoroutinefunction(read) else blocking(lambda: read(engine)))
     (said,) = [record for record in caplog.records if record.name == "settle"]
