@@ -206,7 +206,8 @@ def prerelease(session: nox.Session) -> None:
     pytest(session, env=WITH_TEST)
 
 
-@nox.session(python=PYTHONS[-1:], venv_backend="uv|virtualenv")
+# Where the others have one environment, this has its own: what it tests is the wheel.
+@nox.session(python=PYTHONS[-1:], venv_backend=nox.options.default_venv_backend)
 @nox.parametrize("part", [nox.param("platform", id="platform", tags=CI), nox.param("all", id="all", tags=NIGHTLY)])
 def wheel(session: nox.Session, part: str) -> None:
     """Run tests of the source archive on the wheel and the newest Python: all, or `platform` on each loop."""

@@ -22,6 +22,7 @@ from aiokeyless.worker.nats.load_shedding import LoadShedding
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+    from nats.js.api import ConsumerInfo
     from nats_server import NatsServer
 
 EXPIRES = 5.0
@@ -79,17 +80,20 @@ class Hand:
         """End a pull as the broker does."""
         await self.connection.publish(self.intake._reply, headers={"Status": status, **headers})
 
+    async def consumer(self) -> ConsumerInfo:
+        info: ConsumerInfo = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
+        return info
+
     async def is_waited_for(self) -> bool:
         """Whether a pull waits at the consumer."""
-        info = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
-        return info.num_waiting is not None and info.num_waiting > 0
+        waiting = (await self.consumer()).num_waiting
+        return waiting is not None and waiting > 0
 
     async def are_pending(self, count: int) -> None:
         """Wait until the consumer counts so many: a stream tells it a moment after it has stored them."""
 
         async def are_counted() -> bool:
-            info = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
-            return bool(info.num_pending == count)
+            return (await self.consumer()).num_pending == count
 
         await until(are_counted)
 
